@@ -1,0 +1,361 @@
+"""The command line: parse, call one function, print one renderable. The only place with a Console and exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from shardwright.errors import ShardwrightError
+
+if TYPE_CHECKING:
+    from shardwright.profiler.collect import Progress
+
+app = typer.Typer(
+    name="shardwright",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Profile a PyTorch model on your devices, split it by proof instead of by guess, and run the split.",
+)
+out = Console()
+err = Console(stderr=True)
+
+TargetArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="TARGET", help="The model: file.py:Name or package.module:Name (a class, factory or instance)."
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Keyword argument of the class or factory; repeatable."),
+]
+InputsOption = Annotated[
+    str | None, typer.Option("--inputs", metavar="FILE:FUNCTION", help="Function that returns args, or (args, kwargs).")
+]
+InputOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input", metavar="SHAPE", help="An input spelled out: 8x3x224x224, ids=int64[0,32000]:4x512; repeatable."
+    ),
+]
+DevicesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--devices",
+        metavar="LIST",
+        help="cuda:0,cuda:1 or CPU workers cpu:0,cpu:1; default all GPUs, else two CPU workers.",
+    ),
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from shardwright import __version__
+
+        out.print(f"shardwright {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors. May stand anywhere.")] = False,
+) -> None:
+    """Hold the options that come before a command."""
+
+
+@app.command()
+def profile(
+    target: TargetArgument,
+    devices: DevicesOption = None,
+    out_path: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Where to write the profile; default NAME.profile.json."),
+    ] = None,
+    inference: Annotated[bool, typer.Option("--inference", help="Measure the forward only.")] = False,
+    optimizer: Annotated[str, typer.Option("--optimizer", help="sgd, momentum, adam or adamw.")] = "adam",
+    microbatches: Annotated[
+        str | None,
+        typer.Option("--microbatches", metavar="LIST", help="Numbers of micro-batches to measure; default 1,2,4,8."),
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often each unit is timed.")] = 7,
+    settings: SetOption = None,
+    inputs: InputsOption = None,
+    input_specs: InputOption = None,
+) -> None:
+    """Time and weigh every unit of a model on every device."""
+    counts = _numbers(microbatches) if microbatches else None
+    path = _out_path(out_path, target, "profile")
+    with _progress() as progress:
+        progress("load the model", 0, 1)
+        from shardwright.profiler.collect import profile as collect
+        from shardwright.profiler.target import load_target
+
+        model, (args, kwargs) = load_target(
+            target, settings=_settings(settings), inputs=inputs, input_specs=input_specs or ()
+        )
+        progress("load the model", 1, 1)
+        made = collect(
+            model,
+            args,
+            kwargs,
+            devices=_names(devices),
+            train=not inference,
+            optimizer=optimizer,
+            microbatches=counts,
+            rounds=rounds,
+            name=target,
+            progress=progress,
+        )
+    made.save(path)
+    from shardwright.reports.profile_report import ProfileReport
+
+    out.print(ProfileReport(made))
+    out.print(f"\nWrote {path}. Next: shard {target} --profile {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def shard(
+    target: TargetArgument,
+    profile_path: Annotated[
+        Path | None, typer.Option("--profile", metavar="FILE", help="The profile; default NAME.profile.json.")
+    ] = None,
+    out_path: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Where to write the plan; default NAME.plan.json.")
+    ] = None,
+    run: Annotated[
+        bool, typer.Option("--run", help="Run the plan as a pipeline and time it against one device.")
+    ] = False,
+    devices: DevicesOption = None,
+    microbatches: Annotated[
+        str, typer.Option("--microbatches", metavar="N", help="One of the profiled numbers, or auto.")
+    ] = "auto",
+    memory: Annotated[
+        list[str] | None, typer.Option("--memory", metavar="DEVICE=SIZE", help="Cap, such as cuda:0=10GiB; repeatable.")
+    ] = None,
+    pins: Annotated[
+        list[str] | None,
+        typer.Option("--pin", metavar="UNIT=DEVICE", help="Keep a unit (or pattern) on a device; repeatable."),
+    ] = None,
+    time_limit: Annotated[
+        float, typer.Option("--time-limit", metavar="SECONDS", help="For the search of the plan.")
+    ] = 30.0,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="With --run: how many steps of each are timed.")] = 9,
+    run_out: Annotated[
+        Path | None, typer.Option("--run-out", metavar="FILE", help="With --run: where to write what was measured.")
+    ] = None,
+    settings: SetOption = None,
+    inputs: InputsOption = None,
+    input_specs: InputOption = None,
+) -> None:
+    """Split a profiled model over its devices, and with --run, run the split."""
+    from shardwright.profiler.profile import Profile
+    from shardwright.reports.plan_report import PlanReport
+    from shardwright.sharder.planning.planner import plan as make_plan
+
+    source = profile_path or _out_path(None, target, "profile")
+    if not source.exists():
+        raise ShardwrightError(f"there is no {source}: make it with `profile {target} --out {source}`")
+    made = Profile.load(source)
+    _check_same_model(target, made.model, source)
+    count: int | Literal["auto"] = "auto" if microbatches == "auto" else _numbers(microbatches)[0]
+    plan = make_plan(
+        made,
+        microbatches=count,
+        memory=_pairs(memory, "--memory", "cuda:0=10GiB"),
+        pins=_pairs(pins, "--pin", "head=cuda:1"),
+        devices=_names(devices),
+        time_limit_s=time_limit,
+    )
+    path = _out_path(out_path, target, "plan")
+    plan.save(path)
+    out.print(PlanReport(plan))
+    out.print(f"\nWrote {path}.", highlight=False, soft_wrap=True)
+    if not run:
+        return
+    with _progress() as progress:
+        progress("load the model", 0, 1)
+        from shardwright.profiler.target import load_target
+        from shardwright.sharder.runtime.run import run as run_plan
+
+        model, (args, kwargs) = load_target(
+            target, settings=_settings(settings), inputs=inputs, input_specs=input_specs or ()
+        )
+        progress("load the model", 1, 1)
+        measured = run_plan(model, plan, args, kwargs, steps=steps, progress=progress)
+    if run_out is not None:
+        measured.save(run_out)
+    from shardwright.reports.run_report import RunReport
+
+    out.print()
+    out.print(RunReport(measured))
+
+
+@app.command()
+def verify(
+    target: TargetArgument,
+    plan_path: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="The plan; default NAME.plan.json.")
+    ] = None,
+    settings: SetOption = None,
+    inputs: InputsOption = None,
+    input_specs: InputOption = None,
+) -> None:
+    """Replay a placed model on simulated devices: no GPU needed to find a missing transfer."""
+    from shardwright.sharder.planning.plan import Plan
+
+    source = plan_path or _out_path(None, target, "plan")
+    plan = Plan.load(source)
+    _check_same_model(target, plan.model, source)
+    from shardwright.profiler.target import load_target
+    from shardwright.sharder.runtime.verify import verify as replay
+
+    model, (args, kwargs) = load_target(
+        target, settings=_settings(settings), inputs=inputs, input_specs=input_specs or ()
+    )
+    check = replay(model, plan, args, kwargs)
+    out.print(str(check), highlight=False, soft_wrap=True)
+    if not check.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A profile, a plan or a run.")],
+) -> None:
+    """Show a saved profile, plan or run again."""
+    from shardwright.profiler.profile import Profile
+    from shardwright.sharder.planning.plan import Plan
+    from shardwright.sharder.runtime.record import Run
+
+    kind = _format_of(path)
+    if kind == Plan.kind:
+        from shardwright.reports.plan_report import PlanReport
+
+        out.print(PlanReport(Plan.load(path)))
+    elif kind == Run.kind:
+        from shardwright.reports.run_report import RunReport
+
+        out.print(RunReport(Run.load(path)))
+    else:
+        from shardwright.reports.profile_report import ProfileReport
+
+        out.print(ProfileReport(Profile.load(path)))
+
+
+@app.command()
+def schema(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="profile, plan or run.")],
+) -> None:
+    """Print the JSON schema of a file."""
+    from shardwright.profiler.profile import Profile
+    from shardwright.sharder.planning.plan import Plan
+    from shardwright.sharder.runtime.record import Run
+
+    documents = {document.kind.rpartition(".")[2]: document for document in (Profile, Plan, Run)}
+    if kind not in documents:
+        raise ShardwrightError(f"{kind!r} is not a kind of file; the kinds are {', '.join(documents)}")
+    out.print(json.dumps(documents[kind].model_json_schema(), indent=2), highlight=False, soft_wrap=True, markup=False)
+
+
+def _format_of(path: Path) -> str:
+    """The ``format`` field of a JSON file; the empty string when it has none, for the loader to explain."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return str(content.get("format", "")) if isinstance(content, dict) else ""
+
+
+def _out_path(given: Path | None, target: str, kind: str) -> Path:
+    """``given``, or the target's name in lower case: ``netdict.plan.json``."""
+    return given or Path(f"{target.rpartition(':')[2].lower()}.{kind}.json")
+
+
+def _check_same_model(target: str, model: str, source: Path) -> None:
+    """Refuse a file whose model has another name than the target; shapes are compared when the model is loaded."""
+    names = [name.rpartition(":")[2] for name in (target, model)]
+    if names[0] != names[1]:
+        raise ShardwrightError(f"{source} is of {model}, not of {target}: give the file that was made for {names[0]}")
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ShardwrightError(f"--microbatches {text!r} is not a list of positive whole numbers, such as 1,2,4,8")
+    return [int(part) for part in parts]
+
+
+def _pairs(texts: list[str] | None, option: str, example: str) -> dict[str, str]:
+    pairs = {}
+    for text in texts or []:
+        key, equals, value = text.partition("=")
+        if not (key and equals and value):
+            raise ShardwrightError(f"{option} {text!r} is not KEY=VALUE; write for example {option} {example}")
+        pairs[key] = value
+    return pairs
+
+
+def _settings(texts: list[str] | None) -> dict[str, Any]:
+    """Keyword arguments; a value is JSON where it can be read so, else text."""
+    settings: dict[str, Any] = {}
+    for key, value in _pairs(texts, "--set", "layers=12").items():
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            settings[key] = value
+    return settings
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A progress bar on the terminal's error stream: what is being done, and how much of it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def tell(what: str, done: int, whole: int) -> None:
+            bar.update(task, description=what, completed=done, total=whole)
+
+        yield tell
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake is one line on the error stream and exit code 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        app(arguments)
+    except ShardwrightError as error:
+        if debug:
+            err.print_exception()
+            if detail := getattr(error, "detail", ""):
+                err.print(detail, highlight=False, markup=False, soft_wrap=True)
+        err.print("[bold red]error:[/] ", end="")
+        err.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Files that are never half-written, and records that are read back with one clear line when they are wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from shardwright.errors import ShardwrightError
+
+__all__ = ["Document", "Record", "write_text"]
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write ``text`` to ``path``: beside it first, then renamed, so that a reader sees the old file or the new one."""
+    path = Path(path)
+    beside = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        with beside.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ShardwrightError(f"cannot write {path}: {reason}; choose a folder that exists and is writable") from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+
+
+class Record(BaseModel):
+    """A frozen record of plain numbers in SI units."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Document(Record):
+    """A record with a file of its own: versioned JSON, readable and diffable by a person."""
+
+    kind: ClassVar[str]
+    """What the file's ``format`` field says, such as ``shardwright.profile``."""
+    current_version: ClassVar[int]
+    """The version that this release writes; it reads no newer one."""
+
+    format: str
+    version: int
+
+    def save(self, path: str | Path) -> None:
+        """Write the document as JSON to ``path``, atomically."""
+        write_text(path, self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a document from ``path``.
+
+        Raises:
+            ShardwrightError: the file is missing, truncated, of another kind, of a newer version, or has a wrong field.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise ShardwrightError(f"cannot read {path}: {reason}") from error
+        return cls.parse(text, source=str(path))
+
+    @classmethod
+    def parse(cls, text: str, *, source: str) -> Self:
+        """Make a document from JSON ``text``; ``source`` names it in errors."""
+        noun = cls.kind.rpartition(".")[2]
+        try:
+            content: Any = json.loads(text)
+        except ValueError as error:
+            raise ShardwrightError(f"{source} is not complete JSON ({error}); make the {noun} again") from error
+        found = content.get("format") if isinstance(content, dict) else None
+        if found != cls.kind:
+            raise ShardwrightError(f"{source} is not a {noun}: its format is {found!r}, expected {cls.kind!r}")
+        version = content.get("version")
+        if not isinstance(version, int) or version > cls.current_version:
+            raise ShardwrightError(
+                f"{source} has {noun} version {version!r}; this shardwright reads up to {cls.current_version}: "
+                f"upgrade shardwright, or make the {noun} again"
+            )
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "(top level)"
+            raise ShardwrightError(f"{source} is a damaged {noun}: {where}: {first['msg']}; make it again") from error

@@ -1,0 +1,261 @@
+"""The profiler: capture at each micro-batch size, measure every step on every device, weigh, time the links."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardwright.errors import ShardwrightError
+from shardwright.profiler.devices import find_devices
+from shardwright.profiler.inputs import batch_size, default_counts, input_specs, microbatch
+from shardwright.profiler.links import measure_links
+from shardwright.profiler.measure import (
+    OPTIMIZERS,
+    Samples,
+    add_subject,
+    measure_all,
+    optimizer_state_bytes,
+    prepare,
+    summary,
+)
+from shardwright.profiler.pool import Pool
+from shardwright.profiler.profile import Device, Measurement, Node, Profile
+from shardwright.profiler.profile import Tensor as TensorRecord
+from shardwright.profiler.trace import Step, UnitGraph, nbytes, trace
+from shardwright.profiler.units import structure_digest
+
+__all__ = ["START_LIMIT_S", "measurements_of", "nodes_of", "profile", "tensors_of"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+START_LIMIT_S = 120.0
+ROUND_LIMIT_S = 120.0
+"""The first round, and each further one, may take so long before a worker counts as hung."""
+
+
+def profile(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    devices: Sequence[str] | None = None,
+    train: bool = True,
+    optimizer: str = "adam",
+    microbatches: Sequence[int] | None = None,
+    rounds: int = 7,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> Profile:
+    """Time and weigh every unit of ``model`` on every device, each in a worker process of its own.
+
+    The model is not changed. All devices measure at once, as they will compute at once when the model is split.
+
+    Args:
+        args: a batch, as the model is called.
+        kwargs: likewise.
+        devices: ``["cuda:0", "cpu:0"]``; all CUDA devices by default, or two CPU workers where there is none.
+        train: measure backward and update too.
+        optimizer: ``"sgd"``, ``"momentum"``, ``"adam"`` or ``"adamw"``.
+        microbatches: into how many micro-batches the batch is to be divided; 1, 2, 4 and 8 by default.
+        rounds: how often each step is timed.
+        name: what the profile calls the model; its class by default.
+        progress: told what is being done.
+
+    Raises:
+        ShardwrightError: the forward fails, a device does not exist, or a worker fails.
+    """
+    kwargs = dict(kwargs or {})
+    tell = progress or _silent
+    if train and optimizer not in OPTIMIZERS:
+        raise ShardwrightError(f"optimizer {optimizer!r} is not known; choose one of {', '.join(OPTIMIZERS)}")
+    if rounds < 1:
+        raise ShardwrightError(f"{rounds} rounds measure nothing; use 3 or more")
+    batch = batch_size(args, kwargs)
+    counts = tuple(sorted({1, *(microbatches if microbatches is not None else default_counts(batch))}))
+    found = find_devices(devices)
+
+    captures: dict[int, UnitGraph] = {}
+    for done, count in enumerate(counts):
+        tell("capture", done, len(counts))
+        captures[count] = trace(model, *microbatch(args, kwargs, count), train=train)
+    tell("capture", len(counts), len(counts))
+    _same_path(captures)
+
+    with Pool(found) as pool:
+        samples = _measure(pool, found, captures, train=train, optimizer=optimizer, rounds=rounds, tell=tell)
+        tell("links", 0, 1)
+        links = measure_links(pool, found)
+        tell("links", 1, 1)
+    whole = captures[1]
+    return Profile(
+        model=name or type(model).__name__,
+        structure=structure_digest(model, whole.units),
+        inputs=input_specs(args, kwargs),
+        batch=batch,
+        train=train,
+        optimizer=optimizer if train else "none",
+        torch_version=torch.__version__,
+        microbatches=counts,
+        devices=found,
+        links=links,
+        nodes=nodes_of(captures, train=train, optimizer=optimizer),
+        tensors=tensors_of(captures),
+        colocate=tuple(whole.colocate),
+        measurements=measurements_of([step.name for step in whole.steps], samples),
+    )
+
+
+def _silent(_what: str, _done: int, _whole: int) -> None:
+    """Progress that nobody asked for."""
+
+
+def _same_path(captures: Mapping[int, UnitGraph]) -> None:
+    """Refuse a forward whose path depends on the size of the batch."""
+    paths = {count: [(step.name, step.type) for step in capture.steps] for count, capture in captures.items()}
+    for count, path in paths.items():
+        if path != paths[1]:
+            pairs = itertools.zip_longest(paths[1], path, fillvalue=("nothing", ""))
+            whole, part = next((a, b) for a, b in pairs if a != b)
+            raise ShardwrightError(
+                f"the forward takes another path at {count} micro-batches: {part[0]} where the whole batch has "
+                f"{whole[0]}; profile with --microbatches 1"
+            )
+
+
+def _measure(
+    pool: Pool,
+    devices: Sequence[Device],
+    captures: Mapping[int, UnitGraph],
+    *,
+    train: bool,
+    optimizer: str,
+    rounds: int,
+    tell: Progress,
+) -> dict[str, dict[tuple[int, str], Samples]]:
+    """Hand every step to every device and time them, all devices at once."""
+    tell("start workers", 0, 1)
+    pool.call({d.name: (prepare, (d.name, max(1, len(d.cores)))) for d in devices}, limit_s=START_LIMIT_S)
+    tell("start workers", 1, 1)
+    timed = [step.name for step in captures[1].steps if step.call is not None and (train or step.kind != "output")]
+    calls = {
+        name: {count: next(s.call for s in capture.steps if s.name == name) for count, capture in captures.items()}
+        for name in timed
+    }
+    for done, name in enumerate(timed):
+        tell("send units", done, len(timed))
+        pool.call({d.name: (_add, (name, calls[name], train, optimizer)) for d in devices}, limit_s=START_LIMIT_S)
+    tell("send units", len(timed), len(timed))
+    finished = dict.fromkeys((d.name for d in devices), 0)
+
+    def on_round(device: str, round_: int) -> None:
+        finished[device] = round_ + 1
+        tell("measure", min(finished.values()), rounds + 1)
+
+    tell("measure", 0, rounds + 1)
+    return pool.call(
+        {d.name: (measure_all, (rounds,)) for d in devices}, limit_s=ROUND_LIMIT_S * (rounds + 1), on_progress=on_round
+    )
+
+
+def _add(name: str, calls: dict[int, Any], train: bool, optimizer: str) -> None:
+    add_subject(name, calls, train=train, optimizer=optimizer)
+
+
+def nodes_of(captures: Mapping[int, UnitGraph], *, train: bool, optimizer: str) -> tuple[Node, ...]:
+    """The records of the captured steps, with their bytes at each number of micro-batches."""
+    steps = {count: {step.name: step for step in capture.steps} for count, capture in captures.items()}
+    weights = _Weights(captures[1], train=train, optimizer=optimizer)
+    return tuple(
+        Node(
+            name=step.name,
+            kind=step.kind,
+            type=step.type,
+            unit=step.unit,
+            site=step.site,
+            inputs=step.reads,
+            **weights.of(step),
+            output_bytes={count: steps[count][step.name].output_bytes for count in captures},
+            saved_bytes={count: steps[count][step.name].saved_bytes if train else 0 for count in captures},
+        )
+        for step in captures[1].steps
+    )
+
+
+def tensors_of(captures: Mapping[int, UnitGraph]) -> tuple[TensorRecord, ...]:
+    """The records of the tensors between steps."""
+    return tuple(
+        TensorRecord(
+            name=value.name,
+            producer=value.producer,
+            requires_grad=value.requires_grad,
+            bytes={count: capture.values[value.name].bytes for count, capture in captures.items()},
+        )
+        for value in captures[1].values.values()
+    )
+
+
+def measurements_of(
+    names: Sequence[str], samples: Mapping[str, Mapping[tuple[int, str], Samples]]
+) -> tuple[Measurement, ...]:
+    """Medians and spreads, in the order of the forward; the update, timed once, is given at each number."""
+    order = {name: position for position, name in enumerate(names)}
+    keys = sorted(
+        ((step, device, count) for device, taken in samples.items() for count, step in taken),
+        key=lambda key: (order[key[0]], key[2]),
+    )
+    rows = []
+    for step, device, count in keys:
+        taken = samples[device]
+        forward, backward = summary(taken[count, step].forward_s), summary(taken[count, step].backward_s)
+        rows.append(
+            Measurement(
+                node=step,
+                device=device,
+                microbatches=count,
+                repeats=len(taken[count, step].forward_s),
+                forward_s=forward[0],
+                forward_spread_s=forward[1],
+                backward_s=backward[0],
+                backward_spread_s=backward[1],
+                update_s=summary(taken[1, step].update_s)[0],
+            )
+        )
+    return tuple(rows)
+
+
+class _Weights:
+    """Bytes of parameters, buffers, gradients and optimizer state by step; a shared tensor counts at its first user."""
+
+    def __init__(self, capture: UnitGraph, *, train: bool, optimizer: str) -> None:
+        self.capture = capture
+        self.train = train
+        self.optimizer = optimizer
+        self.counted: set[int] = set()
+
+    def of(self, step: Step) -> dict[str, int]:
+        parameters, buffers = self._held(step)
+        trained = [p for p in parameters if p.requires_grad] if self.train else []
+        return {
+            "param_bytes": sum(nbytes(p) for p in parameters),
+            "buffer_bytes": sum(nbytes(b) for b in buffers),
+            "grad_bytes": sum(nbytes(p) for p in trained),
+            "optimizer_bytes": optimizer_state_bytes(self.optimizer, trained) if trained else 0,
+        }
+
+    def _held(self, step: Step) -> tuple[list[nn.Parameter], list[Tensor]]:
+        """The parameters and buffers that ``step`` is the first to use."""
+        tensors: list[Tensor] = []
+        if step.kind == "unit":
+            unit = self.capture.units[step.unit]
+            tensors = [*unit.parameters(), *unit.buffers()]
+        elif step.kind == "parameter" and step.unit:
+            holder, _, name = step.unit.rpartition(".")
+            tensors = [getattr(self.capture.model.get_submodule(holder), name)]
+        new = [t for t in tensors if id(t) not in self.counted]
+        self.counted |= {id(t) for t in new}
+        return [t for t in new if isinstance(t, nn.Parameter)], [t for t in new if not isinstance(t, nn.Parameter)]

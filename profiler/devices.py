@@ -1,0 +1,109 @@
+"""Devices: what is here, what the user asked for, and which cores a CPU worker gets."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from shardwright.errors import ShardwrightError
+from shardwright.profiler.profile import Device
+
+__all__ = ["available_cores", "find_devices", "parse_devices"]
+
+CUDA_RESERVE = 0.03
+"""Share of a GPU's free memory left to the allocator's rounding and to libraries' workspaces."""
+CPU_SHARE = 0.9
+"""Share of the host's memory that the CPU workers divide among themselves."""
+
+
+def find_devices(names: Sequence[str] | None = None) -> tuple[Device, ...]:
+    """Describe the named devices; by default all CUDA devices, or two CPU workers where there is none.
+
+    Raises:
+        ShardwrightError: a device does not exist, or there are fewer cores than CPU workers.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cores = available_cores()
+    if names is None:
+        names = [f"cuda:{i}" for i in range(gpus)] or [f"cpu:{i}" for i in range(min(2, len(cores)))]
+    kinds = parse_devices(names)
+    workers = [name for name in names if name.startswith("cpu")]
+    if len(workers) > len(cores):
+        raise ShardwrightError(
+            f"{len(workers)} CPU workers need a core each; this process may use {len(cores)}: name fewer devices"
+        )
+    share = len(cores) // len(workers) if workers else 0
+    devices = []
+    for name, kind in zip(names, kinds, strict=True):
+        if kind == "cuda":
+            index = int(name.partition(":")[2])
+            if index >= gpus:
+                raise ShardwrightError(
+                    f"there is no {name}: this machine has {gpus} CUDA devices; leave out --devices to see"
+                )
+            free, _ = torch.cuda.mem_get_info(index)
+            description = torch.cuda.get_device_name(index)
+            memory = int(free * (1 - CUDA_RESERVE))
+            devices.append(Device(name=name, kind="cuda", description=description, memory_bytes=memory))
+        else:
+            position = workers.index(name)
+            mine = tuple(cores[position * share : (position + 1) * share])
+            devices.append(
+                Device(
+                    name=name,
+                    kind="cpu",
+                    description=f"{_cpu_name()}, {len(mine)} core{'s' * (len(mine) != 1)}",
+                    memory_bytes=int(CPU_SHARE * _host_memory_bytes()) // len(workers),
+                    cores=mine,
+                )
+            )
+    return tuple(devices)
+
+
+def parse_devices(names: Sequence[str]) -> list[str]:
+    """The kind of each device name, ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        ShardwrightError: a name is not ``cpu:N`` or ``cuda:N``, or stands twice.
+    """
+    kinds = []
+    for position, name in enumerate(names):
+        match = re.fullmatch(r"(cpu|cuda):\d+", name)
+        if match is None:
+            raise ShardwrightError(f"{name!r} is not a device: write cuda:0,cuda:1 or cpu:0,cpu:1 (CPU workers)")
+        if name in names[:position]:
+            raise ShardwrightError(f"{name} is named twice; each device once")
+        kinds.append(match[1])
+    return kinds
+
+
+def available_cores() -> list[int]:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _host_memory_bytes() -> int:
+    """Physical memory, or the control group's limit where that is lower."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
+    except OSError:
+        return memory
+    return min(memory, int(limit)) if limit.isdigit() else memory

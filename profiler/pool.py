@@ -1,0 +1,213 @@
+"""The parent's side: one worker process a device, always reaped, and a clear error when one dies or hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import Any, Self
+
+import cloudpickle
+
+from shardwright.errors import ShardwrightError
+from shardwright.profiler.profile import Device
+from shardwright.profiler.worker import BEAT_S, Message
+
+__all__ = ["Pool", "Worker", "WorkerError", "loopback_interface"]
+
+SILENCE_S = 15 * BEAT_S
+"""A worker that has not sent a heartbeat for so long is frozen."""
+SETTLE_S = 2.0
+"""After a first error, time for the others' errors: a worker that died explains its neighbours' broken connections."""
+
+
+class WorkerError(ShardwrightError):
+    """A worker raised, died or hung; ``device`` says which, ``detail`` holds its traceback."""
+
+    def __init__(self, device: str, text: str, *, detail: str = "", died: bool = False) -> None:
+        super().__init__(f"worker {device} {text}")
+        self.device = device
+        self.detail = detail
+        self.died = died
+
+
+def loopback_interface() -> str:
+    """Name of the loopback network interface (``lo``, or ``lo0`` on macOS and BSD)."""
+    return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
+
+
+class Worker:
+    """A process pinned to a device, which runs the functions that it is sent, one after another."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        ours, theirs = socket.socketpair()
+        threads = str(max(1, len(device.cores)))
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the worker
+        # The parent's own import path, so that the user's modules mean the same in the worker.
+        program = (
+            f"import sys; sys.path[:] = {sys.path!r}; "
+            f"from shardwright.profiler.worker import serve; serve({theirs.fileno()}, {device.cores!r})"
+        )
+        environment = os.environ | {"GLOO_SOCKET_IFNAME": loopback_interface(), "PYTHONUNBUFFERED": "1"}
+        if device.kind == "cpu":
+            environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", program],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self.log,
+                stderr=self.log,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is the parent's to handle
+            )
+        # A frozen worker does not empty its socket; without a limit a large message would block us with it.
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(SILENCE_S), 0))
+        self.connection = Connection(ours.detach())
+        self.last_beat = time.monotonic()
+
+    def submit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Start ``function(*args, **kwargs)`` in the worker."""
+        data = cloudpickle.dumps((function, args, kwargs))
+        try:
+            self.connection.send_bytes(data)
+        except OSError:
+            raise self.post_mortem() from None
+
+    def receive(self) -> Message:
+        """The next message; the connection must be readable."""
+        try:
+            message = pickle.loads(self.connection.recv_bytes())
+        except (EOFError, OSError):
+            raise self.post_mortem() from None
+        self.last_beat = time.monotonic()
+        if message.kind == "error":
+            raise WorkerError(self.device.name, f"failed: {message.content}", detail=message.detail)
+        return Message(*message)
+
+    def check_alive(self) -> None:
+        """Raise when no heartbeat has come for too long."""
+        silent = time.monotonic() - self.last_beat
+        if silent > SILENCE_S:
+            raise WorkerError(
+                self.device.name, f"is frozen: no sign of life for {silent:.0f} s; it was ended", died=True
+            )
+
+    def post_mortem(self) -> WorkerError:
+        """Why the process is gone."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=5)
+        code = self.process.returncode
+        self.log.seek(0)
+        tail = self.log.read().decode(errors="replace").strip()
+        last = tail.splitlines()[-1] if tail else ""
+        if code is None:
+            text = "is frozen: it took nothing from its parent; it was ended"
+        elif code < 0:
+            name = signal.Signals(-code).name
+            memory = "; the system may have run out of memory" if name == "SIGKILL" else ""
+            text = f"was killed by {name}{memory}"
+        else:
+            text = f"ended with exit code {code}"
+        return WorkerError(self.device.name, f"{text}{': ' + last if last else ''}", detail=tail, died=True)
+
+    def close(self) -> None:
+        """End the process and wait for it; safe to call twice."""
+        self.connection.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.log.close()
+
+
+class Pool:
+    """The workers of several devices; a context manager that leaves no process behind."""
+
+    def __init__(self, devices: Iterable[Device]) -> None:
+        self.workers: dict[str, Worker] = {}
+        try:
+            for device in devices:
+                self.workers[device.name] = Worker(device)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all workers."""
+        for worker in self.workers.values():
+            worker.close()
+
+    def call(
+        self,
+        calls: Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]],
+        *,
+        limit_s: float,
+        on_progress: Callable[[str, Any], None] | None = None,
+    ) -> dict[str, Any]:
+        """Run one function in each named worker at once and wait for all results.
+
+        Args:
+            calls: device -> (function, args).
+            limit_s: seconds after which a worker that has not answered counts as hung.
+            on_progress: called with the device and what the worker reported.
+
+        Raises:
+            WorkerError: a worker raised, died or hung; a death is named before the errors that follow from it.
+        """
+        for device, (function, args) in calls.items():
+            self.workers[device].submit(function, *args)
+        pending = set(calls)
+        results: dict[str, Any] = {}
+        errors: list[WorkerError] = []
+        deadline = time.monotonic() + limit_s
+        while pending:
+            by_connection = {self.workers[device].connection: device for device in pending}
+            for connection in wait(list(by_connection), timeout=BEAT_S):
+                device = by_connection[connection]  # type: ignore[index]  # only connections were passed
+                try:
+                    message = self.workers[device].receive()
+                except WorkerError as error:
+                    errors.append(error)
+                    pending.discard(device)
+                    deadline = min(deadline, time.monotonic() + SETTLE_S)
+                    continue
+                if message.kind == "result":
+                    results[device] = message.content
+                    pending.discard(device)
+                elif message.kind == "progress" and on_progress is not None:
+                    on_progress(device, message.content)
+            if errors and time.monotonic() > deadline:
+                break
+            if not errors:
+                self._check(pending, deadline, limit_s)
+        if errors:
+            raise next((error for error in errors if error.died), errors[0])
+        return {device: results[device] for device in calls}
+
+    def _check(self, pending: set[str], deadline: float, limit_s: float) -> None:
+        for device in sorted(pending):
+            self.workers[device].check_alive()
+        if pending and time.monotonic() > deadline:
+            raise WorkerError(
+                min(pending),
+                f"did not answer within {limit_s:.0f} s and was ended; is its device busy, or the model stuck?",
+            )

@@ -1,0 +1,203 @@
+"""The profile: what was measured, as frozen records and versioned JSON. Plain numbers: seconds and bytes."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from shardwright.errors import ShardwrightError
+from shardwright.files import Document, Record
+
+if TYPE_CHECKING:
+    import networkx
+    import pandas
+
+__all__ = ["Device", "Link", "Measurement", "Node", "Profile", "Tensor", "TensorSpec"]
+
+NodeKind = Literal["input", "parameter", "unit", "glue", "output"]
+
+
+class Device(Record):
+    """A place where units run: ``cuda:0``, or ``cpu:0`` = a worker process pinned to its own cores."""
+
+    name: str
+    kind: Literal["cpu", "cuda"]
+    description: str
+    memory_bytes: PositiveInt
+    """What a plan may use there by default."""
+    cores: tuple[int, ...] = ()
+    """CPU workers only: the cores that the worker is pinned to."""
+
+
+class Link(Record):
+    """An ordered pair of devices: a message of b bytes takes ``latency_s + b / bandwidth_bytes_per_s``."""
+
+    source: str
+    target: str
+    latency_s: NonNegativeFloat
+    bandwidth_bytes_per_s: PositiveFloat
+
+
+class TensorSpec(Record):
+    """Shape and dtype of one tensor among the model's inputs."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {'x'.join(map(str, self.shape)) or 'scalar'}"
+
+
+class Node(Record):
+    """One step of the captured forward: a unit call, a glue operation, a model input, a parameter, or the outputs.
+
+    Bytes that change with the micro-batch are given for each number of micro-batches that was profiled.
+    """
+
+    name: str
+    kind: NodeKind
+    type: str
+    """Class of the unit, or name of the glue function."""
+    unit: str = ""
+    """Units and parameters: the path in ``named_modules()`` or ``named_parameters()``."""
+    site: str = ""
+    """Glue: file and position of the call in the user's forward."""
+    inputs: tuple[str, ...] = ()
+    """Names of the tensors that it reads."""
+    param_bytes: NonNegativeInt = 0
+    buffer_bytes: NonNegativeInt = 0
+    grad_bytes: NonNegativeInt = 0
+    optimizer_bytes: NonNegativeInt = 0
+    output_bytes: dict[PositiveInt, NonNegativeInt] = Field(default_factory=dict)
+    saved_bytes: dict[PositiveInt, NonNegativeInt] = Field(default_factory=dict)
+    """Kept for backward, each storage counted once in the whole model, parameters excluded."""
+
+    @property
+    def static_bytes(self) -> int:
+        """Bytes that stay for the whole training: parameters, buffers, gradients, optimizer state."""
+        return self.param_bytes + self.buffer_bytes + self.grad_bytes + self.optimizer_bytes
+
+
+class Tensor(Record):
+    """One tensor that some node makes and others read."""
+
+    name: str
+    producer: str
+    requires_grad: bool
+    """A gradient of the same size flows back to the producer."""
+    bytes: dict[PositiveInt, NonNegativeInt]
+
+
+class Measurement(Record):
+    """Times of one node on one device, at the batch divided into ``microbatches``: medians and their spread.
+
+    A spread is the interquartile range of the repeats.
+    """
+
+    node: str
+    device: str
+    microbatches: PositiveInt
+    repeats: PositiveInt
+    forward_s: NonNegativeFloat
+    forward_spread_s: NonNegativeFloat
+    backward_s: NonNegativeFloat
+    backward_spread_s: NonNegativeFloat
+    update_s: NonNegativeFloat
+    """One optimizer step over the node's parameters (once a batch, whatever the number of micro-batches)."""
+
+
+class Profile(Document):
+    """Time and memory of every node of a model on every device, and the links between the devices."""
+
+    kind: ClassVar[str] = "shardwright.profile"
+    current_version: ClassVar[int] = 1
+
+    format: Literal["shardwright.profile"] = "shardwright.profile"
+    version: Literal[1] = 1
+    model: str
+    """The target that was profiled, or the class of the model."""
+    structure: str
+    """Digest of the units' names, classes, parameter shapes and dtypes: a plan is for models that share it."""
+    inputs: tuple[TensorSpec, ...]
+    batch: PositiveInt
+    train: bool
+    optimizer: str
+    torch_version: str
+    microbatches: tuple[PositiveInt, ...] = Field(min_length=1)
+    devices: tuple[Device, ...] = Field(min_length=1)
+    links: tuple[Link, ...]
+    nodes: tuple[Node, ...]
+    """In the order of the forward."""
+    tensors: tuple[Tensor, ...]
+    colocate: tuple[tuple[str, ...], ...] = ()
+    """Groups of nodes that must share a device (shared units, tied parameters, in-place changes)."""
+    measurements: tuple[Measurement, ...]
+
+    @model_validator(mode="after")
+    def _refers_to_itself(self) -> Self:
+        """Refuse a name that is used and not defined."""
+        nodes = {node.name for node in self.nodes}
+        tensors = {tensor.name for tensor in self.tensors}
+        devices = {device.name for device in self.devices}
+        for noun, used, defined in (
+            ("node", {tensor.producer for tensor in self.tensors}, nodes),
+            ("node", {name for group in self.colocate for name in group}, nodes),
+            ("node", {m.node for m in self.measurements}, nodes),
+            ("tensor", {name for node in self.nodes for name in node.inputs}, tensors),
+            ("device", {m.device for m in self.measurements}, devices),
+            ("device", {end for link in self.links for end in (link.source, link.target)}, devices),
+        ):
+            if used - defined:
+                raise ValueError(f"{noun} {min(used - defined)!r} is used but not listed")
+        return self
+
+    @cached_property
+    def _measured(self) -> dict[tuple[str, str, int], Measurement]:
+        return {(m.node, m.device, m.microbatches): m for m in self.measurements}
+
+    def measurement(self, node: str, device: str, microbatches: int) -> Measurement | None:
+        """The times of ``node`` on ``device``, or None for a node that takes none (an input, a parameter)."""
+        return self._measured.get((node, device, microbatches))
+
+    def step_s(self, device: str, microbatches: int = 1) -> float:
+        """Sum over all nodes of one step on ``device``: forward and backward of each micro-batch, one update."""
+        rows = [m for m in self.measurements if m.device == device and m.microbatches == microbatches]
+        if not rows:
+            known = ", ".join(d.name for d in self.devices)
+            raise ShardwrightError(
+                f"the profile has no times for {device} at {microbatches} micro-batches; it has devices {known} "
+                f"and micro-batches {', '.join(map(str, self.microbatches))}"
+            )
+        return sum(microbatches * (m.forward_s + m.backward_s) + m.update_s for m in rows)
+
+    def frame(self) -> pandas.DataFrame:
+        """One row for each measurement, with the node's kind, type and bytes beside its times."""
+        import pandas
+
+        nodes = {node.name: node for node in self.nodes}
+        rows = []
+        for m in self.measurements:
+            node = nodes[m.node]
+            rows.append(
+                {
+                    **m.model_dump(),
+                    "kind": node.kind,
+                    "type": node.type,
+                    "param_bytes": node.param_bytes,
+                    "buffer_bytes": node.buffer_bytes,
+                    "grad_bytes": node.grad_bytes,
+                    "optimizer_bytes": node.optimizer_bytes,
+                    "output_bytes": node.output_bytes.get(m.microbatches, 0),
+                    "saved_bytes": node.saved_bytes.get(m.microbatches, 0),
+                }
+            )
+        return pandas.DataFrame(rows)
+
+    def graph(self, microbatches: int = 1) -> networkx.DiGraph[str]:
+        """The cost graph at ``microbatches``; see :func:`shardwright.profiler.graph.cost_graph`."""
+        from shardwright.profiler.graph import cost_graph
+
+        return cost_graph(self, microbatches)

@@ -1,0 +1,249 @@
+"""The plan for a person: whether to shard and how, what each device gets, and how good that is provably."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.text import Text
+
+from shardwright.reports.layout import Column, Glyphs, bar, facts, listing, name_ranges, section, tables
+from shardwright.reports.quantities import count, number_of_bytes, percent, ratio, seconds, used_of
+from shardwright.sharder.planning.plan import Placement, Plan
+
+__all__ = ["WORTHWHILE", "PlanReport", "Verdict", "verdict"]
+
+WORTHWHILE = 1.03
+"""A predicted speedup below this is within the noise of the measurements, and not worth a pipeline."""
+
+
+class Verdict(NamedTuple):
+    """What to do, in a sentence or two."""
+
+    shard: bool
+    text: str
+
+
+def _joined(names: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def verdict(plan: Plan) -> Verdict:
+    """Whether to shard, over what, and what to expect of it."""
+    predicted = plan.predicted
+    step = seconds(predicted.step_s)
+    if len(plan.stages) == 1:
+        splits = [candidate for candidate in plan.candidates if candidate.stages > 1]
+        text = f"Do not shard this: keep it on {plan.devices[0]}, {step} a step."
+        if not splits:
+            return Verdict(False, f"{text} No split is better.")
+        best = min(splits, key=lambda candidate: candidate.step_s)
+        return Verdict(
+            False,
+            f"{text} The best split, over {best.stages} devices with {count(best.microbatches, 'micro-batch')}, "
+            f"would take {seconds(best.step_s)} ({ratio(predicted.step_s / best.step_s)}).",
+        )
+    split = f"over {_joined(plan.devices)} with {count(plan.microbatches, 'micro-batch')}"
+    if predicted.baseline_s is None or predicted.speedup is None:
+        return Verdict(
+            True,
+            f"Shard this {split}: no single device holds it, sharding is what makes it fit. Expect {step} a step.",
+        )
+    alone = f"{predicted.baseline_device} alone"
+    if predicted.baseline_microbatches > 1:
+        alone += f" (which needs {count(predicted.baseline_microbatches, 'micro-batch')} to fit)"
+    steps = f"{step} a step instead of {seconds(predicted.baseline_s)}"
+    if predicted.speedup < WORTHWHILE:
+        return Verdict(
+            False,
+            f"Do not shard this: {split} it runs at only {ratio(predicted.speedup)} the speed of {alone}, {steps}. "
+            f"Keep it on {predicted.baseline_device}.",
+        )
+    return Verdict(True, f"Shard this {split}: expect {ratio(predicted.speedup)} the speed of {alone}, {steps}.")
+
+
+class PlanReport:
+    """A plan as a rich renderable, from about 60 columns up."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """Verdict, stages, memory, certificate, candidates, placement."""
+        glyphs = Glyphs.of(options)
+        yield from self._verdict()
+        yield from self._stages(options, glyphs)
+        yield from self._memory(options, glyphs)
+        yield from self._certificate()
+        yield from self._candidates(options, glyphs)
+        yield from self._placement(glyphs)
+
+    def _verdict(self) -> Iterator[RenderableType]:
+        plan, (shard, text) = self.plan, verdict(self.plan)
+        work = f"training with {plan.optimizer}" if plan.train else "inference"
+        yield Text(text, style="bold green" if shard else "bold yellow")
+        yield Text(f"{plan.model}, {work}, batch {plan.batch}", style="dim")
+
+    def _names(self) -> Column:
+        return Column("stage", [f"{stage.index}  {stage.device}" for stage in self.plan.stages], "left")
+
+    def _stages(self, options: ConsoleOptions, glyphs: Glyphs) -> Iterator[RenderableType]:
+        """Compute and transfers of one micro-batch, and the load of one step, which is their sum over all of them."""
+        plan, stages = self.plan, self.plan.stages
+
+        def times(values: Sequence[float]) -> list[str]:
+            return [seconds(value) if value else glyphs.none for value in values]
+
+        # A transfer keeps both of its ends busy: each stage has those behind it and those before it.
+        behind = [stage.send_forward_s + stage.receive_backward_s for stage in stages]
+        transfers = [own + before for own, before in zip(behind, [0.0, *behind], strict=False)]
+        largest = max(stage.load_s for stage in stages) or 1.0
+        schedule = {"1f1b": "1F1B", "gpipe": "GPipe"}[plan.schedule]
+        note = "times of the whole batch; load of a step, with the optimizer's update" if plan.train else ""
+        if plan.microbatches > 1:
+            part = f"one micro-batch ({plan.batch / plan.microbatches:.3g} of {plan.batch} samples)"
+            note = f"compute and transfers of {part}; load of a whole step, {schedule}"
+        yield section("Stages", note)
+        yield from tables(
+            self._names(),
+            [
+                Column("units", [_first_of(stage.units, glyphs) for stage in stages], "left", drop=2),
+                Column("forward", times([stage.forward_s for stage in stages])),
+                *([Column("backward", times([stage.backward_s for stage in stages]))] if plan.train else []),
+                Column("transfers", times(transfers)),
+                *([Column("update", times([stage.update_s for stage in stages]), drop=3)] if plan.train else []),
+                Column("load", times([stage.load_s for stage in stages])),
+                Column("", [bar(s.load_s / largest, 12, glyphs) for s in stages], "left", "cyan", drop=1, tight=True),
+            ],
+            options=options,
+        )
+
+    def _memory(self, options: ConsoleOptions, glyphs: Glyphs) -> Iterator[RenderableType]:
+        stages = self.plan.stages
+        shares = [stage.memory_bytes / stage.memory_cap_bytes for stage in stages]
+        yield section("Memory", "predicted peak of each device, of its cap; in flight: micro-batches held at once")
+        yield from tables(
+            self._names(),
+            [
+                Column(
+                    "params",
+                    [number_of_bytes(stage.param_bytes) if stage.param_bytes else glyphs.none for stage in stages],
+                ),
+                Column("in flight", [str(stage.in_flight) for stage in stages]),
+                Column("memory", [used_of(stage.memory_bytes, stage.memory_cap_bytes) for stage in stages]),
+                Column("", [percent(100 * share) for share in shares], drop=1),
+                Column("", [bar(s, 12, glyphs, track=True) for s in shares], "left", "cyan", drop=2, tight=True),
+            ],
+            options=options,
+        )
+
+    def _certificate(self) -> Iterator[RenderableType]:
+        plan, certificate = self.plan, self.plan.certificate
+        heaviest = max(plan.stages, key=lambda stage: stage.load_s)
+        gap = percent(certificate.gap_percent)
+        if certificate.exact:
+            gap += ", exact: no split has a smaller largest load"
+        elif certificate.gap_percent < 0.05:
+            gap += ", it meets the bound"
+        else:
+            gap += " at most, not proven exact"
+        yield section("Certificate", f"at {count(plan.microbatches, 'micro-batch')}" if len(plan.stages) > 1 else "")
+        yield facts(
+            [
+                ("largest load", f"{seconds(certificate.value_s)} a step, stage {heaviest.index} on {heaviest.device}"),
+                ("lower bound", f"{seconds(certificate.bound_s)}, proven for every split"),
+                ("gap", gap),
+                ("what binds", certificate.binds),
+            ]
+        )
+
+    def _candidates(self, options: ConsoleOptions, glyphs: Glyphs) -> Iterator[RenderableType]:
+        """What was weighed: one device alone, and the best split at each number of micro-batches."""
+        plan, predicted = self.plan, self.plan.predicted
+        rows = []
+        if predicted.baseline_s is not None:
+            alone = not any(candidate.chosen for candidate in plan.candidates)
+            step = seconds(predicted.baseline_s)
+            rows.append(
+                (
+                    f"{predicted.baseline_device} alone",
+                    str(predicted.baseline_microbatches),
+                    "1",
+                    step,
+                    step,
+                    ratio(1),
+                    alone,
+                )
+            )
+        for c in plan.candidates:
+            speedup = glyphs.none if c.speedup is None else ratio(c.speedup)
+            name = "best split" if c.stages > 1 else "no split"
+            load, step = seconds(c.bottleneck_s), seconds(c.step_s)
+            rows.append((name, str(c.microbatches), str(c.stages), load, step, speedup, c.chosen))
+        if not rows:
+            return
+        names, microbatches, stages, loads, steps, speedups, chosen = zip(*rows, strict=True)
+        bubble = f"; bubble {percent(100 * predicted.bubble)}" if len(plan.stages) > 1 else ""
+        yield section("Predicted", f"a step is the largest load, and filling and draining the pipeline{bubble}")
+        yield from tables(
+            Column("candidate", names, "left"),
+            [
+                Column("micro-batches", microbatches),
+                Column("stages", stages, drop=1),
+                Column("largest load", loads, drop=2),
+                Column("step", steps),
+                Column("speedup", speedups),
+                Column("", [f"{glyphs.chosen} chosen" if it else "" for it in chosen], "left", tight=True),
+            ],
+            options=options,
+            row_styles=["bold" if it else "" for it in chosen],
+        )
+
+    def _placement(self, glyphs: Glyphs) -> Iterator[RenderableType]:
+        """Every unit under its container and device, then the glue."""
+        rows = [
+            (container or "(model)", device, name_ranges(names, glyphs.dots))
+            for (container, device), names in _by_container(self.plan.nodes).items()
+        ]
+        glue: dict[str, list[str]] = {}
+        for node in self.plan.nodes:
+            if node.kind == "glue":
+                glue.setdefault(node.device, []).append(node.node)
+        rows += [("glue", device, name_ranges(names, glyphs.dots)) for device, names in glue.items()]
+        yield section("Placement")
+        yield listing(("container", "device", "units"), rows)
+
+
+def _first_of(units: Sequence[str], glyphs: Glyphs) -> str:
+    """The first of a stage's units, and how many they are."""
+    if len(units) == 1:
+        return units[0]
+    return f"{units[0]} {glyphs.dots} ({count(len(units), 'unit')})" if units else glyphs.none
+
+
+def _by_container(nodes: Sequence[Placement]) -> dict[tuple[str, str], list[str]]:
+    """(container, device) -> the names of its children there, in the order of the forward.
+
+    A numbered child that lies on one device whole, such as ``layers.0`` with its own units, is named as one.
+    """
+    devices: dict[str, set[str]] = {}
+    units = {node.unit: node.device for node in nodes if node.kind == "unit"}
+    for unit, device in units.items():
+        parts = unit.split(".")
+        for end in range(1, len(parts) + 1):
+            devices.setdefault(".".join(parts[:end]), set()).add(device)
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for unit, device in units.items():
+        parts = unit.split(".")
+        whole = (
+            end
+            for end in range(1, len(parts))
+            if parts[end - 1].isdecimal() and len(devices[".".join(parts[:end])]) == 1
+        )
+        end = next(whole, len(parts))
+        found.setdefault((".".join(parts[: end - 1]), device), {})[parts[end - 1]] = None
+    # A container's rows stand together, where it first occurs.
+    containers = list(dict.fromkeys(container for container, _ in found))
+    return {key: list(found[key]) for key in sorted(found, key=lambda key: containers.index(key[0]))}

@@ -1,0 +1,205 @@
+"""The profile for a person: what each unit costs on each device, and how that changes with the micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.text import Text
+
+from shardwright.profiler.profile import Device, Measurement, Node, Profile
+from shardwright.reports.layout import Column, Glyphs, bar, facts, indented, name_ranges, section, tables
+from shardwright.reports.quantities import bandwidth, count, number_of_bytes, percent, seconds, share, spread
+
+__all__ = ["ProfileReport"]
+
+SMALLEST_GLUE = 0.001
+"""Glue below this share of the step is summed up in one row."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A line of the table of units: one node, or several that are summed."""
+
+    label: str
+    type: str
+    nodes: tuple[Node, ...]
+    style: str = ""
+
+    def memory(self, quantity: str, microbatches: int) -> int:
+        """Bytes of ``quantity``, a field of :class:`Node`."""
+        values = [getattr(node, quantity) for node in self.nodes]
+        return sum(value.get(microbatches, 0) if isinstance(value, dict) else value for value in values)
+
+
+class ProfileReport:
+    """A profile as a rich renderable, from about 60 columns up."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.microbatches = min(profile.microbatches)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """Header, units, totals, steps, links."""
+        glyphs = Glyphs.of(options)
+        yield from self._header(glyphs)
+        yield from self._units(options, glyphs)
+        yield from self._memory()
+        yield from self._steps(options, glyphs)
+        yield from self._links(options, glyphs)
+
+    def _header(self, glyphs: Glyphs) -> Iterator[RenderableType]:
+        profile = self.profile
+        work = f"training with {profile.optimizer}" if profile.train else "inference"
+        inputs = [str(spec) if len(profile.inputs) == 1 else f"{spec.name} {spec}" for spec in profile.inputs]
+        yield Text(profile.model, style="bold")
+        yield facts(
+            [
+                ("step", f"{work}, batch {profile.batch}, torch {profile.torch_version}"),
+                ("inputs", ", ".join(inputs)),
+                *((device.name, _describe(device, glyphs)) for device in profile.devices),
+            ]
+        )
+
+    def _times(self, row: _Row, device: str) -> list[Measurement]:
+        found = (self.profile.measurement(node.name, device, self.microbatches) for node in row.nodes)
+        return [measurement for measurement in found if measurement is not None]
+
+    def _compute_s(self, row: _Row, device: str) -> float:
+        return sum(m.forward_s + m.backward_s for m in self._times(row, device))
+
+    def _rows(self) -> list[_Row]:
+        """Units, parameters and glue in the order of the forward, the small glue in one row, and the total."""
+        everything = _Row("total", "", self.profile.nodes, "bold")
+        wholes = {device.name: self._compute_s(everything, device.name) for device in self.profile.devices}
+        calls: dict[str, int] = {}
+        rows, small = [], []
+        for node in self.profile.nodes:
+            if node.kind == "unit":
+                calls[node.unit] = calls.get(node.unit, 0) + 1
+                again = f" (call {calls[node.unit]})" if calls[node.unit] > 1 else ""
+                rows.append(_Row(node.unit + again, node.type, (node,)))
+            elif node.kind == "parameter" and node.static_bytes:
+                rows.append(_Row(node.unit, "parameter", (node,)))
+            elif node.kind == "glue":
+                glue = _Row(f"glue: {node.name}", node.type, (node,), "dim")
+                shares = [self._compute_s(glue, device) / whole for device, whole in wholes.items() if whole]
+                if max(shares, default=0.0) >= SMALLEST_GLUE:
+                    rows.append(glue)
+                else:
+                    small.append(node)
+        if small:
+            rows.append(_Row(f"glue: {count(len(small), 'small call')}", "", tuple(small), "dim"))
+        return [*rows, everything]
+
+    def _units(self, options: ConsoleOptions, glyphs: Glyphs) -> Iterator[RenderableType]:
+        rows = self._rows()
+        first = self.profile.devices[0].name
+        whole = self._compute_s(rows[-1], first)
+        shares = [self._compute_s(row, first) / whole if whole else 0.0 for row in rows[:-1]]
+        largest = max(shares, default=0.0) or 1.0
+
+        def memory(quantity: str) -> list[str]:
+            return [
+                number_of_bytes(size) if (size := row.memory(quantity, self.microbatches)) else glyphs.none
+                for row in rows
+            ]
+
+        columns = [
+            Column("type", [row.type for row in rows], "left", drop=3),
+            Column("params", memory("param_bytes")),
+            *([Column("saved", memory("saved_bytes"))] if self.profile.train else []),
+            Column("output", memory("output_bytes"), drop=1),
+            Column("share", [*(share(part) for part in shares), ""], drop=4),
+            Column("", [*(bar(part / largest, 6, glyphs) for part in shares), ""], "left", "cyan", drop=5, tight=True),
+        ]
+        batch = "the whole batch" if self.microbatches == 1 else f"one of {count(self.microbatches, 'micro-batch')}"
+        yield section("Units", f"{batch}; times are medians")
+        yield from tables(
+            Column("unit", [row.label for row in rows], "left"),
+            columns,
+            [self._device_columns(rows, device.name, glyphs) for device in self.profile.devices],
+            options=options,
+            row_styles=[row.style for row in rows],
+            totals=True,
+            legend={
+                "share": f"of the time on {first}",
+                glyphs.plus_minus: "half the interquartile range of the repeats, in percent of the median",
+            },
+        )
+
+    def _device_columns(self, rows: Sequence[_Row], device: str, glyphs: Glyphs) -> list[Column]:
+        """Forward and backward on ``device``, and their spread; the total has none, as spreads do not add up."""
+        directions = ["forward", "backward"] if self.profile.train else ["forward"]
+        times = [self._times(row, device) for row in rows]
+        columns: list[Column] = []
+        for direction in directions:
+            medians = [seconds(sum(getattr(m, f"{direction}_s") for m in row)) if row else glyphs.none for row in times]
+            columns.append(Column(f"{'' if columns else device}\n{direction}", medians))
+        spreads = []
+        for row in times[:-1]:
+            deviation = sum(m.forward_spread_s + m.backward_spread_s for m in row)
+            median = sum(m.forward_s + m.backward_s for m in row)
+            spreads.append(f"{glyphs.plus_minus}{spread(deviation, median)}" if median else "")
+        return [*columns, Column(f"\n{glyphs.plus_minus}", [*spreads, ""], "right", "dim", drop=2, tight=True)]
+
+    def _memory(self) -> Iterator[RenderableType]:
+        """What the model holds on one device, in one line."""
+        whole = _Row("", "", self.profile.nodes)
+        parts = [("param_bytes", "parameters"), ("buffer_bytes", "buffers")]
+        if self.profile.train:
+            parts += [("grad_bytes", "gradients"), ("optimizer_bytes", "optimizer state")]
+            parts += [("saved_bytes", "saved for backward")]
+        sizes = [(whole.memory(quantity, self.microbatches), name) for quantity, name in parts]
+        parts_text = " + ".join(f"{name} {number_of_bytes(size)}" for size, name in sizes if size)
+        yield section("Memory", "of a step on one device, temporaries apart")
+        whole_text = Text(number_of_bytes(sum(size for size, _ in sizes)), style="bold")
+        yield indented(Text.assemble(whole_text, f" = {parts_text}" if parts_text else ""))
+
+    def _steps(self, options: ConsoleOptions, glyphs: Glyphs) -> Iterator[RenderableType]:
+        """The step on each device at each number of micro-batches, against the smallest number."""
+        profile = self.profile
+        counts = sorted(profile.microbatches)
+        measured = {(m.device, m.microbatches) for m in profile.measurements}
+        groups = []
+        for device in profile.devices:
+            steps = [profile.step_s(device.name, c) if (device.name, c) in measured else None for c in counts]
+            reference = steps[0]
+            changes = [
+                percent(100 * (step / reference - 1), signed=True) if step and reference else "" for step in steps
+            ]
+            groups.append(
+                [
+                    Column(device.name, [glyphs.none if step is None else seconds(step) for step in steps]),
+                    Column("", ["", *changes[1:]], "right", "dim", drop=1, tight=True),
+                ]
+            )
+        update = "forward, backward and optimizer step" if profile.train else "forward"
+        yield section("One device alone", f"the whole batch in micro-batches: {update}")
+        yield from tables(
+            Column("micro-batches", [str(c) for c in counts], "right"),
+            [Column("samples each", [f"{profile.batch / c:.3g}" for c in counts])],
+            groups,
+            options=options,
+        )
+
+    def _links(self, options: ConsoleOptions, glyphs: Glyphs) -> Iterator[RenderableType]:
+        links = self.profile.links
+        if not links:
+            return
+        yield section("Links")
+        yield from tables(
+            Column("link", [f"{link.source} {glyphs.arrow} {link.target}" for link in links], "left"),
+            [
+                Column("latency", [seconds(link.latency_s) for link in links]),
+                Column("bandwidth", [bandwidth(link.bandwidth_bytes_per_s) for link in links]),
+            ],
+            options=options,
+        )
+
+
+def _describe(device: Device, glyphs: Glyphs) -> str:
+    """What the device is, its cores and its memory."""
+    cores = [f"{'cores' if len(device.cores) > 1 else 'core'} {name_ranges([*map(str, device.cores)], glyphs.dots)}"]
+    return ", ".join([device.description, *(cores if device.cores else []), number_of_bytes(device.memory_bytes)])

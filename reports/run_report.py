@@ -1,0 +1,106 @@
+"""A run for a person: are the results equal, how long was a step, and was the prediction right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.text import Text
+
+from shardwright.reports.layout import Column, Glyphs, section, tables
+from shardwright.reports.quantities import count, percent, ratio, seconds, spread
+from shardwright.sharder.runtime.record import Run, Timed
+
+__all__ = ["RunReport", "conclusion", "equality"]
+
+
+def equality(run: Run) -> tuple[bool, str]:
+    """Whether the sharded model computes what the unsharded one does, in a sentence."""
+    found = run.equality
+    what = count(found.tensors, "output and gradient" if run.train else "output")
+    what = what.replace("output and gradients", "outputs and gradients")
+    largest = _tiny(found.outputs)
+    if run.train:
+        largest = f"outputs {largest}, gradients {_tiny(found.gradients)}"
+    differences = f"largest relative difference: {largest}; tolerance {_tiny(found.tolerance)}"
+    equal = max(found.outputs, found.gradients) <= found.tolerance
+    if equal:
+        return True, f"Equal to the unsharded model: {what} ({differences})."
+    return False, f"NOT equal to the unsharded model: {what} compared ({differences})."
+
+
+def _tiny(value: float) -> str:
+    """A relative difference: ``0``, ``3.1e-07``, ``1e-05``."""
+    return f"{value:.2g}"
+
+
+def conclusion(run: Run) -> str:
+    """What was gained, what was promised, and how far apart they are."""
+    if run.baseline is None or run.speedup is None:
+        step = f"Measured {seconds(run.sharded.measured_s)} a step"
+        if run.sharded.predicted_s is not None and run.sharded.error_percent is not None:
+            step += (
+                f"; predicted {seconds(run.sharded.predicted_s)} ({percent(run.sharded.error_percent, signed=True)})"
+            )
+        return f"{step}. No single device holds the model, so there is no speedup to state."
+    slower = run.speedup < 1
+    text = f"measured {ratio(run.speedup)} {'the speed of' if slower else 'over'} {run.baseline_device} alone"
+    if run.predicted_speedup is not None:
+        error = 100 * (run.predicted_speedup / run.speedup - 1)
+        text += f"; predicted {ratio(run.predicted_speedup)} ({percent(error, signed=True)})"
+    if slower:
+        return f"Slower than one device: {text}."
+    return f"{text[0].upper()}{text[1:]}."
+
+
+class RunReport:
+    """A run as a rich renderable, from about 60 columns up."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """Equality, the table of steps, the conclusion."""
+        run, glyphs = self.run, Glyphs.of(options)
+        equal, text = equality(run)
+        yield Text(text, style="green" if equal else "bold red")
+        schedule = {"1f1b": "1F1B", "gpipe": "GPipe"}.get(run.schedule, run.schedule)
+        how = f"{schedule}, {count(run.microbatches, 'micro-batch')}" if len(run.devices) > 1 else "one stage"
+        note = f"{how}, batch {run.batch}; median of {count(run.steps, 'step')} of each, in turn"
+        yield section("Run", note)
+        yield from self._steps(options, glyphs)
+        slower = run.speedup is not None and run.speedup < 1
+        yield Text(f"\n{conclusion(run)}", style="bold yellow" if slower else "bold")
+
+    def _steps(self, options: ConsoleOptions, glyphs: Glyphs) -> Iterator[RenderableType]:
+        run = self.run
+
+        def row(name: str, timed: Timed) -> tuple[str, str, str, str, str]:
+            predicted, error = glyphs.none, ""
+            if timed.predicted_s is not None and timed.error_percent is not None:
+                predicted, error = seconds(timed.predicted_s), percent(timed.error_percent, signed=True)
+            deviation = f"{glyphs.plus_minus}{spread(timed.spread_s, timed.measured_s)}" if timed.measured_s else ""
+            return name, seconds(timed.measured_s), deviation, predicted, error
+
+        rows = [row(f"step on {', '.join(run.devices)}", run.sharded)]
+        if run.baseline is not None:
+            rows.insert(0, row(f"step on {run.baseline_device} alone", run.baseline))
+        if run.speedup is not None:
+            predicted, error = glyphs.none, ""
+            if run.predicted_speedup is not None:
+                predicted = ratio(run.predicted_speedup)
+                error = percent(100 * (run.predicted_speedup / run.speedup - 1), signed=True)
+            rows.append(("speedup", ratio(run.speedup), "", predicted, error))
+        names, measured, spreads, predictions, errors = zip(*rows, strict=True)
+        yield from tables(
+            Column("", names, "left"),
+            [
+                Column("predicted", predictions),
+                Column("measured", measured),
+                Column(glyphs.plus_minus, spreads, "right", "dim", tight=True),
+                Column("prediction off by", errors),
+            ],
+            options=options,
+            totals=run.speedup is not None,
+            legend={glyphs.plus_minus: "half the interquartile range, in percent of the median"},
+        )

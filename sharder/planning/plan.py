@@ -1,0 +1,120 @@
+"""The plan: which node runs where, what that is predicted to cost, and the proof. Frozen records, versioned JSON."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from shardwright.files import Document, Record
+from shardwright.profiler.profile import NodeKind, TensorSpec
+
+__all__ = ["Candidate", "Certificate", "Placement", "Plan", "Prediction", "Stage"]
+
+
+class Placement(Record):
+    """Where one node of the captured forward runs."""
+
+    node: str
+    kind: NodeKind
+    type: str
+    unit: str
+    site: str
+    device: str
+    stage: NonNegativeInt
+    inputs: tuple[str, ...]
+    """The nodes that it reads from."""
+
+
+class Stage(Record):
+    """One device's share. Times are of one micro-batch, except ``update_s`` and ``load_s``, which are of one step."""
+
+    index: NonNegativeInt
+    device: str
+    units: tuple[str, ...]
+    forward_s: NonNegativeFloat
+    backward_s: NonNegativeFloat
+    update_s: NonNegativeFloat
+    send_forward_s: NonNegativeFloat
+    """Activations to the next stage; 0 for the last."""
+    receive_backward_s: NonNegativeFloat
+    """Gradients from the next stage; 0 for the last."""
+    load_s: NonNegativeFloat
+    """Seconds of a step in which the device computes or transfers."""
+    param_bytes: NonNegativeInt
+    memory_bytes: NonNegativeInt
+    memory_cap_bytes: PositiveInt
+    in_flight: PositiveInt
+    """Micro-batches whose saved tensors are held at once."""
+
+
+class Certificate(Record):
+    """How good the plan is, and how that is known. ``value_s`` is the largest load of a stage in one step."""
+
+    value_s: NonNegativeFloat
+    bound_s: NonNegativeFloat
+    """No plan for this profile at this number of micro-batches has a smaller largest load."""
+    gap_percent: NonNegativeFloat
+    exact: bool
+    binds: str
+    """What stands in the way of a smaller value."""
+
+
+class Prediction(Record):
+    """What a step is expected to take, sharded and on one device."""
+
+    step_s: NonNegativeFloat
+    bubble: float
+    """Share of all devices' time in which they wait."""
+    baseline_device: str | None
+    """The one device that is fastest alone; None when the model fits on none."""
+    baseline_microbatches: PositiveInt
+    baseline_s: NonNegativeFloat | None
+    speedup: NonNegativeFloat | None
+
+
+class Candidate(Record):
+    """A number of micro-batches that was considered."""
+
+    microbatches: PositiveInt
+    stages: PositiveInt
+    bottleneck_s: NonNegativeFloat
+    gap_percent: NonNegativeFloat
+    step_s: NonNegativeFloat
+    speedup: NonNegativeFloat | None
+    chosen: bool
+
+
+class Plan(Document):
+    """Who goes where, and why."""
+
+    kind: ClassVar[str] = "shardwright.plan"
+    current_version: ClassVar[int] = 1
+
+    format: Literal["shardwright.plan"] = "shardwright.plan"
+    version: Literal[1] = 1
+    model: str
+    structure: str
+    inputs: tuple[TensorSpec, ...]
+    batch: PositiveInt
+    train: bool
+    optimizer: str
+    objective: Literal["throughput"]
+    transfers: Literal["relayed"]
+    """Tensors pass from neighbour to neighbour, as the pipeline engine sends them."""
+    schedule: Literal["1f1b", "gpipe"]
+    microbatches: PositiveInt
+    stages: tuple[Stage, ...]
+    nodes: tuple[Placement, ...]
+    certificate: Certificate
+    predicted: Prediction
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices used, in the order of the stages."""
+        return tuple(stage.device for stage in self.stages)
+
+    def placement(self) -> dict[str, str]:
+        """Unit path -> device."""
+        return {node.unit: node.device for node in self.nodes if node.kind == "unit"}

@@ -1,0 +1,344 @@
+"""From a profile to the plan: split at each number of micro-batches, simulate each, choose, certify."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from shardwright.errors import ShardwrightError
+from shardwright.profiler.graph import cost_graph
+from shardwright.profiler.profile import Profile
+from shardwright.sharder.planning.partition import Partition, partition, simple_bound_s, stage_loads
+from shardwright.sharder.planning.plan import Candidate, Certificate, Placement, Plan, Prediction, Stage
+from shardwright.sharder.planning.problem import Block, Problem, Schedule, bits, in_flight, problem_from_graph
+from shardwright.sharder.planning.schedule import StageCost, Timeline, simulate
+
+__all__ = ["plan"]
+
+EQUAL_DEVICES = 0.05
+"""One device counts as faster than an earlier one from this difference on: below it, it is noise."""
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A split at one number of micro-batches, priced."""
+
+    problem: Problem
+    split: Partition
+    loads: list[float]
+    costs: tuple[StageCost, ...]
+    timeline: Timeline
+
+
+def plan(
+    profile: Profile,
+    *,
+    objective: Literal["throughput"] = "throughput",
+    microbatches: int | Literal["auto"] = "auto",
+    memory: Mapping[str, str | int] | None = None,
+    pins: Mapping[str, str] | None = None,
+    devices: Iterable[str] | None = None,
+    time_limit_s: float = 30.0,
+) -> Plan:
+    """Split the profiled model over its devices.
+
+    At each number of micro-batches the split with the smallest largest load is found and proven; the pipeline's step
+    is then simulated, and the number with the shortest step is chosen. With ``"auto"``, one device alone is chosen
+    when no split is faster.
+
+    Args:
+        profile: times and sizes, as measured or loaded.
+        objective: ``"throughput"``, the steady state of a pipeline.
+        microbatches: one of the profiled numbers, or ``"auto"``.
+        memory: caps by device, in bytes or as text (``"10GiB"``), that replace the devices' own.
+        pins: unit name or pattern -> device.
+        devices: which devices to use; all that were profiled by default.
+        time_limit_s: seconds for the whole search; after it, the best so far with an honest gap.
+
+    Raises:
+        ShardwrightError: nothing fits the memory, or an argument names what the profile does not have.
+    """
+    if objective != "throughput":
+        raise ShardwrightError(f"objective {objective!r} is not known; the planner has: throughput")
+    names = tuple(devices) if devices is not None else None
+    deadline_s = time.monotonic() + time_limit_s
+
+    def problem_at(count: int) -> Problem:
+        schedule: Schedule = "1f1b" if profile.train else "gpipe"
+        graph = cost_graph(profile, count)
+        return problem_from_graph(graph, devices=names, memory=memory, pins=pins, schedule=schedule)
+
+    problems = [problem_at(count) for count in (profile.microbatches if microbatches == "auto" else (microbatches,))]
+    options: list[_Option] = []
+    unfinished: ShardwrightError | None = None
+    for position, problem in enumerate(problems):
+        share_s = max(0.0, deadline_s - time.monotonic()) / (len(problems) - position)
+        try:
+            option = _solve(problem, train=profile.train, time_limit_s=share_s)
+        except ShardwrightError as error:
+            unfinished = error
+            continue
+        if option is not None:
+            options.append(option)
+    if not options:
+        raise unfinished or ShardwrightError(_why_nothing_fits(problems, deadline_s))
+
+    by_count = {problem.microbatches: problem for problem in problems}
+    every = (by_count.get(count) or problem_at(count) for count in sorted(profile.microbatches))
+    baseline = _baseline(every, train=profile.train)
+    best = min(options, key=lambda option: option.timeline.step_s)
+    chosen = best
+    if microbatches == "auto" and baseline is not None and not pins and baseline.timeline.step_s < best.timeline.step_s:
+        chosen = baseline
+    return _write(profile, chosen, options, baseline, deadline_s)
+
+
+def _solve(problem: Problem, *, train: bool, time_limit_s: float) -> _Option | None:
+    """The best split of ``problem``, under GPipe if 1F1B leaves too few stages to fit; None when nothing fits."""
+    attempts = [problem]
+    if problem.most_stages < len(problem.devices):
+        attempts.append(dataclasses.replace(problem, schedule="gpipe"))
+    unfinished: ShardwrightError | None = None
+    for attempt in attempts:
+        try:
+            split = partition(attempt, time_limit_s=time_limit_s / len(attempts))
+        except ShardwrightError as error:
+            unfinished = error
+            continue
+        if split is not None:
+            return _price(attempt, split, train=train)
+    if unfinished is not None:
+        raise unfinished
+    return None
+
+
+def _price(problem: Problem, split: Partition, *, train: bool) -> _Option:
+    """Loads, costs of each stage, and the simulated step."""
+    loads = stage_loads(problem, split.stages)
+    assert loads is not None, "a split that was found is feasible"
+    costs = []
+    closed = 0
+    for position, (device, members) in enumerate(split.stages):
+        blocks = [problem.blocks[v] for v in bits(members)]
+        closed |= members
+        send, receive = 0.0, 0.0
+        if position + 1 < len(split.stages):
+            send, receive = problem.transfer_s(problem.crossing(closed), device, split.stages[position + 1][0])
+        costs.append(
+            StageCost(
+                forward_s=sum(b.forward_s[device] for b in blocks),
+                backward_s=sum(b.backward_s[device] for b in blocks),
+                update_s=sum(b.update_s[device] for b in blocks),
+                send_forward_s=send,
+                receive_backward_s=receive,
+            )
+        )
+    timeline = simulate(costs, problem.microbatches, schedule=problem.schedule, train=train)
+    return _Option(problem, split, loads, tuple(costs), timeline)
+
+
+def _baseline(problems: Iterable[Problem], *, train: bool) -> _Option | None:
+    """One device alone: the fastest that holds the model, in the first of ``problems`` in which one does."""
+    for problem in problems:
+        best: _Option | None = None
+        for device in range(len(problem.devices)):
+            alone = problem.alone(device)
+            whole = ((0, (1 << len(alone.blocks)) - 1),)
+            loads = stage_loads(alone, whole)
+            if loads is None:
+                continue
+            option = _price(alone, Partition(whole, loads[0], loads[0], exact=True), train=train)
+            if best is None or option.timeline.step_s < (1 - EQUAL_DEVICES) * best.timeline.step_s:
+                best = option
+        if best is not None:
+            return best
+    return None
+
+
+def _write(
+    profile: Profile, chosen: _Option, options: list[_Option], baseline: _Option | None, deadline_s: float
+) -> Plan:
+    """The records of the chosen option."""
+    problem, split = chosen.problem, chosen.split
+    stage_of: dict[str, int] = {}
+    stages = []
+    closed = 0
+    nodes = {node.name: node for node in profile.nodes}
+    for index, (device, members) in enumerate(split.stages):
+        after = len(split.stages) - 1 - index
+        names = {n for v in bits(members) for n in problem.blocks[v].nodes}
+        stage_of |= dict.fromkeys(names, index)
+        stages.append(
+            Stage(
+                index=index,
+                device=problem.devices[device],
+                units=tuple(
+                    dict.fromkeys(node.unit for node in profile.nodes if node.kind == "unit" and node.name in names)
+                ),
+                **dataclasses.asdict(chosen.costs[index]),
+                load_s=chosen.loads[index],
+                param_bytes=sum(nodes[n].param_bytes for n in names),
+                memory_bytes=problem.memory_bytes(members, problem.crossing(closed), after),
+                memory_cap_bytes=problem.caps[device],
+                in_flight=in_flight(problem.schedule, problem.microbatches, after) if profile.train else 1,
+            )
+        )
+        closed |= members
+    producer = {tensor.name: tensor.producer for tensor in profile.tensors}
+    baseline_s = baseline.timeline.step_s if baseline else None
+    return Plan(
+        model=profile.model,
+        structure=profile.structure,
+        inputs=profile.inputs,
+        batch=profile.batch,
+        train=profile.train,
+        optimizer=profile.optimizer,
+        objective="throughput",
+        transfers="relayed",
+        schedule=problem.schedule,
+        microbatches=problem.microbatches,
+        stages=tuple(stages),
+        nodes=tuple(
+            Placement(
+                node=node.name,
+                kind=node.kind,
+                type=node.type,
+                unit=node.unit,
+                site=node.site,
+                device=stages[stage_of[node.name]].device,
+                stage=stage_of[node.name],
+                inputs=tuple(dict.fromkeys(producer[tensor] for tensor in node.inputs)),
+            )
+            for node in profile.nodes
+        ),
+        certificate=_certify(chosen, options, baseline, deadline_s),
+        predicted=Prediction(
+            step_s=chosen.timeline.step_s,
+            bubble=max(0.0, chosen.timeline.bubble),
+            baseline_device=baseline.problem.devices[0] if baseline else None,
+            baseline_microbatches=baseline.problem.microbatches if baseline else 1,
+            baseline_s=baseline_s,
+            speedup=_speedup(baseline_s, chosen.timeline.step_s),
+        ),
+        candidates=tuple(
+            Candidate(
+                microbatches=option.problem.microbatches,
+                stages=len(option.split.stages),
+                bottleneck_s=option.split.value_s,
+                gap_percent=_gap_percent(option.split.value_s, option.split.bound_s),
+                step_s=option.timeline.step_s,
+                speedup=_speedup(baseline_s, option.timeline.step_s),
+                chosen=option is chosen,
+            )
+            for option in options
+        ),
+    )
+
+
+def _gap_percent(value: float, bound: float) -> float:
+    return max(0.0, 100.0 * (value / bound - 1.0)) if bound else 0.0
+
+
+def _speedup(baseline_s: float | None, step_s: float) -> float | None:
+    return None if baseline_s is None else baseline_s / step_s if step_s else 1.0
+
+
+def _certify(chosen: _Option, options: list[_Option], baseline: _Option | None, deadline_s: float) -> Certificate:
+    """Value, bound, gap and what binds."""
+    split = chosen.split
+    if chosen is baseline:
+        # The bound is over the splits as well: one device was preferred to them for its step, not for its load.
+        same = [option for option in options if option.problem.microbatches == chosen.problem.microbatches]
+        bound_s = min([split.value_s, *(option.split.bound_s for option in same)]) if same else 0.0
+        fastest_s = min(option.timeline.step_s for option in options)
+        return Certificate(
+            value_s=split.value_s,
+            bound_s=bound_s,
+            gap_percent=_gap_percent(split.value_s, bound_s),
+            exact=bound_s == split.value_s,
+            binds=f"filling and draining: a step of the best split takes {fastest_s / split.value_s:.2f}x this",
+        )
+    return Certificate(
+        value_s=split.value_s,
+        bound_s=split.bound_s,
+        gap_percent=_gap_percent(split.value_s, split.bound_s),
+        exact=split.exact,
+        binds=_what_binds(chosen, deadline_s),
+    )
+
+
+def _what_binds(chosen: _Option, deadline_s: float) -> str:
+    """The part of the largest load, or the cap, that keeps it from being smaller."""
+    problem, split, loads = chosen.problem, chosen.split, chosen.loads
+    whole = problem.memory_bytes((1 << len(problem.blocks)) - 1, (), len(problem.devices) - 1)
+    if whole > min(problem.caps):
+        uncapped = dataclasses.replace(problem, caps=(whole * len(problem.devices),) * len(problem.devices))
+        free = partition(uncapped, time_limit_s=max(0.0, min(5.0, deadline_s - time.monotonic())))
+        if free is not None and free.exact and free.value_s < 0.999 * split.value_s:
+            return f"the memory caps: without them the largest load would be {free.value_s / split.value_s:.0%} of this"
+    index = max(range(len(loads)), key=loads.__getitem__)
+    if not loads[index]:
+        return "nothing: no unit takes time"
+    device, members = split.stages[index]
+    stage = f"stage {index} on {problem.devices[device]}"
+    compute = {v: problem.work_s(v, device) for v in bits(members)}
+    transfers = 1 - sum(compute.values()) / loads[index]
+    if transfers > 0.5:
+        return f"the links of {stage}: transfers are {transfers:.0%} of its load"
+    largest = max(compute, key=compute.__getitem__)
+    block = problem.blocks[largest]
+    share = compute[largest] / loads[index]
+    name = _name(block)
+    if share > 0.9 * (1 - transfers):
+        return f"{name}, which is {stage} alone and cannot be split"
+    if split.value_s <= 1.02 * simple_bound_s(problem):
+        return f"the work itself: {stage} holds an even share of it"
+    return f"the grain of the units: {stage} cannot be evened out, its largest is {name} with {share:.0%}"
+
+
+def _name(block: Block) -> str:
+    """A block in words: its first unit, and how many nodes stay with it."""
+    first = block.units[0] if block.units else block.nodes[0]
+    return first if len(block.nodes) == 1 else f"{first} and {len(block.nodes) - 1} nodes that stay with it"
+
+
+def _size(count: int) -> str:
+    """Bytes in words, for an error."""
+    unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if count >= u), (1, "B"))
+    return f"{count / unit:.4g} {name}"
+
+
+def _why_nothing_fits(problems: list[Problem], deadline_s: float) -> str:
+    """Which block or whole exceeds the memory, at the smallest micro-batch, or that the pins leave nothing."""
+    problem = max(problems, key=lambda p: p.microbatches)
+    for v, block in enumerate(problem.blocks):
+        need = problem.memory_bytes(1 << v, (), 0)
+        room, device = max((problem.caps[d], name) for d, name in enumerate(problem.devices) if block.allowed[d])
+        if need > room:
+            which = "the roomiest device" if all(block.allowed) else "where it is pinned"
+            return (
+                f"{_name(block)} needs {_size(need)} at {problem.microbatches} micro-batches; {device}, {which}, has "
+                f"{_size(room)}: profile more micro-batches, or use a larger device"
+            )
+    if not all(all(block.allowed) for block in problem.blocks):
+        everywhere = (True,) * len(problem.devices)
+        blocks = tuple(dataclasses.replace(block, allowed=everywhere) for block in problem.blocks)
+        unpinned = dataclasses.replace(problem, blocks=blocks)
+        with contextlib.suppress(ShardwrightError):
+            if partition(unpinned, time_limit_s=max(0.0, min(5.0, deadline_s - time.monotonic()))) is not None:
+                return (
+                    "no split obeys the pins, though one without them fits: each device takes one piece of the "
+                    "forward, in its order; pin neighbours alike, or remove a pin"
+                )
+    static = sum(block.static_bytes for block in problem.blocks)
+    whole = problem.memory_bytes((1 << len(problem.blocks)) - 1, (), 0)
+    caps = ", ".join(f"{device} {_size(cap)}" for device, cap in zip(problem.devices, problem.caps, strict=True))
+    return (
+        f"no split fits: at {problem.microbatches} micro-batches the model needs {_size(whole)} in one piece "
+        f"({_size(static)} of it weights, gradients and optimizer state); the devices have {caps}: add a device, raise "
+        "--memory, or profile more micro-batches"
+    )

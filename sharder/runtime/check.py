@@ -1,0 +1,54 @@
+"""Whether a plan is for this model and these inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from shardwright.errors import ShardwrightError
+from shardwright.profiler.inputs import input_specs
+from shardwright.profiler.profile import TensorSpec
+from shardwright.profiler.units import find_units, structure_digest
+from shardwright.sharder.planning.plan import Plan
+
+__all__ = ["check_inputs", "check_model"]
+
+
+def check_model(plan: Plan, model: nn.Module) -> None:
+    """Refuse a model that ``plan`` was not made for.
+
+    Raises:
+        ShardwrightError: units, their classes, or parameter shapes differ.
+    """
+    units = find_units(model)
+    missing = [unit for unit in plan.placement() if unit not in units]
+    if missing:
+        raise ShardwrightError(
+            f"the plan is for another model ({plan.model}): {type(model).__name__} has no unit {missing[0]}; "
+            "profile and plan this model"
+        )
+    if structure_digest(model, units) != plan.structure:
+        raise ShardwrightError(
+            f"the plan is for another {plan.model}: classes of units or shapes of parameters differ from this "
+            f"{type(model).__name__}'s; profile and plan this model"
+        )
+
+
+def check_inputs(plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse inputs of other shapes or dtypes than ``plan`` was made for.
+
+    Raises:
+        ShardwrightError: they differ; both are named.
+    """
+    specs = input_specs(args, kwargs)
+    if specs != plan.inputs:
+        raise ShardwrightError(
+            f"the plan is for inputs {_listed(plan.inputs)}; these are {_listed(specs)}: "
+            "give inputs of the planned shapes, or profile and plan with these"
+        )
+
+
+def _listed(specs: tuple[TensorSpec, ...]) -> str:
+    return ", ".join(str(spec) for spec in specs) or "(none)"

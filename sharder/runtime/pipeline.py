@@ -1,0 +1,208 @@
+"""What the workers do in a run: hold a stage, or the whole model, and take steps with it.
+
+Stages run on ``torch.distributed.pipelining``. Their shapes are given to the engine beforehand, so that it does not try
+them out with a step of its own, which would change batch statistics.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining.microbatch import TensorChunkSpec, _Replicate
+from torch.utils import _pytree as pytree
+
+from shardwright.profiler.inputs import is_batched
+from shardwright.profiler.measure import make_optimizer
+from shardwright.profiler.trace import mean_square_loss
+from shardwright.profiler.worker import resident
+from shardwright.sharder.runtime.cut import StageProgram, trainable
+
+__all__ = ["Comparison", "Job", "check_stage", "check_whole", "hold_stage", "hold_whole", "step_stage", "step_whole"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all workers of a run agree on."""
+
+    schedule: str
+    microbatches: int
+    stages: int
+    batch: int
+    train: bool
+    optimizer: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the gate compares: outputs of every micro-batch in order, and gradients by parameter name."""
+
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor]
+
+
+@dataclass
+class _Held:
+    """What stays in the worker between calls."""
+
+    job: Job
+    device: torch.device
+    module: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    step: Callable[[], None]
+    """One step without the optimizer."""
+    outputs: list[Tensor] | None = None
+    """Filled during a check."""
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def hold_stage(job: Job, program: StageProgram, inputs: tuple[Tensor, ...]) -> None:
+    """Take in one stage; ``inputs`` are the model's (for the first stage), the whole batch."""
+    device: torch.device = resident["device"]
+    module = program.module().to(device)
+    module.train(job.train)
+    examples = tuple(shape.example().to("meta") for shape in program.inputs)
+    if program.index == 0:
+        examples = tuple(t.detach() for t in examples)
+    stage = PipelineStage(
+        module,
+        program.index,
+        job.stages,
+        device,
+        input_args=examples,
+        output_args=tuple(shape.example() for shape in program.outputs),
+    )
+    here = tuple(t.to(device) for t in inputs)
+    held = _Held(job, device, module, _optimizer(job, module), lambda: None)
+
+    def loss(outputs: Any, _target: Tensor) -> Tensor:
+        return mean_square_loss(outputs)
+
+    chunks: Any = tuple(TensorChunkSpec(0) if is_batched(t, job.batch) else _Replicate() for t in inputs)
+    make = ScheduleGPipe if job.schedule == "gpipe" else Schedule1F1B
+    schedule = make(
+        stage,
+        n_microbatches=job.microbatches,
+        loss_fn=loss if job.train else None,
+        args_chunk_spec=chunks if program.index == 0 else None,
+    )
+    target = torch.zeros(job.batch, device=device)
+
+    def step() -> None:
+        with nullcontext() if job.train else torch.no_grad():
+            last = program.index == job.stages - 1
+            schedule.step(
+                *(here if program.index == 0 else ()),
+                target=target if last and job.train else None,
+                return_outputs=False,
+            )
+
+    held.step = step
+    if program.index == job.stages - 1:
+        module.register_forward_hook(lambda _module, _args, output: _keep(held, output))
+    resident["stage"] = held
+
+
+def hold_whole(job: Job, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Take in the whole model with its batch, to run it on this device alone, in ``job.microbatches`` pieces."""
+    device: torch.device = resident["device"]
+    model.to(device).train(job.train)
+    args, kwargs = pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+    held = _Held(job, device, model, _optimizer(job, model), lambda: None)
+
+    def step() -> None:
+        size = job.batch // job.microbatches
+        for start in range(0, job.batch, size):
+            piece_args, piece_kwargs = pytree.tree_map(
+                lambda leaf, at=start: leaf[at : at + size] if is_batched(leaf, job.batch) else leaf, (args, kwargs)
+            )
+            with torch.set_grad_enabled(job.train):
+                output = model(*piece_args, **piece_kwargs)
+            _keep(held, output)
+            if job.train:
+                (mean_square_loss(output) / job.microbatches).backward()
+
+    held.step = step
+    resident["whole"] = held
+
+
+def _optimizer(job: Job, module: nn.Module) -> torch.optim.Optimizer | None:
+    return make_optimizer(job.optimizer, module.parameters()) if job.train else None
+
+
+def _keep(held: _Held, output: Any) -> None:
+    if held.outputs is not None:
+        held.outputs += [t.detach().cpu().clone() for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+
+
+def step_stage() -> float:
+    """One step of this stage, begun together with the others; seconds."""
+    dist.barrier()
+    return _timed_step(resident["stage"])
+
+
+def step_whole() -> float:
+    """One step of the whole model; seconds."""
+    return _timed_step(resident["whole"])
+
+
+def _timed_step(held: _Held) -> float:
+    _synchronize(held.device)
+    start = time.perf_counter()
+    if held.optimizer is not None:
+        held.optimizer.zero_grad()
+    held.step()
+    if held.optimizer is not None:
+        held.optimizer.step()
+    _synchronize(held.device)
+    return time.perf_counter() - start
+
+
+def check_stage() -> Comparison:
+    """One step of this stage without an update, for the gate."""
+    return _compared(resident["stage"])
+
+
+def check_whole() -> Comparison:
+    """One step of the whole model without an update, for the gate."""
+    return _compared(resident["whole"])
+
+
+def _compared(held: _Held) -> Comparison:
+    held.module.zero_grad()
+    held.outputs = []
+    with _without_dropout(held.module):
+        held.step()
+    _synchronize(held.device)
+    outputs, held.outputs = held.outputs, None
+    gradients = {name: p.grad.cpu().clone() for name, p in trainable(held.module).items() if p.grad is not None}
+    held.module.zero_grad()
+    return Comparison(outputs, gradients)
+
+
+def _without_dropout(module: nn.Module) -> AbstractContextManager[None]:
+    """Dropout draws other numbers in every process; for a comparison it rests."""
+
+    @contextmanager
+    def resting() -> Any:
+        drops = [m for m in module.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
+        for drop in drops:
+            drop.training = False
+        try:
+            yield
+        finally:
+            for drop in drops:
+                drop.training = True
+
+    return resting()

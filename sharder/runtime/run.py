@@ -1,0 +1,203 @@
+"""Running a plan: a worker a device, a gate that compares with the unsharded model, then both timed in turn."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from shardwright.errors import ShardwrightError
+from shardwright.profiler.collect import START_LIMIT_S
+from shardwright.profiler.devices import find_devices
+from shardwright.profiler.inputs import microbatch
+from shardwright.profiler.links import join
+from shardwright.profiler.measure import prepare
+from shardwright.profiler.pool import Pool
+from shardwright.profiler.target import load_target
+from shardwright.profiler.trace import trace
+from shardwright.sharder.planning.plan import Plan
+from shardwright.sharder.runtime.check import check_inputs, check_model
+from shardwright.sharder.runtime.cut import cut
+from shardwright.sharder.runtime.pipeline import (
+    Comparison,
+    Job,
+    check_stage,
+    check_whole,
+    hold_stage,
+    hold_whole,
+    step_stage,
+    step_whole,
+)
+from shardwright.sharder.runtime.record import Equality, Run, Timed
+
+__all__ = ["compare", "relative_difference", "run"]
+
+Progress = Callable[[str, int, int], None]
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+"""Largest difference, relative to a tensor's largest value, that another order of summation explains."""
+STEP_LIMIT_S = 20.0
+"""A step that takes so much longer than ten times its prediction counts as hung."""
+WARMUP_STEPS = 2
+
+
+def run(
+    target: str | nn.Module,
+    plan: Plan,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    steps: int = 9,
+    progress: Progress | None = None,
+) -> Run:
+    """Run ``plan`` as a pipeline, one worker process a device, and time it against one device.
+
+    First one step of both is compared: outputs and every gradient. Then steps of both are timed in turn, the whole
+    step each: forward, backward and update. The caller's model is not changed.
+
+    Args:
+        target: ``"file.py:Name"``, or the model itself.
+        args: the batch; the target's own sample inputs by default.
+        kwargs: likewise.
+        steps: how many steps of each are timed.
+
+    Raises:
+        ShardwrightError: the plan is for another model or other inputs, a worker fails, or the results differ.
+    """
+    if isinstance(target, str):
+        model, sample = load_target(target)
+        if args is None and kwargs is None:
+            args, kwargs = sample
+    else:
+        model = target
+    args, kwargs = args or (), dict(kwargs or {})
+    if steps < 1:
+        raise ShardwrightError(f"{steps} steps measure nothing; use 5 or more")
+    tell = progress or _silent
+    check_model(plan, model)
+    check_inputs(plan, args, kwargs)
+    baseline = plan.predicted.baseline_device
+    devices = find_devices(list(dict.fromkeys([*plan.devices, *([baseline] if baseline else [])])))
+    programs = cut(trace(model, *microbatch(args, kwargs, plan.microbatches), train=plan.train), plan)
+    job = Job(plan.schedule, plan.microbatches, len(plan.stages), plan.batch, plan.train, plan.optimizer)
+    flat = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+    expected = max(plan.predicted.step_s, plan.predicted.baseline_s or 0.0)
+    limit_s = STEP_LIMIT_S + 10 * expected
+
+    with tempfile.TemporaryDirectory() as folder, Pool(devices) as pool:
+        tell("start workers", 0, 1)
+        pool.call({d.name: (prepare, (d.name, max(1, len(d.cores)))) for d in devices}, limit_s=START_LIMIT_S)
+        store = str(Path(folder) / "store")
+        stages = {stage.device: index for index, stage in enumerate(plan.stages)}
+        pool.call({d: (join, (i, len(stages), store)) for d, i in stages.items()}, limit_s=limit_s)
+        pool.call(
+            {d: (hold_stage, (job, programs[i], flat if i == 0 else ())) for d, i in stages.items()},
+            limit_s=START_LIMIT_S,
+        )
+        alone = baseline or plan.devices[0]
+        # The gate sums over the same micro-batches; the baseline is then timed as the plan priced it.
+        pieces = Job("", plan.microbatches, 1, plan.batch, plan.train, plan.optimizer)
+        pool.call({alone: (hold_whole, (pieces, model, args, kwargs))}, limit_s=START_LIMIT_S)
+        tell("compare", 0, 1)
+        reference: Comparison = pool.call({alone: (check_whole, ())}, limit_s=limit_s)[alone]
+        sharded = pool.call(dict.fromkeys(stages, (check_stage, ())), limit_s=limit_s)
+        equality = compare(reference, list(sharded.values()))
+        tell("compare", 1, 1)
+
+        whole_s: list[float] = []
+        step_s: list[float] = []
+        if baseline:
+            whole = Job("", plan.predicted.baseline_microbatches, 1, plan.batch, plan.train, plan.optimizer)
+            pool.call({baseline: (hold_whole, (whole, model, args, kwargs))}, limit_s=START_LIMIT_S)
+        for step in range(WARMUP_STEPS + steps):
+            tell("time", step, WARMUP_STEPS + steps)
+            if baseline:
+                whole_s.append(pool.call({baseline: (step_whole, ())}, limit_s=limit_s)[baseline])
+            step_s.append(max(pool.call(dict.fromkeys(stages, (step_stage, ())), limit_s=limit_s).values()))
+        tell("time", WARMUP_STEPS + steps, WARMUP_STEPS + steps)
+
+    return Run(
+        model=plan.model,
+        batch=plan.batch,
+        train=plan.train,
+        devices=plan.devices,
+        schedule=plan.schedule,
+        microbatches=plan.microbatches,
+        steps=steps,
+        equality=equality,
+        sharded=_timed(step_s[WARMUP_STEPS:], plan.predicted.step_s),
+        baseline_device=baseline,
+        baseline=_timed(whole_s[WARMUP_STEPS:], plan.predicted.baseline_s) if baseline else None,
+    )
+
+
+def _silent(_what: str, _done: int, _whole: int) -> None:
+    """Progress that nobody asked for."""
+
+
+def _timed(seconds: list[float], predicted_s: float | None) -> Timed:
+    low, median, high = np.percentile(seconds, [25, 50, 75])
+    return Timed(predicted_s=predicted_s, measured_s=float(median), spread_s=float(high - low))
+
+
+def compare(reference: Comparison, stages: list[Comparison]) -> Equality:
+    """Hold the stages' outputs and gradients against the whole model's.
+
+    Raises:
+        ShardwrightError: one differs by more than its dtype explains, or is missing; the worst is named.
+    """
+    outputs = [t for stage in stages for t in stage.outputs]
+    gradients = {name: t for stage in stages for name, t in stage.gradients.items()}
+    if len(outputs) != len(reference.outputs):
+        raise ShardwrightError(
+            f"the pipeline gave {len(outputs)} outputs, the model {len(reference.outputs)}; nothing was timed"
+        )
+    # A parameter that the loss does not reach has no gradient, or zeros, depending on who asks.
+    absent = [n for n, t in reference.gradients.items() if n not in gradients and bool(t.count_nonzero())]
+    if absent:
+        raise ShardwrightError(f"the pipeline gave no gradient for {absent[0]}, the model did; nothing was timed")
+    pairs = [(f"output {i}", a, b) for i, (a, b) in enumerate(zip(reference.outputs, outputs, strict=True))]
+    count = len(pairs)
+    pairs += [(f"the gradient of {n}", t, gradients[n]) for n, t in reference.gradients.items() if n in gradients]
+    errors, tolerance = [], 0.0
+    for name, expected, found in pairs:
+        error = relative_difference(expected, found)
+        allowed = TOLERANCES.get(expected.dtype, 0.0)
+        if not error <= allowed:
+            raise ShardwrightError(
+                f"{name} differs from the unsharded model's by {error:.2g} of its largest value; "
+                f"{allowed:.2g} is allowed for {expected.dtype}; nothing was timed"
+            )
+        errors.append(error)
+        tolerance = max(tolerance, allowed)
+    return Equality(
+        outputs=max(errors[:count], default=0.0),
+        gradients=max(errors[count:], default=0.0),
+        tolerance=tolerance,
+        tensors=len(pairs),
+    )
+
+
+def relative_difference(expected: Tensor, found: Tensor) -> float:
+    """Largest difference over the largest value of ``expected``; infinite when shapes differ or one has NaN alone."""
+    if expected.shape != found.shape:
+        return float("inf")
+    if expected.numel() == 0:
+        return 0.0
+    wide = torch.float64 if not expected.is_complex() else torch.complex128
+    one, other = expected.to(wide), found.to(wide)
+    nans = one.isnan()
+    if not torch.equal(nans, other.isnan()):
+        return float("inf")
+    difference = float((one - other).masked_fill(nans, 0).abs().max())
+    return (
+        difference / max(float(one.masked_fill(nans, 0).abs().max()), torch.finfo(torch.float32).tiny)
+        if difference
+        else 0.0
+    )

@@ -1,0 +1,161 @@
+"""The command line: the main job end to end on a small model, and every mistake as one clear line."""
+
+import json
+
+import pytest
+
+NETS = """
+import torch
+from torch import nn
+
+class Small(nn.Sequential):
+    def __init__(self, width=64):
+        super().__init__(*[nn.Linear(width, width) for _ in range(6)])
+
+    @staticmethod
+    def sample_inputs():
+        return (torch.randn(8, 64),)
+
+class Other(Small):
+    pass
+
+class Failing(Small):
+    def forward(self, x):
+        raise RuntimeError("not today")
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli")
+    (path / "nets.py").write_text(NETS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def profiled(folder, run_cli):
+    """The folder after `profile` has run in it."""
+    done = run_cli(
+        "profile", "nets.py:Small", "--devices", "cpu:0,cpu:1", "--out", "small.profile.json", "--microbatches", "1,4",
+        "--rounds", "2", cwd=folder, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "nets.py:Small" in done.stdout
+    return folder
+
+
+def test_profile_measures_everything(profiled):
+    """The profile holds each unit on each device at each number of micro-batches, and the links both ways."""
+    profile = json.loads((profiled / "small.profile.json").read_text())
+    rows = {(m["node"], m["device"], m["microbatches"]) for m in profile["measurements"]}
+    units = [str(i) for i in range(6)]
+    assert {(u, d, m) for u in units for d in ("cpu:0", "cpu:1") for m in (1, 4)} <= rows
+    assert all(m["forward_s"] > 0 and m["backward_s"] > 0 for m in profile["measurements"] if m["node"] in units)
+    assert {(link["source"], link["target"]) for link in profile["links"]} == {("cpu:0", "cpu:1"), ("cpu:1", "cpu:0")}
+    first = next(n for n in profile["nodes"] if n["name"] == "0")
+    weights = 64 * 65 * 4
+    assert (first["param_bytes"], first["grad_bytes"]) == (weights, weights)
+    assert 2 * weights <= first["optimizer_bytes"] <= 2 * weights + 16
+    assert first["output_bytes"] == {"1": 8 * 64 * 4, "4": 2 * 64 * 4}
+
+
+def test_shard_plans_runs_and_reports(profiled, run_cli):
+    """With --run, shard plans, runs the plan over two workers and shows predicted beside measured."""
+    done = run_cli(
+        "shard", "nets.py:Small", "--profile", "small.profile.json", "--out", "small.plan.json", "--microbatches", "4",
+        "--run", "--steps", "2", "--run-out", "small.run.json", cwd=profiled, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "lower bound" in done.stdout
+    assert "redicted" in done.stdout
+    run = json.loads((profiled / "small.run.json").read_text())
+    assert run["equality"]["gradients"] <= 1e-5
+    for name in ("small.profile.json", "small.plan.json", "small.run.json"):
+        again = run_cli("report", name, cwd=profiled)
+        assert again.returncode == 0
+        assert again.stdout.strip() in done.stdout or name == "small.profile.json"
+    checked = run_cli("verify", "nets.py:Small", "--plan", "small.plan.json", cwd=profiled)
+    assert checked.returncode == 0, checked.stderr
+    assert "verified" in checked.stdout
+
+
+# fmt: off
+MISTAKES = [
+    (["profile", "absent.py:Net"], "there is no file absent.py"),
+    (["profile", "nets.py:Absent"], "has no Absent; its models are Small, Other, Failing"),
+    (["profile", "nets.py:Failing"], "the forward of Failing failed on the sample inputs: RuntimeError: not today"),
+    (["profile", "nets.py:Small", "--devices", "gpu:0"], "'gpu:0' is not a device"),
+    (["profile", "nets.py:Small", "--devices", "cuda:99"], "there is no cuda:99"),
+    (["profile", "nets.py:Small", "--microbatches", "3"], "a batch of 8 cannot be divided into 3"),
+    (["profile", "nets.py:Small", "--microbatches", "two"], "--microbatches 'two' is not a list"),
+    (["profile", "nets.py:Small", "--optimizer", "lion"], "optimizer 'lion' is not known"),
+    (["profile", "nets.py:Small", "--set", "width"], "--set 'width' is not KEY=VALUE"),
+    (["profile", "nets.py:Small", "--set", "depth=2"], "Small(depth=2) failed: TypeError"),
+    (["profile", "nets.py:Small", "--input", "8by4"], "cannot read input '8by4'"),
+    (["profile", "nets.py:Small", "--input", "8x65"], "the forward of Small failed in unit 0"),
+    (["shard", "nets.py:Small", "--profile", "absent.json"], "there is no absent.json: make it with `profile"),
+    (["shard", "nets.py:Other", "--profile", "small.profile.json"], "is of nets.py:Small, not of nets.py:Other"),
+    (["shard", "nets.py:Small", "--profile", "half.json"], "half.json is not complete JSON"),
+    (["shard", "nets.py:Small", "--profile", "newer.json"], "profile version 99; this shardwright reads up to 1"),
+    (["shard", "nets.py:Small", "--profile", "nets.py"], "nets.py is not complete JSON"),
+    (["shard", "nets.py:Small", "--profile", "other.json"], "is not a profile: its format is None"),
+    (["shard", "nets.py:Small", "--profile", "small.profile.json", "--microbatches", "8"], "no times at 8"),
+    (["shard", "nets.py:Small", "--profile", "small.profile.json", "--memory", "cuda:0=1GiB"], "unknown device cuda:0"),
+    (["shard", "nets.py:Small", "--profile", "small.profile.json", "--memory", "cpu:0=lots"], "'lots' is not a size"),
+    (["shard", "nets.py:Small", "--profile", "small.profile.json", "--pin", "head=cpu:0"], "no unit matches 'head'"),
+    (["shard", "nets.py:Small", "--profile", "small.profile.json", "--devices", "cpu:7"], "unknown device cpu:7"),
+    (["shard", "nets.py:Small", "--profile", "small.profile.json", "--out", "no/such/plan"], "cannot write no/such"),
+    (
+        ["shard", "nets.py:Small", "--profile", "small.profile.json", "--run", "--set", "width=32", "--input", "8x32"],
+        "shapes of parameters differ",
+    ),
+    (
+        ["shard", "nets.py:Small", "--profile", "small.profile.json", "--run", "--input", "16x64"],
+        "for inputs float32 8x64; these are float32 16x64",
+    ),
+    (["verify", "nets.py:Small", "--plan", "small.profile.json"], "is not a plan: its format is 'shardwright.profile'"),
+    (["report", "absent.json"], "cannot read absent.json: No such file"),
+    (["schema", "graph"], "'graph' is not a kind of file"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(arguments) for arguments, _ in MISTAKES])
+def test_a_mistake_is_one_clear_line(profiled, run_cli, arguments, message):
+    """Exit code 2, one line that names the mistake, no traceback."""
+    text = (profiled / "small.profile.json").read_text()
+    (profiled / "half.json").write_text(text[: len(text) // 2])
+    (profiled / "newer.json").write_text(text.replace('"version": 1', '"version": 99', 1))
+    (profiled / "other.json").write_text("{}")
+    done = run_cli(*arguments, cwd=profiled, in_process=True)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not list(profiled.glob(".*.tmp"))
+
+
+def test_debug_shows_the_traceback(folder, run_cli):
+    """--debug, anywhere on the line, adds the traceback."""
+    done = run_cli("profile", "absent.py:Net", "--debug", cwd=folder)
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+    assert "there is no file absent.py" in done.stderr
+
+
+def test_planning_imports_no_torch(profiled, run_cli):
+    """Without --run, shard plans from the file alone."""
+    program = (
+        "import sys\nfrom shardwright.cli import main\n"
+        "try:\n    main(['shard', 'nets.py:Small', '--profile', 'small.profile.json'])\n"
+        "except SystemExit as error:\n    assert not error.code, error.code\n"
+        "assert 'torch' not in sys.modules and 'pandas' not in sys.modules\n"
+    )
+    done = run_cli.python("-c", program, cwd=profiled)
+    assert done.returncode == 0, done.stderr
+
+
+def test_version_and_help(run_cli):
+    """The version is printed; without a command the help is."""
+    assert run_cli("--version").stdout.startswith("shardwright 0.")
+    assert "profile" in run_cli("--help").stdout

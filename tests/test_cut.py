@@ -1,0 +1,93 @@
+"""Cutting: stages that read only what their neighbour sends compute what the model computes."""
+
+import cloudpickle
+import pytest
+import torch
+from torch import nn
+
+import shardwright as sw
+from shardwright.errors import ShardwrightError
+from shardwright.profiler.trace import trace
+from shardwright.sharder.runtime.cut import cut
+
+
+class Skips(nn.Module):
+    """Skips over several stages, an integer tensor and a parameter outside units."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(8)])
+        self.gain = nn.Parameter(torch.rand(6))
+
+    def forward(self, x, index):
+        kept = []
+        for layer in self.layers[:4]:
+            x = layer(x).relu()
+            kept.append(x)
+        for layer in self.layers[4:]:
+            x = layer(x + kept.pop())
+        rows = torch.gather(x * self.gain, 1, index)
+        return x.T, rows
+
+
+def through(programs, inputs):
+    values = inputs
+    for program in programs:
+        assert len(values) == len(program.inputs)
+        for value, shape in zip(values, program.inputs, strict=True):
+            assert (tuple(value.shape), value.dtype) == (shape.shape, shape.dtype)
+        values = program.module()(*values)
+    return values
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_stages_in_a_row_are_the_model(captured_profile, stages):
+    """Skips are relayed; outputs and every gradient are the model's."""
+    model = Skips()
+    x, index = torch.randn(4, 6), torch.randint(0, 6, (4, 2))
+    devices = [f"cpu:{i}" for i in range(stages)]
+    plan = sw.plan(captured_profile(model, (x, index), devices=devices), microbatches=4)
+    assert len(plan.stages) == stages
+    capture = trace(model, (x, index))
+    programs = cloudpickle.loads(cloudpickle.dumps(cut(capture, plan)))
+    other = torch.randn(4, 6)
+    expected, found = model(other, index), through(programs, (other, index))
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    names = [name for program in programs for name, _ in program.module().named_parameters()]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_a_stage_sends_only_what_is_needed_later(captured_profile):
+    """What nobody behind the cut reads does not cross it."""
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(6)])
+    x = torch.randn(4, 4)
+    plan = sw.plan(captured_profile(model, (x,), devices=("cpu:0", "cpu:1", "cpu:2")), microbatches=4)
+    programs = cut(trace(model, (x,)), plan)
+    assert [len(program.outputs) for program in programs] == [1, 1, 1]
+
+
+def test_a_strided_tensor_is_sent_dense(captured_profile):
+    """A transposed activation is made dense before it crosses, and the shapes given to the engine say so."""
+
+    class Transposed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(3, 3)])
+
+        def forward(self, x):
+            return self.layers[1](self.layers[0](x).transpose(1, 2))
+
+    model, x = Transposed(), torch.randn(4, 3, 4)
+    plan = sw.plan(captured_profile(model, (x,)), microbatches=4)
+    first, second = cut(trace(model, (x,)), plan)
+    assert all(value.is_contiguous() for value in first.module()(x))
+    assert torch.equal(through([first, second], (x,))[0], model(x))
+
+
+def test_a_capture_with_other_steps_is_refused(captured_profile):
+    """A forward that has changed since it was planned is named by its first new step."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    plan = sw.plan(captured_profile(model, (torch.randn(4, 4),)), microbatches=2)
+    model.append(nn.Linear(4, 4))
+    with pytest.raises(ShardwrightError, match="a step 2 that the plan does not know"):
+        cut(trace(model, (torch.randn(4, 4),)), plan)

@@ -1,0 +1,47 @@
+"""Devices: names, cores and the mistakes in naming them."""
+
+import pytest
+
+from shardwright.errors import ShardwrightError
+from shardwright.profiler import devices as devices_module
+from shardwright.profiler.devices import find_devices, parse_devices
+
+
+@pytest.fixture(autouse=True)
+def six_cores_no_gpu(monkeypatch):
+    monkeypatch.setattr(devices_module, "available_cores", lambda: [0, 1, 2, 5, 6, 7])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+def test_two_cpu_workers_without_a_gpu():
+    """Where there is no GPU the default is two CPU workers that share the cores out evenly."""
+    found = find_devices()
+    assert [(d.name, d.cores) for d in found] == [("cpu:0", (0, 1, 2)), ("cpu:1", (5, 6, 7))]
+    assert all("3 cores" in d.description for d in found)
+
+
+def test_memory_is_shared_out():
+    """The workers' memory together is less than the host's."""
+    one, many = find_devices(["cpu:0"]), find_devices([f"cpu:{i}" for i in range(3)])
+    assert sum(d.memory_bytes for d in many) <= one[0].memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["gpu:0"], "'gpu:0' is not a device: write cuda:0,cuda:1 or cpu:0"),
+        (["cpu"], "'cpu' is not a device"),
+        (["cpu:0", "cpu:0"], "cpu:0 is named twice"),
+        (["cuda:0"], "there is no cuda:0: this machine has 0 CUDA devices"),
+        ([f"cpu:{i}" for i in range(7)], "7 CPU workers need a core each; this process may use 6"),
+    ],
+)
+def test_a_wrong_device_is_one_clear_line(names, message):
+    """Each mistake names the device and the remedy."""
+    with pytest.raises(ShardwrightError, match=message):
+        find_devices(names)
+
+
+def test_kinds():
+    """A name's kind is what stands before the colon."""
+    assert parse_devices(["cpu:0", "cuda:3"]) == ["cpu", "cuda"]

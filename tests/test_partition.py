@@ -1,0 +1,349 @@
+"""The exact split against brute force, and what its certificate may say."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shardwright.errors import ShardwrightError
+from shardwright.sharder.planning.partition import closed_sets, partition, simple_bound_s, stage_loads
+from shardwright.sharder.planning.problem import Block, Crossing, Problem
+
+
+def block(time, devices=2, **changes):
+    fields = {
+        "nodes": ("n",),
+        "forward_s": (time,) * devices,
+        "backward_s": (0.0,) * devices,
+        "update_s": (0.0,) * devices,
+        "static_bytes": 1,
+        "saved_bytes": 0,
+        "output_bytes": 0,
+        "units": ("n",),
+        "allowed": (True,) * devices,
+    }
+    return Block(**(fields | changes))
+
+
+def chain(times, devices=2, *, cap=10**6, latency=0.0, microbatches=4, **changes):
+    """A chain of blocks over devices that are alike, with one tensor of 1 byte between neighbours."""
+    return Problem(
+        blocks=tuple(block(time, devices, **changes) for time in times),
+        predecessors=tuple(1 << v - 1 if v else 0 for v in range(len(times))),
+        crossings=tuple(Crossing(f"t{v}", v, 2 << v, 1, 1) for v in range(len(times) - 1)),
+        devices=tuple(f"cpu:{d}" for d in range(devices)),
+        caps=(cap,) * devices,
+        links=(((latency, math.inf),) * devices,) * devices,
+        microbatches=microbatches,
+        schedule="1f1b",
+    )
+
+
+def antichain(count, devices=2):
+    """A source, ``count`` blocks side by side, and a sink."""
+    whole = chain([1.0] * (count + 2), devices)
+    return dataclasses.replace(whole, predecessors=(0, *[1] * count, (1 << count + 1) - 1), crossings=())
+
+
+class Clock:
+    """Advances by ``tick`` seconds whenever it is read."""
+
+    def __init__(self, tick):
+        self.now, self.tick = 0.0, tick
+
+    def __call__(self):
+        self.now += self.tick
+        return self.now
+
+
+@st.composite
+def problems(draw):
+    """Small DAGs over mixed devices, unequal links, caps that sometimes bind, pins, both schedules."""
+    count, devices = draw(st.integers(1, 7)), draw(st.integers(2, 4))
+    time = st.integers(0, 9).map(float)
+    times = st.tuples(*[time] * devices)
+    size = st.integers(0, 9)
+    before = [0] + [draw(st.integers(0, (1 << v) - 1)) for v in range(1, count)]
+    alike = draw(st.booleans())
+    blocks = []
+    for _ in range(count):
+        allowed = draw(st.sampled_from([(True,) * devices] * 4 + [tuple(d == 0 for d in range(devices))]))
+        row = times if not alike else time.map(lambda t: (t,) * devices)
+        blocks.append(
+            Block(
+                nodes=("n",),
+                forward_s=draw(row),
+                backward_s=draw(row),
+                update_s=draw(row),
+                static_bytes=draw(size),
+                saved_bytes=draw(size),
+                output_bytes=draw(size),
+                units=draw(st.sampled_from([("u",), ("u",), ()])),
+                allowed=allowed,
+            )
+        )
+    tensors = []
+    for producer in range(count):
+        readers = sum(1 << v for v in range(count) if before[v] >> producer & 1)
+        kept = readers & draw(st.integers(0, (1 << count) - 1))
+        tensors += [
+            Crossing(f"t{producer}.{i}", producer, mask, draw(size), draw(size))
+            for i, mask in enumerate((readers, kept))
+            if mask
+        ]
+    one_link = st.tuples(st.integers(0, 2).map(float), st.sampled_from([1.0, 4.0, 100.0]))
+    same_link = draw(one_link) if alike else None
+    links = tuple(tuple(same_link or draw(one_link) for _ in range(devices)) for _ in range(devices))
+    caps = draw(st.one_of(st.just((10**6,) * devices), st.tuples(*[st.integers(10, 120)] * devices)))
+    return Problem(
+        blocks=tuple(blocks),
+        predecessors=tuple(before),
+        crossings=tuple(tensors),
+        devices=tuple(f"d{d}" for d in range(devices)),
+        caps=caps,
+        links=links,
+        microbatches=draw(st.sampled_from([1, 2, 3, 8])),
+        schedule=draw(st.sampled_from(["1f1b", "gpipe"])),
+    )
+
+
+def brute_force(p):
+    """The least largest load over every assignment of blocks to an ordered choice of devices, by the formulas alone."""
+    count, best = len(p.blocks), math.inf
+    most = len(p.devices) if p.schedule == "gpipe" else min(len(p.devices), p.microbatches)
+    for stages in range(1, most + 1):
+        for stage_of in itertools.product(range(stages), repeat=count):
+            if any(stage_of[u] > stage_of[v] for v in range(count) for u in range(v) if p.predecessors[v] >> u & 1) or {
+                stage_of[v] for v in range(count) if p.blocks[v].units
+            } != set(range(stages)):
+                continue
+            for order in itertools.permutations(range(len(p.devices)), stages):
+                value = largest_load(p, stage_of, order)
+                if value is not None:
+                    best = min(best, value)
+    return best
+
+
+def largest_load(p, stage_of, order):
+    m, stages = p.microbatches, len(order)
+    loads = []
+    for s, d in enumerate(order):
+        mine = [p.blocks[v] for v in range(len(p.blocks)) if stage_of[v] == s]
+        if not all(b.allowed[d] for b in mine):
+            return None
+        load = sum(m * (b.forward_s[d] + b.backward_s[d]) + b.update_s[d] for b in mine)
+        received = 0
+        for t in p.crossings:
+            last = max(stage_of[v] for v in range(len(p.blocks)) if t.readers >> v & 1)
+            first = stage_of[t.producer]
+            for cut in range(first, last):  # the tensor passes from stage `cut` to the one behind it
+                if s not in (cut, cut + 1):
+                    continue
+                (there_s, there), (back_s, back) = (
+                    p.links[order[cut]][order[cut + 1]],
+                    p.links[order[cut + 1]][order[cut]],
+                )
+                load += m * (there_s + t.forward_bytes / there)
+                load += m * (back_s + t.backward_bytes / back) if t.backward_bytes else 0
+                received += t.forward_bytes if s == cut + 1 else 0
+        held = m if p.schedule == "gpipe" else min(m, stages - s)
+        memory = sum(b.static_bytes for b in mine) + held * (sum(b.saved_bytes for b in mine) + received)
+        if memory + max(b.output_bytes for b in mine) > p.caps[d]:
+            return None
+        loads.append(load)
+    return max(loads)
+
+
+@settings(max_examples=400, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(problems())
+def test_the_split_is_the_best_of_all(problem):
+    """On small DAGs the value is that of brute force, proven, and no split is found where none exists."""
+    expected = brute_force(problem)
+    found = partition(problem)
+    if found is None:
+        assert expected == math.inf
+        return
+    assert found.value_s == pytest.approx(expected)
+    assert found.exact
+    assert found.bound_s == found.value_s
+    loads = stage_loads(problem, found.stages)
+    assert loads is not None
+    assert max(loads) == found.value_s
+
+
+@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(problems(), st.integers(0, 12), st.sampled_from([0.0, 3.0, 30.0]))
+def test_a_search_cut_short_is_honest(problem, limit, time_limit_s):
+    """Whatever the limits, the bound is at most the optimum, the value at least, and failing to search is no proof."""
+    expected = brute_force(problem)
+    try:
+        found = partition(problem, limit=limit, time_limit_s=time_limit_s, clock=Clock(1.0))
+    except ShardwrightError:
+        return
+    if found is None:
+        assert expected == math.inf
+        return
+    assert found.bound_s <= expected * (1 + 1e-9)
+    assert found.value_s >= expected * (1 - 1e-9)
+    assert found.bound_s <= found.value_s
+    assert not found.exact or found.bound_s == found.value_s
+
+
+@pytest.mark.parametrize(
+    ("times", "devices", "value"),
+    [
+        ([4, 1, 1, 4], 2, 5),
+        ([1, 1, 1, 1], 2, 2),
+        ([7], 2, 7),
+        ([1, 2, 3, 4, 5, 6], 3, 9),
+        ([5, 1, 1, 1, 5], 4, 5),
+    ],
+)
+def test_chains_with_known_optima(times, devices, value):
+    """Chains of small integers are cut where a person would cut them."""
+    found = partition(chain(times, devices))
+    assert found is not None
+    assert (found.value_s, found.exact) == (4 * value, True)
+
+
+def test_slower_device_gets_less():
+    """On a device of a third of the speed there is a quarter of the work."""
+    whole = chain([1.0] * 8)
+    blocks = tuple(dataclasses.replace(b, forward_s=(3.0, 1.0)) for b in whole.blocks)
+    found = partition(dataclasses.replace(whole, blocks=blocks))
+    assert found is not None
+    assert found.value_s == 4 * 6.0
+    assert sorted((d, m.bit_count()) for d, m in found.stages) == [(0, 2), (1, 6)]
+
+
+def test_slow_link_keeps_the_model_in_one_piece():
+    """Where a transfer costs more than the work that it saves, there is one stage."""
+    found = partition(chain([1, 1], latency=5.0))
+    assert found is not None
+    assert len(found.stages) == 1
+
+
+def test_faster_direction_of_a_link_decides_the_order():
+    """Of two devices that are alike but for their link, the one that sends faster comes first."""
+    problem = dataclasses.replace(chain([1, 1]), links=(((0.0, 1.0), (9.0, 1.0)), ((0.0, 1.0), (0.0, 1.0))))
+    one_way = tuple(dataclasses.replace(t, forward_bytes=0, backward_bytes=0) for t in problem.crossings)
+    found = partition(dataclasses.replace(problem, crossings=one_way))
+    assert found is not None
+    assert found.stages == ((1, 0b01), (0, 0b10))
+
+
+def test_roomier_device_takes_the_end_where_the_weights_are():
+    """Of two devices that are alike but for their memory, the small one comes first when the first blocks are small."""
+    problem = dataclasses.replace(chain([1] * 4), caps=(100, 10))
+    blocks = tuple(dataclasses.replace(b, static_bytes=s) for b, s in zip(problem.blocks, (1, 1, 40, 40), strict=True))
+    found = partition(dataclasses.replace(problem, blocks=blocks))
+    assert found is not None
+    assert found.stages == ((1, 0b0011), (0, 0b1100))
+
+
+def test_tight_memory_is_met_by_every_device():
+    """Where each device holds one block only, each gets one, however uneven the work is."""
+    found = partition(chain([1, 1, 6], devices=3, static_bytes=9, cap=11))
+    assert found is not None
+    assert [m for _, m in found.stages] == [0b001, 0b010, 0b100]
+
+
+def test_1f1b_has_no_more_stages_than_microbatches():
+    """Two micro-batches make at most two stages under 1F1B, and as many as devices under GPipe."""
+    problem = chain([1, 1, 1, 1], devices=4, microbatches=2)
+    found = partition(problem)
+    assert found is not None
+    assert len(found.stages) == 2
+    found = partition(dataclasses.replace(problem, schedule="gpipe"))
+    assert found is not None
+    assert len(found.stages) == 4
+
+
+def test_every_closed_set_is_listed_once():
+    """A diamond has six predecessor-closed sets, and each step to a larger one adds one ready block."""
+    lattice = closed_sets((0b0, 0b1, 0b1, 0b110), limit=6)
+    assert lattice is not None
+    assert list(lattice) == [0b0, 0b1, 0b11, 0b101, 0b111, 0b1111]
+    assert lattice[0b1] == [(1, 0b11), (2, 0b101)]
+    assert closed_sets((0b0, 0b1, 0b1, 0b110), limit=5) is None
+
+
+def test_too_many_closed_sets_leave_a_gap_that_is_said():
+    """Beyond the limit the split of one order is returned with a valid bound, and is not called exact."""
+    problem = antichain(9)
+    problem = dataclasses.replace(problem, blocks=tuple(block(float(3 + v * v % 7)) for v in range(11)))
+    best, cut = partition(problem), partition(problem, limit=20)
+    assert best is not None
+    assert cut is not None
+    assert best.exact
+    assert not cut.exact or cut.value_s == best.value_s
+    assert cut.bound_s <= best.value_s <= cut.value_s
+
+
+def test_no_time_at_all_gives_the_even_split():
+    """With no time to search there is a split, a bound below it, and no claim that it is the best."""
+    problem = chain([9, 1, 1, 1, 1, 1, 1, 7, 8, 2, 5], devices=3)
+    found = partition(problem, time_limit_s=0.0)
+    assert found is not None
+    assert not found.exact
+    assert found.bound_s == simple_bound_s(problem) < found.value_s
+
+
+def test_no_time_and_nothing_found_is_an_error():
+    """When the time ends before a split that fits is found, the error says so and what to do."""
+    problem = chain([9, 1, 1, 1], cap=5)
+    blocks = tuple(dataclasses.replace(b, static_bytes=s) for b, s in zip(problem.blocks, (1, 2, 1, 4), strict=True))
+    problem = dataclasses.replace(problem, blocks=blocks)
+    assert partition(problem) is not None
+    with pytest.raises(ShardwrightError, match="in the time allowed; allow more with --time-limit"):
+        partition(problem, time_limit_s=0.0)
+
+
+def test_time_running_out_keeps_what_was_proven():
+    """A search that is stopped half way reports a bound between the simple one and the optimum."""
+    times = [float(3 + v * v % 11) for v in range(14)]
+    problem = chain(times, devices=4, latency=0.3)
+    optimum = partition(problem)
+    assert optimum is not None
+    bounds = []
+    for ticks in range(0, 200, 5):
+        found = partition(problem, time_limit_s=float(ticks), clock=Clock(1.0))
+        assert found is not None
+        assert simple_bound_s(problem) <= found.bound_s <= optimum.value_s <= found.value_s
+        bounds.append(found.bound_s)
+    assert min(bounds) < max(bounds)
+
+
+def test_memory_is_refused_without_search():
+    """A block that is larger than every cap, or weights beyond all caps together, have no split, at no time at all."""
+    assert partition(chain([1, 1], static_bytes=7, cap=6), time_limit_s=0.0) is None
+    assert partition(chain([1] * 8, static_bytes=2, cap=7), time_limit_s=0.0) is None
+
+
+def test_activations_in_flight_bind_the_first_stage_most():
+    """Under 1F1B the first of two stages holds two micro-batches: it gets the smaller share."""
+    found = partition(chain([1] * 6, saved_bytes=10, static_bytes=0, cap=46))
+    assert found is not None
+    assert [m.bit_count() for _, m in found.stages] == [2, 4]
+    assert found.value_s == 4 * 4.0
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_wide_and_long_graphs_keep_to_the_time(devices):
+    """Hundreds of blocks side by side on mixed devices end within the limit, with a split and an honest gap."""
+    problem = antichain(300, devices)
+    blocks = tuple(
+        block(1.0, devices, forward_s=tuple(1.0 + (7 * v + 3 * d) % 5 + d / 10 for d in range(devices)))
+        for v in range(302)
+    )
+    started = time.monotonic()
+    found = partition(dataclasses.replace(problem, blocks=blocks, microbatches=8), time_limit_s=1.0)
+    assert time.monotonic() - started < 2.5
+    assert found is not None
+    assert found.bound_s <= found.value_s

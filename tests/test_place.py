@@ -1,0 +1,203 @@
+"""Placing in place: the model stays itself, tensors that cross follow, and everything can be undone."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import shardwright as sw
+from shardwright.sharder.runtime.place import MoveInputs, hooks_of
+from shardwright.sharder.runtime.sim import on_host
+
+PAIR = {"cpu:0": "cpu", "cpu:1": "sim:0"}
+
+
+def planned(captured_profile, model, args, microbatches=2, **options):
+    return sw.plan(captured_profile(model, args, **options), microbatches=microbatches)
+
+
+def gradients(model):
+    return {name: on_host(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def relative(a, b):
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("name", ["Net", "NetList", "NetDict"])
+def test_outputs_equal_and_gradients_match_on_two_devices(containers, captured_profile, name):
+    """Each network placed on (cpu, sim:0) computes and learns what it did."""
+    model = getattr(containers, name)()
+    x = type(model).sample_inputs()[0][:2, :, :24, :24]
+    plan = planned(captured_profile, model, (x,))
+    placed = sw.place(copy.deepcopy(model), plan, devices=PAIR)
+    assert {p.device.type for p in placed.parameters()} == {"cpu", "sim"}
+    expected, found = model(x), placed(x)
+    assert torch.equal(expected, found)
+    expected.square().mean().backward()
+    found.square().mean().backward()
+    for key, gradient in gradients(model).items():
+        assert relative(gradients(placed)[key], gradient) <= 1e-5
+
+
+def test_a_free_assignment_is_followed(containers, captured_profile):
+    """Glue between streams on different devices is aligned, whichever unit is where."""
+    model, x = containers.NetDict(), torch.randn(2, 1, 16, 16)
+    plan = planned(captured_profile, model, (x,))
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        where = torch.randint(0, 2, (len(plan.nodes),), generator=generator).tolist()
+        nodes = tuple(
+            node.model_copy(update={"device": plan.devices[side]}) for node, side in zip(plan.nodes, where, strict=True)
+        )
+        mixed = plan.model_copy(update={"nodes": nodes})
+        placed = sw.place(copy.deepcopy(model), mixed, devices=PAIR)
+        assert torch.equal(model(x), placed(x))
+        assert sw.verify(model, mixed, (x,))
+
+
+def test_the_model_stays_itself(containers, captured_profile):
+    """Names, state_dict, modes, deepcopy, save and load are as before; only hooks are added."""
+    model, x = containers.NetDict(), torch.randn(2, 1, 16, 16)
+    names = [name for name, _ in model.named_parameters()]
+    reference = copy.deepcopy(model)
+    placed = sw.place(model, planned(captured_profile, model, (x,)), devices=PAIR)
+    assert placed is model
+    assert type(placed).forward is containers.NetDict.forward
+    assert "forward" not in vars(placed)
+    assert [name for name, _ in placed.named_parameters()] == names
+    assert list(placed.state_dict()) == list(reference.state_dict())
+    assert not placed.eval().training
+    twin = copy.deepcopy(placed.train())
+    assert torch.equal(twin(x), reference(x))
+    buffer = io.BytesIO()
+    torch.save({name: on_host(value) for name, value in placed.state_dict().items()}, buffer)
+    buffer.seek(0)
+    fresh = containers.NetDict()
+    fresh.load_state_dict(torch.load(buffer))
+    assert torch.equal(fresh(x), reference(x))
+
+
+def test_hooks_only_where_tensors_cross(containers, captured_profile):
+    """A unit whose inputs are made on its own device has no hook."""
+    model, x = containers.NetDict(), torch.randn(2, 1, 16, 16)
+    plan = planned(captured_profile, model, (x,))
+    placed = sw.place(model, plan, devices=PAIR)
+    crossed, hooked = set(), set()
+    for name, unit in placed.named_modules():
+        if any(isinstance(hook, MoveInputs) for hook in unit._forward_pre_hooks.values()):
+            hooked.add(name)
+        if name in plan.placement():
+            unit.register_forward_pre_hook(
+                lambda unit, args, name=name: (
+                    crossed.add(name) if args[0].device != next(unit.parameters()).device else None
+                ),
+                prepend=True,
+            )
+    placed(x)
+    assert hooked == crossed
+    assert 0 < len(hooked) < 15
+
+
+def test_on_one_torch_device_nothing_is_added(containers, captured_profile):
+    """Two CPU workers are one torch device in one process: no hook, same results."""
+    model, x = containers.NetList(), torch.randn(2, 16, 8, 8)
+    expected = model(x)
+    placed = sw.place(model, planned(captured_profile, model, (x,)))
+    assert not list(hooks_of(placed))
+    assert torch.equal(placed(x), expected)
+
+
+def test_unplace_undoes_everything(containers, captured_profile):
+    """After unplace there is no hook of ours, every tensor is home, and the user's own hooks are still there."""
+    model, x = containers.NetDict(), torch.randn(2, 1, 16, 16)
+    calls = []
+    model.net1["block12"].register_forward_pre_hook(lambda *_: calls.append("unit"))
+    model.register_forward_hook(lambda *_: calls.append("model"))
+    plan = planned(captured_profile, model, (x,))
+    calls.clear()
+    expected = model(x)
+    sw.place(model, plan, devices=PAIR)
+    model(x)
+    sw.unplace(model)
+    assert not list(hooks_of(model))
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert torch.equal(model(x), expected)
+    assert calls == ["unit", "model"] * 3
+
+
+def test_placing_again_replaces(containers, captured_profile):
+    """A placed model can be placed by another plan; hooks do not pile up."""
+    model, x = containers.NetDict(), torch.randn(2, 1, 16, 16)
+    profile = captured_profile(model, (x,))
+    one = sw.plan(profile, microbatches=2)
+    other = sw.plan(profile, microbatches=2, pins={"net1.block23": "cpu:0"})
+    expected = model(x)
+    sw.place(model, one, devices=PAIR)
+    sw.place(model, other, devices=PAIR)
+    assert model.net1["block23"].shortcut.weight.device.type == "cpu"
+    assert torch.equal(model(x), expected)
+    assert sum(type(hooks[key]).__name__ == "Enter" for _, hooks, key in hooks_of(model)) == 1
+
+
+def test_a_failing_forward_leaves_no_mode_behind(containers, captured_profile):
+    """An error in the forward ends the alignment of glue; the next call works."""
+    model, x = containers.NetDict(), torch.randn(2, 1, 16, 16)
+    sw.place(model, planned(captured_profile, model, (x,)), devices=PAIR)
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 3, 16, 16))
+    assert torch.overrides._get_current_function_mode() is None
+    model(x)
+
+
+class Outside(nn.Module):
+    """Uses a parameter and a buffer outside every unit, and returns a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(4)])
+        self.scale = nn.Parameter(torch.rand(4))
+        self.register_buffer("shift", torch.rand(4), persistent=False)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).tanh() + self.shift
+        return {"out": x * self.scale}
+
+
+def test_parameters_and_buffers_outside_units_follow(captured_profile):
+    """What the forward uses outside units is where it is used; outputs come back to the inputs' device."""
+    model, x = Outside(), torch.randn(2, 4)
+    plan = planned(captured_profile, model, (x,))
+    assert len(plan.stages) == 2
+    placed = sw.place(copy.deepcopy(model), plan, devices=PAIR)
+    found = placed(x)["out"]
+    assert found.device.type == "cpu"
+    assert torch.equal(found, model(x)["out"])
+    assert sw.verify(model, plan, (x,))
+
+
+def test_a_plan_for_another_model_is_refused(containers, captured_profile):
+    """Another class, or another width, is named; nothing is moved."""
+    model, x = containers.NetDict(), torch.randn(2, 1, 16, 16)
+    plan = planned(captured_profile, model, (x,))
+    with pytest.raises(sw.ShardwrightError, match=r"for another model \(NetDict\): NetList has no unit net1.block11"):
+        sw.place(containers.NetList(), plan)
+    wider = containers.NetDict()
+    wider.net1["block11"] = containers.Block1(1, 33)
+    with pytest.raises(sw.ShardwrightError, match="shapes of parameters differ"):
+        sw.place(wider, plan)
+
+
+def test_a_device_that_is_not_here_is_refused(containers, captured_profile, monkeypatch):
+    """A plan for GPUs on a machine without says so, and how to check it all the same."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    model, x = containers.NetDict(), torch.randn(2, 1, 16, 16)
+    plan = planned(captured_profile, model, (x,), devices=("cuda:0", "cuda:1"))
+    with pytest.raises(sw.ShardwrightError, match=r"the plan uses cuda:0, and this machine has 0 CUDA devices.*verify"):
+        sw.place(model, plan)
+    assert sw.verify(model, plan, (x,))
+    with pytest.raises(sw.ShardwrightError, match="does not use cuda:7; it uses cuda:0, cuda:1"):
+        sw.place(model, plan, devices={"cuda:7": "cpu"})

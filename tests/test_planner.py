@@ -1,0 +1,315 @@
+"""From a profile to a plan: choice, certificate, refusals, files, and no torch."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from shardwright.errors import ShardwrightError
+from shardwright.profiler.profile import Profile
+from shardwright.sharder.planning.plan import Plan
+from shardwright.sharder.planning.planner import plan
+from shardwright.sharder.planning.schedule import StageCost, simulate
+
+MIXED = {f"cuda:{d}": speed for d, speed in enumerate([1.0, 2.1, 1.4, 0.7, 1.1, 1.9, 0.9, 1.3])}
+
+
+def two_streams(count):
+    """Wiring of two parallel streams of ``count`` units each, joined at the end."""
+    edges = {f"{s}{i}": [f"{s}{i - 1}" if i else "x"] for i in range(count) for s in "ab"}
+    return edges | {"join": [f"a{count - 1}", f"b{count - 1}"], "head": ["join"]}
+
+
+def random_dag(count, seed=0):
+    """Wiring in which each unit reads one or two of the 40 before it."""
+    random_ = random.Random(seed)
+    return {
+        f"u{i}": sorted({f"u{random_.randrange(max(0, i - 40), i)}" for _ in range(random_.randint(1, 2))})
+        if i
+        else ["x"]
+        for i in range(count)
+    }
+
+
+def some_times(names, seed=1):
+    random_ = random.Random(seed)
+    return {name: random_.uniform(0.5, 2.0) for name in names}
+
+
+def test_even_chain_over_two_devices(chain_profile):
+    """A chain of eight equal units is halved, proven, and its step is that of the simulated pipeline."""
+    result = plan(chain_profile(8), microbatches=4)
+    assert [stage.units for stage in result.stages] == [
+        tuple(f"net.u{i}" for i in part) for part in (range(4), range(4, 8))
+    ]
+    assert result.devices == ("cpu:0", "cpu:1")
+    assert result.certificate.exact
+    assert result.certificate.gap_percent == 0
+    assert result.certificate.binds == "the work itself: stage 0 on cpu:0 holds an even share of it"
+    assert result.predicted.baseline_s == 24.0
+    assert result.predicted.speedup == pytest.approx(2 * 4 / 5, rel=1e-4)
+    assert result.schedule == "1f1b"
+    assert [stage.in_flight for stage in result.stages] == [2, 1]
+
+
+def test_record_agrees_with_itself(make_profile):
+    """Loads, step, memory, placement and in-edges of a plan are those of its own stages and of the profile."""
+    edges = two_streams(6)
+    profile = make_profile(edges, forward_s=some_times(edges))
+    result = plan(profile)
+    costs = [
+        StageCost(s.forward_s, s.backward_s, s.update_s, s.send_forward_s, s.receive_backward_s) for s in result.stages
+    ]
+    timeline = simulate(costs, result.microbatches, schedule=result.schedule)
+    assert timeline.step_s == pytest.approx(result.predicted.step_s)
+    assert timeline.busy_s == pytest.approx([stage.load_s for stage in result.stages])
+    assert max(stage.load_s for stage in result.stages) == result.certificate.value_s
+    assert all(stage.memory_bytes <= stage.memory_cap_bytes for stage in result.stages)
+    assert sum(stage.param_bytes for stage in result.stages) == 1_000 * len(edges)
+    stage_of = {node.node: node.stage for node in result.nodes}
+    assert all(stage_of[source] <= node.stage for node in result.nodes for source in node.inputs)
+    assert result.placement() == {f"net.{n.node}": result.devices[n.stage] for n in result.nodes if n.kind == "unit"}
+    assert [c.microbatches for c in result.candidates if c.chosen] == [result.microbatches]
+    assert result.predicted.step_s == min(c.step_s for c in result.candidates)
+
+
+def test_number_of_microbatches_is_chosen_by_the_step(chain_profile):
+    """More micro-batches shrink the bubble until their overhead eats the gain; the shortest step wins."""
+    cheap = plan(chain_profile(8, microbatches=(1, 2, 4, 8), overhead_s=0.001))
+    dear = plan(chain_profile(8, microbatches=(1, 2, 4, 8), overhead_s=0.25))
+    assert cheap.microbatches == 8
+    assert dear.microbatches < 8
+    assert [c.microbatches for c in cheap.candidates] == [1, 2, 4, 8]
+
+
+def test_one_device_when_no_split_is_faster(chain_profile):
+    """When the overhead of micro-batches eats every gain the plan is one device, and says that the rest is slower."""
+    result = plan(chain_profile(2, microbatches=(1, 2), overhead_s=3.0))
+    assert result.devices == ("cpu:0",)
+    assert result.microbatches == 1
+    assert result.predicted.speedup == 1.0
+    asked = plan(chain_profile(2, microbatches=(1, 2), overhead_s=3.0), microbatches=2)
+    assert len(asked.stages) == 2
+    assert asked.predicted.speedup is not None
+    assert asked.predicted.speedup < 1
+
+
+def test_one_large_unit_binds(chain_profile):
+    """When one unit is a stage by itself the certificate names it."""
+    result = plan(chain_profile(3, forward_s={"u0": 1.0, "u1": 9.0, "u2": 1.0}), microbatches=4)
+    assert "u1" in result.certificate.binds
+    alone = plan(chain_profile(2, forward_s={"u0": 9.0, "u1": 1.0}), microbatches=4)
+    assert "net.u0" in alone.certificate.binds
+    assert "cannot be split" in alone.certificate.binds
+
+
+def test_memory_caps_bind(chain_profile):
+    """A cap that forces a worse split is named, with what it costs."""
+    profile = chain_profile(6, saved_bytes=0, tensor_bytes=0)
+    result = plan(profile, microbatches=4, memory={"cpu:0": 4_000, "cpu:1": "1GiB"})
+    assert sorted(len(stage.units) for stage in result.stages) == [2, 4]
+    assert result.certificate.binds == "the memory caps: without them the largest load would be 75% of this"
+    assert result.predicted.baseline_device == "cpu:1"
+
+
+def test_what_fits_no_single_device_has_no_speedup(chain_profile):
+    """A model that no device holds alone is split, with nothing to compare with."""
+    result = plan(chain_profile(4), memory={"cpu:0": 7_000, "cpu:1": 7_000})
+    assert len(result.stages) == 2
+    assert (result.predicted.baseline_device, result.predicted.baseline_s, result.predicted.speedup) == (
+        None,
+        None,
+        None,
+    )
+
+
+def test_gpipe_where_1f1b_has_too_few_stages(chain_profile):
+    """With fewer micro-batches than the stages that the memory needs, GPipe takes over."""
+    speed = {"a": 1.0, "b": 1.0, "c": 1.0}
+    profile = chain_profile(3, speed=speed, microbatches=(2,), memory_bytes=4_000)
+    result = plan(profile)
+    assert (result.schedule, len(result.stages)) == ("gpipe", 3)
+    assert [stage.in_flight for stage in result.stages] == [2, 2, 2]
+
+
+def test_unit_larger_than_every_device_is_refused_by_name(chain_profile):
+    """The error names the unit, what it needs, the roomiest device and what that has."""
+    with pytest.raises(ShardwrightError) as caught:
+        plan(chain_profile(2, param_bytes=2**30), memory={"cpu:0": "1GiB", "cpu:1": "1.5GiB"}, microbatches=4)
+    assert str(caught.value) == (
+        "net.u0 needs 2 GiB at 4 micro-batches; cpu:1, the roomiest device, has 1.5 GiB: "
+        "profile more micro-batches, or use a larger device"
+    )
+
+
+def test_model_larger_than_all_devices_is_refused_with_both_numbers(chain_profile):
+    """The error has what the model needs and what each device has."""
+    with pytest.raises(ShardwrightError, match=r"needs 16 MiB in one piece .*cpu:0 5 MiB, cpu:1 6 MiB: add a device"):
+        plan(chain_profile(8, param_bytes=2**20), memory={"cpu:0": "5MiB", "cpu:1": "6MiB"})
+
+
+def test_pins_are_obeyed_and_stay_a_split(chain_profile):
+    """A pinned unit is where it was pinned, even if that costs time."""
+    result = plan(chain_profile(8, speed={"cpu:0": 1.0, "cpu:1": 3.0}), pins={"net.u[0-5]": "cpu:0"})
+    assert all(result.placement()[f"net.u{i}"] == "cpu:0" for i in range(6))
+    free = plan(chain_profile(8, speed={"cpu:0": 1.0, "cpu:1": 3.0}))
+    assert free.predicted.step_s < result.predicted.step_s
+
+
+def test_pins_that_leave_no_split_are_told_from_memory(chain_profile):
+    """Pins that would send the data back to an earlier device are refused as pins."""
+    with pytest.raises(ShardwrightError, match="no split obeys the pins, though one without them fits"):
+        plan(chain_profile(3), pins={"net.u0": "cpu:0", "net.u1": "cpu:1", "net.u2": "cpu:0"})
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"microbatches": 3}, "no times at 3 micro-batches"),
+        ({"objective": "beauty"}, "objective 'beauty' is not known"),
+        ({"devices": ["cuda:9"]}, "unknown device cuda:9"),
+        ({"pins": {"net.u7": "cpu:0"}}, "no unit matches 'net.u7'"),
+        ({"memory": {"cpu:0": "all"}}, "'all' is not a size in bytes"),
+    ],
+)
+def test_arguments_that_cannot_be(chain_profile, options, says):
+    """Whatever the profile does not have is refused in one line."""
+    with pytest.raises(ShardwrightError, match=says) as caught:
+        plan(chain_profile(2), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_inference_has_no_backward(chain_profile):
+    """A profile without training is planned without gradients, on GPipe's forwards."""
+    result = plan(chain_profile(8, train=False), microbatches=4)
+    assert result.schedule == "gpipe"
+    assert all((stage.backward_s, stage.receive_backward_s, stage.in_flight) == (0, 0, 1) for stage in result.stages)
+    assert result.predicted.speedup == pytest.approx(2 * 4 / 5, rel=1e-4)
+    assert plan(chain_profile(8, train=False, microbatches=(1,))).devices == ("cpu:0",)
+
+
+def test_model_that_takes_no_time(chain_profile):
+    """A profile of nothing but zeros gives a plan and no division by zero."""
+    profile = chain_profile(3, forward_s=0.0)
+    free = profile.model_copy(update={"links": tuple(li.model_copy(update={"latency_s": 0.0}) for li in profile.links)})
+    result = plan(free)
+    assert result.certificate.gap_percent == 0
+    assert plan(profile).predicted.speedup == 1.0
+
+
+def test_one_device_is_a_plan_with_proof(chain_profile):
+    """With a single device the whole model is one stage, exactly."""
+    result = plan(chain_profile(5), devices=["cpu:1"])
+    assert result.devices == ("cpu:1",)
+    assert result.certificate.exact
+
+
+def test_tied_units_share_a_stage(chain_profile):
+    """Units tied across half of the chain are on one device with all between them."""
+    result = plan(chain_profile(8, colocate=[("u0", "u4")]), microbatches=4)
+    assert len({result.placement()[f"net.u{i}"] for i in range(5)}) == 1
+
+
+def test_round_trip_and_schema(chain_profile, tmp_path):
+    """A plan read back equals the one that was saved, and its JSON obeys the published schema."""
+    result = plan(chain_profile(4))
+    result.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == result
+    schema = Plan.model_json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(json.loads((tmp_path / "plan.json").read_text()), schema)
+
+
+def test_wrong_plan_files_are_one_clear_line(chain_profile, tmp_path):
+    """A truncated plan, a newer one, one without its stages, and a profile in its place are refused."""
+    profile = chain_profile(4)
+    path = tmp_path / "plan.json"
+    text = plan(profile).model_dump_json()
+    content = json.loads(text)
+    del content["stages"]
+    for wrong, says in [
+        (text[:-30], "is not complete JSON"),
+        (text.replace('"version":1', '"version":9'), "has plan version 9; this shardwright reads up to 1"),
+        (json.dumps(content), "is a damaged plan: stages: Field required"),
+        (profile.model_dump_json(), "is not a plan: its format is 'shardwright.profile'"),
+    ]:
+        path.write_text(wrong)
+        with pytest.raises(ShardwrightError, match=says) as caught:
+            Plan.load(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("devices", [2, 3, 4])
+def test_hundred_units_plan_in_a_moment(chain_profile, devices):
+    """A chain of 100 units on mixed devices at four numbers of micro-batches is exact in well under two seconds."""
+    times = some_times([f"u{i}" for i in range(100)])
+    profile = chain_profile(100, forward_s=times, speed=dict(list(MIXED.items())[:devices]), microbatches=(1, 2, 4, 8))
+    started = time.monotonic()
+    result = plan(profile)
+    assert time.monotonic() - started < 2.0
+    assert result.certificate.exact
+    assert len(result.stages) == devices
+
+
+def test_two_streams_plan_at_once(make_profile):
+    """Two parallel streams of ten units are split exactly in a fraction of a second."""
+    edges = two_streams(9)
+    profile = make_profile(edges, forward_s=some_times(edges), microbatches=(1, 2, 4, 8))
+    started = time.monotonic()
+    result = plan(profile)
+    assert time.monotonic() - started < 1.0
+    assert result.certificate.exact
+
+
+@pytest.mark.parametrize("wiring", ["chain", "random"])
+def test_time_limit_holds_for_any_graph(make_profile, wiring):
+    """Thousands of units in a row, or hundreds in a tangle, on eight mixed devices end in time with an honest gap."""
+    edges = {f"u{i}": [f"u{i - 1}" if i else "x"] for i in range(1500)} if wiring == "chain" else random_dag(300)
+    profile = make_profile(edges, forward_s=some_times(edges), speed=MIXED, microbatches=(8,))
+    started = time.monotonic()
+    result = plan(profile, time_limit_s=1.0)
+    assert time.monotonic() - started < 3.5
+    certificate = result.certificate
+    assert certificate.bound_s <= certificate.value_s
+    assert certificate.gap_percent < 15
+    assert len(result.stages) == 8
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import shardwright.sharder.planning.planner",
+        "import shardwright.profiler.profile",
+        "import shardwright.profiler.graph",
+        "from shardwright.profiler.profile import Profile\n"
+        "from shardwright.sharder.planning.planner import plan\n"
+        "plan(Profile.load(sys.argv[1])).save(sys.argv[2])",
+    ],
+)
+def test_planning_does_not_import_torch(chain_profile, tmp_path, code):
+    """Reading a profile, planning and writing the plan leave torch, and pandas with it, alone."""
+    profile: Profile = chain_profile(4)
+    profile.save(tmp_path / "profile.json")
+    script = f"import sys\n{code}\nassert not {{'torch', 'pandas'}} & set(sys.modules)"
+    home = Path(sys.modules["shardwright.errors"].__file__ or "").parent
+    link = tmp_path / "path" / "shardwright"
+    link.parent.mkdir()
+    link.symlink_to(home)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "profile.json"), str(tmp_path / "plan.json")],
+        env={"PYTHONPATH": str(link.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    if "save" in code:
+        assert Plan.load(tmp_path / "plan.json") == plan(profile)

@@ -1,0 +1,164 @@
+"""Workers: pinned, always reaped, and clear about how they ended."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from shardwright.profiler import pool as pool_module
+from shardwright.profiler.pool import Pool, Worker, WorkerError
+from shardwright.profiler.profile import Device
+from shardwright.profiler.worker import report
+
+
+def device(index=0):
+    cores = sorted(os.sched_getaffinity(0))
+    return Device(name=f"cpu:{index}", kind="cpu", description="", memory_bytes=1, cores=(cores[index % len(cores)],))
+
+
+def square(x):
+    return x * x
+
+
+def fail():
+    raise ValueError("two\nlines")
+
+
+def kill_self():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop_self():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def exit_with_a_word():
+    print("the last word", flush=True)
+    os._exit(3)
+
+
+def wait(seconds):
+    time.sleep(seconds)
+
+
+def count(n):
+    for i in range(n):
+        report(i)
+    return n
+
+
+def where_am_i():
+    return os.getpid(), sorted(os.sched_getaffinity(0)), os.environ["OMP_NUM_THREADS"]
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_calls_run_in_pinned_processes():
+    """Each device is a process of its own on its own cores; the pool leaves none behind."""
+    with Pool([device(0), device(1)]) as pool:
+        found = pool.call({"cpu:0": (where_am_i, ()), "cpu:1": (where_am_i, ())}, limit_s=60)
+    pids = {name: pid for name, (pid, _, _) in found.items()}
+    assert len({*pids.values(), os.getpid()}) == 3
+    assert [cores for _, cores, _ in found.values()] == [list(device(i).cores) for i in range(2)]
+    assert all(threads == "1" for _, _, threads in found.values())
+    assert not any(is_running(pid) for pid in pids.values())
+
+
+def test_functions_of_a_script_reach_the_worker():
+    """Closures and lambdas travel by value."""
+    offset = 5
+    with Pool([device()]) as pool:
+        assert pool.call({"cpu:0": (lambda x: square(x) + offset, (3,))}, limit_s=60) == {"cpu:0": 14}
+
+
+def test_progress_arrives_in_order():
+    """What a call reports is handed to the caller while it runs."""
+    heard = []
+    with Pool([device()]) as pool:
+        pool.call({"cpu:0": (count, (4,))}, limit_s=60, on_progress=lambda name, what: heard.append((name, what)))
+    assert heard == [("cpu:0", i) for i in range(4)]
+
+
+def test_an_error_is_one_line_with_its_traceback_kept():
+    """A worker's exception names the worker, on one line; the pool can be used on."""
+    with Pool([device()]) as pool:
+        with pytest.raises(WorkerError, match="worker cpu:0 failed: ValueError: two lines") as caught:
+            pool.call({"cpu:0": (fail, ())}, limit_s=60)
+        assert "in fail" in caught.value.detail
+        assert pool.call({"cpu:0": (square, (2,))}, limit_s=60) == {"cpu:0": 4}
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (kill_self, "was killed by SIGKILL; the system may have run out of memory"),
+        (exit_with_a_word, "ended with exit code 3: the last word"),
+    ],
+)
+def test_a_death_is_named(function, message):
+    """How a worker ended, and its last words, are told."""
+    with pytest.raises(WorkerError, match=message), Pool([device()]) as pool:
+        pool.call({"cpu:0": (function, ())}, limit_s=60)
+
+
+def test_a_death_comes_before_the_errors_that_follow_from_it():
+    """When one dies and another fails, the one that died is named."""
+    with Pool([device(0), device(1)]) as pool:
+        pool.call(dict.fromkeys(("cpu:0", "cpu:1"), (square, (1,))), limit_s=60)
+        with pytest.raises(WorkerError, match="worker cpu:1 was killed"):
+            pool.call({"cpu:0": (fail, ()), "cpu:1": (kill_self, ())}, limit_s=60)
+
+
+def test_a_call_that_takes_too_long_is_ended():
+    """A worker that does not answer within the limit is ended with everything it started."""
+    with Pool([device()]) as pool:
+        pid, *_ = pool.call({"cpu:0": (where_am_i, ())}, limit_s=60)["cpu:0"]
+        with pytest.raises(WorkerError, match="did not answer within 1 s"):
+            pool.call({"cpu:0": (wait, (60,))}, limit_s=1)
+    assert not is_running(pid)
+
+
+def test_a_frozen_worker_is_noticed(monkeypatch):
+    """A stopped process sends no heartbeat and is given up long before a call's limit."""
+    monkeypatch.setattr(pool_module, "SILENCE_S", 3.0)
+    with Pool([device()]) as pool:
+        pool.call({"cpu:0": (square, (1,))}, limit_s=60)
+        with pytest.raises(WorkerError, match="is frozen: no sign of life"):
+            pool.call({"cpu:0": (stop_self, ())}, limit_s=60)
+
+
+def test_workers_leave_when_their_parent_is_killed(tmp_path):
+    """A parent that is killed outright takes its workers with it."""
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from shardwright.profiler.pool import Pool\n"
+        "from shardwright.profiler.profile import Device\n"
+        "with Pool([Device(name='cpu:0', kind='cpu', description='', memory_bytes=1)]) as pool:\n"
+        "    print(pool.call({'cpu:0': (os.getpid, ())}, limit_s=60)['cpu:0'], flush=True)\n"
+        "    pool.call({'cpu:0': (time.sleep, (600,))}, limit_s=600)\n"
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(pid)
+
+
+def test_closing_twice_is_harmless():
+    """A worker may be closed again."""
+    worker = Worker(device())
+    worker.close()
+    worker.close()

@@ -1,0 +1,364 @@
+"""What the reports say, held by literal tables, by widths, and by golden files of the whole text.
+
+After a wanted change of the text, renew the golden files and read their difference before committing it:
+
+    SHARDWRIGHT_RENEW_GOLDEN=1 python -m pytest tests/test_reports.py
+"""
+
+import io
+import os
+from pathlib import Path
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from shardwright.profiler.profile import Device, Link, Measurement, Node, Profile, TensorSpec
+from shardwright.reports.plan_report import PlanReport, verdict
+from shardwright.reports.profile_report import ProfileReport
+from shardwright.reports.run_report import RunReport, conclusion, equality
+from shardwright.sharder.planning.plan import Candidate, Certificate, Placement, Plan, Prediction, Stage
+from shardwright.sharder.runtime.record import Equality, Run, Timed
+
+GOLDEN = Path(__file__).parent / "golden"
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+
+# unit or glue, type, parameter bytes, saved bytes, output bytes, forward and backward of the whole batch in seconds
+NETDICT = [
+    ("net1.block11", "Block1", 1_536, 14 * MIB, 5 * MIB, 0.0061, 0.0083),
+    ("net1.block21", "Block2", 38_784, 19 * MIB, 5 * MIB, 0.0192, 0.0411),
+    ("net1.downsample11", "ConvLRelu", 36_992, 3 * MIB, 1 * MIB, 0.0034, 0.0072),
+    ("net1.downsample21", "ConvLRelu", 36_992, 3 * MIB, 1 * MIB, 0.0039, 0.0081),
+    ("net1.block12", "Block2", 229_888, 7 * MIB, 2 * MIB, 0.0123, 0.0271),
+    ("net1.block22", "Block2", 229_888, 7 * MIB, 2 * MIB, 0.0124, 0.0268),
+    ("net1.downsample12", "ConvLRelu", 147_712, 1 * MIB, 590 * KIB, 0.0021, 0.0048),
+    ("net1.downsample22", "ConvLRelu", 147_712, 1 * MIB, 590 * KIB, 0.0026, 0.0052),
+    ("net1.block13", "ConvLRelu", 295_424, 2 * MIB, 1 * MIB, 0.0041, 0.0089),
+    ("net1.block23", "Block2", 918_784, 4 * MIB, 1 * MIB, 0.0137, 0.0297),
+    ("cat", "cat", 0, 0, 1 * MIB, 0.00031, 0.00042),
+    ("net2.block_r1", "Block1", 656_384, 4 * MIB, 1 * MIB, 0.0098, 0.0201),
+    ("add", "add", 0, 0, 1 * MIB, 0.000041, 0.0),
+    ("add_1", "add", 0, 0, 1 * MIB, 0.000044, 0.0),
+    ("net2.deconv1", "DeConvLRelu", 262_656, 9 * MIB, 4 * MIB, 0.0073, 0.0142),
+    ("net2.block_r2", "Block1", 328_192, 9 * MIB, 2 * MIB, 0.0211, 0.0446),
+    ("net2.deconv2", "DeConvLRelu", 65_792, 18 * MIB, 9 * MIB, 0.0094, 0.0183),
+    ("net2.clr", "ConvLRelu", 73_856, 9 * MIB, 5 * MIB, 0.0312, 0.0664),
+]
+LLAMA = [
+    (f"model.decoder.layers.{layer}.{part}", kind, 200 * MIB, 0, 64 * MIB, 0.0123, 0.0)
+    for layer in range(3)
+    for part, kind in [("self_attention", "LlamaAttention"), ("feed_forward_network", "LlamaMLP")]
+]
+
+
+def a_profile(rows=NETDICT, devices=("cpu:0", "cpu:1"), train=True, microbatches=(1, 2, 4, 8)):
+    """A profile of ``rows``, in which smaller micro-batches compute less efficiently and each device is 4 % slower."""
+    nodes = [
+        Node(
+            name=name.replace(".", "_"),
+            kind="unit" if size else "glue",
+            type=type_,
+            unit=name if size else "",
+            param_bytes=size,
+            grad_bytes=size * train,
+            optimizer_bytes=2 * size * train,
+            output_bytes={m: output // m for m in microbatches},
+            saved_bytes={m: saved // m for m in microbatches},
+        )
+        for name, type_, size, saved, output, _, _ in rows
+    ]
+    measurements = []
+    for at, device in enumerate(devices):
+        for (name, _, size, _, _, forward, backward), m in ((row, m) for row in rows for m in microbatches):
+            slower = (1 + 0.04 * at) * (1 + 0.01 * (m - 1)) / m
+            times = {"forward_s": forward * slower, "backward_s": backward * slower * train}
+            spreads = {"forward_spread_s": forward * slower * 0.04, "backward_spread_s": backward * slower * 0.02}
+            where = {"node": name.replace(".", "_"), "device": device, "microbatches": m, "repeats": 7}
+            measurements.append(Measurement(**where, **times, **spreads, update_s=size * 1e-9 * train))
+    cpu = devices[0].startswith("cpu")
+    return Profile(
+        model="examples/containers.py:NetDict",
+        structure="sha256:0",
+        inputs=(TensorSpec(name="inputs", dtype="float32", shape=(16, 1, 48, 48)),),
+        batch=16,
+        train=train,
+        optimizer="adam",
+        torch_version="2.13.0",
+        microbatches=microbatches,
+        devices=tuple(
+            Device(
+                name=device,
+                kind="cpu" if cpu else "cuda",
+                description="AMD EPYC 9B14" if cpu else "NVIDIA H100 80GB HBM3",
+                memory_bytes=(10 if cpu else 80) * GIB,
+                cores=(at,) if cpu else (),
+            )
+            for at, device in enumerate(devices)
+        ),
+        links=tuple(
+            Link(source=a, target=b, latency_s=85e-6, bandwidth_bytes_per_s=3.2e9)
+            for a in devices
+            for b in devices
+            if a != b
+        ),
+        nodes=tuple(nodes),
+        tensors=(),
+        measurements=tuple(measurements),
+    )
+
+
+def a_plan(speedup=1.53, stages=2, devices=("cpu:0", "cpu:1"), baseline="cpu:0", exact=True):
+    """NetDict on ``stages`` devices: the stream of block11 and its kin on the first, the rest on the last."""
+    first = {"net1.block11", "net1.downsample11", "net1.block12", "net1.downsample12", "net1.block13", "net1.block21"}
+    stage_of = {row[0]: 0 if stages == 1 or row[0] in first else 1 for row in NETDICT}
+    step = 0.507 / speedup if stages > 1 else 0.507
+    loads = [0.93 * step, 0.88 * step] if stages > 1 else [step]
+    return Plan(
+        model="examples/containers.py:NetDict",
+        structure="sha256:0",
+        inputs=(TensorSpec(name="inputs", dtype="float32", shape=(16, 1, 48, 48)),),
+        batch=16,
+        train=True,
+        optimizer="adam",
+        objective="throughput",
+        transfers="relayed",
+        schedule="1f1b",
+        microbatches=8 if stages > 1 else 1,
+        stages=tuple(
+            Stage(
+                index=index,
+                device=devices[index],
+                units=tuple(row[0] for row in NETDICT if row[2] and stage_of[row[0]] == index),
+                forward_s=0.0121 + 0.001 * index,
+                backward_s=0.0242,
+                update_s=0.0011,
+                send_forward_s=0.00044 if index + 1 < stages else 0.0,
+                receive_backward_s=0.00044 if index + 1 < stages else 0.0,
+                load_s=load,
+                param_bytes=1_200_000 * (index + 1),
+                memory_bytes=(4 * index + 1) * 300 * MIB,
+                memory_cap_bytes=10 * GIB,
+                in_flight=stages - index,
+            )
+            for index, load in enumerate(loads)
+        ),
+        nodes=tuple(
+            Placement(
+                node=row[0].replace(".", "_"),
+                kind="unit" if row[2] else "glue",
+                type=row[1],
+                unit=row[0] if row[2] else "",
+                site="",
+                device=devices[stage_of[row[0]]],
+                stage=stage_of[row[0]],
+                inputs=(),
+            )
+            for row in NETDICT
+        ),
+        certificate=Certificate(
+            value_s=loads[0],
+            bound_s=loads[0] if exact else loads[0] / 1.06,
+            gap_percent=0.0 if exact else 6.0,
+            exact=exact,
+            binds="the work itself: stage 0 on cpu:0 holds an even share of it",
+        ),
+        predicted=Prediction(
+            step_s=step,
+            bubble=0.091 if stages > 1 else 0.0,
+            baseline_device=baseline,
+            baseline_microbatches=1,
+            baseline_s=0.507 if baseline else None,
+            speedup=0.507 / step if baseline else None,
+        ),
+        candidates=tuple(
+            Candidate(
+                microbatches=m,
+                stages=2,
+                bottleneck_s=loads[0] - 0.002 * (8 - m),
+                gap_percent=0.0,
+                step_s=0.507 / s,
+                speedup=s if baseline else None,
+                chosen=stages > 1 and m == 8,
+            )
+            for m, s in [(1, 0.55 * speedup), (2, 0.8 * speedup), (4, 0.95 * speedup), (8, speedup)]
+        ),
+    )
+
+
+def a_run(measured=0.333, predicted=0.331, baseline=True, difference=3.1e-7):
+    """NetDict over two devices, beside one that takes 507 ms a step."""
+    return Run(
+        model="examples/containers.py:NetDict",
+        batch=16,
+        train=True,
+        devices=("cpu:0", "cpu:1"),
+        schedule="1f1b",
+        microbatches=8,
+        steps=9,
+        equality=Equality(outputs=0.0, gradients=difference, tolerance=1e-5, tensors=47),
+        sharded=Timed(predicted_s=predicted, measured_s=measured, spread_s=0.012),
+        baseline_device="cpu:0" if baseline else None,
+        baseline=Timed(predicted_s=0.517, measured_s=0.507, spread_s=0.009) if baseline else None,
+    )
+
+
+REPORTS = {
+    "profile": lambda: ProfileReport(a_profile()),
+    "profile-inference": lambda: ProfileReport(a_profile(LLAMA, [f"cuda:{i}" for i in range(4)], False, (2, 4))),
+    "plan": lambda: PlanReport(a_plan()),
+    "plan-one-device": lambda: PlanReport(a_plan(stages=1, speedup=0.97)),
+    "plan-too-large": lambda: PlanReport(a_plan(baseline=None, exact=False)),
+    "run": lambda: RunReport(a_run()),
+    "run-slower": lambda: RunReport(a_run(measured=0.61)),
+}
+KEY_NUMBERS = {
+    "profile": ["net1.downsample11", "19.2 ms", "41.1 ms", "159 ms", "3.31 MiB", "85.0 us", "3.20 GB/s", "10.0 GiB"],
+    "profile-inference": ["feed_forward_network", "cuda:3", "6.21 ms", "200 MiB", "80.0 GiB"],
+    "plan": [
+        "1.53x",
+        "331 ms",
+        "507 ms",
+        "308 ms",
+        "13.1 ms",
+        "880 us",
+        "0%",
+        "9.1%",
+        "chosen",
+        "downsample22",
+        "10.0 GiB",
+    ],
+    "plan-one-device": ["Do not shard", "507 ms", "0.97x", "cpu:0"],
+    "plan-too-large": ["makes it fit", "331 ms", "6.0%"],
+    "run": ["47 outputs and gradients", "3.1e-07", "333 ms", "331 ms", "507 ms", "1.52x", "1.56x", "+2.6%"],
+    "run-slower": ["Slower than one device", "0.83x", "610 ms"],
+}
+
+
+def text_of(report, width, encoding="utf-8", colour=None):
+    """What a console of ``width`` would show."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(file=stream, width=width, color_system=colour, force_terminal=bool(colour), legacy_windows=False)
+    console.print(report)
+    stream.flush()
+    return stream.buffer.getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+@pytest.mark.parametrize("name", REPORTS)
+def test_fits_every_width(name, width):
+    """A report shows its key numbers on any width, and no line is wider than the console."""
+    text = text_of(REPORTS[name](), width)
+    assert max(cell_len(line) for line in text.splitlines()) <= width
+    assert "\x1b" not in text
+    flowing = " ".join(text.split())
+    assert [number for number in KEY_NUMBERS[name] if number not in flowing] == []
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_needs_neither_colour_nor_unicode(name):
+    """Colour adds nothing but colour, and a terminal that has only ASCII gets a report of ASCII."""
+    assert "\x1b[" in text_of(REPORTS[name](), 100, colour="standard")
+    assert text_of(REPORTS[name](), 100, encoding="ascii").isascii()
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_golden(name):
+    """The whole text at 100 columns is the golden file's."""
+    path = GOLDEN / f"{name}.txt"
+    text = "\n".join(line.rstrip() for line in text_of(REPORTS[name](), 100).splitlines()) + "\n"
+    if os.environ.get("SHARDWRIGHT_RENEW_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("plan", "shard", "text"),
+    [
+        (a_plan(), True, "Shard this over cpu:0 and cpu:1 with 8 micro-batches: expect 1.53x the speed of cpu:0 alone"),
+        (
+            a_plan(speedup=1.02),
+            False,
+            "Do not shard this: over cpu:0 and cpu:1 with 8 micro-batches it runs at only 1.02x",
+        ),
+        (
+            a_plan(stages=1, speedup=0.97),
+            False,
+            "Do not shard this: keep it on cpu:0, 507 ms a step. The best split, over 2",
+        ),
+        (
+            a_plan(baseline=None),
+            True,
+            "Shard this over cpu:0 and cpu:1 with 8 micro-batches: no single device holds it",
+        ),
+    ],
+)
+def test_verdict(plan, shard, text):
+    """The verdict is to shard when that makes the model fit or at least 3 % faster, and not to otherwise."""
+    found = verdict(plan)
+    assert found.shard is shard
+    assert found.text.startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("run", "text"),
+    [
+        (a_run(), "Measured 1.52x over cpu:0 alone; predicted 1.56x (+2.6%)."),
+        (a_run(predicted=None), "Measured 1.52x over cpu:0 alone."),
+        (
+            a_run(measured=0.61),
+            "Slower than one device: measured 0.83x the speed of cpu:0 alone; predicted 1.56x (+88%).",
+        ),
+        (
+            a_run(baseline=False),
+            "Measured 333 ms a step; predicted 331 ms (-0.6%). "
+            "No single device holds the model, so there is no speedup to state.",
+        ),
+    ],
+)
+def test_conclusion(run, text):
+    """A run ends with the measured speedup beside the predicted one, and says so when it is a loss."""
+    assert conclusion(run) == text
+
+
+def test_unequal_results_are_said_first():
+    """A run whose gradients differ by more than the tolerance is reported as not equal."""
+    assert equality(a_run(difference=3e-4)) == (
+        False,
+        "NOT equal to the unsharded model: 47 outputs and gradients compared "
+        "(largest relative difference: outputs 0, gradients 0.0003; tolerance 1e-05).",
+    )
+
+
+def test_second_call_of_a_unit_is_told_apart():
+    """A unit that the forward calls twice has a row for each call."""
+    profile = a_profile(NETDICT[:2])
+    again = profile.nodes[0].model_copy(update={"name": "net1_block11_1", "param_bytes": 0})
+    text = text_of(ProfileReport(profile.model_copy(update={"nodes": (*profile.nodes, again)})), 100)
+    assert "net1.block11 (call 2)" in text
+
+
+def test_repeated_blocks_are_one_range():
+    """Numbered blocks that lie on one device whole are listed as a range, and one that is cut by its own units."""
+    cut_at = "model.decoder.layers.2.feed_forward_network"
+    nodes = [
+        Placement(
+            node=unit,
+            kind="unit",
+            type=type_,
+            unit=unit,
+            site="",
+            device=f"cuda:{unit == cut_at:d}",
+            stage=0,
+            inputs=(),
+        )
+        for layer in range(3)
+        for unit, type_, *_ in LLAMA[2 * layer : 2 * layer + 2]
+    ]
+    text = text_of(PlanReport(a_plan().model_copy(update={"nodes": tuple(nodes)})), 100)
+    placement = [line.split() for line in text.partition("Placement")[2].splitlines()[2:]]
+    assert placement == [
+        ["model.decoder.layers", "cuda:0", "0,", "1"],
+        ["model.decoder.layers.2", "cuda:0", "self_attention"],
+        ["cuda:1", "feed_forward_network"],
+    ]

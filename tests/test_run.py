@@ -1,0 +1,176 @@
+"""Running plans as pipelines over two workers: equal results, and every way a worker can fail."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import shardwright as sw
+from shardwright.profiler import pool
+from shardwright.sharder.runtime import run as run_module
+from shardwright.sharder.runtime.pipeline import Comparison
+from shardwright.sharder.runtime.run import compare, relative_difference
+
+
+def piped(captured_profile, model, args, microbatches, **options):
+    """The run of a two-stage plan."""
+    plan = sw.plan(captured_profile(model, args, microbatches=(1, microbatches), **options), microbatches=microbatches)
+    assert len(plan.stages) == 2
+    return sw.run(model, plan, args, steps=1)
+
+
+@pytest.mark.parametrize("name", ["Net", "NetList", "NetDict"])
+def test_piped_gradients_equal_the_models(containers, captured_profile, name):
+    """Over two workers, outputs and all gradients of each network are within 1e-5 of the unsharded model's."""
+    model = getattr(containers, name)()
+    x = type(model).sample_inputs()[0][:8, :, :24, :24].contiguous()
+    run = piped(captured_profile, model, (x,), 4)
+    assert run.equality.gradients <= 1e-5
+    assert run.equality.outputs <= 1e-5
+    assert run.equality.tensors == 4 + len(list(model.parameters()))
+    assert run.sharded.measured_s > 0
+    assert run.speedup == run.baseline.measured_s / run.sharded.measured_s
+
+
+class Mixed(nn.Module):
+    """Batch statistics, dropout, an integer input, a mask for all samples, two outputs, a frozen unit."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, 6)
+        self.layers = nn.ModuleList(
+            [nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 6), nn.Linear(6, 6)]
+        )
+        self.layers[3].requires_grad_(False)
+
+    def forward(self, ids, mask):
+        x = self.embed(ids) * mask
+        for layer in self.layers:
+            x = layer(x)
+        return {"x": x, "ids": ids + 1}
+
+
+def test_a_model_with_everything_runs(captured_profile):
+    """Batch norm, dropout, integers, frozen parameters and several outputs pass the gate."""
+    run = piped(captured_profile, Mixed(), (torch.randint(0, 10, (8,)), torch.rand(6)), 4)
+    assert run.equality.tensors > 8
+
+
+def test_inference_runs_forward_only(captured_profile):
+    """Without training only outputs are compared."""
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)])
+    run = piped(captured_profile, model, (torch.randn(8, 8),), 4, train=False)
+    assert run.equality.tensors == 4
+    assert run.equality.gradients == 0
+
+
+def test_one_stage_runs_too(captured_profile):
+    """A plan for one device goes through the same machinery."""
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(8, 8)
+    plan = sw.plan(captured_profile(model, (x,), devices=["cpu:0"]))
+    run = sw.run(model, plan, (x,), steps=1)
+    assert run.devices == ("cpu:0",)
+
+
+class Trouble(nn.Module):
+    """Well-behaved in the process that made it; elsewhere it does what ``kind`` says."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.kind, self.home = kind, os.getpid()
+
+    def forward(self, x):
+        if os.getpid() != self.home:
+            if self.kind == "raise":
+                raise RuntimeError("out of luck")
+            if self.kind == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.kind == "freeze":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if self.kind == "hang":
+                time.sleep(3600)
+        return self.linear(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("raise", r"worker cpu:\d failed: RuntimeError: .*out of luck"),
+        ("kill", r"worker cpu:\d was killed by SIGKILL"),
+        ("freeze", r"worker cpu:\d is frozen"),
+        ("hang", r"worker cpu:\d did not answer within"),
+    ],
+)
+def test_a_worker_in_trouble_ends_the_run(captured_profile, monkeypatch, kind, message):
+    """A worker that raises, dies, freezes or hangs is named in one line, soon, and no process is left."""
+    monkeypatch.setattr(run_module, "STEP_LIMIT_S", 4.0)
+    monkeypatch.setattr(pool, "SILENCE_S", 4.0)
+    model, x = nn.Sequential(nn.Linear(4, 4), Trouble(kind)), torch.randn(4, 4)
+    plan = sw.plan(captured_profile(model, (x,)), microbatches=2)
+    pids = []
+    original = pool.Worker.__init__
+
+    def noted(self, device):
+        original(self, device)
+        pids.append(self.process.pid)
+
+    monkeypatch.setattr(pool.Worker, "__init__", noted)
+    start = time.monotonic()
+    with pytest.raises(sw.ShardwrightError, match=message) as caught:
+        sw.run(model, plan, (x,), steps=1)
+    assert time.monotonic() - start < 30
+    assert "\n" not in str(caught.value)
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_other_inputs_are_refused_before_anything_starts(captured_profile):
+    """A batch of another shape is refused by both shapes."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    plan = sw.plan(captured_profile(model, (torch.randn(4, 4),)), microbatches=2)
+    with pytest.raises(sw.ShardwrightError, match="for inputs float32 4x4; these are float32 8x4"):
+        sw.run(model, plan, (torch.randn(8, 4),))
+
+
+def comparison(value=1.0, gradient=2.0):
+    return Comparison([torch.tensor([value, 1.0])], {"w": torch.tensor([gradient, 2.0]), "unused": torch.zeros(2)})
+
+
+def test_the_gate_lets_rounding_pass():
+    """Differences that another order of summation explains are reported, not refused; zeros may be missing."""
+    other = comparison(1.0 + 4e-6, 2.0 - 1e-6)
+    del other.gradients["unused"]
+    found = compare(comparison(), [other])
+    assert 0 < found.outputs < 1e-5
+    assert 0 < found.gradients < 1e-5
+    assert found.tensors == 2
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ([comparison(value=1.001)], "output 0 differs .* by 0.001 of its largest value; 1e-05 is allowed"),
+        ([comparison(gradient=2.1)], "the gradient of w differs"),
+        ([comparison(gradient=float("nan"))], "the gradient of w differs .* by inf"),
+        ([Comparison([], {})], "gave 0 outputs, the model 1"),
+        ([Comparison([torch.tensor([1.0, 1.0])], {})], "no gradient for w"),
+        ([Comparison([torch.ones(3)], comparison().gradients)], "output 0 differs .* by inf"),
+    ],
+)
+def test_the_gate_refuses_what_differs(found, message):
+    """A wrong or missing output or gradient is named, with both numbers."""
+    with pytest.raises(sw.ShardwrightError, match=message):
+        compare(comparison(), found)
+
+
+def test_relative_difference_is_relative_to_the_largest():
+    """The scale is the expected tensor's largest value; NaN equals NaN."""
+    nan = float("nan")
+    assert relative_difference(torch.tensor([100.0, 1.0, nan]), torch.tensor([100.0, 2.0, nan])) == pytest.approx(0.01)
+    assert relative_difference(torch.zeros(0), torch.zeros(0)) == 0.0
+    assert relative_difference(torch.zeros(2), torch.zeros(2)) == 0.0

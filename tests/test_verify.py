@@ -1,0 +1,96 @@
+"""Verifying without a GPU: a missing transfer is found and named."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import shardwright as sw
+from shardwright.sharder.runtime.place import Enter, MoveInputs, hooks_of
+from shardwright.sharder.runtime.sim import sim_device
+
+
+@pytest.fixture
+def netdict(containers, captured_profile):
+    model, x = containers.NetDict(), torch.randn(2, 1, 16, 16)
+    return model, x, sw.plan(captured_profile(model, (x,)), microbatches=2)
+
+
+@pytest.mark.parametrize("name", ["Net", "NetList", "NetDict"])
+def test_a_plan_verifies(containers, captured_profile, name):
+    """Each network's plan holds, and what crosses is counted."""
+    model = getattr(containers, name)()
+    x = type(model).sample_inputs()[0][:2, :, :16, :16]
+    plan = sw.plan(captured_profile(model, (x,)), microbatches=2)
+    check = sw.verify(model, plan, (x,))
+    assert check
+    assert check.transfers > 0
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert not list(hooks_of(model))
+
+
+def test_a_planted_missing_transfer_is_caught(netdict):
+    """Without the hook that fetches a unit's input, the unit and its operation are named."""
+    model, x, plan = netdict
+    placed = sw.place(copy.deepcopy(model), plan, devices={d: sim_device(i) for i, d in enumerate(plan.devices)})
+    assert sw.verify(placed, plan, (x,))
+    names = {module: name for name, module in placed.named_modules()}
+    planted = [(m, hooks, key) for m, hooks, key in hooks_of(placed) if isinstance(hooks[key], MoveInputs)]
+    assert planted
+    for module, hooks, key in planted:
+        removed = hooks.pop(key)
+        check = sw.verify(placed, plan, (x,))
+        assert not check
+        assert check.mismatch.unit == names[module]
+        assert check.mismatch.operation == "aten.convolution"
+        assert check.mismatch.site.startswith("containers.py:")
+        assert set(check.mismatch.devices) == set(plan.devices)
+        assert names[module] in str(check)
+        hooks[key] = removed
+    assert sw.verify(placed, plan, (x,))
+
+
+def test_a_planted_missing_alignment_of_glue_is_caught(netdict):
+    """Glue whose operands are not brought together is named as glue, with its line."""
+    model, x, plan = netdict
+    nodes = tuple(
+        n.model_copy(update={"device": plan.devices["2" in n.unit.partition(".")[2][-2:-1]]}) if n.kind == "unit" else n
+        for n in plan.nodes
+    )
+    streams = plan.model_copy(update={"nodes": nodes})
+    assert sw.verify(model, streams, (x,))
+    placed = sw.place(copy.deepcopy(model), streams, devices={d: sim_device(i) for i, d in enumerate(plan.devices)})
+    for _, hooks, key in hooks_of(placed):
+        if isinstance(hooks[key], Enter):
+            hooks[key].glue = {}
+    check = sw.verify(placed, streams, (x,))
+    assert check.mismatch.unit == "glue"
+    assert check.mismatch.operation == "aten.cat"
+    assert "in glue, outside every unit (containers.py:" in str(check)
+
+
+def test_outputs_that_differ_fail_the_check(captured_profile):
+    """A forward that looks at where its tensors are gives other outputs when placed, and that is said."""
+
+    class Vain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+
+        def forward(self, x):
+            x = self.layers[1](self.layers[0](x))
+            return x if x.device.type == "cpu" else x + 1
+
+    model, x = Vain(), torch.ones(2, 2)
+    check = sw.verify(model, sw.plan(captured_profile(model, (x,)), microbatches=2), (x,))
+    assert check.mismatch is None
+    assert not check
+    assert "outputs differ" in str(check)
+
+
+def test_other_inputs_are_refused(netdict):
+    """Both shapes are named."""
+    model, _, plan = netdict
+    with pytest.raises(sw.ShardwrightError, match="for inputs float32 2x1x16x16; these are float32 4x1x16x16"):
+        sw.verify(model, plan, (torch.randn(4, 1, 16, 16),))
