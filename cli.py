@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ from shardwright.errors import ShardwrightError
 
 if TYPE_CHECKING:
     from shardwright.profiler.collect import Progress
+    from shardwright.sharder.planning.problem import Schedule
 
 app = typer.Typer(
     name="shardwright",
@@ -88,7 +89,7 @@ def profile(
         str | None,
         typer.Option("--microbatches", metavar="LIST", help="Numbers of micro-batches to measure; default 1,2,4,8."),
     ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often each unit is timed.")] = 7,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often each unit is timed.")] = 11,
     settings: SetOption = None,
     inputs: InputsOption = None,
     input_specs: InputOption = None,
@@ -147,10 +148,11 @@ def shard(
         list[str] | None,
         typer.Option("--pin", metavar="UNIT=DEVICE", help="Keep a unit (or pattern) on a device; repeatable."),
     ] = None,
+    schedule: Annotated[str, typer.Option("--schedule", help="1f1b, or gpipe.")] = "1f1b",
     time_limit: Annotated[
         float, typer.Option("--time-limit", metavar="SECONDS", help="For the search of the plan.")
     ] = 30.0,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="With --run: how many steps of each are timed.")] = 9,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="With --run: how many steps of each are timed.")] = 11,
     run_out: Annotated[
         Path | None, typer.Option("--run-out", metavar="FILE", help="With --run: where to write what was measured.")
     ] = None,
@@ -175,6 +177,7 @@ def shard(
         memory=_pairs(memory, "--memory", "cuda:0=10GiB"),
         pins=_pairs(pins, "--pin", "head=cuda:1"),
         devices=_names(devices),
+        schedule=cast("Schedule", schedule),
         time_limit_s=time_limit,
     )
     path = _out_path(out_path, target, "plan")
@@ -328,7 +331,8 @@ def _progress() -> Iterator[Progress]:
     from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bar(*columns, console=err, transient=True) as bar:
+    # Drawn seldom: on a machine whose every core is a device, the bar itself would show in the measurement.
+    with Bar(*columns, console=err, transient=True, refresh_per_second=2) as bar:
         task = bar.add_task("", total=None)
 
         def tell(what: str, done: int, whole: int) -> None:

@@ -174,4 +174,4 @@ class NetDict(nn.Module):
     @staticmethod
     def sample_inputs() -> tuple[Tensor, ...]:
         """A batch of 16."""
-        return (torch.randn(16, 1, 48, 48),)
+        return (torch.randn(16, 1, 60, 60),)

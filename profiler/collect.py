@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from shardwright.profiler.measure import (
     summary,
 )
 from shardwright.profiler.pool import Pool
-from shardwright.profiler.profile import Device, Measurement, Node, Profile
+from shardwright.profiler.profile import Device, Measurement, Node, Profile, Variation
 from shardwright.profiler.profile import Tensor as TensorRecord
 from shardwright.profiler.trace import Step, UnitGraph, nbytes, trace
 from shardwright.profiler.units import structure_digest
@@ -47,7 +48,7 @@ def profile(
     train: bool = True,
     optimizer: str = "adam",
     microbatches: Sequence[int] | None = None,
-    rounds: int = 7,
+    rounds: int = 11,
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Profile:
@@ -107,6 +108,7 @@ def profile(
         tensors=tensors_of(captures),
         colocate=tuple(whole.colocate),
         measurements=measurements_of([step.name for step in whole.steps], samples),
+        variations=tuple(variation_of(device, taken.values()) for device, taken in samples.items()),
     )
 
 
@@ -226,6 +228,12 @@ def measurements_of(
             )
         )
     return tuple(rows)
+
+
+def variation_of(device: str, taken: Iterable[Samples]) -> Variation:
+    """The time of each round over everything that was timed, relative to the median round."""
+    rounds = np.sum([np.add(samples.forward_s, samples.backward_s) for samples in taken], axis=0)
+    return Variation(device=device, relative=tuple(float(r) for r in rounds / np.median(rounds)))
 
 
 class _Weights:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import networkx
     import pandas
 
-__all__ = ["Device", "Link", "Measurement", "Node", "Profile", "Tensor", "TensorSpec"]
+__all__ = ["Device", "Link", "Measurement", "Node", "Profile", "Tensor", "TensorSpec", "Variation"]
 
 NodeKind = Literal["input", "parameter", "unit", "glue", "output"]
 
@@ -109,6 +109,13 @@ class Measurement(Record):
     """One optimizer step over the node's parameters (once a batch, whatever the number of micro-batches)."""
 
 
+class Variation(Record):
+    """How a device's speed varied while it was measured: the time of each round over all steps, median = 1."""
+
+    device: str
+    relative: tuple[PositiveFloat, ...]
+
+
 class Profile(Document):
     """Time and memory of every node of a model on every device, and the links between the devices."""
 
@@ -135,6 +142,8 @@ class Profile(Document):
     colocate: tuple[tuple[str, ...], ...] = ()
     """Groups of nodes that must share a device (shared units, tied parameters, in-place changes)."""
     measurements: tuple[Measurement, ...]
+    variations: tuple[Variation, ...] = ()
+    """Devices without one are taken as steady."""
 
     @model_validator(mode="after")
     def _refers_to_itself(self) -> Self:

@@ -102,6 +102,7 @@ MISTAKES = [
     (["shard", "nets.py:Small", "--profile", "small.profile.json", "--microbatches", "8"], "no times at 8"),
     (["shard", "nets.py:Small", "--profile", "small.profile.json", "--memory", "cuda:0=1GiB"], "unknown device cuda:0"),
     (["shard", "nets.py:Small", "--profile", "small.profile.json", "--memory", "cpu:0=lots"], "'lots' is not a size"),
+    (["shard", "nets.py:Small", "--profile", "small.profile.json", "--schedule", "zb"], "schedule 'zb' is not known"),
     (["shard", "nets.py:Small", "--profile", "small.profile.json", "--pin", "head=cpu:0"], "no unit matches 'head'"),
     (["shard", "nets.py:Small", "--profile", "small.profile.json", "--devices", "cpu:7"], "unknown device cpu:7"),
     (["shard", "nets.py:Small", "--profile", "small.profile.json", "--out", "no/such/plan"], "cannot write no/such"),

@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.profile import Profile
+from shardwright.profiler.profile import Profile, Variation
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.planning.planner import plan
 from shardwright.sharder.planning.schedule import StageCost, simulate
@@ -313,3 +313,11 @@ def test_planning_does_not_import_torch(chain_profile, tmp_path, code):
     assert done.returncode == 0, done.stderr
     if "save" in code:
         assert Plan.load(tmp_path / "plan.json") == plan(profile)
+
+
+def test_devices_that_differ_by_noise_count_as_equal(make_profile):
+    """The first device is the baseline unless another is faster by more than both varied while they were measured."""
+    profile = make_profile({"a": ["x"], "b": ["a"]}, speed={"cpu:0": 1.0, "cpu:1": 1.15})
+    assert plan(profile).predicted.baseline_device == "cpu:1"
+    shaky = tuple(Variation(device=d, relative=(0.8, 0.9, 1.0, 1.1, 1.2)) for d in ("cpu:0", "cpu:1"))
+    assert plan(profile.model_copy(update={"variations": shaky})).predicted.baseline_device == "cpu:0"

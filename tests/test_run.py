@@ -15,9 +15,10 @@ from shardwright.sharder.runtime.pipeline import Comparison
 from shardwright.sharder.runtime.run import compare, relative_difference
 
 
-def piped(captured_profile, model, args, microbatches, **options):
+def piped(captured_profile, model, args, microbatches, schedule="1f1b", **options):
     """The run of a two-stage plan."""
-    plan = sw.plan(captured_profile(model, args, microbatches=(1, microbatches), **options), microbatches=microbatches)
+    profile = captured_profile(model, args, microbatches=(1, microbatches), **options)
+    plan = sw.plan(profile, microbatches=microbatches, schedule=schedule)
     assert len(plan.stages) == 2
     return sw.run(model, plan, args, steps=1)
 
@@ -54,8 +55,9 @@ class Mixed(nn.Module):
 
 
 def test_a_model_with_everything_runs(captured_profile):
-    """Batch norm, dropout, integers, frozen parameters and several outputs pass the gate."""
-    run = piped(captured_profile, Mixed(), (torch.randint(0, 10, (8,)), torch.rand(6)), 4)
+    """Batch norm, dropout, integers, frozen parameters and several outputs pass the gate, under GPipe."""
+    run = piped(captured_profile, Mixed(), (torch.randint(0, 10, (8,)), torch.rand(6)), 4, schedule="gpipe")
+    assert run.schedule == "gpipe"
     assert run.equality.tensors > 8
 
 

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from shardwright.sharder.planning.problem import in_flight
-from shardwright.sharder.planning.schedule import StageCost, operations, simulate
+from shardwright.sharder.planning.schedule import StageCost, expected_step_s, operations, simulate
 
 SHAPES = list(itertools.product([1, 2, 3, 5], [1, 2, 4, 7]))
 
@@ -119,3 +119,23 @@ def test_every_operation_comes_once_and_in_order(schedule, stages, microbatches)
         for kind in "FB":
             assert [op.microbatch for op in todo if op.kind == kind] == list(range(microbatches))
         assert all(todo.index(("F", m)) < todo.index(("B", m)) for m in range(microbatches))
+
+
+def test_steady_devices_step_as_simulated():
+    """Without variation the expected step is the simulated one, and has no spread."""
+    costs = [StageCost(1.0, 2.0), StageCost(1.0, 2.0)]
+    assert expected_step_s(costs, [(), (1.0, 1.0)], 4) == (simulate(costs, 4).step_s, 0.0)
+
+
+def test_a_pipeline_waits_for_the_device_that_is_slow_at_the_moment():
+    """When each device is at times faster and slower, the median step is longer than that of the median times."""
+    costs = [StageCost(1.0, 2.0), StageCost(1.0, 2.0)]
+    varied, spread = expected_step_s(costs, [(0.8, 1.0, 1.2)] * 2, 8)
+    assert varied > simulate(costs, 8).step_s
+    assert spread > 0
+    assert expected_step_s(costs, [(0.8, 1.0, 1.2)] * 2, 8) == (varied, spread)
+
+
+def test_one_stage_varies_around_its_median():
+    """A device alone waits for nobody: its expected step is its median step."""
+    assert expected_step_s([StageCost(1.0, 2.0)], [(0.5, 1.0, 1.0, 1.0, 1.5)], 2)[0] == pytest.approx(6.0)

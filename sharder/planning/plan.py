@@ -64,6 +64,8 @@ class Prediction(Record):
     """What a step is expected to take, sharded and on one device."""
 
     step_s: NonNegativeFloat
+    step_spread_s: NonNegativeFloat = 0.0
+    """Interquartile range of the step, from how the devices' speeds varied while they were measured."""
     bubble: float
     """Share of all devices' time in which they wait."""
     baseline_device: str | None

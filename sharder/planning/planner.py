@@ -15,12 +15,12 @@ from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.partition import Partition, partition, simple_bound_s, stage_loads
 from shardwright.sharder.planning.plan import Candidate, Certificate, Placement, Plan, Prediction, Stage
 from shardwright.sharder.planning.problem import Block, Problem, Schedule, bits, in_flight, problem_from_graph
-from shardwright.sharder.planning.schedule import StageCost, Timeline, simulate
+from shardwright.sharder.planning.schedule import StageCost, Timeline, expected_step_s, simulate
 
 __all__ = ["plan"]
 
-EQUAL_DEVICES = 0.05
-"""One device counts as faster than an earlier one from this difference on: below it, it is noise."""
+LEAST_NOISE = 0.05
+"""One device counts as faster than an earlier one from this relative difference on, however steady both were."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class _Option:
     loads: list[float]
     costs: tuple[StageCost, ...]
     timeline: Timeline
+    """Of the median times."""
+    step_s: float
+    """The median step of devices whose speed varies."""
+    step_spread_s: float
 
 
 def plan(
@@ -42,6 +46,7 @@ def plan(
     memory: Mapping[str, str | int] | None = None,
     pins: Mapping[str, str] | None = None,
     devices: Iterable[str] | None = None,
+    schedule: Schedule = "1f1b",
     time_limit_s: float = 30.0,
 ) -> Plan:
     """Split the profiled model over its devices.
@@ -57,6 +62,7 @@ def plan(
         memory: caps by device, in bytes or as text (``"10GiB"``), that replace the devices' own.
         pins: unit name or pattern -> device.
         devices: which devices to use; all that were profiled by default.
+        schedule: ``"1f1b"``, or ``"gpipe"``, which holds all micro-batches at once; inference has forwards only.
         time_limit_s: seconds for the whole search; after it, the best so far with an honest gap.
 
     Raises:
@@ -64,13 +70,15 @@ def plan(
     """
     if objective != "throughput":
         raise ShardwrightError(f"objective {objective!r} is not known; the planner has: throughput")
+    if schedule not in ("1f1b", "gpipe"):
+        raise ShardwrightError(f"schedule {schedule!r} is not known; the planner has: 1f1b, gpipe")
     names = tuple(devices) if devices is not None else None
     deadline_s = time.monotonic() + time_limit_s
 
     def problem_at(count: int) -> Problem:
-        schedule: Schedule = "1f1b" if profile.train else "gpipe"
         graph = cost_graph(profile, count)
-        return problem_from_graph(graph, devices=names, memory=memory, pins=pins, schedule=schedule)
+        order: Schedule = schedule if profile.train else "gpipe"
+        return problem_from_graph(graph, devices=names, memory=memory, pins=pins, schedule=order)
 
     problems = [problem_at(count) for count in (profile.microbatches if microbatches == "auto" else (microbatches,))]
     options: list[_Option] = []
@@ -78,7 +86,7 @@ def plan(
     for position, problem in enumerate(problems):
         share_s = max(0.0, deadline_s - time.monotonic()) / (len(problems) - position)
         try:
-            option = _solve(problem, train=profile.train, time_limit_s=share_s)
+            option = _solve(problem, profile, time_limit_s=share_s)
         except ShardwrightError as error:
             unfinished = error
             continue
@@ -89,15 +97,15 @@ def plan(
 
     by_count = {problem.microbatches: problem for problem in problems}
     every = (by_count.get(count) or problem_at(count) for count in sorted(profile.microbatches))
-    baseline = _baseline(every, train=profile.train)
-    best = min(options, key=lambda option: option.timeline.step_s)
+    baseline = _baseline(every, profile)
+    best = min(options, key=lambda option: option.step_s)
     chosen = best
-    if microbatches == "auto" and baseline is not None and not pins and baseline.timeline.step_s < best.timeline.step_s:
+    if microbatches == "auto" and baseline is not None and not pins and baseline.step_s < best.step_s:
         chosen = baseline
     return _write(profile, chosen, options, baseline, deadline_s)
 
 
-def _solve(problem: Problem, *, train: bool, time_limit_s: float) -> _Option | None:
+def _solve(problem: Problem, profile: Profile, *, time_limit_s: float) -> _Option | None:
     """The best split of ``problem``, under GPipe if 1F1B leaves too few stages to fit; None when nothing fits."""
     attempts = [problem]
     if problem.most_stages < len(problem.devices):
@@ -110,13 +118,13 @@ def _solve(problem: Problem, *, train: bool, time_limit_s: float) -> _Option | N
             unfinished = error
             continue
         if split is not None:
-            return _price(attempt, split, train=train)
+            return _price(attempt, split, profile)
     if unfinished is not None:
         raise unfinished
     return None
 
 
-def _price(problem: Problem, split: Partition, *, train: bool) -> _Option:
+def _price(problem: Problem, split: Partition, profile: Profile) -> _Option:
     """Loads, costs of each stage, and the simulated step."""
     loads = stage_loads(problem, split.stages)
     assert loads is not None, "a split that was found is feasible"
@@ -137,11 +145,15 @@ def _price(problem: Problem, split: Partition, *, train: bool) -> _Option:
                 receive_backward_s=receive,
             )
         )
-    timeline = simulate(costs, problem.microbatches, schedule=problem.schedule, train=train)
-    return _Option(problem, split, loads, tuple(costs), timeline)
+    schedule, train = problem.schedule, profile.train
+    timeline = simulate(costs, problem.microbatches, schedule=schedule, train=train)
+    varied = {variation.device: variation.relative for variation in profile.variations}
+    relative = [varied.get(problem.devices[device], ()) for device, _ in split.stages]
+    step_s, spread_s = expected_step_s(costs, relative, problem.microbatches, schedule=schedule, train=train)
+    return _Option(problem, split, loads, tuple(costs), timeline, step_s, spread_s)
 
 
-def _baseline(problems: Iterable[Problem], *, train: bool) -> _Option | None:
+def _baseline(problems: Iterable[Problem], profile: Profile) -> _Option | None:
     """One device alone: the fastest that holds the model, in the first of ``problems`` in which one does."""
     for problem in problems:
         best: _Option | None = None
@@ -151,12 +163,17 @@ def _baseline(problems: Iterable[Problem], *, train: bool) -> _Option | None:
             loads = stage_loads(alone, whole)
             if loads is None:
                 continue
-            option = _price(alone, Partition(whole, loads[0], loads[0], exact=True), train=train)
-            if best is None or option.timeline.step_s < (1 - EQUAL_DEVICES) * best.timeline.step_s:
+            option = _price(alone, Partition(whole, loads[0], loads[0], exact=True), profile)
+            if best is None or option.step_s < best.step_s - _noise_s(option, best):
                 best = option
         if best is not None:
             return best
     return None
+
+
+def _noise_s(one: _Option, other: _Option) -> float:
+    """The difference of two steps that says nothing about their devices: their spread while they were measured."""
+    return max(LEAST_NOISE * other.step_s, one.step_spread_s, other.step_spread_s)
 
 
 def _write(
@@ -189,7 +206,7 @@ def _write(
         )
         closed |= members
     producer = {tensor.name: tensor.producer for tensor in profile.tensors}
-    baseline_s = baseline.timeline.step_s if baseline else None
+    baseline_s = baseline.step_s if baseline else None
     return Plan(
         model=profile.model,
         structure=profile.structure,
@@ -217,12 +234,13 @@ def _write(
         ),
         certificate=_certify(chosen, options, baseline, deadline_s),
         predicted=Prediction(
-            step_s=chosen.timeline.step_s,
+            step_s=chosen.step_s,
+            step_spread_s=chosen.step_spread_s,
             bubble=max(0.0, chosen.timeline.bubble),
             baseline_device=baseline.problem.devices[0] if baseline else None,
             baseline_microbatches=baseline.problem.microbatches if baseline else 1,
             baseline_s=baseline_s,
-            speedup=_speedup(baseline_s, chosen.timeline.step_s),
+            speedup=_speedup(baseline_s, chosen.step_s),
         ),
         candidates=tuple(
             Candidate(
@@ -230,8 +248,8 @@ def _write(
                 stages=len(option.split.stages),
                 bottleneck_s=option.split.value_s,
                 gap_percent=_gap_percent(option.split.value_s, option.split.bound_s),
-                step_s=option.timeline.step_s,
-                speedup=_speedup(baseline_s, option.timeline.step_s),
+                step_s=option.step_s,
+                speedup=_speedup(baseline_s, option.step_s),
                 chosen=option is chosen,
             )
             for option in options
@@ -254,7 +272,7 @@ def _certify(chosen: _Option, options: list[_Option], baseline: _Option | None, 
         # The bound is over the splits as well: one device was preferred to them for its step, not for its load.
         same = [option for option in options if option.problem.microbatches == chosen.problem.microbatches]
         bound_s = min([split.value_s, *(option.split.bound_s for option in same)]) if same else 0.0
-        fastest_s = min(option.timeline.step_s for option in options)
+        fastest_s = min(option.step_s for option in options)
         return Certificate(
             value_s=split.value_s,
             bound_s=bound_s,

@@ -14,13 +14,15 @@ every step, and the rest of the step is its bubble.
 
 from __future__ import annotations
 
+import random
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from shardwright.sharder.planning.problem import Schedule
 
-__all__ = ["Operation", "Slot", "StageCost", "Timeline", "operations", "simulate"]
+__all__ = ["Operation", "Slot", "StageCost", "Timeline", "expected_step_s", "operations", "simulate"]
 
 
 class Operation(NamedTuple):
@@ -122,3 +124,33 @@ def simulate(
     busy = [busy[s] + costs[s].update_s for s in range(count)]
     slots.sort(key=lambda slot: (slot.start_s, slot.stage))
     return Timeline(max(finish), tuple(slots), tuple(busy))
+
+
+def expected_step_s(
+    costs: Sequence[StageCost],
+    variations: Sequence[Sequence[float]],
+    microbatches: int,
+    *,
+    schedule: Schedule = "1f1b",
+    train: bool = True,
+    draws: int = 101,
+) -> tuple[float, float]:
+    """Median and interquartile range of the step when each stage's speed varies as it did while it was measured.
+
+    A pipeline waits for whichever device is slow at the moment, so its median step is longer than the step of the
+    median times. ``variations`` holds for each stage the relative times to draw from, 1 being the median; the draws are
+    the same every time.
+    """
+    if all(len(set(relative)) < 2 for relative in variations):
+        return simulate(costs, microbatches, schedule=schedule, train=train).step_s, 0.0
+    generator = random.Random(0)
+    steps = []
+    for _ in range(draws):
+        factors = [generator.choice(relative) if relative else 1.0 for relative in variations]
+        drawn = [
+            replace(c, forward_s=c.forward_s * f, backward_s=c.backward_s * f, update_s=c.update_s * f)
+            for c, f in zip(costs, factors, strict=True)
+        ]
+        steps.append(simulate(drawn, microbatches, schedule=schedule, train=train).step_s)
+    low, median, high = statistics.quantiles(steps, n=4)
+    return median, high - low

@@ -53,7 +53,7 @@ def run(
     args: tuple[Any, ...] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     *,
-    steps: int = 9,
+    steps: int = 11,
     progress: Progress | None = None,
 ) -> Run:
     """Run ``plan`` as a pipeline, one worker process a device, and time it against one device.
