@@ -11,8 +11,9 @@ from torch import nn
 import shardwright as sw
 from shardwright.profiler import pool
 from shardwright.sharder.runtime import run as run_module
+from shardwright.sharder.runtime.equality import relative_difference
 from shardwright.sharder.runtime.pipeline import Comparison
-from shardwright.sharder.runtime.run import compare, relative_difference
+from shardwright.sharder.runtime.run import compare
 
 
 def piped(captured_profile, model, args, microbatches, schedule="1f1b", **options):
@@ -37,7 +38,7 @@ def test_piped_gradients_equal_the_models(containers, captured_profile, name):
 
 
 class Mixed(nn.Module):
-    """Batch statistics, dropout, an integer input, a mask for all samples, two outputs, a frozen unit."""
+    """Batch statistics, dropout of every kind, an integer input, a mask for all samples, two outputs, a frozen unit."""
 
     def __init__(self):
         super().__init__()
@@ -46,11 +47,13 @@ class Mixed(nn.Module):
             [nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 6), nn.Linear(6, 6)]
         )
         self.layers[3].requires_grad_(False)
+        self.attend = nn.MultiheadAttention(6, 2, dropout=0.5, batch_first=True)
 
     def forward(self, ids, mask):
         x = self.embed(ids) * mask
         for layer in self.layers:
-            x = layer(x)
+            x = nn.functional.dropout(layer(x), 0.5, training=self.training)
+        x = x[:, None] + self.attend(x[:, None], x[:, None], x[:, None])[0]
         return {"x": x, "ids": ids + 1}
 
 
@@ -176,3 +179,6 @@ def test_relative_difference_is_relative_to_the_largest():
     assert relative_difference(torch.tensor([100.0, 1.0, nan]), torch.tensor([100.0, 2.0, nan])) == pytest.approx(0.01)
     assert relative_difference(torch.zeros(0), torch.zeros(0)) == 0.0
     assert relative_difference(torch.zeros(2), torch.zeros(2)) == 0.0
+    inf = float("inf")
+    assert relative_difference(torch.tensor([inf, 1.0]), torch.tensor([inf, 1.0])) == 0.0
+    assert relative_difference(torch.tensor([1.0]), torch.tensor([nan])) == inf

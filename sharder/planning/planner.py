@@ -100,8 +100,11 @@ def plan(
     baseline = _baseline(every, profile)
     best = min(options, key=lambda option: option.step_s)
     chosen = best
-    if microbatches == "auto" and baseline is not None and not pins and baseline.step_s < best.step_s:
-        chosen = baseline
+    if microbatches == "auto" and baseline is not None and not pins:
+        # Among single devices only a difference beyond noise counts; a split has to be faster.
+        margin_s = _noise_s(best, baseline) if len(best.split.stages) == 1 else 0.0
+        if baseline.step_s < best.step_s + margin_s:
+            chosen = baseline
     return _write(profile, chosen, options, baseline, deadline_s)
 
 
@@ -278,7 +281,11 @@ def _certify(chosen: _Option, options: list[_Option], baseline: _Option | None, 
             bound_s=bound_s,
             gap_percent=_gap_percent(split.value_s, bound_s),
             exact=bound_s == split.value_s,
-            binds=f"filling and draining: a step of the best split takes {fastest_s / split.value_s:.2f}x this",
+            binds=(
+                f"filling and draining: a step of the best split takes {fastest_s / split.value_s:.2f}x this"
+                if fastest_s > split.value_s
+                else _what_binds(chosen, deadline_s)
+            ),
         )
     return Certificate(
         value_s=split.value_s,

@@ -7,8 +7,8 @@ them out with a step of its own, which would change batch statistics.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.pipelining.microbatch import TensorChunkSpec, _Replicate
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from shardwright.profiler.inputs import is_batched
@@ -182,7 +183,7 @@ def check_whole() -> Comparison:
 def _compared(held: _Held) -> Comparison:
     held.module.zero_grad()
     held.outputs = []
-    with _without_dropout(held.module):
+    with _dropout_resting(held.module):
         held.step()
     _synchronize(held.device)
     outputs, held.outputs = held.outputs, None
@@ -191,18 +192,36 @@ def _compared(held: _Held) -> Comparison:
     return Comparison(outputs, gradients)
 
 
-def _without_dropout(module: nn.Module) -> AbstractContextManager[None]:
-    """Dropout draws other numbers in every process; for a comparison it rests."""
+class _NoDropout(TorchFunctionMode):
+    """Dropout that the forward calls as a function, outside modules, passes its input through."""
 
-    @contextmanager
-    def resting() -> Any:
-        drops = [m for m in module.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
-        for drop in drops:
-            drop.training = False
-        try:
+    FUNCTIONS = frozenset(
+        getattr(nn.functional, f"{kind}dropout{rank}")
+        for kind, rank in (("", ""), ("", "1d"), ("", "2d"), ("", "3d"), ("alpha_", ""), ("feature_alpha_", ""))
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.FUNCTIONS:
+            return args[0] if args else kwargs["input"]
+        if func is nn.functional.scaled_dot_product_attention and len(args) < 5:
+            kwargs = kwargs | {"dropout_p": 0.0}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _dropout_resting(module: nn.Module) -> Iterator[None]:
+    """Dropout draws other numbers in every process, so for a comparison it rests.
+
+    Modules compute as in evaluation, which also stills the dropout inside attention and recurrent layers; batch
+    normalisation goes on with the statistics of its micro-batch.
+    """
+    resting = [m for m in module.modules() if m.training and not isinstance(m, nn.modules.batchnorm._NormBase)]
+    for inner in resting:
+        inner.training = False
+    try:
+        with _NoDropout():
             yield
-        finally:
-            for drop in drops:
-                drop.training = True
-
-    return resting()
+    finally:
+        for inner in resting:
+            inner.training = True

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -24,6 +23,7 @@ from shardwright.profiler.trace import trace
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.check import check_inputs, check_model
 from shardwright.sharder.runtime.cut import cut
+from shardwright.sharder.runtime.equality import relative_difference, tolerance
 from shardwright.sharder.runtime.pipeline import (
     Comparison,
     Job,
@@ -36,12 +36,10 @@ from shardwright.sharder.runtime.pipeline import (
 )
 from shardwright.sharder.runtime.record import Equality, Run, Timed
 
-__all__ = ["compare", "relative_difference", "run"]
+__all__ = ["compare", "run"]
 
 Progress = Callable[[str, int, int], None]
 
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-"""Largest difference, relative to a tensor's largest value, that another order of summation explains."""
 STEP_LIMIT_S = 20.0
 """A step that takes so much longer than ten times its prediction counts as hung."""
 WARMUP_STEPS = 2
@@ -165,39 +163,20 @@ def compare(reference: Comparison, stages: list[Comparison]) -> Equality:
     pairs = [(f"output {i}", a, b) for i, (a, b) in enumerate(zip(reference.outputs, outputs, strict=True))]
     count = len(pairs)
     pairs += [(f"the gradient of {n}", t, gradients[n]) for n, t in reference.gradients.items() if n in gradients]
-    errors, tolerance = [], 0.0
+    errors, largest = [], 0.0
     for name, expected, found in pairs:
         error = relative_difference(expected, found)
-        allowed = TOLERANCES.get(expected.dtype, 0.0)
+        allowed = tolerance(expected.dtype)
         if not error <= allowed:
             raise ShardwrightError(
                 f"{name} differs from the unsharded model's by {error:.2g} of its largest value; "
                 f"{allowed:.2g} is allowed for {expected.dtype}; nothing was timed"
             )
         errors.append(error)
-        tolerance = max(tolerance, allowed)
+        largest = max(largest, allowed)
     return Equality(
         outputs=max(errors[:count], default=0.0),
         gradients=max(errors[count:], default=0.0),
-        tolerance=tolerance,
+        tolerance=largest,
         tensors=len(pairs),
-    )
-
-
-def relative_difference(expected: Tensor, found: Tensor) -> float:
-    """Largest difference over the largest value of ``expected``; infinite when shapes differ or one has NaN alone."""
-    if expected.shape != found.shape:
-        return float("inf")
-    if expected.numel() == 0:
-        return 0.0
-    wide = torch.float64 if not expected.is_complex() else torch.complex128
-    one, other = expected.to(wide), found.to(wide)
-    nans = one.isnan()
-    if not torch.equal(nans, other.isnan()):
-        return float("inf")
-    difference = float((one - other).masked_fill(nans, 0).abs().max())
-    return (
-        difference / max(float(one.masked_fill(nans, 0).abs().max()), torch.finfo(torch.float32).tiny)
-        if difference
-        else 0.0
     )
