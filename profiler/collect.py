@@ -225,6 +225,7 @@ def measurements_of(
                 backward_s=backward[0],
                 backward_spread_s=backward[1],
                 update_s=summary(taken[1, step].update_s)[0],
+                peak_bytes=taken[count, step].peak_bytes,
             )
         )
     return tuple(rows)

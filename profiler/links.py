@@ -21,6 +21,7 @@ import torch.distributed as dist
 from shardwright.profiler.measure import cuda_timer
 from shardwright.profiler.pool import Pool
 from shardwright.profiler.profile import Device, Link
+from shardwright.profiler.worker import resident
 
 __all__ = ["SIZES", "fit", "measure_links"]
 
@@ -77,9 +78,10 @@ def measure_links(pool: Pool, devices: Sequence[Device]) -> tuple[Link, ...]:
 
 
 def join(rank: int, size: int, store: str) -> None:
-    """Enter a gloo group that meets over a file and talks over loopback."""
+    """Enter a group that meets over a file and talks over loopback: gloo for CPU tensors, NCCL for GPUs'."""
+    backend = "cpu:gloo,cuda:nccl" if resident["device"].type == "cuda" else "gloo"
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=30)
+        backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=30)
     )
 
 

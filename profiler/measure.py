@@ -104,6 +104,7 @@ class Samples:
     forward_s: list[float] = field(default_factory=list)
     backward_s: list[float] = field(default_factory=list)
     update_s: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
 
 
 class Subject:
@@ -123,6 +124,18 @@ class Subject:
             self.parameters = [p for p in self.function.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(optimizer, self.parameters) if train and optimizer else None
         self.grads: list[Tensor] | None = None
+        self.device = device
+        self.peak_bytes: int | None = None
+
+    def run(self, timer: Timer) -> tuple[float, float, float]:
+        """Seconds of one forward, backward and update (0 for what does not take place)."""
+        if self.device.type != "cuda":
+            return self._run(timer)
+        held = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        seconds = self._run(timer)
+        self.peak_bytes = max(0, torch.cuda.max_memory_allocated(self.device) - held)
+        return seconds
 
     @staticmethod
     def _leaf(leaf: Any, device: torch.device) -> Any:
@@ -130,8 +143,7 @@ class Subject:
             return device if isinstance(leaf, torch.device) else leaf
         return leaf.detach().to(device).requires_grad_(leaf.requires_grad)
 
-    def run(self, timer: Timer) -> tuple[float, float, float]:
-        """Seconds of one forward, backward and update (0 for what does not take place)."""
+    def _run(self, timer: Timer) -> tuple[float, float, float]:
         # A copy of each input: units may change theirs in place, and a producer would just have written it.
         args, kwargs = pytree.tree_unflatten(
             [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self.leaves], self.spec
@@ -173,6 +185,7 @@ def measure(
                 samples[key].forward_s.append(forward_s)
                 samples[key].backward_s.append(backward_s)
                 samples[key].update_s.append(update_s)
+                samples[key].peak_bytes = subject.peak_bytes
         on_round(round_)
     return samples
 

@@ -107,6 +107,8 @@ class Measurement(Record):
     backward_spread_s: NonNegativeFloat
     update_s: NonNegativeFloat
     """One optimizer step over the node's parameters (once a batch, whatever the number of micro-batches)."""
+    peak_bytes: NonNegativeInt | None = None
+    """CUDA only: the allocator's peak during forward, backward and update, beyond what was held before."""
 
 
 class Variation(Record):

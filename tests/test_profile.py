@@ -99,6 +99,7 @@ def test_frame_has_a_row_for_each_measurement(chain_profile):
         "backward_s",
         "backward_spread_s",
         "update_s",
+        "peak_bytes",
         "kind",
         "type",
         "param_bytes",

@@ -82,6 +82,11 @@ def run(
     check_inputs(plan, args, kwargs)
     baseline = plan.predicted.baseline_device
     devices = find_devices(list(dict.fromkeys([*plan.devices, *([baseline] if baseline else [])])))
+    if len({device.kind for device in devices if device.name in plan.devices}) > 1:
+        raise ShardwrightError(
+            f"the plan mixes CPU workers and GPUs ({', '.join(plan.devices)}), which the pipeline cannot do yet; "
+            "place(model, plan) can, or plan with --devices of one kind"
+        )
     programs = cut(trace(model, *microbatch(args, kwargs, plan.microbatches), train=plan.train), plan)
     job = Job(plan.schedule, plan.microbatches, len(plan.stages), plan.batch, plan.train, plan.optimizer)
     flat = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))

@@ -1,0 +1,76 @@
+"""The same promises on a GPU: run with `pytest -m gpu` on a machine that has one."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import shardwright as sw
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+]
+
+
+def relative(a, b):
+    return float((a.cpu() - b.cpu()).abs().max() / b.cpu().abs().max())
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """TF32 would hide small errors."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_a_gpu_is_measured(containers):
+    """Times from CUDA events and the allocator's peak, for every unit; links both ways."""
+    (x,) = containers.NetDict.sample_inputs()
+    profile = sw.profile(containers.NetDict(), (x,), devices=["cuda:0", "cpu:0"], microbatches=[1, 4], rounds=2)
+    rows = [m for m in profile.measurements if m.device == "cuda:0"]
+    assert len(rows) == 2 * (15 + 4)
+    assert all(m.forward_s > 0 and m.peak_bytes is not None for m in rows)
+    assert {(link.source, link.target) for link in profile.links} == {("cuda:0", "cpu:0"), ("cpu:0", "cuda:0")}
+    assert all(link.bandwidth_bytes_per_s > 1e8 for link in profile.links)
+
+
+@pytest.mark.parametrize("name", ["Net", "NetList", "NetDict"])
+def test_placed_on_cpu_and_gpu(containers, captured_profile, name):
+    """Outputs and gradients on (cpu, cuda:0) equal the CPU's within rounding; training steps on."""
+    model = getattr(containers, name)()
+    x = type(model).sample_inputs()[0][:4, :, :24, :24].contiguous()
+    plan = sw.plan(captured_profile(model, (x,), devices=["cpu:0", "cuda:0"]), microbatches=2)
+    placed = sw.place(copy.deepcopy(model), plan)
+    assert {p.device.type for p in placed.parameters()} == {"cpu", "cuda"}
+    expected, found = model(x), placed(x)
+    assert found.device == x.device
+    assert relative(found, expected) < 1e-4
+    expected.square().mean().backward()
+    found.square().mean().backward()
+    gradients = dict(placed.named_parameters())
+    for key, parameter in model.named_parameters():
+        assert relative(gradients[key].grad, parameter.grad) < 1e-3
+    torch.optim.Adam(placed.parameters()).step()
+    sw.unplace(placed)
+    assert {p.device.type for p in placed.parameters()} == {"cpu"}
+
+
+def test_one_gpu_runs_and_is_compared():
+    """A plan for one GPU goes through the workers, the gate and the timing."""
+    model, x = nn.Sequential(*[nn.Linear(256, 256) for _ in range(4)]), torch.randn(64, 256)
+    profile = sw.profile(model, (x,), devices=["cuda:0"], rounds=2)
+    run = sw.run(model, sw.plan(profile), (x,), steps=3)
+    assert run.devices == ("cuda:0",)
+    assert run.equality.gradients < 1e-5
+
+
+def test_a_plan_over_cpu_and_gpu_is_not_piped_yet(captured_profile):
+    """The pipeline refuses to mix CPU workers and GPUs, and says what works."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(8, 4)
+    plan = sw.plan(captured_profile(model, (x,), devices=["cpu:0", "cuda:0"]), microbatches=2)
+    with pytest.raises(sw.ShardwrightError, match="mixes CPU workers and GPUs"):
+        sw.run(model, plan, (x,))
