@@ -89,7 +89,10 @@ def profile(
         str | None,
         typer.Option("--microbatches", metavar="LIST", help="Numbers of micro-batches to measure; default 1,2,4,8."),
     ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often each unit is timed.")] = 11,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often each unit is timed, at most.")] = 11,
+    budget: Annotated[
+        float, typer.Option("--budget", metavar="SECONDS", help="For the timing, three rounds apart.")
+    ] = 120.0,
     settings: SetOption = None,
     inputs: InputsOption = None,
     input_specs: InputOption = None,
@@ -115,6 +118,7 @@ def profile(
             optimizer=optimizer,
             microbatches=counts,
             rounds=rounds,
+            budget_s=budget,
             name=target,
             progress=progress,
         )

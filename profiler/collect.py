@@ -35,8 +35,8 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
 START_LIMIT_S = 120.0
-ROUND_LIMIT_S = 120.0
-"""The first round, and each further one, may take so long before a worker counts as hung."""
+ROUND_LIMIT_S = 600.0
+"""A round may take so long before a worker counts as hung."""
 
 
 def profile(
@@ -49,6 +49,7 @@ def profile(
     optimizer: str = "adam",
     microbatches: Sequence[int] | None = None,
     rounds: int = 11,
+    budget_s: float = 120.0,
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Profile:
@@ -63,7 +64,8 @@ def profile(
         train: measure backward and update too.
         optimizer: ``"sgd"``, ``"momentum"``, ``"adam"`` or ``"adamw"``.
         microbatches: into how many micro-batches the batch is to be divided; 1, 2, 4 and 8 by default.
-        rounds: how often each step is timed.
+        rounds: how often each step is timed, at most.
+        budget_s: seconds of measuring after which no further round begins, once there are three.
         name: what the profile calls the model; its class by default.
         progress: told what is being done.
 
@@ -88,7 +90,9 @@ def profile(
     _same_path(captures)
 
     with Pool(found) as pool:
-        samples = _measure(pool, found, captures, train=train, optimizer=optimizer, rounds=rounds, tell=tell)
+        samples = _measure(
+            pool, found, captures, train=train, optimizer=optimizer, rounds=rounds, budget_s=budget_s, tell=tell
+        )
         tell("links", 0, 1)
         links = measure_links(pool, found)
         tell("links", 1, 1)
@@ -137,6 +141,7 @@ def _measure(
     train: bool,
     optimizer: str,
     rounds: int,
+    budget_s: float,
     tell: Progress,
 ) -> dict[str, dict[tuple[int, str], Samples]]:
     """Hand every step to every device and time them, all devices at once."""
@@ -160,7 +165,7 @@ def _measure(
 
     tell("measure", 0, rounds + 1)
     return pool.call(
-        {d.name: (measure_all, (rounds,)) for d in devices}, limit_s=ROUND_LIMIT_S * (rounds + 1), on_progress=on_round
+        {d.name: (measure_all, (rounds, budget_s)) for d in devices}, limit_s=ROUND_LIMIT_S, on_progress=on_round
     )
 
 

@@ -34,6 +34,9 @@ __all__ = [
     "summary",
 ]
 
+LEAST_ROUNDS = 3
+"""So many are timed even when the budget is used up: a median and a spread need them."""
+
 Timer = Callable[[Callable[[], Any]], tuple[Any, float]]
 """Calls a function and returns its result and the seconds it took."""
 
@@ -171,11 +174,23 @@ class Subject:
 
 
 def measure(
-    subjects: dict[Any, Subject], timer: Timer, *, rounds: int, on_round: Callable[[int], None]
+    subjects: dict[Any, Subject],
+    timer: Timer,
+    *,
+    rounds: int,
+    on_round: Callable[[int], None],
+    budget_s: float = float("inf"),
+    clock: Callable[[], float] = time.monotonic,
 ) -> dict[Any, Samples]:
-    """Time every subject ``rounds`` times, in turn, after one round to warm up."""
+    """Time every subject ``rounds`` times, in turn, after one round to warm up.
+
+    Past ``budget_s`` seconds no further round begins, once there are three (or ``rounds``, if that is fewer).
+    """
     samples = {key: Samples() for key in subjects}
+    start = clock()
     for round_ in range(rounds + 1):
+        if round_ > LEAST_ROUNDS and clock() - start > budget_s:
+            break
         for key, subject in subjects.items():
             try:
                 forward_s, backward_s, update_s = subject.run(timer)
@@ -225,9 +240,9 @@ def add_subject(name: str, calls: dict[int, Call], *, train: bool, optimizer: st
         )
 
 
-def measure_all(rounds: int) -> dict[tuple[int, str], Samples]:
+def measure_all(rounds: int, budget_s: float) -> dict[tuple[int, str], Samples]:
     """Measure everything that was taken in, largest micro-batch first."""
     device: torch.device = resident["device"]
     timer = host_timer() if device.type == "cpu" else cuda_timer(device)
     subjects = dict(sorted(resident["subjects"].items(), key=lambda item: item[0][0]))
-    return measure(subjects, timer, rounds=rounds, on_round=report)
+    return measure(subjects, timer, rounds=rounds, on_round=report, budget_s=budget_s)

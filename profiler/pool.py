@@ -174,7 +174,7 @@ class Pool:
 
         Args:
             calls: device -> (function, args).
-            limit_s: seconds after which a worker that has not answered counts as hung.
+            limit_s: seconds without an answer or progress from any worker after which those awaited count as hung.
             on_progress: called with the device and what the worker reported.
 
         Raises:
@@ -200,8 +200,10 @@ class Pool:
                 if message.kind == "result":
                     results[device] = message.content
                     pending.discard(device)
-                elif message.kind == "progress" and on_progress is not None:
-                    on_progress(device, message.content)
+                elif message.kind == "progress":
+                    deadline = time.monotonic() + limit_s
+                    if on_progress is not None:
+                        on_progress(device, message.content)
             if errors and time.monotonic() > deadline:
                 break
             if not errors:

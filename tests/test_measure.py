@@ -64,6 +64,15 @@ def test_forward_and_backward_are_timed_apart():
     assert rounds == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(("rounds", "budget_s", "timed"), [(9, 1e9, 9), (9, 0.0, 3), (2, 0.0, 2), (9, 50.0, 5)])
+def test_rounds_end_with_the_budget(rounds, budget_s, timed):
+    """A slow model is timed at least three times, and no longer than the budget allows."""
+    clock = Clock()
+    subjects = {"a": subject(Takes(clock, 4.0, 6.0), torch.ones(3, requires_grad=True))}
+    samples = measure(subjects, host_timer(clock), rounds=rounds, on_round=id, budget_s=budget_s, clock=clock)
+    assert len(samples["a"].forward_s) == timed
+
+
 def test_inference_times_the_forward_only():
     """Without training there is no backward and no update."""
     clock = Clock()
