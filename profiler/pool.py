@@ -201,7 +201,8 @@ class Pool:
                     results[device] = message.content
                     pending.discard(device)
                 elif message.kind == "progress":
-                    deadline = time.monotonic() + limit_s
+                    if not errors:
+                        deadline = time.monotonic() + limit_s
                     if on_progress is not None:
                         on_progress(device, message.content)
             if errors and time.monotonic() > deadline:
