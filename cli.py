@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,8 +99,8 @@ def profile(
     input_specs: InputOption = None,
 ) -> None:
     """Time and weigh every unit of a model on every device."""
-    counts = _numbers(microbatches) if microbatches else None
-    path = _out_path(out_path, target, "profile")
+    counts = _numbers(microbatches) if microbatches is not None else None
+    path = _checked_folder(_out_path(out_path, target, "profile"))
     with _progress() as progress:
         progress("load the model", 0, 1)
         from shardwright.profiler.collect import profile as collect
@@ -154,7 +155,7 @@ def shard(
     ] = None,
     schedule: Annotated[str, typer.Option("--schedule", help="1f1b, or gpipe.")] = "1f1b",
     time_limit: Annotated[
-        float, typer.Option("--time-limit", metavar="SECONDS", help="For the search of the plan.")
+        float, typer.Option("--time-limit", metavar="SECONDS", min=0, help="For the search of the plan.")
     ] = 30.0,
     steps: Annotated[int, typer.Option("--steps", min=1, help="With --run: how many steps of each are timed.")] = 11,
     run_out: Annotated[
@@ -169,12 +170,21 @@ def shard(
     from shardwright.reports.plan_report import PlanReport
     from shardwright.sharder.planning.planner import plan as make_plan
 
+    path = _checked_folder(_out_path(out_path, target, "plan"))
+    if run_out is not None:
+        _checked_folder(run_out)
+        run = True
     source = profile_path or _out_path(None, target, "profile")
     if not source.exists():
         raise ShardwrightError(f"there is no {source}: make it with `profile {target} --out {source}`")
     made = Profile.load(source)
     _check_same_model(target, made.model, source)
-    count: int | Literal["auto"] = "auto" if microbatches == "auto" else _numbers(microbatches)[0]
+    counts = [] if microbatches == "auto" else _numbers(microbatches)
+    if len(counts) > 1:
+        raise ShardwrightError(
+            f"--microbatches {microbatches}: a plan has one number; give one, or auto to compare them"
+        )
+    count: int | Literal["auto"] = counts[0] if counts else "auto"
     plan = make_plan(
         made,
         microbatches=count,
@@ -184,11 +194,13 @@ def shard(
         schedule=cast("Schedule", schedule),
         time_limit_s=time_limit,
     )
-    path = _out_path(out_path, target, "plan")
     plan.save(path)
     out.print(PlanReport(plan))
     out.print(f"\nWrote {path}.", highlight=False, soft_wrap=True)
     if not run:
+        return
+    if plan.devices == (plan.predicted.baseline_device,) and plan.microbatches == plan.predicted.baseline_microbatches:
+        out.print("Nothing to run: the plan is the model on one device, as it is.")
         return
     with _progress() as progress:
         progress("load the model", 0, 1)
@@ -289,6 +301,13 @@ def _out_path(given: Path | None, target: str, kind: str) -> Path:
     return given or Path(f"{target.rpartition(':')[2].lower()}.{kind}.json")
 
 
+def _checked_folder(path: Path) -> Path:
+    """``path``, if a file can be written there: better said before the work than after it."""
+    if not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise ShardwrightError(f"cannot write {path}; choose a file in a folder that exists and is writable")
+    return path
+
+
 def _check_same_model(target: str, model: str, source: Path) -> None:
     """Refuse a file whose model has another name than the target; shapes are compared when the model is loaded."""
     names = [name.rpartition(":")[2] for name in (target, model)]
@@ -302,7 +321,7 @@ def _names(text: str | None) -> list[str] | None:
 
 def _numbers(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ShardwrightError(f"--microbatches {text!r} is not a list of positive whole numbers, such as 1,2,4,8")
     return [int(part) for part in parts]
 
@@ -342,7 +361,12 @@ def _progress() -> Iterator[Progress]:
         def tell(what: str, done: int, whole: int) -> None:
             bar.update(task, description=what, completed=done, total=whole)
 
-        yield tell
+        try:
+            yield tell
+        except KeyboardInterrupt:
+            bar.stop()
+            err.print("interrupted; nothing was written")
+            raise typer.Exit(130) from None
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.devices import find_devices
-from shardwright.profiler.inputs import batch_size, default_counts, input_specs, microbatch
+from shardwright.profiler.equality import relative_difference
+from shardwright.profiler.inputs import (
+    all_microbatches,
+    batch_size,
+    default_counts,
+    input_specs,
+    is_batched,
+    microbatch,
+    outputs_of,
+)
 from shardwright.profiler.links import measure_links
 from shardwright.profiler.measure import (
     OPTIMIZERS,
@@ -26,7 +35,7 @@ from shardwright.profiler.measure import (
 from shardwright.profiler.pool import Pool
 from shardwright.profiler.profile import Device, Measurement, Node, Profile, Variation
 from shardwright.profiler.profile import Tensor as TensorRecord
-from shardwright.profiler.trace import Step, UnitGraph, nbytes, trace
+from shardwright.profiler.trace import Step, UnitGraph, evaluating, nbytes, trace
 from shardwright.profiler.units import structure_digest
 
 __all__ = ["START_LIMIT_S", "measurements_of", "nodes_of", "profile", "tensors_of"]
@@ -34,6 +43,8 @@ __all__ = ["START_LIMIT_S", "measurements_of", "nodes_of", "profile", "tensors_o
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
+DIVISION_TOLERANCE = 1e-3
+"""Rounding of any dtype stays below it, mixing samples up does not."""
 START_LIMIT_S = 120.0
 ROUND_LIMIT_S = 600.0
 """A round may take so long before a worker counts as hung."""
@@ -76,6 +87,8 @@ def profile(
     tell = progress or _silent
     if train and optimizer not in OPTIMIZERS:
         raise ShardwrightError(f"optimizer {optimizer!r} is not known; choose one of {', '.join(OPTIMIZERS)}")
+    if train and not any(p.requires_grad for p in model.parameters()):
+        raise ShardwrightError("no parameter requires a gradient: there is nothing to train; profile with --inference")
     if rounds < 1:
         raise ShardwrightError(f"{rounds} rounds measure nothing; use 3 or more")
     batch = batch_size(args, kwargs)
@@ -85,9 +98,11 @@ def profile(
     captures: dict[int, UnitGraph] = {}
     for done, count in enumerate(counts):
         tell("capture", done, len(counts))
-        captures[count] = trace(model, *microbatch(args, kwargs, count), train=train)
+        captures[count] = _capture(model, args, kwargs, count, train=train)
     tell("capture", len(counts), len(counts))
     _same_path(captures)
+    if len(counts) > 1:
+        check_divisible(model, args, kwargs, counts[-1])
 
     with Pool(found) as pool:
         samples = _measure(
@@ -118,6 +133,47 @@ def profile(
 
 def _silent(_what: str, _done: int, _whole: int) -> None:
     """Progress that nobody asked for."""
+
+
+def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], count: int, *, train: bool) -> UnitGraph:
+    try:
+        return trace(model, *microbatch(args, kwargs, count), train=train)
+    except ShardwrightError as error:
+        if count == 1:
+            raise
+        batch = batch_size(args, kwargs)
+        divided = [spec.name for spec in input_specs(args, kwargs) if spec.shape[:1] == (batch,)]
+        raise ShardwrightError(
+            f"at {count} micro-batches, inputs {', '.join(divided)} divided along dimension 0: {error}; "
+            "profile with --microbatches 1 if that is not the batch"
+        ) from error
+
+
+def check_divisible(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> None:
+    """Refuse a model whose result depends on how the batch is divided.
+
+    Compared in evaluation, where batch normalisation treats each sample alone; a model that draws numbers even there
+    cannot be compared and passes.
+
+    Raises:
+        ShardwrightError: the outputs of ``count`` micro-batches are not those of the whole batch.
+    """
+    with evaluating(model), torch.no_grad():
+        whole = outputs_of(model(*args, **kwargs))
+        again = outputs_of(model(*args, **kwargs))
+        pieces = [outputs_of(model(*piece[0], **piece[1])) for piece in all_microbatches(args, kwargs, count)]
+    batch = batch_size(args, kwargs)
+    for index, expected in enumerate(whole):
+        if not is_batched(expected, batch) or not torch.equal(expected, again[index]):
+            continue
+        found = torch.cat([piece[index] for piece in pieces])
+        difference = relative_difference(expected, found)
+        if difference > DIVISION_TOLERANCE:
+            raise ShardwrightError(
+                f"the result depends on how the batch is divided: output {index} of {count} micro-batches differs from "
+                f"the whole batch's by {difference:.2g} of its largest value; is dimension 0 of the inputs the batch? "
+                "profile with --microbatches 1"
+            )
 
 
 def _same_path(captures: Mapping[int, UnitGraph]) -> None:

@@ -19,7 +19,7 @@ CPU_SHARE = 0.9
 """Share of the host's memory that the CPU workers divide among themselves."""
 
 
-def find_devices(names: Sequence[str] | None = None) -> tuple[Device, ...]:
+def find_devices(names: Sequence[str] | str | None = None) -> tuple[Device, ...]:
     """Describe the named devices; by default all CUDA devices, or two CPU workers where there is none.
 
     Raises:
@@ -31,6 +31,8 @@ def find_devices(names: Sequence[str] | None = None) -> tuple[Device, ...]:
     cores = available_cores()
     if names is None:
         names = [f"cuda:{i}" for i in range(gpus)] or [f"cpu:{i}" for i in range(min(2, len(cores)))]
+    if isinstance(names, str):
+        names = names.split(",")
     kinds = parse_devices(names)
     workers = [name for name in names if name.startswith("cpu")]
     if len(workers) > len(cores):
@@ -71,6 +73,8 @@ def parse_devices(names: Sequence[str]) -> list[str]:
     Raises:
         ShardwrightError: a name is not ``cpu:N`` or ``cuda:N``, or stands twice.
     """
+    if not names:
+        raise ShardwrightError("no device is named; leave out --devices for the default")
     kinds = []
     for position, name in enumerate(names):
         match = re.fullmatch(r"(cpu|cuda):\d+", name)

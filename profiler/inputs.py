@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +11,15 @@ from torch.utils import _pytree as pytree
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import TensorSpec
 
-__all__ = ["batch_size", "default_counts", "input_specs", "is_batched", "microbatch"]
+__all__ = [
+    "all_microbatches",
+    "batch_size",
+    "default_counts",
+    "input_specs",
+    "is_batched",
+    "microbatch",
+    "outputs_of",
+]
 
 
 def input_specs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
@@ -50,6 +58,8 @@ def microbatch(args: tuple[Any, ...], kwargs: Mapping[str, Any], count: int) -> 
         ShardwrightError: the batch cannot be divided evenly.
     """
     batch = batch_size(args, kwargs)
+    if count < 1:
+        raise ShardwrightError(f"{count} micro-batches hold nothing; use 1 or more")
     if batch % count:
         divisors = [n for n in range(1, batch + 1) if batch % n == 0]
         raise ShardwrightError(
@@ -62,6 +72,23 @@ def microbatch(args: tuple[Any, ...], kwargs: Mapping[str, Any], count: int) -> 
     return pytree.tree_map(  # type: ignore[no-any-return]  # tree_map keeps the structure
         lambda leaf: leaf[: batch // count].clone() if is_batched(leaf, batch) else leaf, (args, dict(kwargs))
     )
+
+
+def all_microbatches(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], count: int
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The ``count`` equal micro-batches of the inputs, as views."""
+    batch = batch_size(args, kwargs)
+    size = batch // count
+    for start in range(0, batch, size):
+        yield pytree.tree_map(
+            lambda leaf, at=start: leaf[at : at + size] if is_batched(leaf, batch) else leaf, (args, dict(kwargs))
+        )
+
+
+def outputs_of(result: Any) -> list[Tensor]:
+    """The tensors among what a forward returned, in order."""
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
 def default_counts(batch: int) -> tuple[int, ...]:

@@ -33,6 +33,8 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), 
 Otherwise a step that allocates activations anew every time spends up to a tenth of itself on page faults, a unit that
 is timed alone does not, and their sum falls short of the step.
 """
+IN_WORKER = "SHARDWRIGHT_WORKER"
+"""Set in the environment of workers, which start none of their own."""
 SETTLE_S = 2.0
 """After a first error, time for the others' errors: a worker that died explains its neighbours' broken connections."""
 
@@ -60,18 +62,18 @@ class Worker:
         ours, theirs = socket.socketpair()
         threads = str(max(1, len(device.cores)))
         self.log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the worker
-        # The parent's own import path, so that the user's modules mean the same in the worker.
+        # The user's folders come last in the worker: a profile.py there must not stand before the standard library's.
         program = (
-            f"import sys; sys.path[:] = {sys.path!r}; "
+            f"import sys; sys.path.extend(p for p in {sys.path!r} if p not in sys.path); "
             f"from shardwright.profiler.worker import serve; serve({theirs.fileno()}, {device.cores!r})"
         )
-        environment = os.environ | {"GLOO_SOCKET_IFNAME": loopback_interface(), "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | {"GLOO_SOCKET_IFNAME": loopback_interface(), "PYTHONUNBUFFERED": "1", IN_WORKER: "1"}
         if device.kind == "cpu":
             environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
             environment |= KEEP_MEMORY
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", program],
+                [sys.executable, "-P", "-c", program],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=self.log,
@@ -86,7 +88,13 @@ class Worker:
 
     def submit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Start ``function(*args, **kwargs)`` in the worker."""
-        data = cloudpickle.dumps((function, args, kwargs))
+        try:
+            data = cloudpickle.dumps((function, args, kwargs))
+        except Exception as error:
+            raise ShardwrightError(
+                f"a unit or input cannot be sent to its worker: {type(error).__name__}: {error}; "
+                "remove hooks or attributes that hold locks, files or generators"
+            ) from error
         try:
             self.connection.send_bytes(data)
         except OSError:
@@ -143,6 +151,11 @@ class Pool:
 
     def __init__(self, devices: Iterable[Device]) -> None:
         self.workers: dict[str, Worker] = {}
+        if IN_WORKER in os.environ:
+            raise ShardwrightError(
+                "a worker imported a file that profiles or runs a model at its top level; put that code under "
+                'if __name__ == "__main__":'
+            )
         try:
             for device in devices:
                 self.workers[device.name] = Worker(device)

@@ -151,7 +151,7 @@ def _call(function: Callable[..., Any], name: str, settings: Mapping[str, Any]) 
         return function(**settings)
     except ShardwrightError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         given = ", ".join(f"{k}={v!r}" for k, v in settings.items())
         raise ShardwrightError(f"{name}({given}) failed: {_describe(error)}") from error
 
@@ -199,6 +199,8 @@ def parse_input(text: str) -> tuple[str | None, torch.Tensor]:
     if match is None:
         raise ShardwrightError(f"cannot read input {text!r}: write 8x3x224x224 or ids=int64[0,32000]:4x512")
     shape = tuple(int(n) for n in match["shape"].split("x"))
+    if 0 in shape:
+        raise ShardwrightError(f"cannot read input {text!r}: a dimension of 0 holds nothing to measure")
     dtype = getattr(torch, match["dtype"] or "float32", None)
     if not isinstance(dtype, torch.dtype):
         raise ShardwrightError(f"cannot read input {text!r}: {match['dtype']} is no torch dtype")

@@ -8,6 +8,7 @@ the graph holds for the shapes and the path that this run took.
 
 from __future__ import annotations
 
+import itertools
 import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,7 @@ __all__ = [
     "UnitGraph",
     "Value",
     "call_site",
+    "evaluating",
     "function_name",
     "mean_square_loss",
     "nbytes",
@@ -103,7 +105,7 @@ class UnitGraph:
     constants: dict[str, Any]
     colocate: list[tuple[str, ...]] = field(default_factory=list)
     mutators: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Steps that change a tensor in place -> the tensors they change."""
+    """Steps that change tensors in place -> the values that change, all that share the storage."""
 
     def step_of(self) -> dict[fx.Node, Step]:
         """The step that each graph node belongs to: a ``getitem`` belongs to the step whose result it unpacks."""
@@ -146,7 +148,7 @@ def call_site(frame: FrameType | None) -> str:
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
         if not (name == "torch" or name.startswith(("torch.", "shardwright."))):
-            positions = list(frame.f_code.co_positions())[frame.f_lasti // 2]
+            positions = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
             return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}:{(positions[2] or 0) + 1}"
         frame = frame.f_back
     return ""
@@ -172,9 +174,20 @@ def trace(
             f"{type(model).__name__} has no child modules, so there is nothing to split; "
             "pass the model that holds it, or put its layers in an nn.Sequential"
         )
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.UninitializedParameter)]
+    if lazy:
+        raise ShardwrightError(f"{lazy[0]} has no shape yet: run one forward of the model before it is profiled")
     with _state_kept(model), torch.random.fork_rng(devices=[]), torch.set_grad_enabled(train):
         model.train(train)
         return _Recorder(model, units, train=train).record(args, dict(kwargs or {}))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, with its state and the random state put back afterwards."""
+    with _state_kept(model), torch.random.fork_rng(devices=[]):
+        model.eval()
+        yield
 
 
 @contextmanager
@@ -206,13 +219,14 @@ class _Recorder(TorchFunctionMode):
         self.values: dict[str, Value] = {}
         self.constants: dict[str, Any] = {}
         self.mutators: dict[str, tuple[str, ...]] = {}
-        self.groups: list[tuple[str, ...]] = []
+        self.attribute_ids: dict[str, int] = {}
         self.depth = 0
         self.calls: dict[str, int] = {}
         self.current: Step | None = None
         # Tensors by identity; the references keep every identity valid until the capture ends.
         self.name_of: dict[int, str] = {}
         self.alive: list[Tensor] = []
+        self.tensors: dict[str, Tensor] = {}
         self.readers: dict[str, list[str]] = {}
         self.parameters = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
         self.parameters |= {id(b): name for name, b in model.named_buffers(remove_duplicate=False)}
@@ -327,11 +341,11 @@ class _Recorder(TorchFunctionMode):
         for name in step.reads:
             self.readers.setdefault(name, []).append(step.name)
         if changed:
-            names = tuple(dict.fromkeys(self.name_of[id(t)] for t in changed if id(t) in self.name_of))
-            self.mutators[step.name] = names
-            for name in names:
-                # All who saw the tensor before the change stay with it: a copy elsewhere would not change.
-                self.groups.append((self.values[name].producer, *self.readers.get(name, ()), step.name))
+            # Every tensor that shares the storage has changed with it, views that this step did not see included.
+            storages = {t.untyped_storage()._cdata for t in changed}
+            self.mutators[step.name] = tuple(
+                name for name, t in self.tensors.items() if t.untyped_storage()._cdata in storages
+            )
         leaves, _ = pytree.tree_flatten_with_path(result)
         for path, leaf in leaves:
             if isinstance(leaf, Tensor):
@@ -350,6 +364,7 @@ class _Recorder(TorchFunctionMode):
 
     def _name(self, tensor: Tensor, step: Step, name: str, node: fx.Node) -> None:
         self.alive.append(tensor)
+        self.tensors[name] = tensor
         self.name_of[id(tensor)] = name
         self.values[name] = Value(
             name, step.name, node, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.requires_grad
@@ -381,6 +396,7 @@ class _Recorder(TorchFunctionMode):
             node = self.graph.get_attr(target)
             step = Step(name=target, kind="parameter", type="parameter", node=node, unit=target)
         self.steps.append(step)
+        self.attribute_ids[step.name] = id(tensor)
         self._name(tensor, step, step.name, node)
         return step.name
 
@@ -424,15 +440,24 @@ class _Recorder(TorchFunctionMode):
         """Groups of steps that must share a device: calls of one unit, users of one parameter, in-place changes."""
         calls: dict[str, list[str]] = {}
         owners: dict[int, list[str]] = {}
-        identity = {name: key for key, name in self.name_of.items()}
         for step in self.steps:
             if step.kind == "unit":
                 calls.setdefault(step.unit, []).append(step.name)
                 for parameter in self.units[step.unit].parameters():
                     owners.setdefault(id(parameter), []).append(step.name)
             elif step.kind == "parameter":
-                owners.setdefault(identity[step.name], []).append(step.name)
-        groups = [*self.groups, *map(tuple, calls.values()), *map(tuple, owners.values())]
+                owners.setdefault(self.attribute_ids[step.name], []).append(step.name)
+        # All who see a tensor under a name that it had before the change stay with the change: a copy elsewhere would
+        # not change. Who reads the changing step's own result depends on it anyway.
+        changes = [
+            [
+                *(self.values[name].producer for name in names),
+                *(r for name in names for r in self.readers.get(name, ())),
+                step,
+            ]
+            for step, names in self.mutators.items()
+        ]
+        groups = [*map(tuple, changes), *map(tuple, calls.values()), *map(tuple, owners.values())]
         return list(dict.fromkeys(tuple(dict.fromkeys(group)) for group in groups if len(set(group)) > 1))
 
 

@@ -1,8 +1,15 @@
 """The command line: the main job end to end on a small model, and every mistake as one clear line."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 NETS = """
 import torch
@@ -79,6 +86,7 @@ def test_shard_plans_runs_and_reports(profiled, run_cli):
     assert "verified" in checked.stdout
 
 
+SPLIT = ["shard", "nets.py:Small", "--profile", "small.profile.json", "--microbatches", "4"]
 # fmt: off
 MISTAKES = [
     (["profile", "absent.py:Net"], "there is no file absent.py"),
@@ -102,16 +110,20 @@ MISTAKES = [
     (["shard", "nets.py:Small", "--profile", "small.profile.json", "--microbatches", "8"], "no times at 8"),
     (["shard", "nets.py:Small", "--profile", "small.profile.json", "--memory", "cuda:0=1GiB"], "unknown device cuda:0"),
     (["shard", "nets.py:Small", "--profile", "small.profile.json", "--memory", "cpu:0=lots"], "'lots' is not a size"),
+    (["profile", "nets.py:Small", "--out", "no/such/p.json"], "cannot write no/such/p.json"),
+    (["profile", "nets.py:Small", "--devices", ","], "no device is named"),
+    (["profile", "nets.py:Small", "--input", "0x64"], "a dimension of 0"),
+    (["shard", "nets.py:Small", "--profile", "small.profile.json", "--microbatches", "1,4"], "a plan has one number"),
     (["shard", "nets.py:Small", "--profile", "small.profile.json", "--schedule", "zb"], "schedule 'zb' is not known"),
     (["shard", "nets.py:Small", "--profile", "small.profile.json", "--pin", "head=cpu:0"], "no unit matches 'head'"),
     (["shard", "nets.py:Small", "--profile", "small.profile.json", "--devices", "cpu:7"], "unknown device cpu:7"),
     (["shard", "nets.py:Small", "--profile", "small.profile.json", "--out", "no/such/plan"], "cannot write no/such"),
     (
-        ["shard", "nets.py:Small", "--profile", "small.profile.json", "--run", "--set", "width=32", "--input", "8x32"],
+        [*SPLIT, "--run", "--set", "width=32", "--input", "8x32"],
         "shapes of parameters differ",
     ),
     (
-        ["shard", "nets.py:Small", "--profile", "small.profile.json", "--run", "--input", "16x64"],
+        [*SPLIT, "--run", "--input", "16x64"],
         "for inputs float32 8x64; these are float32 16x64",
     ),
     (["verify", "nets.py:Small", "--plan", "small.profile.json"], "is not a plan: its format is 'shardwright.profile'"),
@@ -160,3 +172,31 @@ def test_version_and_help(run_cli):
     """The version is printed; without a command the help is."""
     assert run_cli("--version").stdout.startswith("shardwright 0.")
     assert "profile" in run_cli("--help").stdout
+
+
+def test_ctrl_c_ends_everything(folder):
+    """An interrupted profile leaves no process and no file, says so, and exits with 130."""
+    command = [
+        sys.executable,
+        str(ROOT / "cli.py"),
+        "profile",
+        "nets.py:Small",
+        "--rounds",
+        "100000",
+        "--out",
+        "never.json",
+    ]
+    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        workers = []
+        while len(workers) < 2 and time.monotonic() < deadline:
+            time.sleep(0.2)
+            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted; nothing was written" in errors
+    assert "Traceback" not in errors
+    assert not (folder / "never.json").exists()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)

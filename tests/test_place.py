@@ -2,6 +2,7 @@
 
 import copy
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -201,3 +202,70 @@ def test_a_device_that_is_not_here_is_refused(containers, captured_profile, monk
     assert sw.verify(model, plan, (x,))
     with pytest.raises(sw.ShardwrightError, match="does not use cuda:7; it uses cuda:0, cuda:1"):
         sw.place(model, plan, devices={"cuda:7": "cpu"})
+
+
+class Residual(nn.Module):
+    """Glue in a loop: one call site, several devices."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(6)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x).relu()
+        return x
+
+
+class Makes(Residual):
+    """Glue that makes tensors, a mask written in place, and parameters of the root used at both ends."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Parameter(torch.rand(8)), nn.Parameter(torch.rand(8))
+        self.head = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = super().forward(x * self.first)
+        mask = torch.zeros(x.shape[0], 8, device=x.device)
+        mask[:, :4] = 1.0
+        position = torch.arange(8, device=x.device)
+        return self.head(torch.cat(torch.chunk(x, 2, 1), 1) * mask + position[None]) * self.last
+
+
+@pytest.mark.parametrize("kind", [Residual, Makes])
+@pytest.mark.parametrize("stages", [2, 3])
+def test_glue_in_loops_and_glue_that_makes_tensors(captured_profile, kind, stages):
+    """One call site on several devices, and tensors made on the way, are aligned as the forward needs it."""
+    model, x = kind(), torch.randn(4, 8)
+    devices = [f"cpu:{i}" for i in range(stages)]
+    plan = planned(captured_profile, model, (x,), microbatches=4, devices=devices)
+    where = [devices[min(i * stages // len(plan.nodes), stages - 1)] for i in range(len(plan.nodes))]
+    nodes = tuple(n.model_copy(update={"device": d}) for n, d in zip(plan.nodes, where, strict=True))
+    first = plan.stages[0]
+    all_stages = tuple(first.model_copy(update={"index": i, "device": d}) for i, d in enumerate(devices))
+    spread = plan.model_copy(update={"nodes": nodes, "stages": all_stages})
+    assert sw.verify(model, spread, (x,)), sw.verify(model, spread, (x,))
+
+
+def test_forwards_of_several_threads_do_not_disturb_each_other(containers, captured_profile):
+    """Each thread aligns its own forward, and leaves no mode behind."""
+    model, x = containers.NetDict(), torch.randn(2, 1, 16, 16)
+    sw.place(model, planned(captured_profile, model, (x,)), devices=PAIR)
+    expected = model(x).detach()
+
+    def forwards(_):
+        equal = all(torch.equal(model(x).detach(), expected) for _ in range(5))
+        return equal, torch.overrides._get_current_function_mode()
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(forwards, range(4))) == [(True, None)] * 4
+
+
+def test_a_users_hook_keeps_its_flags(containers, captured_profile):
+    """A hook of the user that is called after errors still is, after unplace."""
+    model, x = containers.NetDict(), torch.randn(2, 1, 16, 16)
+    plan = planned(captured_profile, model, (x,))
+    handle = model.register_forward_hook(lambda *_: None, always_call=True)
+    sw.unplace(sw.place(model, plan, devices=PAIR))
+    assert handle.id in model._forward_hooks_always_called

@@ -4,10 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
+from shardwright.errors import ShardwrightError
 from shardwright.profiler import pool as pool_module
 from shardwright.profiler.pool import Pool, Worker, WorkerError
 from shardwright.profiler.profile import Device
@@ -162,3 +164,16 @@ def test_closing_twice_is_harmless():
     worker = Worker(device())
     worker.close()
     worker.close()
+
+
+def test_a_worker_starts_no_workers(monkeypatch):
+    """A file that profiles at its top level, imported by a worker, is refused instead of multiplying."""
+    monkeypatch.setenv(pool_module.IN_WORKER, "1")
+    with pytest.raises(ShardwrightError, match="if __name__ == "):
+        Pool([device()])
+
+
+def test_what_cannot_be_sent_is_said():
+    """A lock among the arguments is one clear line."""
+    with Pool([device()]) as pool, pytest.raises(ShardwrightError, match="cannot be sent to its worker: TypeError"):
+        pool.call({"cpu:0": (square, (threading.Lock(),))}, limit_s=60)

@@ -10,8 +10,8 @@ from torch import nn
 
 import shardwright as sw
 from shardwright.profiler import pool
+from shardwright.profiler.equality import relative_difference
 from shardwright.sharder.runtime import run as run_module
-from shardwright.sharder.runtime.equality import relative_difference
 from shardwright.sharder.runtime.pipeline import Comparison
 from shardwright.sharder.runtime.run import compare
 
@@ -78,6 +78,28 @@ def test_one_stage_runs_too(captured_profile):
     plan = sw.plan(captured_profile(model, (x,), devices=["cpu:0"]))
     run = sw.run(model, plan, (x,), steps=1)
     assert run.devices == ("cpu:0",)
+
+
+class TiedReversed(nn.Module):
+    """A shared weight whose first name is not the one used first; frozen units in front."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleDict({"head": nn.Linear(6, 6, bias=False), "embed": nn.Linear(6, 6, bias=False)})
+        self.layers["embed"].weight = self.layers["head"].weight
+        self.body = nn.ModuleList([nn.Linear(6, 6) for _ in range(4)])
+        self.body[0].requires_grad_(False)
+
+    def forward(self, x):
+        for layer in self.body:
+            x = layer(x)
+        return self.layers["head"](self.layers["embed"](x).tanh())
+
+
+def test_tied_weights_are_compared_under_every_name(captured_profile):
+    """The gradient of a shared weight is found whichever of its names a stage uses first."""
+    run = piped(captured_profile, TiedReversed(), (torch.randn(8, 6),), 4)
+    assert run.equality.gradients <= 1e-5
 
 
 class Trouble(nn.Module):

@@ -209,3 +209,44 @@ def test_any_wiring_replays(wiring):
     for position, step in enumerate(capture.steps):
         for name in step.reads:
             assert names.index(capture.values[name].producer) < position
+
+
+def test_a_buffer_changed_in_place_is_captured():
+    """A counter that the forward advances stays with what reads it; the model's own is put back."""
+
+    class Counts(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(2, 2), nn.Linear(2, 2))
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x) * self.calls
+
+    model = Counts()
+    capture = trace(model, (torch.randn(2, 2),))
+    assert model.calls.item() == 0
+    assert any("calls" in group for group in capture.colocate)
+
+
+def test_a_change_through_a_view_stays_with_all_views():
+    """Writing into a slice changes the whole: its maker, the write and its readers share a device."""
+
+    class Canvas(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+        def forward(self, x):
+            canvas = torch.zeros(x.shape[0], 8)
+            canvas[:, :4].copy_(self.layers[0](x)[:, :4])
+            return self.layers[1](canvas)
+
+    groups = trace(Canvas(), (torch.randn(2, 8),)).colocate
+    assert any({"zeros", "copy_", "layers.1"} <= set(group) for group in groups)
+
+
+def test_lazy_parameters_are_refused():
+    """A model without shapes has to be run once first."""
+    with pytest.raises(ShardwrightError, match="run one forward of the model"):
+        trace(nn.Sequential(nn.LazyLinear(2), nn.ReLU()), (torch.randn(2, 3),))

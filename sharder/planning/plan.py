@@ -101,6 +101,8 @@ class Plan(Document):
     batch: PositiveInt
     train: bool
     optimizer: str
+    profiled_devices: tuple[str, ...] = ()
+    """All devices of the profile: CPU workers share the cores among as many in a run."""
     objective: Literal["throughput"]
     transfers: Literal["relayed"]
     """Tensors pass from neighbour to neighbour, as the pipeline engine sends them."""

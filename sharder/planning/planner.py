@@ -217,6 +217,7 @@ def _write(
         batch=profile.batch,
         train=profile.train,
         optimizer=profile.optimizer,
+        profiled_devices=tuple(device.name for device in profile.devices),
         objective="throughput",
         transfers="relayed",
         schedule=problem.schedule,

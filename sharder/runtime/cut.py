@@ -186,5 +186,5 @@ def _is_contiguous(value: Value) -> bool:
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that get a gradient, by their name in the model."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+    """The parameters that get a gradient, by every name that they have in the model."""
+    return {name: p for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}

@@ -20,7 +20,7 @@ from torch.distributed.pipelining.microbatch import TensorChunkSpec, _Replicate
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from shardwright.profiler.inputs import is_batched
+from shardwright.profiler.inputs import all_microbatches, is_batched
 from shardwright.profiler.measure import make_optimizer
 from shardwright.profiler.trace import mean_square_loss
 from shardwright.profiler.worker import resident
@@ -123,11 +123,7 @@ def hold_whole(job: Job, model: nn.Module, args: tuple[Any, ...], kwargs: dict[s
     held = _Held(job, device, model, _optimizer(job, model), lambda: None)
 
     def step() -> None:
-        size = job.batch // job.microbatches
-        for start in range(0, job.batch, size):
-            piece_args, piece_kwargs = pytree.tree_map(
-                lambda leaf, at=start: leaf[at : at + size] if is_batched(leaf, job.batch) else leaf, (args, kwargs)
-            )
+        for piece_args, piece_kwargs in all_microbatches(args, kwargs, job.microbatches):
             with torch.set_grad_enabled(job.train):
                 output = model(*piece_args, **piece_kwargs)
             _keep(held, output)

@@ -7,9 +7,10 @@ classes in this file, so that :func:`unplace` finds and removes every one of the
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.trace import call_site, function_name
-from shardwright.sharder.planning.plan import Placement, Plan
+from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.check import check_model
 from shardwright.sharder.runtime.sim import parameters_may_move
 
@@ -54,9 +55,8 @@ def place(model: nn.Module, plan: Plan, *, devices: Mapping[str, str | torch.dev
         return model  # one torch device: nothing can cross
     for unit, device in moves.units.items():
         model.get_submodule(unit).register_forward_pre_hook(MoveInputs(device), with_kwargs=True)
-    enter = Enter(homes, home, moves.glue, origins)
-    model.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
-    model.register_forward_hook(Leave(enter), with_kwargs=True, always_call=True)
+    model.register_forward_pre_hook(Enter(homes, moves.glue, origins), with_kwargs=True, prepend=True)
+    model.register_forward_hook(Leave(), with_kwargs=True, always_call=True)
     return model
 
 
@@ -67,8 +67,8 @@ def unplace(model: nn.Module) -> nn.Module:
         hook = hooks.pop(key)
         if isinstance(hook, Enter):
             origins = hook.origins
-            module._forward_hooks_always_called.clear()
-        for flags in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs):
+        own_flags = (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
+        for flags in own_flags if hooks is module._forward_hooks else (module._forward_pre_hooks_with_kwargs,):
             flags.pop(key, None)
     for path, module in model.named_modules():
         own = [f"{path}.{name}" if path else name for name, _ in _tensors(module, recurse=False)]
@@ -127,51 +127,57 @@ def _resolve(plan: Plan, devices: Mapping[str, str | torch.device]) -> dict[str,
     return homes
 
 
-class _Moves:
-    """What has to be done at run time: units whose inputs must be fetched, glue whose operands must be aligned."""
+class _Moves(NamedTuple):
+    """What has to be done at run time."""
 
-    def __init__(self) -> None:
-        self.units: dict[str, torch.device] = {}
-        self.glue: dict[tuple[str, str], torch.device] = {}
+    units: dict[str, torch.device]
+    """Units whose inputs may lie elsewhere."""
+    glue: frozenset[tuple[str, str]]
+    """Function and call site of the glue whose operands may lie apart."""
 
 
 def _located(plan: Plan, homes: Mapping[str, torch.device]) -> _Moves:
-    """Follow the tensors through the forward: glue runs where its operands are, on its planned device if they differ.
+    """Follow the tensors through the forward: glue runs where its operands are.
 
-    Inputs and outputs count as lying on the first stage's device: the model's own hooks move them.
+    Inputs and outputs count as lying on the first stage's device: the model's own hooks move them. Of glue that reads
+    no tensor, such as ``torch.arange(n, device=x.device)``, and of what follows from it, the place is not known.
     """
-    moves = _Moves()
-    home = homes[plan.stages[0].device]
-    located: dict[str, torch.device] = {}
+    units: dict[str, torch.device] = {}
+    apart: set[tuple[str, str]] = set()
+    located: dict[str, torch.device | None] = {}
     for node in plan.nodes:
         operands = {located[name] for name in node.inputs}
-        planned = homes[node.device]
-        located[node.node] = planned
+        located[node.node] = homes[node.device]
         if node.kind == "input":
-            located[node.node] = home
-        elif node.kind == "unit" and operands - {planned}:
-            moves.units[node.unit] = planned
-        elif node.kind == "glue" and len(operands) == 1:
-            located[node.node] = next(iter(operands))
-        elif node.kind == "glue" and len(operands) > 1:
-            moves.glue[node.type, node.site] = planned
-    return moves
+            located[node.node] = homes[plan.stages[0].device]
+        elif node.kind == "unit" and operands - {homes[node.device]}:
+            units[node.unit] = homes[node.device]
+        elif node.kind == "glue":
+            located[node.node] = operands.pop() if len(operands) == 1 else None
+            if operands:
+                apart.add((node.type, node.site))
+    return _Moves(units, frozenset(apart))
 
 
 def _move_direct_parameters(model: nn.Module, plan: Plan, homes: Mapping[str, torch.device]) -> None:
     """Parameters and buffers that the forward uses outside any unit go where the plan uses them."""
-    wanted: dict[str, Placement] = {n.unit: n for n in plan.nodes if n.kind == "parameter" and n.unit}
-    for path, module in model.named_modules():
-        names = [name for name, _ in _tensors(module, recurse=False)]
-        planned = {
-            homes[wanted[full].device] for name in names if (full := f"{path}.{name}" if path else name) in wanted
-        }
-        if len(planned) == 1:
-            move_own(module, planned.pop())
-        elif planned:
-            raise ShardwrightError(
-                f"{path or type(model).__name__} holds parameters for several devices; pin its users to one"
-            )
+    for node in plan.nodes:
+        if node.kind == "parameter" and node.unit:
+            holder, _, name = node.unit.rpartition(".")
+            _move_tensor(model.get_submodule(holder), name, homes[node.device])
+
+
+def _move_tensor(module: nn.Module, name: str, device: torch.device) -> None:
+    """Move one parameter or buffer of ``module``; a parameter stays the same object where torch can keep it."""
+    tensor = getattr(module, name)
+    if tensor.device == device:
+        return
+    if not isinstance(tensor, nn.Parameter):
+        module._buffers[name] = tensor.to(device)
+    elif "sim" in (device.type, tensor.device.type):
+        module._parameters[name] = nn.Parameter(tensor.detach().to(device), tensor.requires_grad)
+    else:
+        tensor.data = tensor.data.to(device)
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -190,56 +196,64 @@ class MoveInputs:
         return _moved(args, self.device), _moved(kwargs, self.device)
 
 
+class _Calls(threading.local):
+    """The forwards of placed models that run in this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[torch.device | None, AlignGlue | None]] = []
+
+
+_calls = _Calls()
+
+
 class Enter:
     """Forward pre-hook of the model: inputs come to the first device, and glue is aligned until the forward ends."""
 
     def __init__(
         self,
         homes: dict[str, torch.device],
-        home: torch.device,
-        glue: dict[tuple[str, str], torch.device],
+        glue: frozenset[tuple[str, str]],
         origins: dict[str, torch.device],
     ) -> None:
         self.homes = homes
-        self.home = home
         self.glue = glue
         self.origins = origins
-        self.came_from: torch.device | None = None
-        self.mode: AlignGlue | None = None
 
     def __call__(self, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Move the arguments, and begin to align."""
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        self.came_from = tensors[0].device if tensors else None
-        moved = _moved(args, self.home), _moved(kwargs, self.home)
-        if self.glue:
-            self.mode = AlignGlue(self.glue)
-            self.mode.__enter__()  # type: ignore[no-untyped-call]  # ended by Leave, in another call
+        order = list(self.homes.values())
+        moved = _moved(args, order[0]), _moved(kwargs, order[0])
+        mode = AlignGlue(self.glue, order) if self.glue else None
+        _calls.stack.append((tensors[0].device if tensors else None, mode))
+        if mode is not None:
+            mode.__enter__()  # type: ignore[no-untyped-call]  # ended by Leave, in another call
         return moved
 
 
 class Leave:
     """Forward hook of the model, called after an error too: alignment ends, outputs return to the inputs' device."""
 
-    def __init__(self, enter: Enter) -> None:
-        self.enter = enter
-
     def __call__(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
         """End what :class:`Enter` began, and move the output."""
-        if self.enter.mode is not None:
-            self.enter.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            self.enter.mode = None
-        return output if self.enter.came_from is None else _moved(output, self.enter.came_from)
+        came_from, mode = _calls.stack.pop()
+        if mode is not None:
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        return output if came_from is None else _moved(output, came_from)
 
 
 class AlignGlue(TorchFunctionMode):
-    """Brings the operands of planned glue together; another operation that mixes devices stays the error it is."""
+    """Brings the operands of glue together, on the latest stage among them: later ones need what earlier ones made.
+
+    Only the glue that the capture found is touched; another operation that mixes devices stays the error it is.
+    """
 
     MEANS_TO_MIX = frozenset({"to", "copy_", "type_as", "set_", "cuda", "cpu", "__get__", "__set__", "is_set_to"})
 
-    def __init__(self, planned: Mapping[tuple[str, str], torch.device]) -> None:
+    def __init__(self, sites: frozenset[tuple[str, str]], order: list[torch.device]) -> None:
         super().__init__()
-        self.planned = planned
+        self.sites = sites
+        self.order = order
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -248,21 +262,16 @@ class AlignGlue(TorchFunctionMode):
             return func(*args, **kwargs)
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         homes = [t.device for t in tensors if t.dim() or t.device.type != "cpu"]
-        if len(set(homes)) < 2:
+        if len(set(homes)) < 2 or (function_name(func), call_site(sys._getframe())) not in self.sites:
             return func(*args, **kwargs)
-        device = self.planned.get((function_name(func), call_site(sys._getframe())))
-        if device is None:
-            return func(*args, **kwargs)
-        if _in_place(name, kwargs):
-            device = homes[0]
+        device = homes[0] if _in_place(name, kwargs) else max(homes, key=self._stage)
         return func(*_moved(args, device), **_moved(kwargs, device))
+
+    def _stage(self, device: torch.device) -> int:
+        return self.order.index(device) if device in self.order else -1
 
 
 def _in_place(name: str, kwargs: Mapping[str, Any]) -> bool:
     """Whether the function writes its first operand, which therefore cannot be replaced by a copy."""
-    return (
-        name == "__setitem__"
-        or name.startswith("__i")
-        or (name.endswith("_") and not name.endswith("__"))
-        or "out" in kwargs
-    )
+    in_name = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+    return name == "__setitem__" or in_name or "out" in kwargs

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.collect import START_LIMIT_S
 from shardwright.profiler.devices import find_devices
+from shardwright.profiler.equality import relative_difference, tolerance
 from shardwright.profiler.inputs import microbatch
 from shardwright.profiler.links import join
 from shardwright.profiler.measure import prepare
@@ -23,7 +24,6 @@ from shardwright.profiler.trace import trace
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.check import check_inputs, check_model
 from shardwright.sharder.runtime.cut import cut
-from shardwright.sharder.runtime.equality import relative_difference, tolerance
 from shardwright.sharder.runtime.pipeline import (
     Comparison,
     Job,
@@ -81,7 +81,10 @@ def run(
     check_model(plan, model)
     check_inputs(plan, args, kwargs)
     baseline = plan.predicted.baseline_device
-    devices = find_devices(list(dict.fromkeys([*plan.devices, *([baseline] if baseline else [])])))
+    needed = {*plan.devices, *([baseline] if baseline else [])}
+    # The cores are shared out as they were for the profile, or its times would not hold.
+    others = [name for name in plan.profiled_devices if name in needed or name.startswith("cpu")]
+    devices = [device for device in find_devices(others or list(plan.devices)) if device.name in needed]
     if len({device.kind for device in devices if device.name in plan.devices}) > 1:
         raise ShardwrightError(
             f"the plan mixes CPU workers and GPUs ({', '.join(plan.devices)}), which the pipeline cannot do yet; "

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.equality import relative_difference, tolerance
 from shardwright.profiler.units import find_units
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.check import check_inputs, check_model
-from shardwright.sharder.runtime.equality import relative_difference, tolerance
 from shardwright.sharder.runtime.place import Enter, MoveInputs, hooks_of, move_own, place, unplace
 from shardwright.sharder.runtime.sim import DeviceMismatchError, SimTensor, crossings_watched, sim_device
 
@@ -81,8 +81,8 @@ def verify(model: nn.Module, plan: Plan, args: tuple[Any, ...] = (), kwargs: Map
     check_model(plan, model)
     check_inputs(plan, args, kwargs)
     host = pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), (args, kwargs))
-    plain = unplace(copy.deepcopy(model)).cpu().eval()
-    replayed = _on_simulated_devices(copy.deepcopy(model), plan).eval()
+    plain = unplace(_copy(model)).cpu().eval()
+    replayed = _on_simulated_devices(_copy(model), plan).eval()
     watch = _Watch(replayed)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         state = torch.get_rng_state()
@@ -106,6 +106,16 @@ def verify(model: nn.Module, plan: Plan, args: tuple[Any, ...] = (), kwargs: Map
     return Check(None, equal, watch.transfers, watch.transfer_bytes)
 
 
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ShardwrightError(
+            f"{type(model).__name__} cannot be copied for the replay: {' '.join(str(error).split())}; "
+            "does it keep a tensor of an earlier forward?"
+        ) from error
+
+
 def _on_simulated_devices(model: nn.Module, plan: Plan) -> nn.Module:
     """``model`` on sim:0, sim:1, …, one for each stage: by its own hooks if it is placed, else by the plan."""
     simulated = {device: sim_device(index) for index, device in enumerate(plan.devices)}
@@ -120,8 +130,7 @@ def _on_simulated_devices(model: nn.Module, plan: Plan) -> nn.Module:
     for hook in hooks:
         if isinstance(hook, MoveInputs):
             hook.device = as_simulated[hook.device]
-    entered.home = as_simulated[entered.home]
-    entered.glue = {key: as_simulated[device] for key, device in entered.glue.items()}
+    entered.homes = dict(simulated)
     for module in model.modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if own:

@@ -1,0 +1,66 @@
+"""Profiling as a whole: what is refused before anything is measured."""
+
+import pytest
+import torch
+from torch import nn
+
+import shardwright as sw
+from shardwright.profiler.collect import check_divisible
+
+
+def encoder(*, batch_first):
+    return nn.Sequential(*[nn.TransformerEncoderLayer(16, 2, 32, batch_first=batch_first) for _ in range(2)])
+
+
+def test_a_result_that_depends_on_the_division_is_refused():
+    """Cutting the sequence instead of the batch is noticed; cutting the batch passes."""
+    x = torch.randn(8, 4, 16)
+    check_divisible(encoder(batch_first=True), (x,), {}, 4)
+    with pytest.raises(sw.ShardwrightError, match="is dimension 0 of the inputs the batch"):
+        check_divisible(encoder(batch_first=False), (x,), {}, 4)
+
+
+def test_batch_statistics_and_dropout_do_not_count_as_division():
+    """Batch norm and dropout are compared in evaluation, and the model is left as it was."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    check_divisible(model, (torch.randn(8, 4),), {}, 2)
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_an_input_that_is_no_batch_is_named():
+    """A mask as long as the batch is divided with it, and the error says so."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+        def forward(self, x, mask):
+            return self.layers[1](self.layers[0](x) + mask)
+
+    with pytest.raises(sw.ShardwrightError, match=r"at 2 micro-batches, inputs \[0\], \[1\] divided along dimension 0"):
+        sw.profile(Masked(), (torch.randn(8, 8, 8), torch.eye(8)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "lion"}, "optimizer 'lion' is not known"),
+        ({"rounds": 0}, "0 rounds measure nothing"),
+        ({"microbatches": [0]}, "0 micro-batches hold nothing"),
+        ({"devices": []}, "no device is named"),
+    ],
+)
+def test_a_wrong_option_is_refused(options, message):
+    """Each mistake is named before a worker starts."""
+    with pytest.raises(sw.ShardwrightError, match=message):
+        sw.profile(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), (torch.randn(4, 2),), **options)
+
+
+def test_a_frozen_model_cannot_be_trained():
+    """Without a trainable parameter only inference can be profiled."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU()).requires_grad_(False)
+    with pytest.raises(sw.ShardwrightError, match="profile with --inference"):
+        sw.profile(model, (torch.randn(4, 2),))
