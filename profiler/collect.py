@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ from shardwright.profiler.profile import Tensor as TensorRecord
 from shardwright.profiler.trace import Step, UnitGraph, evaluating, nbytes, trace
 from shardwright.profiler.units import structure_digest
 
-__all__ = ["START_LIMIT_S", "measurements_of", "nodes_of", "profile", "tensors_of"]
+__all__ = ["START_LIMIT_S", "Progress", "measurements_of", "nodes_of", "profile", "silent", "tensors_of"]
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -84,7 +85,7 @@ def profile(
         ShardwrightError: the forward fails, a device does not exist, or a worker fails.
     """
     kwargs = dict(kwargs or {})
-    tell = progress or _silent
+    tell = progress or silent
     if train and optimizer not in OPTIMIZERS:
         raise ShardwrightError(f"optimizer {optimizer!r} is not known; choose one of {', '.join(OPTIMIZERS)}")
     if train and not any(p.requires_grad for p in model.parameters()):
@@ -131,7 +132,7 @@ def profile(
     )
 
 
-def _silent(_what: str, _done: int, _whole: int) -> None:
+def silent(_what: str, _done: int, _whole: int) -> None:
     """Progress that nobody asked for."""
 
 
@@ -204,14 +205,16 @@ def _measure(
     tell("start workers", 0, 1)
     pool.call({d.name: (prepare, (d.name, max(1, len(d.cores)))) for d in devices}, limit_s=START_LIMIT_S)
     tell("start workers", 1, 1)
+    by_name = {count: {step.name: step for step in capture.steps} for count, capture in captures.items()}
+    add = partial(add_subject, train=train, optimizer=optimizer)
     timed = [step.name for step in captures[1].steps if step.call is not None and (train or step.kind != "output")]
     calls = {
-        name: {count: next(s.call for s in capture.steps if s.name == name) for count, capture in captures.items()}
+        name: {count: call for count, steps in by_name.items() if (call := steps[name].call) is not None}
         for name in timed
     }
     for done, name in enumerate(timed):
         tell("send units", done, len(timed))
-        pool.call({d.name: (_add, (name, calls[name], train, optimizer)) for d in devices}, limit_s=START_LIMIT_S)
+        pool.call({d.name: (add, (name, calls[name])) for d in devices}, limit_s=START_LIMIT_S)
     tell("send units", len(timed), len(timed))
     finished = dict.fromkeys((d.name for d in devices), 0)
 
@@ -223,10 +226,6 @@ def _measure(
     return pool.call(
         {d.name: (measure_all, (rounds, budget_s)) for d in devices}, limit_s=ROUND_LIMIT_S, on_progress=on_round
     )
-
-
-def _add(name: str, calls: dict[int, Any], train: bool, optimizer: str) -> None:
-    add_subject(name, calls, train=train, optimizer=optimizer)
 
 
 def nodes_of(captures: Mapping[int, UnitGraph], *, train: bool, optimizer: str) -> tuple[Node, ...]:

@@ -89,8 +89,7 @@ class Value:
 class UnitGraph:
     """A captured forward.
 
-    ``graph`` takes the input tensors in ``input_names``' order and returns the flat tuple of output tensors;
-    ``output_spec`` folds them back into what the model returns (``output_leaves`` holds what is not a tensor).
+    ``graph`` takes the input tensors in ``input_names``' order and returns the flat tuple of output tensors.
     """
 
     model: nn.Module
@@ -100,12 +99,8 @@ class UnitGraph:
     values: dict[str, Value]
     input_names: tuple[str, ...]
     outputs: tuple[str, ...]
-    output_spec: pytree.TreeSpec
-    output_leaves: list[Any]
     constants: dict[str, Any]
     colocate: list[tuple[str, ...]] = field(default_factory=list)
-    mutators: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Steps that change tensors in place -> the values that change, all that share the storage."""
 
     def step_of(self) -> dict[fx.Node, Step]:
         """The step that each graph node belongs to: a ``getitem`` belongs to the step whose result it unpacks."""
@@ -218,6 +213,7 @@ class _Recorder(TorchFunctionMode):
         self.steps: list[Step] = []
         self.values: dict[str, Value] = {}
         self.constants: dict[str, Any] = {}
+        # Steps that change tensors in place -> the values that change, all that share the storage.
         self.mutators: dict[str, tuple[str, ...]] = {}
         self.attribute_ids: dict[str, int] = {}
         self.depth = 0
@@ -413,9 +409,8 @@ class _Recorder(TorchFunctionMode):
         return pytree.tree_map(detach, value)
 
     def _finish(self, input_names: tuple[str, ...], output: Any) -> UnitGraph:
-        leaves, spec = pytree.tree_flatten(output)
         step = Step(name="output", kind="output", type="output", node=None)  # type: ignore[arg-type]  # made below
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         if not tensors:
             raise ShardwrightError(f"the forward of {type(self.model).__name__} returns no tensor")
         step.node = self.graph.output(self._arguments(tuple(tensors), step))
@@ -429,11 +424,8 @@ class _Recorder(TorchFunctionMode):
             values=self.values,
             input_names=input_names,
             outputs=tuple(self.name_of[id(t)] for t in tensors),
-            output_spec=spec,
-            output_leaves=[None if isinstance(leaf, Tensor) else leaf for leaf in leaves],
             constants=self.constants,
             colocate=self._colocate(),
-            mutators=self.mutators,
         )
 
     def _colocate(self) -> list[tuple[str, ...]]:

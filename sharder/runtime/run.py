@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.collect import START_LIMIT_S
+from shardwright.profiler.collect import START_LIMIT_S, Progress, silent
 from shardwright.profiler.devices import find_devices
 from shardwright.profiler.equality import relative_difference, tolerance
 from shardwright.profiler.inputs import microbatch
@@ -37,8 +37,6 @@ from shardwright.sharder.runtime.pipeline import (
 from shardwright.sharder.runtime.record import Equality, Run, Timed
 
 __all__ = ["compare", "run"]
-
-Progress = Callable[[str, int, int], None]
 
 STEP_LIMIT_S = 20.0
 """A step that takes so much longer than ten times its prediction counts as hung."""
@@ -77,7 +75,7 @@ def run(
     args, kwargs = args or (), dict(kwargs or {})
     if steps < 1:
         raise ShardwrightError(f"{steps} steps measure nothing; use 5 or more")
-    tell = progress or _silent
+    tell = progress or silent
     check_model(plan, model)
     check_inputs(plan, args, kwargs)
     baseline = plan.predicted.baseline_device
@@ -141,10 +139,6 @@ def run(
         baseline_device=baseline,
         baseline=_timed(whole_s[WARMUP_STEPS:], plan.predicted.baseline_s) if baseline else None,
     )
-
-
-def _silent(_what: str, _done: int, _whole: int) -> None:
-    """Progress that nobody asked for."""
 
 
 def _timed(seconds: list[float], predicted_s: float | None) -> Timed:
