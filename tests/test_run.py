@@ -204,3 +204,5 @@ def test_relative_difference_is_relative_to_the_largest():
     inf = float("inf")
     assert relative_difference(torch.tensor([inf, 1.0]), torch.tensor([inf, 1.0])) == 0.0
     assert relative_difference(torch.tensor([1.0]), torch.tensor([nan])) == inf
+    assert relative_difference(torch.tensor([inf, 2.0]), torch.tensor([inf, 1.0])) == 0.5
+    assert relative_difference(torch.tensor([inf, 2.0]), torch.tensor([1.0, 2.0])) == inf

@@ -223,12 +223,12 @@ class Enter:
         """Move the arguments, and begin to align."""
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         order = list(self.homes.values())
-        moved = _moved(args, order[0]), _moved(kwargs, order[0])
         mode = AlignGlue(self.glue, order) if self.glue else None
-        _calls.stack.append((tensors[0].device if tensors else None, mode))
         if mode is not None:
             mode.__enter__()  # type: ignore[no-untyped-call]  # ended by Leave, in another call
-        return moved
+        # Noted before anything can fail, since Leave is called after an error too.
+        _calls.stack.append((tensors[0].device if tensors else None, mode))
+        return _moved(args, order[0]), _moved(kwargs, order[0])
 
 
 class Leave:

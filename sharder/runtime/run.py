@@ -38,8 +38,8 @@ from shardwright.sharder.runtime.record import Equality, Run, Timed
 
 __all__ = ["compare", "run"]
 
-STEP_LIMIT_S = 20.0
-"""A step that takes so much longer than ten times its prediction counts as hung."""
+STEP_LIMIT_S = 15.0
+"""A step that takes so much longer than five times its prediction counts as hung."""
 WARMUP_STEPS = 2
 
 
@@ -92,7 +92,7 @@ def run(
     job = Job(plan.schedule, plan.microbatches, len(plan.stages), plan.batch, plan.train, plan.optimizer)
     flat = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
     expected = max(plan.predicted.step_s, plan.predicted.baseline_s or 0.0)
-    limit_s = STEP_LIMIT_S + 10 * expected
+    limit_s = STEP_LIMIT_S + 5 * expected
 
     with tempfile.TemporaryDirectory() as folder, Pool(devices) as pool:
         tell("start workers", 0, 1)
