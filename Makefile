@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-slow lint format setup clean
+.PHONY: demo test zoo test-slow lint format setup clean
 
 setup: $(READY)
 
@@ -24,6 +24,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The zoo's models come from other libraries; without them `make test` leaves those out.
+zoo: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[zoo]"
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

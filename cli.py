@@ -90,6 +90,13 @@ def profile(
         str | None,
         typer.Option("--microbatches", metavar="LIST", help="Numbers of micro-batches to measure; default 1,2,4,8."),
     ] = None,
+    depth: Annotated[
+        int | None, typer.Option("--depth", min=1, help="Units are the modules so deep in the model; 1 = its children.")
+    ] = None,
+    units: Annotated[
+        list[str] | None,
+        typer.Option("--unit", metavar="PATTERN", help="Modules that are units whatever they hold; repeatable."),
+    ] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often each unit is timed, at most.")] = 11,
     budget: Annotated[
         float, typer.Option("--budget", metavar="SECONDS", help="For the timing, three rounds apart.")
@@ -118,6 +125,8 @@ def profile(
             train=not inference,
             optimizer=optimizer,
             microbatches=counts,
+            depth=depth,
+            units=units or (),
             rounds=rounds,
             budget_s=budget,
             name=target,

@@ -34,12 +34,23 @@ from shardwright.profiler.measure import (
     summary,
 )
 from shardwright.profiler.pool import Pool
-from shardwright.profiler.profile import Device, Measurement, Node, Profile, Variation
+from shardwright.profiler.profile import Device, Measurement, Node, Profile, Tie, Variation
 from shardwright.profiler.profile import Tensor as TensorRecord
-from shardwright.profiler.trace import Step, UnitGraph, evaluating, nbytes, trace
-from shardwright.profiler.units import structure_digest
+from shardwright.profiler.trace import checked_trace, evaluating, trace
+from shardwright.profiler.unitgraph import Step, UnitGraph, nbytes
+from shardwright.profiler.units import choose_units, find_units, structure_digest
 
-__all__ = ["START_LIMIT_S", "Progress", "measurements_of", "nodes_of", "profile", "silent", "tensors_of"]
+__all__ = [
+    "START_LIMIT_S",
+    "Progress",
+    "captures_of",
+    "measurements_of",
+    "nodes_of",
+    "profile",
+    "silent",
+    "tensors_of",
+    "ties_of",
+]
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -60,6 +71,8 @@ def profile(
     train: bool = True,
     optimizer: str = "adam",
     microbatches: Sequence[int] | None = None,
+    depth: int | None = None,
+    units: Sequence[str] = (),
     rounds: int = 11,
     budget_s: float = 120.0,
     name: str | None = None,
@@ -76,6 +89,9 @@ def profile(
         train: measure backward and update too.
         optimizer: ``"sgd"``, ``"momentum"``, ``"adam"`` or ``"adamw"``.
         microbatches: into how many micro-batches the batch is to be divided; 1, 2, 4 and 8 by default.
+        depth: units are the modules so deep in the model, 1 = its own children; by default the children of containers,
+            opened where one does too much of the work.
+        units: paths of modules, such as ``"decoder.layers.*"``, that are units, whatever they hold.
         rounds: how often each step is timed, at most.
         budget_s: seconds of measuring after which no further round begins, once there are three.
         name: what the profile calls the model; its class by default.
@@ -96,15 +112,18 @@ def profile(
     counts = tuple(sorted({1, *(microbatches if microbatches is not None else default_counts(batch))}))
     found = find_devices(devices)
 
-    captures: dict[int, UnitGraph] = {}
-    for done, count in enumerate(counts):
-        tell("capture", done, len(counts))
-        captures[count] = _capture(model, args, kwargs, count, train=train)
-    tell("capture", len(counts), len(counts))
-    _same_path(captures)
-    if len(counts) > 1:
-        check_divisible(model, args, kwargs, counts[-1])
-
+    captures, undivided = captures_of(
+        model,
+        args,
+        kwargs,
+        counts,
+        devices=len(found),
+        depth=depth,
+        units=units,
+        train=train,
+        strict=microbatches is not None,
+        tell=tell,
+    )
     with Pool(found) as pool:
         samples = _measure(
             pool, found, captures, train=train, optimizer=optimizer, rounds=rounds, budget_s=budget_s, tell=tell
@@ -115,18 +134,22 @@ def profile(
     whole = captures[1]
     return Profile(
         model=name or type(model).__name__,
-        structure=structure_digest(model, whole.units),
+        structure=structure_digest(model),
         inputs=input_specs(args, kwargs),
         batch=batch,
         train=train,
         optimizer=optimizer if train else "none",
         torch_version=torch.__version__,
-        microbatches=counts,
+        microbatches=tuple(captures),
         devices=found,
         links=links,
         nodes=nodes_of(captures, train=train, optimizer=optimizer),
         tensors=tensors_of(captures),
         colocate=tuple(whole.colocate),
+        ties=ties_of(whole, train=train, optimizer=optimizer),
+        obstacles=tuple(whole.obstacles),
+        guards=tuple(whole.guards),
+        undivided=undivided,
         measurements=measurements_of([step.name for step in whole.steps], samples),
         variations=tuple(variation_of(device, taken.values()) for device, taken in samples.items()),
     )
@@ -136,9 +159,101 @@ def silent(_what: str, _done: int, _whole: int) -> None:
     """Progress that nobody asked for."""
 
 
-def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], count: int, *, train: bool) -> UnitGraph:
+def captures_of(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    counts: Sequence[int],
+    *,
+    devices: int,
+    depth: int | None = None,
+    units: Sequence[str] = (),
+    train: bool,
+    strict: bool = True,
+    tell: Progress | None = None,
+) -> tuple[dict[int, UnitGraph], str]:
+    """Captures at each number of micro-batches, with units of the right grain for so many devices; see :func:`profile`.
+
+    A module that was opened may turn out to be something that cannot be captured, such as a loop that follows the data;
+    then the units are those that the structure gives.
+
+    Returns:
+        The captures, and why there is one only, if so.
+    """
+    options: dict[str, Any] = {"train": train, "strict": strict, "tell": tell or silent}
+    refined = depth is None and not units
     try:
-        return trace(model, *microbatch(args, kwargs, count), train=train)
+        with evaluating(model):
+            smallest = microbatch(args, kwargs, counts[-1])
+            chosen = choose_units(model, *smallest, devices=devices, depth=depth, patterns=units)
+    except ShardwrightError:
+        raise
+    except Exception:  # what is wrong with the forward is told by the capture
+        chosen = find_units(model)
+    coarse = find_units(model)
+    if not refined or chosen.keys() == coarse.keys() or "" in chosen:
+        return _captures(model, args, kwargs, counts, chosen, **options)
+    try:
+        fine = _captures(model, args, kwargs, counts, chosen, **options)
+        if not fine[0][1].obstacles:
+            return fine
+    except ShardwrightError:
+        pass
+    return _captures(model, args, kwargs, counts, coarse, **options)
+
+
+def _captures(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    counts: Sequence[int],
+    units: Mapping[str, nn.Module],
+    *,
+    train: bool,
+    strict: bool,
+    tell: Progress,
+) -> tuple[dict[int, UnitGraph], str]:
+    """A capture for each number of micro-batches; unless ``strict``, of the whole batch alone where it does not divide.
+
+    Returns:
+        The captures in the order of ``counts``, and why there is one only, if so.
+    """
+    captures: dict[int, UnitGraph] = {}
+    try:
+        # The smallest micro-batch is the quickest to check, and all take the same path.
+        for done, count in enumerate(reversed(counts)):
+            tell("capture", done, len(counts))
+            captures[count] = _capture(model, args, kwargs, count, units, train=train, check=count == counts[-1])
+            if captures[count].obstacles:
+                break
+        else:
+            _same_path(captures)
+            if len(counts) > 1:
+                check_divisible(model, args, kwargs, counts[-1])
+            return {count: captures[count] for count in counts}, ""
+        reason = captures[count].obstacles[0]
+    except ShardwrightError as error:
+        if strict or len(counts) == 1:
+            raise
+        reason = str(error)
+    finally:
+        tell("capture", len(counts), len(counts))
+    return {1: _capture(model, args, kwargs, 1, units, train=train, check=True)}, reason if len(counts) > 1 else ""
+
+
+def _capture(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    count: int,
+    units: Mapping[str, nn.Module],
+    *,
+    train: bool,
+    check: bool,
+) -> UnitGraph:
+    try:
+        run = checked_trace if check else trace
+        return run(model, *microbatch(args, kwargs, count), train=train, units=units)
     except ShardwrightError as error:
         if count == 1:
             raise
@@ -180,7 +295,7 @@ def check_divisible(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 def _same_path(captures: Mapping[int, UnitGraph]) -> None:
     """Refuse a forward whose path depends on the size of the batch."""
     paths = {count: [(step.name, step.type) for step in capture.steps] for count, capture in captures.items()}
-    for count, path in paths.items():
+    for count, path in sorted(paths.items()):
         if path != paths[1]:
             pairs = itertools.zip_longest(paths[1], path, fillvalue=("nothing", ""))
             whole, part = next((a, b) for a, b in pairs if a != b)
@@ -246,6 +361,26 @@ def nodes_of(captures: Mapping[int, UnitGraph], *, train: bool, optimizer: str) 
         )
         for step in captures[1].steps
     )
+
+
+def ties_of(capture: UnitGraph, *, train: bool, optimizer: str) -> tuple[Tie, ...]:
+    """The records of the parameters that several steps use."""
+    parameters = dict(capture.model.named_parameters())
+    made = []
+    for name, steps in capture.ties:
+        parameter = parameters[name]
+        trained = [parameter] if train and parameter.requires_grad else []
+        gradient_bytes = sum(map(nbytes, trained))
+        state_bytes = optimizer_state_bytes(optimizer, trained) if trained else 0
+        made.append(
+            Tie(
+                name=name,
+                nodes=steps,
+                copy_bytes=nbytes(parameter) + gradient_bytes + state_bytes,
+                gradient_bytes=gradient_bytes,
+            )
+        )
+    return tuple(made)
 
 
 def tensors_of(captures: Mapping[int, UnitGraph]) -> tuple[TensorRecord, ...]:

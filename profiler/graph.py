@@ -6,9 +6,11 @@ Graph attributes
     devices        {name: {"kind": str, "memory_bytes": int}}
     links          {(source, target): (latency in s, bandwidth in bytes/s)}
     colocate       tuple of groups of node names
+    ties           tuple of (parameter, names of its users, bytes of a copy, bytes of gradient summed once a step)
 Node attributes
     kind           "input", "parameter", "unit", "glue" or "output"
-    unit           module path of a unit
+    unit           module path of a unit, or the path of a parameter
+    copied         whether each stage that reads it has a copy of its own (buffers and constants)
     forward_s      {device: seconds for one micro-batch}; empty when the node takes no time
     backward_s     likewise
     update_s       {device: seconds of one optimizer step}
@@ -47,6 +49,7 @@ def cost_graph(profile: Profile, microbatches: int) -> nx.DiGraph[str]:
         devices={d.name: {"kind": d.kind, "memory_bytes": d.memory_bytes} for d in profile.devices},
         links={(li.source, li.target): (li.latency_s, li.bandwidth_bytes_per_s) for li in profile.links},
         colocate=profile.colocate,
+        ties=tuple((tie.name, tie.nodes, tie.copy_bytes, tie.gradient_bytes) for tie in profile.ties),
     )
     for node in profile.nodes:
         rows = [
@@ -58,6 +61,7 @@ def cost_graph(profile: Profile, microbatches: int) -> nx.DiGraph[str]:
             node.name,
             kind=node.kind,
             unit=node.unit,
+            copied=node.kind == "parameter" and node.type in ("constant", "buffer"),
             forward_s={m.device: m.forward_s for m in rows},
             backward_s={m.device: m.backward_s for m in rows},
             update_s={m.device: m.update_s for m in rows},

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import TensorSpec
+from shardwright.profiler.structure import map_tensors, tensors_in
 
 __all__ = [
     "all_microbatches",
@@ -18,17 +18,21 @@ __all__ = [
     "input_specs",
     "is_batched",
     "microbatch",
+    "other_values",
     "outputs_of",
 ]
+
+FEW_VALUES = 3
+"""A floating tensor of so few different values is a mask."""
 
 
 def input_specs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
     """Shape and dtype of every tensor among the inputs."""
-    leaves, _ = pytree.tree_flatten_with_path((args, dict(kwargs)))
     return tuple(
-        TensorSpec(name=pytree.keystr(path[1:]), dtype=str(leaf.dtype).removeprefix("torch."), shape=tuple(leaf.shape))
-        for path, leaf in leaves
-        if isinstance(leaf, Tensor)
+        TensorSpec(
+            name=path.partition("]")[2], dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape)
+        )
+        for path, tensor in tensors_in((args, dict(kwargs)))
     )
 
 
@@ -38,9 +42,9 @@ def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     Raises:
         ShardwrightError: there is no tensor with a dimension.
     """
-    for leaf in pytree.tree_leaves((args, dict(kwargs))):
-        if isinstance(leaf, Tensor) and leaf.dim():
-            return leaf.shape[0]
+    for _, tensor in tensors_in((args, dict(kwargs))):
+        if tensor.dim():
+            return tensor.shape[0]
     raise ShardwrightError(
         "the sample inputs hold no tensor with a batch dimension; give them with --inputs or --input"
     )
@@ -69,8 +73,8 @@ def microbatch(args: tuple[Any, ...], kwargs: Mapping[str, Any], count: int) -> 
     if count == 1:
         return args, dict(kwargs)
     # A copy of its own: a view would drag the whole batch along to the workers.
-    return pytree.tree_map(  # type: ignore[no-any-return]  # tree_map keeps the structure
-        lambda leaf: leaf[: batch // count].clone() if is_batched(leaf, batch) else leaf, (args, dict(kwargs))
+    return map_tensors(  # type: ignore[no-any-return]  # it keeps the structure
+        lambda t: t[: batch // count].clone() if is_batched(t, batch) else t, (args, dict(kwargs))
     )
 
 
@@ -81,14 +85,46 @@ def all_microbatches(
     batch = batch_size(args, kwargs)
     size = batch // count
     for start in range(0, batch, size):
-        yield pytree.tree_map(
-            lambda leaf, at=start: leaf[at : at + size] if is_batched(leaf, batch) else leaf, (args, dict(kwargs))
-        )
+
+        def piece(tensor: Tensor, at: int = start) -> Tensor:
+            return tensor[at : at + size] if is_batched(tensor, batch) else tensor
+
+        yield map_tensors(piece, (args, dict(kwargs)))
 
 
 def outputs_of(result: Any) -> list[Tensor]:
-    """The tensors among what a forward returned, in order."""
-    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    """The tensors among what a forward takes or returns, in order."""
+    return [tensor for _, tensor in tensors_in(result)]
+
+
+def other_values(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The inputs with other numbers, the boldest change first; a model may refuse some.
+
+    Whole numbers are indices, lengths and labels: they are moved about, within a row or from sample to sample, and stay
+    in their range. Floating numbers are moved about and stretched, unless they are masks of a few values.
+    """
+
+    def bold(tensor: Tensor) -> Tensor:
+        return _stretched(tensor.flip(tuple(range(tensor.dim()))))
+
+    def by_sample(tensor: Tensor) -> Tensor:
+        return _stretched(tensor.roll(1, 0)) if tensor.dim() else tensor.clone()
+
+    def floating_only(tensor: Tensor) -> Tensor:
+        return _stretched(tensor.clone())
+
+    for change in (bold, by_sample, floating_only):
+
+        def changed(tensor: Tensor, change: Callable[[Tensor], Tensor] = change) -> Tensor:
+            return change(tensor.detach()).requires_grad_(tensor.requires_grad)
+
+        yield map_tensors(changed, (args, dict(kwargs)))
+
+
+def _stretched(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point() or tensor.numel() < 2 or len(tensor.unique()) <= FEW_VALUES:
+        return tensor.clone()
+    return tensor * 0.75 + 0.05
 
 
 def default_counts(batch: int) -> tuple[int, ...]:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.trace import Call
+from shardwright.profiler.structure import map_tensors, tensors_in
+from shardwright.profiler.unitgraph import Call
 from shardwright.profiler.worker import report, resident
 
 __all__ = [
@@ -119,6 +120,7 @@ class Subject:
         self.train = train
         self.accumulate = accumulate
         self.function = call.function.to(device) if isinstance(call.function, nn.Module) else call.function
+        self.context = call.context
         self.leaves, self.spec = pytree.tree_flatten((call.args, call.kwargs))
         self.leaves = [self._leaf(leaf, device) for leaf in self.leaves]
         self.parameters: list[nn.Parameter] = []
@@ -142,21 +144,22 @@ class Subject:
 
     @staticmethod
     def _leaf(leaf: Any, device: torch.device) -> Any:
-        if not isinstance(leaf, Tensor):
-            return device if isinstance(leaf, torch.device) else leaf
-        return leaf.detach().to(device).requires_grad_(leaf.requires_grad)
+        if isinstance(leaf, torch.device):
+            return device
+        return map_tensors(lambda t: t.detach().to(device).requires_grad_(t.requires_grad), leaf)
 
     def _run(self, timer: Timer) -> tuple[float, float, float]:
         # A copy of each input: units may change theirs in place, and a producer would just have written it.
-        args, kwargs = pytree.tree_unflatten(
-            [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self.leaves], self.spec
-        )
+        args, kwargs = pytree.tree_unflatten([map_tensors(Tensor.clone, leaf) for leaf in self.leaves], self.spec)
         with torch.set_grad_enabled(self.train):
-            output, forward_s = timer(partial(self.function, *args, **kwargs))
+            if self.context is None:
+                output, forward_s = timer(partial(self.function, *args, **kwargs))
+            else:
+                output, forward_s = timer(partial(self.context.run, self.function, args, kwargs))
         del args, kwargs
         if not self.train:
             return forward_s, 0.0, 0.0
-        outputs = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+        outputs = [t for _, t in tensors_in(output) if t.requires_grad]
         backward_s = update_s = 0.0
         if outputs:
             if self.grads is None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import networkx
     import pandas
 
-__all__ = ["Device", "Link", "Measurement", "Node", "Profile", "Tensor", "TensorSpec", "Variation"]
+__all__ = ["Device", "Link", "Measurement", "Node", "Profile", "Tensor", "TensorSpec", "Tie", "Variation"]
 
 NodeKind = Literal["input", "parameter", "unit", "glue", "output"]
 
@@ -91,6 +91,23 @@ class Tensor(Record):
     bytes: dict[PositiveInt, NonNegativeInt]
 
 
+class Tie(Record):
+    """One parameter with several users: each stage that has some of them but not all holds a copy of its own.
+
+    Where glue uses the parameter, a node of kind ``parameter`` is there too, and the glue reads it. The static bytes
+    are counted only at the first node, in the order of the forward, that holds the parameter.
+    """
+
+    name: str
+    """The parameter: its path in ``named_parameters()``, and the ``unit`` of its node if it has one."""
+    nodes: tuple[str, ...] = Field(min_length=2)
+    """The units and the glue that use it, in the order of the forward."""
+    copy_bytes: NonNegativeInt
+    """Parameter, gradient and optimizer state of one copy."""
+    gradient_bytes: NonNegativeInt
+    """Summed over the copies once a step; 0 without training, or for a parameter that is not trained."""
+
+
 class Measurement(Record):
     """Times of one node on one device, at the batch divided into ``microbatches``: medians and their spread.
 
@@ -142,7 +159,15 @@ class Profile(Document):
     """In the order of the forward."""
     tensors: tuple[Tensor, ...]
     colocate: tuple[tuple[str, ...], ...] = ()
-    """Groups of nodes that must share a device (shared units, tied parameters, in-place changes)."""
+    """Groups of nodes that must share a device (shared units, in-place changes)."""
+    ties: tuple[Tie, ...] = ()
+    """Parameters with several users, which need not share a device."""
+    obstacles: tuple[str, ...] = ()
+    """Why the forward cannot be piped, with file and line; it can be placed all the same."""
+    guards: tuple[str, ...] = ()
+    """Numbers that the forward reads back from masks and indices: a pipeline is for inputs that give the same."""
+    undivided: str = ""
+    """Why the batch was not divided into micro-batches, where that was left to the profiler."""
     measurements: tuple[Measurement, ...]
     variations: tuple[Variation, ...] = ()
     """Devices without one are taken as steady."""
@@ -156,6 +181,7 @@ class Profile(Document):
         for noun, used, defined in (
             ("node", {tensor.producer for tensor in self.tensors}, nodes),
             ("node", {name for group in self.colocate for name in group}, nodes),
+            ("node", {name for tie in self.ties for name in tie.nodes}, nodes),
             ("node", {m.node for m in self.measurements}, nodes),
             ("tensor", {name for node in self.nodes for name in node.inputs}, tensors),
             ("device", {m.device for m in self.measurements}, devices),

@@ -1,50 +1,187 @@
-"""Units: which modules are placed whole."""
+"""Units: which modules are placed whole, and how large a unit should be.
+
+The children of containers are units to begin with. How much work a module does is counted, not timed, so that the same
+model is divided alike on every day: a pass over the forward adds up the arithmetic and the bytes that each module's
+operators take. A unit too large for the devices to share the work evenly is opened, as long as it has an inside; a
+module too small to matter stays closed, whatever it holds.
+"""
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-__all__ = ["find_units", "structure_digest"]
+from shardwright.errors import ShardwrightError
+
+__all__ = ["choose_units", "find_units", "module_work", "structure_digest"]
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+WHOLE = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Embedding, nn.modules.batchnorm._NormBase)
+"""Modules that compute with their parameters themselves, whatever they hold."""
+OPERATIONS_PER_BYTE = 10.0
+"""So much arithmetic takes as long as moving a byte: between a CPU core's ratio and a GPU's."""
+LARGE = 4
+"""A unit is opened when it does more than this part of an even share of a device: 1 / 4."""
+SMALL = 64
+"""A module stays closed when it does less than this part of an even share of a device: 1 / 64."""
 
 
 def find_units(model: nn.Module) -> dict[str, nn.Module]:
-    """The units of ``model`` by their path in ``named_modules()``.
+    """The units of ``model`` by their path in ``named_modules()``, by its structure alone.
 
     A child of a container is a unit, unless it is a container itself, whose children are then the units. On the way
     down to the containers, a module without any inside is a unit; the forward of one with containers inside is glue.
     A module that is reached by several paths has one unit, under the first.
     """
+
+    def opened(_path: str, module: nn.Module, *, in_container: bool) -> bool:
+        return isinstance(module, CONTAINERS) or (not in_container and _holds_container(module))
+
+    return _collected(model, opened)
+
+
+def choose_units(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    devices: int = 2,
+    depth: int | None = None,
+    patterns: Sequence[str] = (),
+) -> dict[str, nn.Module]:
+    """The units of ``model`` at the grain that an even split over ``devices`` devices needs.
+
+    Args:
+        args: inputs that the model runs on, once, in the mode that it is in.
+        kwargs: likewise.
+        devices: how many the work is to be shared by.
+        depth: units lie so deep in the model, 1 = its own children, instead.
+        patterns: paths of modules, such as ``decoder.layers.*``, that are units, whatever they hold.
+
+    Raises:
+        ShardwrightError: a pattern matches no module.
+    """
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(path, pattern) for path, _ in model.named_modules() if path):
+            raise ShardwrightError(
+                f"--unit {pattern}: no module of {type(model).__name__} matches; `profile` lists them"
+            )
+    chosen = {p for p, _ in model.named_modules() if any(fnmatch.fnmatchcase(p, pattern) for pattern in patterns)}
+    work = module_work(model, args, dict(kwargs or {})) if depth is None else {}
+    share = work.get("", 0.0) / devices
+
+    def opened(path: str, module: nn.Module, *, in_container: bool) -> bool:
+        if path in chosen or isinstance(module, WHOLE) or not any(True for _ in module.children()):
+            return False
+        if any(other.startswith(f"{path}.") for other in chosen):
+            return True
+        if depth is not None:
+            return path.count(".") + 1 < depth or (isinstance(module, CONTAINERS) and not _is_called(module))
+        if path not in work:  # never called: its children may be, one by one
+            return isinstance(module, CONTAINERS) or (not in_container and _holds_container(module))
+        if isinstance(module, CONTAINERS) or (not in_container and _holds_container(module)):
+            return work[path] > share / SMALL
+        return work[path] > share / LARGE and not _is_compiled(module)
+
+    return _collected(model, opened)
+
+
+def _collected(model: nn.Module, opened: Callable[..., bool]) -> dict[str, nn.Module]:
+    """The modules at which going down through the ``opened`` ones ends."""
     units: dict[str, nn.Module] = {}
-    _collect(model, "", units, seen=set())
+    seen: set[nn.Module] = set()
+
+    def collect(module: nn.Module, path: str) -> None:
+        for name, child in module.named_children():
+            if child in seen:
+                continue
+            seen.add(child)
+            child_path = f"{path}.{name}" if path else name
+            if opened(child_path, child, in_container=isinstance(module, CONTAINERS)):
+                collect(child, child_path)
+            else:
+                units[child_path] = child
+
+    collect(model, "")
     return units or {"": model}
-
-
-def _collect(module: nn.Module, path: str, units: dict[str, nn.Module], seen: set[nn.Module]) -> None:
-    in_container = isinstance(module, CONTAINERS)
-    for name, child in module.named_children():
-        if child in seen:
-            continue
-        seen.add(child)
-        child_path = f"{path}.{name}" if path else name
-        if isinstance(child, CONTAINERS) or (not in_container and _holds_container(child)):
-            _collect(child, child_path, units, seen)
-        else:
-            units[child_path] = child
 
 
 def _holds_container(module: nn.Module) -> bool:
     return any(isinstance(inner, CONTAINERS) for inner in module.modules())
 
 
-def structure_digest(model: nn.Module, units: dict[str, nn.Module]) -> str:
-    """Digest of the units' names and classes and of all parameters' and buffers' names, shapes and dtypes."""
+def _is_called(module: nn.Module) -> bool:
+    """Whether a container has a forward: lists and dictionaries have none."""
+    return type(module).forward is not nn.Module.forward
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether what is inside is no longer called as Python."""
+    return isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod")
+
+
+class _Counting(TorchDispatchMode):
+    """Adds up the work of operators, in bytes that would take as long to move."""
+
+    def __init__(self, add: Callable[[float], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.add = add
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        moved = {id(t): t.numel() * t.element_size() for t in _tensors((args, kwargs, result))}
+        work = float(sum(moved.values())) if not func.is_view else 0.0
+        if func._overloadpacket in flop_registry:
+            work += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result) / OPERATIONS_PER_BYTE
+        self.add(work)
+        return result
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def module_work(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, float]:
+    """How much each module that is called does in one forward, what it calls included; ``""`` is the model itself.
+
+    In bytes that would take as long to move; what a module's name costs is what its first name costs.
+    """
+    work: dict[str, float] = {"": 0.0}
+    running: list[str] = []
+
+    def add(amount: float) -> None:
+        for path in {"", *running}:
+            work[path] = work.get(path, 0.0) + amount
+
+    with ExitStack() as hooks, torch.no_grad():
+        for path, module in model.named_modules():
+            if path:
+                hooks.callback(module.register_forward_pre_hook(lambda *_, p=path: running.append(p)).remove)
+                hooks.callback(module.register_forward_hook(lambda *_: _pop(running), always_call=True).remove)
+        with _Counting(add):
+            model(*args, **kwargs)
+    return work
+
+
+def _pop(running: list[str]) -> None:
+    running.pop()
+
+
+def structure_digest(model: nn.Module) -> str:
+    """Digest of all modules' names and classes, and of all parameters' and buffers' names, shapes and dtypes."""
     digest = hashlib.sha256()
-    for path, unit in units.items():
-        digest.update(f"{path}:{type(unit).__qualname__}\n".encode())
+    for path, module in model.named_modules():
+        digest.update(f"{path}:{type(module).__qualname__}\n".encode())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}\n".encode())
     return digest.hexdigest()[:16]

@@ -46,6 +46,14 @@ def report(progress: Any) -> None:
         _send(Message("progress", progress))
 
 
+def _root_of(error: BaseException) -> str:
+    """The error that others were raised from, on one line: the engine wraps what a stage raises."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split()) or "no message"
+    return text if type(error).__name__ == "ShardwrightError" else f"{type(error).__name__}: {text}"
+
+
 def _beat() -> None:
     """Say every second that the process lives; leave with the parent, whatever the main thread is doing."""
     while True:
@@ -75,5 +83,4 @@ def serve(descriptor: int, cores: tuple[int, ...]) -> None:
             function, args, kwargs = pickle.loads(data)
             _send(Message("result", function(*args, **kwargs)))
         except Exception as error:
-            text = " ".join(str(error).split()) or "no message"
-            _send(Message("error", f"{type(error).__name__}: {text}", traceback.format_exc()))
+            _send(Message("error", _root_of(error), traceback.format_exc()))

@@ -158,25 +158,32 @@ def captured_profile() -> ProfileMaker:
         microbatches: Sequence[int] | None = None,
         train: bool = True,
         optimizer: str = "adam",
+        refined: bool = False,
     ) -> Profile:
         from shardwright.profiler import collect, inputs
-        from shardwright.profiler.trace import trace
+        from shardwright.profiler.trace import checked_trace
         from shardwright.profiler.units import structure_digest
 
         kwargs = kwargs or {}
         microbatches = microbatches or inputs.default_counts(inputs.batch_size(args, kwargs))
-        captures = {m: trace(model, *inputs.microbatch(args, kwargs, m), train=train) for m in microbatches}
+        if refined:
+            captures, _ = collect.captures_of(model, args, kwargs, microbatches, devices=len(devices), train=train)
+        else:
+            captures = {m: checked_trace(model, *inputs.microbatch(args, kwargs, m), train=train) for m in microbatches}
         steps = [step for step in captures[1].steps if step.kind in ("unit", "glue")]
         return Profile(
             model=type(model).__name__,
-            structure=structure_digest(model, captures[1].units),
+            structure=structure_digest(model),
             inputs=inputs.input_specs(args, kwargs),
             batch=inputs.batch_size(args, kwargs),
             train=train,
             optimizer=optimizer if train else "none",
             torch_version="2.13.0",
             microbatches=tuple(microbatches),
-            devices=tuple(Device(name=d, kind="cpu", description="", memory_bytes=10**10, cores=(0,)) for d in devices),
+            devices=tuple(
+                Device(name=d, kind=d.partition(":")[0], description="", memory_bytes=10**10, cores=(0,))
+                for d in devices
+            ),
             links=tuple(
                 Link(source=a, target=b, latency_s=1e-6, bandwidth_bytes_per_s=1e12)
                 for a in devices
@@ -186,6 +193,9 @@ def captured_profile() -> ProfileMaker:
             nodes=collect.nodes_of(captures, train=train, optimizer=optimizer),
             tensors=collect.tensors_of(captures),
             colocate=tuple(captures[1].colocate),
+            ties=collect.ties_of(captures[1], train=train, optimizer=optimizer),
+            obstacles=tuple(captures[1].obstacles),
+            guards=tuple(captures[1].guards),
             measurements=tuple(
                 Measurement(
                     node=step.name,

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import shardwright as sw
-from shardwright.profiler.collect import check_divisible
+from shardwright.profiler.collect import captures_of, check_divisible
 
 
 def encoder(*, batch_first):
@@ -41,7 +41,21 @@ def test_an_input_that_is_no_batch_is_named():
             return self.layers[1](self.layers[0](x) + mask)
 
     with pytest.raises(sw.ShardwrightError, match=r"at 2 micro-batches, inputs \[0\], \[1\] divided along dimension 0"):
-        sw.profile(Masked(), (torch.randn(8, 8, 8), torch.eye(8)))
+        sw.profile(Masked(), (torch.randn(8, 8, 8), torch.eye(8)), microbatches=[2])
+
+
+def test_a_batch_that_does_not_divide_stays_whole():
+    """Left to itself, the profiler keeps such a batch in one piece and says why."""
+
+    class Fixed(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.view(8, 4))
+
+    captures, reason = captures_of(
+        Fixed(nn.Linear(4, 4), nn.ReLU()), (torch.randn(8, 4),), {}, [1, 2], devices=2, train=True, strict=False
+    )
+    assert list(captures) == [1]
+    assert "at 2 micro-batches" in reason
 
 
 @pytest.mark.parametrize(

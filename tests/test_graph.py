@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.graph import cost_graph
+from shardwright.profiler.profile import Profile, Tie
 
 
 def test_attributes_at_a_number_of_microbatches(make_profile):
@@ -18,11 +21,13 @@ def test_attributes_at_a_number_of_microbatches(make_profile):
         "devices": {d: {"kind": "cpu", "memory_bytes": 10**9} for d in ("cpu:0", "cpu:1")},
         "links": {("cpu:0", "cpu:1"): (1e-6, 1e9), ("cpu:1", "cpu:0"): (1e-6, 1e9)},
         "colocate": (("a", "b"),),
+        "ties": (),
     }
     assert list(graph) == ["x", "a", "b", "outputs"]
     assert graph.nodes["a"] == {
         "kind": "unit",
         "unit": "net.a",
+        "copied": False,
         "forward_s": {"cpu:0": 0.5, "cpu:1": 0.5},
         "backward_s": {"cpu:0": 1.0, "cpu:1": 1.0},
         "update_s": {"cpu:0": 0.0, "cpu:1": 0.0},
@@ -38,6 +43,31 @@ def test_attributes_at_a_number_of_microbatches(make_profile):
         ("a", "b"): {"tensors": {"a": (40, 40)}},
         ("b", "outputs"): {"tensors": {"b": (40, 40)}},
     }
+
+
+def test_ties_and_copied_tensors(make_profile):
+    """Ties are listed with their bytes; buffers and constants are copied to who reads them, parameters are not."""
+    profile = make_profile(
+        {"w": [], "b": [], "c": [], "a": ["x", "w", "b", "c"]}, kinds=dict.fromkeys("wbc", "parameter")
+    )
+    types = {"b": "buffer", "c": "constant"}
+    nodes = tuple(node.model_copy(update={"type": types.get(node.name, node.type)}) for node in profile.nodes)
+    tie = Tie(name="w", nodes=("a", "outputs"), copy_bytes=30, gradient_bytes=10)
+    graph = cost_graph(profile.model_copy(update={"nodes": nodes, "ties": (tie,)}), 1)
+    assert graph.graph["ties"] == (("w", ("a", "outputs"), 30, 10),)
+    assert [name for name, copied in graph.nodes(data="copied") if copied] == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "says"),
+    [(["a", "u9"], "node 'u9' is used but not listed"), (["a"], "ties.0.nodes: Tuple should have at least 2 items")],
+)
+def test_tie_without_its_users(make_profile, nodes, says):
+    """A tie names two nodes of the profile at least."""
+    content = make_profile({"a": ["x"]}).model_dump(mode="json")
+    content["ties"] = [{"name": "w", "nodes": nodes, "copy_bytes": 4, "gradient_bytes": 4}]
+    with pytest.raises(ShardwrightError, match=says):
+        Profile.parse(json.dumps(content), source="p.json")
 
 
 def test_no_gradient_flows_back_in_inference(make_profile):

@@ -13,7 +13,7 @@ from shardwright.profiler.measure import (
     optimizer_state_bytes,
     summary,
 )
-from shardwright.profiler.trace import Call
+from shardwright.profiler.unitgraph import Call
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.planning.partition import closed_sets, partition, simple_bound_s, stage_loads
-from shardwright.sharder.planning.problem import Block, Crossing, Problem
+from shardwright.sharder.planning.partition import partition, stage_loads
+from shardwright.sharder.planning.problem import Block, Crossing, Problem, Tie
+from shardwright.sharder.planning.search import closed_sets, simple_bound_s
 
 
 def block(time, devices=2, **changes):
@@ -64,7 +65,7 @@ class Clock:
 
 @st.composite
 def problems(draw):
-    """Small DAGs over mixed devices, unequal links, caps that sometimes bind, pins, both schedules."""
+    """Small DAGs over mixed devices, unequal links, ties, caps that sometimes bind, pins, both schedules."""
     count, devices = draw(st.integers(1, 7)), draw(st.integers(2, 4))
     time = st.integers(0, 9).map(float)
     times = st.tuples(*[time] * devices)
@@ -97,6 +98,14 @@ def problems(draw):
             for i, mask in enumerate((readers, kept))
             if mask
         ]
+    ties = []
+    for name in range(draw(st.sampled_from([1, 2, 3, 1, 0])) if count > 1 else 0):
+        users = draw(st.sets(st.integers(0, count - 1), min_size=2, max_size=4))
+        mask, first = sum(1 << v for v in users), draw(st.sampled_from(sorted(users)))
+        if ties and draw(st.booleans()):  # a second parameter of the same users
+            mask, first = ties[-1].users, ties[-1].first
+        # Without a gradient it is a constant of which every reader has a copy.
+        ties.append(Tie(f"p{name}", mask, first, draw(size), draw(st.sampled_from([0, 1, 3, 9, 90]))))
     one_link = st.tuples(st.integers(0, 2).map(float), st.sampled_from([1.0, 4.0, 100.0]))
     same_link = draw(one_link) if alike else None
     links = tuple(tuple(same_link or draw(one_link) for _ in range(devices)) for _ in range(devices))
@@ -110,6 +119,7 @@ def problems(draw):
         links=links,
         microbatches=draw(st.sampled_from([1, 2, 3, 8])),
         schedule=draw(st.sampled_from(["1f1b", "gpipe"])),
+        ties=tuple(ties),
     )
 
 
@@ -128,6 +138,12 @@ def brute_force(p):
                 if value is not None:
                     best = min(best, value)
     return best
+
+
+def slowest_s(p, d, size):
+    """Seconds of ``size`` bytes over the slowest link that device ``d`` has."""
+    ends = [pair for o in range(len(p.devices)) for pair in ((d, o), (o, d)) if o != d]
+    return max(p.links[a][b][0] + size / p.links[a][b][1] for a, b in ends)
 
 
 def largest_load(p, stage_of, order):
@@ -154,6 +170,11 @@ def largest_load(p, stage_of, order):
                 received += t.forward_bytes if s == cut + 1 else 0
         held = m if p.schedule == "gpipe" else min(m, stages - s)
         memory = sum(b.static_bytes for b in mine) + held * (sum(b.saved_bytes for b in mine) + received)
+        for tie in p.ties:
+            at = {stage_of[v] for v in range(len(p.blocks)) if tie.users >> v & 1}
+            if s in at and at != {s}:
+                memory += tie.copy_bytes if stage_of[tie.first] != s else 0
+                load += 2 * slowest_s(p, d, tie.gradient_bytes) if tie.gradient_bytes else 0
         if memory + max(b.output_bytes for b in mine) > p.caps[d]:
             return None
         loads.append(load)
@@ -236,6 +257,17 @@ def test_faster_direction_of_a_link_decides_the_order():
     found = partition(dataclasses.replace(problem, crossings=one_way))
     assert found is not None
     assert found.stages == ((1, 0b01), (0, 0b10))
+
+
+def test_slow_way_into_a_stage_does_not_rule_out_a_faster_one():
+    """The last block must be on device 2: from device 1 that is slow, so device 0 goes between them."""
+    problem = chain([4.5, 2, 5], devices=3)
+    links = (((0.0, math.inf),) * 3, ((0.0, math.inf), (0.0, math.inf), (3.0, math.inf)), ((0.0, math.inf),) * 3)
+    last = dataclasses.replace(problem.blocks[2], allowed=(False, False, True))
+    found = partition(dataclasses.replace(problem, links=links, blocks=(*problem.blocks[:2], last)))
+    assert found is not None
+    assert found.stages == ((1, 0b001), (0, 0b010), (2, 0b100))
+    assert (found.value_s, found.exact) == (4 * 5, True)
 
 
 def test_roomier_device_takes_the_end_where_the_weights_are():
@@ -332,6 +364,120 @@ def test_activations_in_flight_bind_the_first_stage_most():
     assert found is not None
     assert [m.bit_count() for _, m in found.stages] == [2, 4]
     assert found.value_s == 4 * 4.0
+
+
+def tied(times, users, *, devices=2, gradient_bytes=6, copy_bytes=1, first=None, **changes):
+    """A chain without transfers of which ``users`` share a parameter; summing it takes 2 * (1 + gradient / 2) s."""
+    slow = (((1.0, 2.0),) * devices,) * devices
+    first = users[0] if first is None else first
+    tie = Tie("w", sum(1 << v for v in users), first, copy_bytes, gradient_bytes)
+    return dataclasses.replace(chain(times, devices, **changes), crossings=(), links=slow, ties=(tie,))
+
+
+def test_each_holder_of_a_copy_pays_once_a_step():
+    """Two stages of 4 * 4 s of work that share 6 bytes of gradient pay 2 * (1 s + 6 / 2 s) each, and still gain."""
+    problem = tied([2] * 4, (0, 3))
+    found = partition(problem)
+    assert found is not None
+    assert (found.value_s, found.bound_s, found.exact) == (16.0 + 8.0, 24.0, True)
+    assert stage_loads(problem, found.stages) == [24.0, 24.0]
+
+
+def test_stage_between_the_copies_pays_nothing():
+    """The stage without a user takes over what the two with a copy lose by the 12 s of their sum."""
+    problem = tied([1] * 12, (0, 11), devices=3, gradient_bytes=10)
+    found = partition(problem)
+    assert found is not None
+    assert [m.bit_count() for _, m in found.stages] == [3, 6, 3]
+    assert stage_loads(problem, found.stages) == [12 + 12, 24, 12 + 12]
+
+
+def test_stage_with_every_user_pays_nothing():
+    """Two users side by side stay together although the even cut is between them; far apart from there it is made."""
+    together = tied([1] * 8, (3, 4))
+    found = partition(together)
+    assert found is not None
+    assert found.value_s == 4 * 5
+    assert {m.bit_count() for _, m in found.stages} == {5, 3}
+    elsewhere = partition(tied([1] * 8, (5, 6)))
+    assert elsewhere is not None
+    assert elsewhere.value_s == 4 * 4
+
+
+@pytest.mark.parametrize(("gradient_bytes", "stages", "value_s"), [(0, 2, 16.0), (13, 2, 31.0), (15, 1, 32.0)])
+def test_price_of_a_tie_decides_whether_the_chain_is_split(gradient_bytes, stages, value_s):
+    """First and last block share a parameter: they part as long as its sum takes less than the work that it saves."""
+    found = partition(tied([2] * 4, (0, 3), gradient_bytes=gradient_bytes))
+    assert found is not None
+    assert (len(found.stages), found.value_s, found.exact) == (stages, value_s, True)
+
+
+def test_slowest_link_of_each_device_is_paid():
+    """A copy on a device with a slow link to any other pays for that, in either direction."""
+    links = (((0.0, 1.0), (1.0, 2.0), (0.0, 4.0)), ((0.0, 4.0), (0.0, 1.0), (5.0, 4.0)), ((0.0, 4.0),) * 3)
+    problem = dataclasses.replace(tied([2] * 4, (0, 3), devices=3, gradient_bytes=8), links=links)
+    assert [problem.ties_s(0b0011, device) for device in range(3)] == [2 * (1 + 4), 2 * (5 + 2), 2 * (5 + 2)]
+    assert problem.ties_s(0b1001, 0) == problem.ties_s(0b0110, 0) == 0.0
+
+
+def test_copy_takes_memory_beside_the_first():
+    """The stage without the block that counts the parameter has a copy more; where that does not fit they stay."""
+    problem = tied([1] * 4, (0, 3), copy_bytes=5, gradient_bytes=0, cap=7)
+    assert [problem.memory_bytes(members, (), 0) for members in (0b0011, 0b1100, 0b0110, 0b1111)] == [2, 7, 2, 4]
+    found = partition(problem)
+    assert found is not None
+    assert [m.bit_count() for _, m in found.stages] == [2, 2]
+    tight = partition(dataclasses.replace(problem, caps=(7, 6)))
+    assert tight is not None
+    assert tight.stages == ((1, 0b0011), (0, 0b1100))
+    tightest = partition(dataclasses.replace(problem, caps=(6, 5)))
+    assert tightest is not None
+    assert tightest.stages == ((1, 0b0111), (0, 0b1000))
+
+
+def test_copies_of_two_parameters_add_up():
+    """Two parameters of the same users cost the time and the memory of both."""
+    one = tied([1] * 4, (0, 3), copy_bytes=5, gradient_bytes=2, cap=7)
+    two = dataclasses.replace(one, ties=one.ties * 2)
+    assert (one.ties_s(0b0011, 0), two.ties_s(0b0011, 0)) == (4.0, 8.0)
+    found, together = partition(one), partition(two)
+    assert found is not None
+    assert together is not None
+    assert (found.value_s, len(found.stages)) == (12.0, 2)
+    assert (together.value_s, len(together.stages)) == (16.0, 1)
+    halves = partition(dataclasses.replace(two, ties=tuple(dataclasses.replace(t, gradient_bytes=0) for t in two.ties)))
+    assert halves is not None
+    assert (halves.exact, len(halves.stages)) == (True, 1)
+
+
+def test_copy_that_fits_nowhere_keeps_the_users_in_one_piece():
+    """A block that would not fit with a copy of its own fits beside the block that counts it."""
+    found = partition(tied([1, 1], (0, 1), copy_bytes=9, cap=5))
+    assert found is not None
+    assert found.stages == ((0, 0b11),)
+
+
+def test_three_copies_of_one_parameter():
+    """Each of three stages with a user pays, and the two without the first one have a copy more."""
+    problem = tied([3] * 3, (0, 1, 2), devices=3, first=1, gradient_bytes=2, copy_bytes=10)
+    stages = ((0, 0b001), (1, 0b010), (2, 0b100))
+    assert stage_loads(problem, stages) == [12 + 4] * 3
+    assert [problem.memory_bytes(members, (), 0) for _, members in stages] == [11, 1, 11]
+
+
+def test_tied_chain_on_mixed_devices_is_exact_in_a_moment():
+    """Ninety-six blocks on eight devices, the first and the last sharing a parameter, are split with proof."""
+    speeds = [1.0, 2.1, 1.4, 0.7, 1.1, 1.9, 0.9, 1.3]
+    problem = tied([1.0] * 96, (0, 95), devices=8, gradient_bytes=4, microbatches=8)
+    blocks = tuple(
+        dataclasses.replace(b, forward_s=tuple((0.5 + (7 * v % 11) / 8) / speed for speed in speeds))
+        for v, b in enumerate(problem.blocks)
+    )
+    started = time.monotonic()
+    found = partition(dataclasses.replace(problem, blocks=blocks))
+    assert time.monotonic() - started < 5.0
+    assert found is not None
+    assert (found.exact, len(found.stages)) == (True, 8)
 
 
 @pytest.mark.parametrize("devices", [2, 8])

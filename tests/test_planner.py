@@ -13,7 +13,8 @@ import jsonschema
 import pytest
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.profile import Profile, Variation
+from shardwright.profiler.profile import Profile, Tie, Variation
+from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.planning.planner import plan
 from shardwright.sharder.planning.schedule import StageCost, simulate
@@ -59,14 +60,23 @@ def test_even_chain_over_two_devices(chain_profile):
     assert [stage.in_flight for stage in result.stages] == [2, 1]
 
 
-def test_record_agrees_with_itself(make_profile):
+def tied(profile, *nodes, gradient_bytes=10**9, name="net.w"):
+    """The profile with a parameter that ``nodes`` share; a copy on one of its links takes 2 s for each 10^9 bytes."""
+    tie = Tie(name=name, nodes=nodes, copy_bytes=3_000, gradient_bytes=gradient_bytes)
+    return profile.model_copy(update={"ties": (*profile.ties, tie)})
+
+
+@pytest.mark.parametrize("ties", [(), ("a0", "head")])
+def test_record_agrees_with_itself(make_profile, ties):
     """Loads, step, memory, placement and in-edges of a plan are those of its own stages and of the profile."""
     edges = two_streams(6)
     profile = make_profile(edges, forward_s=some_times(edges))
-    result = plan(profile)
+    result = plan(tied(profile, *ties) if ties else profile)
     costs = [
-        StageCost(s.forward_s, s.backward_s, s.update_s, s.send_forward_s, s.receive_backward_s) for s in result.stages
+        StageCost(s.forward_s, s.backward_s, s.update_s, s.send_forward_s, s.receive_backward_s, s.tie_s)
+        for s in result.stages
     ]
+    assert any(cost.tie_s for cost in costs) == bool(ties)
     timeline = simulate(costs, result.microbatches, schedule=result.schedule)
     assert timeline.step_s == pytest.approx(result.predicted.step_s)
     assert timeline.busy_s == pytest.approx([stage.load_s for stage in result.stages])
@@ -217,9 +227,69 @@ def test_tied_units_share_a_stage(chain_profile):
     assert len({result.placement()[f"net.u{i}"] for i in range(5)}) == 1
 
 
+def test_tied_language_model_is_split(chain_profile):
+    """An embedding and a head that share their weight part: both stages hold a copy and sum its gradient once."""
+    free, result = plan(chain_profile(8), microbatches=4), plan(tied(chain_profile(8), "u0", "u7"), microbatches=4)
+    assert [(tie.name, tie.stages) for tie in result.ties] == [("net.w", (0, 1))]
+    assert [stage.units for stage in result.stages] == [stage.units for stage in free.stages]
+    assert [stage.tie_s for stage in result.stages] == pytest.approx([2.0, 2.0], rel=1e-5)
+    assert [a.load_s - b.load_s for a, b in zip(result.stages, free.stages, strict=True)] == pytest.approx(
+        [2.0, 2.0], rel=1e-5
+    )
+    assert [a.memory_bytes - b.memory_bytes for a, b in zip(result.stages, free.stages, strict=True)] == [0, 3_000]
+    assert result.predicted.step_s == pytest.approx(free.predicted.step_s + 2.0, rel=1e-5)
+    assert result.certificate.exact
+    assert result.certificate.binds == "the copies of net.w: without them the largest load would be 86% of this"
+
+
+def test_tied_parameter_with_a_huge_gradient_keeps_its_users_together(chain_profile):
+    """Where the sum takes longer than the work that a split saves, the users share a stage: the only one if need be."""
+    result = plan(tied(chain_profile(8), "u0", "u7", gradient_bytes=10**10), microbatches=4)
+    assert (len(result.stages), result.ties) == (1, ())
+    assert result.certificate.exact
+    assert result.certificate.binds == "the copies of net.w: without them the largest load would be 50% of this"
+    near = plan(tied(chain_profile(8), "u3", "u4", gradient_bytes=10**10), microbatches=4)
+    assert sorted(len(stage.units) for stage in near.stages) == [3, 5]
+    assert (near.ties, [stage.tie_s for stage in near.stages]) == ((), [0.0, 0.0])
+
+
+def test_search_for_what_binds_may_find_nothing(chain_profile, monkeypatch):
+    """When no time is left to split without the ties the plan stands, and something else is said to bind."""
+    from shardwright.sharder.planning import planner
+
+    def no_time_without_ties(problem, **options):
+        if not problem.ties:
+            raise ShardwrightError("no split that fits was found in the time allowed")
+        return partition(problem, **options)
+
+    monkeypatch.setattr(planner, "partition", no_time_without_ties)
+    result = plan(tied(chain_profile(8), "u0", "u7"), microbatches=4)
+    assert result.certificate.exact
+    assert "copies" not in result.certificate.binds
+
+
+def test_copies_of_constants_are_no_ties_of_the_plan(make_profile):
+    """A constant that both stages read is copied; the plan's ties are parameters alone."""
+    edges = {"k": [], **{f"u{i}": [f"u{i - 1}" if i else "x", "k"] for i in range(4)}}
+    profile = make_profile(edges, kinds={"k": "parameter"})
+    nodes = tuple(n.model_copy(update={"type": "constant"}) if n.name == "k" else n for n in profile.nodes)
+    result = plan(profile.model_copy(update={"nodes": nodes}), microbatches=4)
+    assert [len(stage.units) for stage in result.stages] == [2, 2]
+    assert result.ties == ()
+    assert len(plan(profile, microbatches=4).stages) == 1
+
+
+def test_inference_copies_a_tied_parameter_for_nothing(chain_profile):
+    """Without training the copies have nothing to sum, and the plan still names the stages that hold one."""
+    result = plan(tied(chain_profile(8, train=False), "u0", "u7", gradient_bytes=0), microbatches=4)
+    assert [stage.tie_s for stage in result.stages] == [0.0, 0.0]
+    assert [(tie.name, tie.stages) for tie in result.ties] == [("net.w", (0, 1))]
+
+
 def test_round_trip_and_schema(chain_profile, tmp_path):
     """A plan read back equals the one that was saved, and its JSON obeys the published schema."""
-    result = plan(chain_profile(4))
+    result = plan(tied(chain_profile(4), "u0", "u3"))
+    assert result.ties
     result.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == result
     schema = Plan.model_json_schema()

@@ -9,7 +9,10 @@ import networkx as nx
 import pytest
 
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.planning.problem import in_flight, parse_bytes, problem_from_graph
+from shardwright.profiler.profile import Tie
+from shardwright.sharder.planning.blocks import parse_bytes, problem_from_graph
+from shardwright.sharder.planning.problem import Tie as BlockTie
+from shardwright.sharder.planning.problem import in_flight
 
 
 def nodes_of(problem):
@@ -104,6 +107,100 @@ def test_shared_parameter_keeps_its_readers_together(make_profile):
     assert nodes_of(problem) == [("x",), ("a",), ("w", "g", "b", "h"), ("c",), ("outputs",)]
 
 
+def tied(profile, *nodes, name="w", copy_bytes=30, gradient_bytes=10):
+    tie = Tie(name=name, nodes=nodes, copy_bytes=copy_bytes, gradient_bytes=gradient_bytes)
+    return profile.model_copy(update={"ties": (*profile.ties, tie)})
+
+
+def of_type(profile, **types):
+    """The same profile, with the types of some nodes set and 7 static bytes in each of them."""
+    changes = {name: {"type": type_, "buffer_bytes": 7} for name, type_ in types.items()}
+    return profile.model_copy(
+        update={"nodes": tuple(n.model_copy(update=changes.get(n.name, {})) for n in profile.nodes)}
+    )
+
+
+def test_tie_of_units_leaves_them_apart(chain_profile):
+    """Units that share a parameter stay blocks of their own; the tie has their mask, and the first that counts it."""
+    problem = problem_from_graph(tied(chain_profile(4), "u0", "u3").graph(1))
+    assert nodes_of(problem) == [("x",), ("u0",), ("u1",), ("u2",), ("u3",), ("outputs",)]
+    assert problem.ties == (BlockTie("w", 0b010010, 1, 30, 10),)
+    assert problem.predecessors == problem_from_graph(chain_profile(4).graph(1)).predecessors
+
+
+def test_tie_within_one_block_is_none(chain_profile):
+    """Users that must share a stage anyway need no second copy."""
+    problem = problem_from_graph(tied(chain_profile(4, colocate=[("u1", "u2")]), "u1", "u2").graph(1))
+    assert problem.ties == ()
+
+
+def test_tied_parameter_stays_with_its_first_reader(make_profile):
+    """Glue that reads a tied parameter has a copy in its own stage: no order and no tensor comes from the parameter."""
+    edges = {"w": [], "a": ["x"], "g": ["a", "w"], "b": ["g"], "h": ["b", "w"], "c": ["h"]}
+    profile = make_profile(edges, kinds={"w": "parameter", "g": "glue", "h": "glue"})
+    problem = problem_from_graph(tied(profile, "g", "h").graph(1))
+    assert nodes_of(problem) == [("x",), ("a",), ("w", "g"), ("b",), ("h",), ("c",), ("outputs",)]
+    assert problem.ties == (BlockTie("w", 0b010100, 2, 30, 10),)
+    assert "w" not in {crossing.name for crossing in problem.crossings}
+
+
+def test_embedding_and_glue_share_a_parameter(make_profile):
+    """A unit that holds the parameter counts it; the node that the head's glue reads is with the glue."""
+    edges = {"embed": ["x"], "body": ["embed"], "w": [], "head": ["body", "w"]}
+    profile = make_profile(edges, kinds={"w": "parameter", "head": "glue"})
+    problem = problem_from_graph(tied(profile, "embed", "head").graph(1))
+    assert nodes_of(problem) == [("x",), ("embed",), ("body",), ("w", "head"), ("outputs",)]
+    assert problem.ties == (BlockTie("w", 0b01010, 1, 30, 10),)
+
+
+def test_parameter_with_a_reader_outside_its_tie_joins_them(make_profile):
+    """Copies are kept alike for the users of the tie only: another reader keeps the old rule."""
+    edges = {"w": [], "g": ["x", "w"], "b": ["g"], "h": ["b", "w"], "c": ["h"]}
+    profile = make_profile(edges, kinds={"w": "parameter", "g": "glue", "h": "glue"})
+    for other in (tied(profile, "g", "c"), tied(profile, "g", "h", name="v")):
+        assert nodes_of(problem_from_graph(other.graph(1)))[1] == ("w", "g", "b", "h")
+
+
+@pytest.mark.parametrize("type_", ["buffer", "constant"])
+def test_buffers_and_constants_are_copied_to_their_readers(make_profile, type_):
+    """Such a node stays with its first reader; the others have a copy of its bytes, and nothing to sum."""
+    edges = {"k": [], "a": ["x", "k"], "b": ["a"], "c": ["b", "k"]}
+    problem = problem_from_graph(of_type(make_profile(edges, kinds={"k": "parameter"}), k=type_).graph(1))
+    assert nodes_of(problem) == [("x",), ("k", "a"), ("b",), ("c",), ("outputs",)]
+    assert problem.ties == (BlockTie("k", 0b01010, 1, 7, 0),)
+    assert problem.memory_bytes(0b01000, (), 0) == problem.memory_bytes(0b00100, (), 0) + 7
+    assert [problem.ties_s(0b01000, device) for device in range(2)] == [0.0, 0.0]
+
+
+def test_copied_tensor_orders_nothing(make_profile):
+    """Two streams that read one constant may be split in either order."""
+    edges = {"k": [], "a": ["x", "k"], "b": ["x", "k"]}
+    problem = problem_from_graph(of_type(make_profile(edges, kinds={"k": "parameter"}), k="constant").graph(1))
+    assert problem.blocks[2].nodes == ("b",)
+    assert problem.predecessors[2] == 0b1
+
+
+def test_buffer_that_is_changed_stays_in_one_place(make_profile):
+    """A buffer that an in-place change keeps with its readers has no copies."""
+    edges = {"k": [], "a": ["x", "k"], "b": ["a"], "c": ["b", "k"]}
+    profile = make_profile(edges, kinds={"k": "parameter"}, colocate=[("k", "a", "c")])
+    problem = problem_from_graph(of_type(profile, k="buffer").graph(1))
+    assert nodes_of(problem) == [("x",), ("k", "a", "b", "c"), ("outputs",)]
+    assert problem.ties == ()
+
+
+def test_sum_of_a_tie_takes_the_slowest_link(chain_profile):
+    """Twice the latency and the gradient's bytes, over the slowest link of the device among those that are used."""
+    graph = tied(chain_profile(2, speed={"a": 1.0, "b": 1.0, "c": 1.0}), "u0", "u1", gradient_bytes=40).graph(1)
+    graph.graph["links"] |= {("a", "b"): (1.0, 40.0), ("c", "a"): (5.0, 10.0)}
+    problem = problem_from_graph(graph)
+    assert [problem.ties_s(0b0010, device) for device in (0, 2)] == [2 * (5 + 4), 2 * (5 + 4)]
+    assert problem.ties_s(0b0010, 1) == 2 * (1 + 1)
+    assert problem_from_graph(graph, devices=["a", "b"]).ties_s(0b0010, 0) == 2 * (1 + 1)
+    assert problem.ties_s(0b1111, 0) == problem.ties_s(0b1000, 0) == 0.0
+    assert problem.alone(0).ties == ()
+
+
 def test_blocks_of_random_graphs_are_convex_and_in_order(make_profile):
     """Whatever the groups, blocks partition the nodes, follow the data, and no path leaves one and comes back."""
     random_ = random.Random(3)
@@ -192,6 +289,7 @@ def test_devices_that_cannot_be(chain_profile, options, says):
         (lambda g: g.add_edge("u1", "u0", tensors={}), "the cost graph has a cycle"),
         (lambda g: g.nodes["u0"]["forward_s"].pop("cpu:1"), "no time of u0 on cpu:1"),
         (lambda g: g.graph.update(colocate=[("u0", "u9")]), "colocate names u9, which is not in the cost graph"),
+        (lambda g: g.graph.update(ties=[("w", ("u0", "u9"), 1, 1)]), "ties names u9, which is not in the cost graph"),
         (lambda g: g.remove_nodes_from(["u0", "u1"]), "the cost graph has no unit"),
     ],
 )

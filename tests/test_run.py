@@ -206,3 +206,80 @@ def test_relative_difference_is_relative_to_the_largest():
     assert relative_difference(torch.tensor([1.0]), torch.tensor([nan])) == inf
     assert relative_difference(torch.tensor([inf, 2.0]), torch.tensor([inf, 1.0])) == 0.5
     assert relative_difference(torch.tensor([inf, 2.0]), torch.tensor([1.0, 2.0])) == inf
+
+
+class TiedLanguageModel(nn.Module):
+    """The embedding's weight is the head's too, and glue reads it a third time."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
+        self.head = nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x) + (x @ self.embed.weight.T).mean()
+
+
+def test_tied_weights_are_split_and_their_gradients_summed(captured_profile):
+    """Each stage that uses a tied weight has a copy; the gate sees the sum of the copies' gradients."""
+    model = TiedLanguageModel()
+    profile = captured_profile(model, (torch.randint(0, 20, (8, 3)),), microbatches=(1, 4))
+    plan = sw.plan(profile, microbatches=4)
+    assert [tie.stages for tie in plan.ties] == [(0, 1)]
+    run = sw.run(model, plan, (torch.randint(0, 20, (8, 3)),), steps=1)
+    assert run.equality.gradients <= 1e-5
+
+
+class Steered(nn.Module):
+    """A branch on the inputs' values."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(4)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+            if x.sum() > 0:
+                x = x * 2
+        return x
+
+
+def test_a_steered_forward_is_not_piped(captured_profile):
+    """A forward that follows the inputs' values is refused by file and line; the remedy is to place it."""
+    model, x = Steered(), torch.randn(8, 4)
+    plan = sw.plan(captured_profile(model, (x,), microbatches=(1, 2)), microbatches=2)
+    with pytest.raises(sw.ShardwrightError, match=r"cannot be piped: test_run.py:\d+:\d+ reads a number back .*place"):
+        sw.run(model, plan, (x,))
+
+
+class Masked(nn.Module):
+    """Looks whether its mask has holes, as the libraries do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(4)])
+
+    def forward(self, x, mask):
+        for layer in self.layers:
+            x = layer(x) if mask.all() else layer(x) * mask[..., None]
+        return x
+
+
+def test_a_guard_refuses_inputs_of_another_path(captured_profile):
+    """A mask without holes is piped; one with holes would take another path and is refused by file and line."""
+    model, x, full = Masked(), torch.randn(8, 3, 4), torch.ones(8, 3, dtype=torch.bool)
+    profile = captured_profile(model, (x, full), microbatches=(1, 2))
+    assert not profile.obstacles
+    assert "gives True" in profile.guards[0]
+    plan = sw.plan(profile, microbatches=2)
+    assert sw.run(model, plan, (x, full), steps=1).equality.outputs <= 1e-5
+    holes = full.clone()
+    holes[-1, 0] = False
+    with pytest.raises(sw.ShardwrightError, match=r"test_run.py:\d+:\d+: __bool__ gives False for these inputs"):
+        sw.run(model, plan, (x, holes), steps=1)

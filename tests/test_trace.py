@@ -98,11 +98,13 @@ def test_in_place_changes_stay_with_all_who_saw_the_tensor():
     assert any(writes[0] in group for group in capture.colocate)
 
 
-def test_tied_parameters_keep_their_users_together():
-    """Two units that share a weight are colocated."""
+def test_tied_parameters_are_noted_with_their_users():
+    """Two units that share a weight need not share a device: their tie is noted."""
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     model[2].weight = model[0].weight
-    assert ("0", "2") in trace(model, (torch.randn(2, 4),)).colocate
+    capture = trace(model, (torch.randn(2, 4),))
+    assert capture.ties == [("0.weight", ("0", "2"))]
+    assert not capture.colocate
 
 
 def test_capture_leaves_the_model_as_it_was():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from shardwright.files import Document, Record
 from shardwright.profiler.profile import NodeKind, TensorSpec
 
-__all__ = ["Candidate", "Certificate", "Placement", "Plan", "Prediction", "Stage"]
+__all__ = ["Candidate", "Certificate", "Placement", "Plan", "Prediction", "SplitTie", "Stage"]
 
 
 class Placement(Record):
@@ -27,7 +27,7 @@ class Placement(Record):
 
 
 class Stage(Record):
-    """One device's share. Times are of one micro-batch, except ``update_s`` and ``load_s``, which are of one step."""
+    """One device's share. Times are of one micro-batch; ``update_s``, ``tie_s`` and ``load_s`` are of one step."""
 
     index: NonNegativeInt
     device: str
@@ -35,6 +35,8 @@ class Stage(Record):
     forward_s: NonNegativeFloat
     backward_s: NonNegativeFloat
     update_s: NonNegativeFloat
+    tie_s: NonNegativeFloat = 0.0
+    """Summing the gradients of tied parameters with the other copies."""
     send_forward_s: NonNegativeFloat
     """Activations to the next stage; 0 for the last."""
     receive_backward_s: NonNegativeFloat
@@ -42,10 +44,20 @@ class Stage(Record):
     load_s: NonNegativeFloat
     """Seconds of a step in which the device computes or transfers."""
     param_bytes: NonNegativeInt
+    """A tied parameter is counted in the stage of its first user only."""
     memory_bytes: NonNegativeInt
     memory_cap_bytes: PositiveInt
     in_flight: PositiveInt
     """Micro-batches whose saved tensors are held at once."""
+
+
+class SplitTie(Record):
+    """A parameter that several stages use: each holds a copy, and their gradients are summed once a step."""
+
+    name: str
+    """As in the profile's ties."""
+    stages: tuple[NonNegativeInt, ...] = Field(min_length=2)
+    """Indices of the stages that hold a copy, in order."""
 
 
 class Certificate(Record):
@@ -110,6 +122,14 @@ class Plan(Document):
     microbatches: PositiveInt
     stages: tuple[Stage, ...]
     nodes: tuple[Placement, ...]
+    """In the order of the forward. A tied parameter, a buffer or a constant is placed with its first reader; other
+    stages that read it, earlier ones among them, have copies."""
+    ties: tuple[SplitTie, ...] = ()
+    """The tied parameters with users in several stages."""
+    obstacles: tuple[str, ...] = ()
+    """Why the model can be placed by this plan but not piped."""
+    guards: tuple[str, ...] = ()
+    """Numbers that the forward reads back: a pipeline is for inputs that give the same."""
     certificate: Certificate
     predicted: Prediction
     candidates: tuple[Candidate, ...]

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.graph import cost_graph
 from shardwright.profiler.profile import Profile
-from shardwright.sharder.planning.partition import Partition, partition, simple_bound_s, stage_loads
-from shardwright.sharder.planning.plan import Candidate, Certificate, Placement, Plan, Prediction, Stage
-from shardwright.sharder.planning.problem import Block, Problem, Schedule, bits, in_flight, problem_from_graph
+from shardwright.sharder.planning.blocks import problem_from_graph
+from shardwright.sharder.planning.partition import Partition, partition, stage_loads
+from shardwright.sharder.planning.plan import Candidate, Certificate, Placement, Plan, Prediction, SplitTie, Stage
+from shardwright.sharder.planning.problem import Block, Problem, Schedule, bits, in_flight
 from shardwright.sharder.planning.schedule import StageCost, Timeline, expected_step_s, simulate
+from shardwright.sharder.planning.search import simple_bound_s
 
 __all__ = ["plan"]
 
@@ -146,6 +148,7 @@ def _price(problem: Problem, split: Partition, profile: Profile) -> _Option:
                 update_s=sum(b.update_s[device] for b in blocks),
                 send_forward_s=send,
                 receive_backward_s=receive,
+                tie_s=problem.ties_s(members, device),
             )
         )
     schedule, train = problem.schedule, profile.train
@@ -236,6 +239,9 @@ def _write(
             )
             for node in profile.nodes
         ),
+        ties=_split_ties(profile, chosen),
+        obstacles=profile.obstacles,
+        guards=profile.guards,
         certificate=_certify(chosen, options, baseline, deadline_s),
         predicted=Prediction(
             step_s=chosen.step_s,
@@ -259,6 +265,17 @@ def _write(
             for option in options
         ),
     )
+
+
+def _split_ties(profile: Profile, chosen: _Option) -> tuple[SplitTie, ...]:
+    """The profile's ties with users in several stages; copies of buffers and constants have nothing in common."""
+    named = {tie.name for tie in profile.ties}
+    held = {
+        tie.name: tuple(i for i, (_, members) in enumerate(chosen.split.stages) if tie.held(members))
+        for tie in chosen.problem.ties
+        if tie.name in named
+    }
+    return tuple(SplitTie(name=name, stages=stages) for name, stages in held.items() if stages)
 
 
 def _gap_percent(value: float, bound: float) -> float:
@@ -300,19 +317,19 @@ def _certify(chosen: _Option, options: list[_Option], baseline: _Option | None, 
 def _what_binds(chosen: _Option, deadline_s: float) -> str:
     """The part of the largest load, or the cap, that keeps it from being smaller."""
     problem, split, loads = chosen.problem, chosen.split, chosen.loads
-    whole = problem.memory_bytes((1 << len(problem.blocks)) - 1, (), len(problem.devices) - 1)
-    if whole > min(problem.caps):
-        uncapped = dataclasses.replace(problem, caps=(whole * len(problem.devices),) * len(problem.devices))
-        free = partition(uncapped, time_limit_s=max(0.0, min(5.0, deadline_s - time.monotonic())))
-        if free is not None and free.exact and free.value_s < 0.999 * split.value_s:
-            return f"the memory caps: without them the largest load would be {free.value_s / split.value_s:.0%} of this"
+    for what, relaxed, enough in _relaxations(problem):
+        free = None
+        with contextlib.suppress(ShardwrightError):  # no time is left to find a split of the relaxed problem
+            free = partition(relaxed, time_limit_s=max(0.0, min(5.0, deadline_s - time.monotonic())))
+        if free is not None and free.exact and free.value_s < enough * split.value_s:
+            return f"{what}: without them the largest load would be {free.value_s / split.value_s:.0%} of this"
     index = max(range(len(loads)), key=loads.__getitem__)
     if not loads[index]:
         return "nothing: no unit takes time"
     device, members = split.stages[index]
     stage = f"stage {index} on {problem.devices[device]}"
     compute = {v: problem.work_s(v, device) for v in bits(members)}
-    transfers = 1 - sum(compute.values()) / loads[index]
+    transfers = 1 - (sum(compute.values()) + problem.ties_s(members, device)) / loads[index]
     if transfers > 0.5:
         return f"the links of {stage}: transfers are {transfers:.0%} of its load"
     largest = max(compute, key=compute.__getitem__)
@@ -324,6 +341,19 @@ def _what_binds(chosen: _Option, deadline_s: float) -> str:
     if split.value_s <= 1.02 * simple_bound_s(problem):
         return f"the work itself: {stage} holds an even share of it"
     return f"the grain of the units: {stage} cannot be evened out, its largest is {name} with {share:.0%}"
+
+
+def _relaxations(problem: Problem) -> Iterator[tuple[str, Problem, float]]:
+    """What may stand in the way of a smaller load, the problem without it, and the share of the load that tells."""
+    whole = problem.memory_bytes((1 << len(problem.blocks)) - 1, (), len(problem.devices) - 1)
+    if whole > min(problem.caps):
+        caps = (whole * len(problem.devices),) * len(problem.devices)
+        yield "the memory caps", dataclasses.replace(problem, caps=caps), 0.999
+    if problem.ties:
+        dearest = max(problem.ties, key=lambda tie: (tie.gradient_bytes, tie.copy_bytes)).name
+        more = f" and {len(problem.ties) - 1} more" if len(problem.ties) > 1 else ""
+        # Every split of a tied parameter pays something: it is worth naming when that is a good part.
+        yield f"the copies of {dearest}{more}", dataclasses.replace(problem, ties=()), 0.95
 
 
 def _name(block: Block) -> str:
@@ -342,7 +372,7 @@ def _why_nothing_fits(problems: list[Problem], deadline_s: float) -> str:
     """Which block or whole exceeds the memory, at the smallest micro-batch, or that the pins leave nothing."""
     problem = max(problems, key=lambda p: p.microbatches)
     for v, block in enumerate(problem.blocks):
-        need = problem.memory_bytes(1 << v, (), 0)
+        need = problem.least_bytes(v)
         room, device = max((problem.caps[d], name) for d, name in enumerate(problem.devices) if block.allowed[d])
         if need > room:
             which = "the roomiest device" if all(block.allowed) else "where it is pinned"

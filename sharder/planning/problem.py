@@ -1,53 +1,38 @@
 r"""The planning problem, free of torch and of names: integers, bit masks and seconds.
 
-Given blocks v (nodes that must stay together) with predecessors, devices d, and tensors t made by one block and read
-by others; choose an order of devices and a chain of predecessor-closed sets {} = I0 < I1 < ... < IS = all, so that
-stage s = Is \ Is-1 runs on the s-th device, has a unit and fits the memory, and the largest load is least:
+Given blocks v (nodes that must stay together) with predecessors, devices d, tensors t made by one block and read by
+others, and ties p (parameters that several blocks use); choose an order of devices and a chain of predecessor-closed
+sets {} = I0 < I1 < ... < IS = all, so that stage s = Is \ Is-1 runs on the s-th device, has a unit and fits the memory,
+and the largest load is least:
 
-    load(s) = M * (compute(s) + transfer in + transfer out) + update(s)        seconds of one step of M micro-batches
-    memory(s) = static(s) + in_flight(s) * (saved(s) + received(s)) + largest output(s)
+    load(s) = M * (compute(s) + transfer in + transfer out) + update(s) + ties(s)       seconds of M micro-batches
+    memory(s) = static(s) + copies(s) + in_flight(s) * (saved(s) + received(s)) + largest output(s)
 
 Transfers are relayed, as the pipeline engine does it: a tensor still needed later crosses every cut between its
 producer and its last reader, forward as an activation and backward as a gradient, and costs both ends of the link.
+
+A stage that has some users of a tied parameter, but not all, holds a copy of it:
+
+    ties(s) = sum over the p that it holds of 2 * (latency + gradient bytes / bandwidth), if there is a gradient
+    copies(s) = sum over the p that it holds, without the block whose static bytes count p, of the bytes of a copy
+
+A step ends with one sum of the gradients over the copies. A ring sends and receives less than twice the gradient for
+each of them, however many they are (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
+workstations", JPDC 2009). Which links the ring takes is known only with the whole split, so each holder pays for the
+slowest link, either way, between its device and any other of the problem: a stage's price depends on that stage alone.
+The latencies of further rounds, which a ring of more than two copies has, are left out.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import networkx as nx
-
-from shardwright.errors import ShardwrightError
-from shardwright.profiler.profile import NodeKind
-
-__all__ = ["Block", "Crossing", "Problem", "Schedule", "bits", "in_flight", "parse_bytes", "problem_from_graph"]
+__all__ = ["Block", "Crossing", "Problem", "Schedule", "Tie", "bits", "in_flight"]
 
 Schedule = Literal["1f1b", "gpipe"]
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-
-
-def parse_bytes(text: str | int) -> int:
-    """``"10GiB"``, ``"500 MB"`` or a plain number of bytes as an integer.
-
-    Raises:
-        ShardwrightError: the text is not a positive size.
-    """
-    compact = str(text).lower().replace(" ", "")
-    digits = compact.rstrip("abcdefghijklmnopqrstuvwxyz")
-    try:
-        number = int(digits) if digits.isdecimal() else float(digits)
-        size = int(number * _UNITS[compact[len(digits) :]])
-    except (KeyError, ValueError, OverflowError):
-        size = 0
-    if size <= 0:
-        raise ShardwrightError(f"{text!r} is not a size in bytes; write for example 10GiB, 800MiB or 2000000")
-    return size
 
 
 def in_flight(schedule: Schedule, microbatches: int, stages_after: int) -> int:
@@ -94,8 +79,31 @@ class Crossing:
 
 
 @dataclass(frozen=True)
+class Tie:
+    """A parameter that several blocks use."""
+
+    name: str
+    users: int
+    """Bit mask of blocks."""
+    first: int
+    """The user whose ``static_bytes`` count the parameter."""
+    copy_bytes: int
+    """Of one more copy: parameter, gradient and optimizer state."""
+    gradient_bytes: int
+    """Summed over the copies once a step."""
+
+    def held(self, members: int) -> bool:
+        """Whether a stage of the blocks in ``members`` has a copy beside other stages' copies."""
+        return bool(members & self.users and self.users & ~members)
+
+    def counted(self, members: int) -> bool:
+        """Whether the static bytes of the blocks in ``members`` have all that they hold of the parameter."""
+        return bool(members >> self.first & 1 or not members & self.users)
+
+
+@dataclass(frozen=True)
 class Problem:
-    """Blocks in a topological order, tensors between them, devices and links."""
+    """Blocks in a topological order, tensors and ties between them, devices and links."""
 
     blocks: tuple[Block, ...]
     predecessors: tuple[int, ...]
@@ -107,6 +115,7 @@ class Problem:
     """``links[a][b]`` = (latency in s, bandwidth in bytes/s)."""
     microbatches: int
     schedule: Schedule = "1f1b"
+    ties: tuple[Tie, ...] = ()
 
     @property
     def most_stages(self) -> int:
@@ -132,6 +141,18 @@ class Problem:
                 backward += back[0] + tensor.backward_bytes / back[1]
         return forward, backward
 
+    def sum_s(self, tie: Tie, device: int) -> float:
+        """Seconds in which a copy of ``tie`` on ``device`` gets the sum of the gradients, once a step."""
+        if not tie.gradient_bytes:
+            return 0.0
+        others = [other for other in range(len(self.devices)) if other != device]
+        links = [link for other in others for link in (self.links[device][other], self.links[other][device])]
+        return 2 * max((latency + tie.gradient_bytes / bandwidth for latency, bandwidth in links), default=0.0)
+
+    def ties_s(self, members: int, device: int) -> float:
+        """Seconds of a step that ties cost a stage of the blocks in ``members`` on ``device``."""
+        return sum(self.sum_s(tie, device) for tie in self.ties if tie.held(members))
+
     def alone(self, device: int) -> Problem:
         """The same work on one device and no other, pins lifted."""
         blocks = (
@@ -150,176 +171,19 @@ class Problem:
             devices=(self.devices[device],),
             caps=(self.caps[device],),
             links=((self.links[device][device],),),
+            ties=(),
         )
 
     def memory_bytes(self, members: int, received: Iterable[Crossing], stages_after: int) -> int:
         """Peak bytes of a stage of the blocks in ``members`` with ``stages_after`` stages behind it."""
         blocks = [self.blocks[v] for v in bits(members)]
+        static = sum(b.static_bytes for b in blocks)
+        copies = sum(tie.copy_bytes for tie in self.ties if not tie.counted(members))
         kept = sum(b.saved_bytes for b in blocks) + sum(c.forward_bytes for c in received)
         held = in_flight(self.schedule, self.microbatches, stages_after)
-        return sum(b.static_bytes for b in blocks) + held * kept + max((b.output_bytes for b in blocks), default=0)
+        return static + copies + held * kept + max((b.output_bytes for b in blocks), default=0)
 
-
-def _of_kind(graph: nx.DiGraph[str], kind: NodeKind) -> list[str]:
-    return [name for name, data in graph.nodes(data=True) if data["kind"] == kind]
-
-
-def _groups(graph: nx.DiGraph[str]) -> list[set[str]]:
-    """Sets of nodes that must share a stage: inputs together, parameters with their readers, and ``colocate``."""
-    groups: list[set[str]] = [set(_of_kind(graph, "input"))]
-    groups += [{n, *graph.successors(n)} for n in _of_kind(graph, "parameter")]
-    groups += [set(group) for group in graph.graph.get("colocate", ())]
-    merged: nx.Graph[str] = nx.Graph()
-    merged.add_nodes_from(graph)
-    for group in groups:
-        nx.add_path(merged, sorted(group))
-    return [set(component) for component in nx.connected_components(merged)]
-
-
-def _blocks(graph: nx.DiGraph[str]) -> tuple[list[tuple[str, ...]], list[set[int]]]:
-    """Convex groups of nodes in a topological order, and for each the indices of those before it.
-
-    A group that must stay together takes with it every node on a path between its members: the strongly connected
-    components of the quotient graph are exactly those convex hulls.
-    """
-    position = {name: i for i, name in enumerate(graph)}
-    groups = _groups(graph)
-    group_of = {name: i for i, group in enumerate(groups) for name in group}
-    quotient: nx.DiGraph[int] = nx.DiGraph()
-    quotient.add_nodes_from(range(len(groups)))
-    quotient.add_edges_from((group_of[a], group_of[b]) for a, b in graph.edges if group_of[a] != group_of[b])
-    # Inputs enter at the first stage and the outputs leave at the last one.
-    for name in _of_kind(graph, "input")[:1]:
-        quotient.add_edges_from((group_of[name], g) for g in range(len(groups)) if g != group_of[name])
-    for name in _of_kind(graph, "output"):
-        quotient.add_edges_from((g, group_of[name]) for g in range(len(groups)) if g != group_of[name])
-    hulls: nx.DiGraph[int] = nx.condensation(quotient)
-    members = {
-        hull: tuple(sorted((n for g in data["members"] for n in groups[g]), key=position.__getitem__))
-        for hull, data in hulls.nodes(data=True)
-    }
-    order = list(nx.lexicographical_topological_sort(hulls, key=lambda hull: position[members[hull][0]]))
-    index = {hull: i for i, hull in enumerate(order)}
-    return [members[h] for h in order], [{index[p] for p in hulls.predecessors(h)} for h in order]
-
-
-def _allowed(
-    graph: nx.DiGraph[str], nodes: tuple[str, ...], devices: tuple[str, ...], pins: Mapping[str, str]
-) -> tuple[bool, ...]:
-    """Which devices the pins leave for a block of ``nodes``."""
-    wanted = {
-        device: name
-        for pattern, device in pins.items()
-        for name in (graph.nodes[node].get("unit") or node for node in nodes)
-        if fnmatch.fnmatchcase(name, pattern)
-    }
-    if len(wanted) > 1:
-        (one, a), (other, b) = list(wanted.items())[:2]
-        if a == b:
-            raise ShardwrightError(f"pins put {a} on both {one} and {other}; keep one of them")
-        raise ShardwrightError(
-            f"pins put {a} on {one} and {b} on {other}, but the two must share a device; pin them alike"
-        )
-    return tuple(not wanted or device in wanted for device in devices)
-
-
-def _check_pins(graph: nx.DiGraph[str], devices: tuple[str, ...], pins: Mapping[str, str]) -> None:
-    """Refuse a pin that names nothing."""
-    names = [data.get("unit") or name for name, data in graph.nodes(data=True)]
-    for pattern, device in pins.items():
-        if device not in devices:
-            raise ShardwrightError(
-                f"pin {pattern}={device}: unknown device {device}; the profile has {', '.join(devices)}"
-            )
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise ShardwrightError(f"pin {pattern}={device}: no unit matches {pattern!r}; `profile` lists the units")
-
-
-def problem_from_graph(
-    graph: nx.DiGraph[str],
-    *,
-    devices: Iterable[str] | None = None,
-    memory: Mapping[str, str | int] | None = None,
-    pins: Mapping[str, str] | None = None,
-    schedule: Schedule = "1f1b",
-) -> Problem:
-    """Make the planning problem of a cost graph (attributes: :mod:`shardwright.profiler.graph`).
-
-    Args:
-        graph: node, edge and graph attributes as documented there.
-        devices: which of the graph's devices to use; all by default.
-        memory: caps in bytes, or text such as ``"10GiB"``, that replace the devices' own.
-        pins: unit name or pattern -> device.
-        schedule: ``"1f1b"`` or ``"gpipe"``; it decides how many micro-batches a stage holds at once.
-
-    Raises:
-        ShardwrightError: a device, a link, or a unit named in ``memory`` or ``pins`` is not in the graph.
-    """
-    known: dict[str, Any] = graph.graph["devices"]
-    names = tuple(devices) if devices is not None else tuple(known)
-    memory, pins = memory or {}, pins or {}
-    for name in [*names, *memory]:
-        if name not in known:
-            raise ShardwrightError(f"unknown device {name}; the profile has {', '.join(known)}")
-    if not names or len(set(names)) < len(names):
-        raise ShardwrightError(f"devices must be named once each, and at least one; got {', '.join(names) or 'none'}")
-    if not _of_kind(graph, "unit"):
-        raise ShardwrightError("the cost graph has no unit to place")
-    for node in (n for group in graph.graph.get("colocate", ()) for n in group):
-        if node not in graph:
-            raise ShardwrightError(f"colocate names {node}, which is not in the cost graph")
-    if not nx.is_directed_acyclic_graph(graph):
-        raise ShardwrightError("the cost graph has a cycle; a forward has none")
-    _check_pins(graph, names, pins)
-
-    links = graph.graph["links"]
-    for a in names:
-        for b in names:
-            if a != b and (a, b) not in links:
-                raise ShardwrightError(f"the profile has no link from {a} to {b}; profile with both devices")
-
-    members, before = _blocks(graph)
-    data = graph.nodes
-    for node in graph:
-        times = data[node]["forward_s"]
-        missing = [device for device in names if times and device not in times]
-        if missing:
-            raise ShardwrightError(f"the profile has no time of {node} on {missing[0]}; profile again with that device")
-    blocks = tuple(
-        Block(
-            nodes=nodes,
-            forward_s=tuple(sum(data[n]["forward_s"].get(d, 0.0) for n in nodes) for d in names),
-            backward_s=tuple(sum(data[n]["backward_s"].get(d, 0.0) for n in nodes) for d in names),
-            update_s=tuple(sum(data[n]["update_s"].get(d, 0.0) for n in nodes) for d in names),
-            static_bytes=sum(data[n]["static_bytes"] for n in nodes),
-            saved_bytes=sum(data[n]["saved_bytes"] for n in nodes),
-            output_bytes=max(data[n]["output_bytes"] for n in nodes),
-            units=tuple(data[n].get("unit") or n for n in nodes if data[n]["kind"] == "unit"),
-            allowed=_allowed(graph, nodes, names, pins),
-        )
-        for nodes in members
-    )
-    block_of = {name: i for i, nodes in enumerate(members) for name in nodes}
-    return Problem(
-        blocks=blocks,
-        predecessors=tuple(sum(1 << p for p in set_) for set_ in before),
-        crossings=_crossings(graph, block_of),
-        devices=names,
-        caps=tuple(parse_bytes(memory.get(d, known[d]["memory_bytes"])) for d in names),
-        links=tuple(tuple(links[a, b] if a != b else (0.0, float("inf")) for b in names) for a in names),
-        microbatches=graph.graph["microbatches"],
-        schedule=schedule,
-    )
-
-
-def _crossings(graph: nx.DiGraph[str], block_of: Mapping[str, int]) -> tuple[Crossing, ...]:
-    """The tensors that leave their block, each once with all its readers."""
-    found: dict[str, Crossing] = {}
-    for source, target, data in graph.edges(data=True):
-        producer, reader = block_of[source], block_of[target]
-        if producer == reader:
-            continue
-        for name, (forward, backward) in data["tensors"].items():
-            readers = (found[name].readers if name in found else 0) | 1 << reader
-            found[name] = Crossing(name, producer, readers, forward, backward)
-    return tuple(found.values())
+    def least_bytes(self, block: int) -> int:
+        """Bytes that ``block`` takes on any device: as the last stage, with its ties counted elsewhere."""
+        b = self.blocks[block]
+        return b.static_bytes + in_flight(self.schedule, self.microbatches, 0) * b.saved_bytes + b.output_bytes

@@ -52,6 +52,8 @@ class StageCost:
     """Activations to the next stage."""
     receive_backward_s: float = 0.0
     """Gradients from the next stage."""
+    tie_s: float = 0.0
+    """Summing the gradients of tied parameters with the other copies, once a step before the update."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Timeline:
     step_s: float
     slots: tuple[Slot, ...]
     busy_s: tuple[float, ...]
-    """By stage: compute, transfers and update."""
+    """By stage: compute, transfers, ties and update."""
 
     @property
     def bubble(self) -> float:
@@ -120,8 +122,9 @@ def simulate(
             free[stage] = start + cost + send
             busy[stage] += cost + send
             position[stage] += 1
-    finish = [free[s] + costs[s].update_s for s in range(count)]
-    busy = [busy[s] + costs[s].update_s for s in range(count)]
+    last = [cost.tie_s + cost.update_s for cost in costs]
+    finish = [free[s] + last[s] for s in range(count)]
+    busy = [busy[s] + last[s] for s in range(count)]
     slots.sort(key=lambda slot: (slot.start_s, slot.stage))
     return Timeline(max(finish), tuple(slots), tuple(busy))
 

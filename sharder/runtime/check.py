@@ -10,10 +10,10 @@ from torch import nn
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.inputs import input_specs
 from shardwright.profiler.profile import TensorSpec
-from shardwright.profiler.units import find_units, structure_digest
+from shardwright.profiler.units import structure_digest
 from shardwright.sharder.planning.plan import Plan
 
-__all__ = ["check_inputs", "check_model"]
+__all__ = ["check_inputs", "check_model", "units_of"]
 
 
 def check_model(plan: Plan, model: nn.Module) -> None:
@@ -22,18 +22,28 @@ def check_model(plan: Plan, model: nn.Module) -> None:
     Raises:
         ShardwrightError: units, their classes, or parameter shapes differ.
     """
-    units = find_units(model)
-    missing = [unit for unit in plan.placement() if unit not in units]
+    units_of(plan, model)
+    if structure_digest(model) != plan.structure:
+        raise ShardwrightError(
+            f"the plan is for another {plan.model}: classes of units or shapes of parameters differ from this "
+            f"{type(model).__name__}'s; profile and plan this model"
+        )
+
+
+def units_of(plan: Plan, model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of ``model`` that ``plan`` places whole, by path.
+
+    Raises:
+        ShardwrightError: one is not there.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    missing = [unit for unit in plan.placement() if unit not in modules]
     if missing:
         raise ShardwrightError(
             f"the plan is for another model ({plan.model}): {type(model).__name__} has no unit {missing[0]}; "
             "profile and plan this model"
         )
-    if structure_digest(model, units) != plan.structure:
-        raise ShardwrightError(
-            f"the plan is for another {plan.model}: classes of units or shapes of parameters differ from this "
-            f"{type(model).__name__}'s; profile and plan this model"
-        )
+    return {unit: modules[unit] for unit in plan.placement()}
 
 
 def check_inputs(plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.trace import Step, UnitGraph, Value, graph_root
+from shardwright.profiler.unitgraph import Step, UnitGraph, Value, graph_root
 from shardwright.sharder.planning.plan import Plan
 
 __all__ = ["StageProgram", "TensorShape", "cut"]

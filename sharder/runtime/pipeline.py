@@ -18,15 +18,34 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.pipelining.microbatch import TensorChunkSpec, _Replicate
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
-from shardwright.profiler.inputs import all_microbatches, is_batched
+from shardwright.profiler.inputs import all_microbatches, is_batched, outputs_of
 from shardwright.profiler.measure import make_optimizer
-from shardwright.profiler.trace import mean_square_loss
+from shardwright.profiler.structure import map_tensors
+from shardwright.profiler.unitgraph import mean_square_loss
 from shardwright.profiler.worker import resident
 from shardwright.sharder.runtime.cut import StageProgram, trainable
 
-__all__ = ["Comparison", "Job", "check_stage", "check_whole", "hold_stage", "hold_whole", "step_stage", "step_whole"]
+__all__ = [
+    "Comparison",
+    "Job",
+    "SharedParameter",
+    "check_stage",
+    "check_whole",
+    "hold_stage",
+    "hold_whole",
+    "step_stage",
+    "step_whole",
+]
+
+
+@dataclass(frozen=True)
+class SharedParameter:
+    """A parameter of which several stages hold a copy; their gradients are summed once a step."""
+
+    names: frozenset[str]
+    """All that it has in the model."""
+    stages: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -39,6 +58,9 @@ class Job:
     batch: int
     train: bool
     optimizer: str
+    output_places: tuple[int, ...]
+    """Which of the tensors that the model returns come out of the pipeline."""
+    ties: tuple[SharedParameter, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +121,7 @@ def hold_stage(job: Job, program: StageProgram, inputs: tuple[Tensor, ...]) -> N
         args_chunk_spec=chunks if program.index == 0 else None,
     )
     target = torch.zeros(job.batch, device=device)
+    sum_gradients = _summing(job, program.index, module)
 
     def step() -> None:
         with nullcontext() if job.train else torch.no_grad():
@@ -108,6 +131,7 @@ def hold_stage(job: Job, program: StageProgram, inputs: tuple[Tensor, ...]) -> N
                 target=target if last and job.train else None,
                 return_outputs=False,
             )
+        sum_gradients()
 
     held.step = step
     if program.index == job.stages - 1:
@@ -115,17 +139,38 @@ def hold_stage(job: Job, program: StageProgram, inputs: tuple[Tensor, ...]) -> N
     resident["stage"] = held
 
 
+def _summing(job: Job, stage: int, module: nn.Module) -> Callable[[], None]:
+    """What sums the gradients of the parameters that this stage shares with others."""
+    if not job.train:
+        return lambda: None
+    named = trainable(module)
+    shared: list[tuple[nn.Parameter, dist.ProcessGroup]] = []
+    for tie in job.ties:
+        group = dist.new_group(list(tie.stages))  # every process makes every group, in the same order
+        if stage in tie.stages:
+            shared += [(named[name], group) for name in sorted(tie.names & named.keys())[:1]]
+
+    def sum_gradients() -> None:
+        for parameter, group in shared:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad, group=group)
+
+    return sum_gradients
+
+
 def hold_whole(job: Job, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Take in the whole model with its batch, to run it on this device alone, in ``job.microbatches`` pieces."""
     device: torch.device = resident["device"]
     model.to(device).train(job.train)
-    args, kwargs = pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+    args, kwargs = map_tensors(lambda t: t.to(device), (args, kwargs))
     held = _Held(job, device, model, _optimizer(job, model), lambda: None)
 
     def step() -> None:
         for piece_args, piece_kwargs in all_microbatches(args, kwargs, job.microbatches):
             with torch.set_grad_enabled(job.train):
-                output = model(*piece_args, **piece_kwargs)
+                found = outputs_of(model(*piece_args, **piece_kwargs))
+            output = tuple(found[place] for place in job.output_places)
             _keep(held, output)
             if job.train:
                 (mean_square_loss(output) / job.microbatches).backward()
@@ -140,7 +185,7 @@ def _optimizer(job: Job, module: nn.Module) -> torch.optim.Optimizer | None:
 
 def _keep(held: _Held, output: Any) -> None:
     if held.outputs is not None:
-        held.outputs += [t.detach().cpu().clone() for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+        held.outputs += [t.detach().cpu().clone() for t in outputs_of(output)]
 
 
 def step_stage() -> float:

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.collect import START_LIMIT_S, Progress, silent
 from shardwright.profiler.devices import find_devices
 from shardwright.profiler.equality import relative_difference, tolerance
-from shardwright.profiler.inputs import microbatch
+from shardwright.profiler.inputs import microbatch, outputs_of
 from shardwright.profiler.links import join
 from shardwright.profiler.measure import prepare
 from shardwright.profiler.pool import Pool
 from shardwright.profiler.target import load_target
 from shardwright.profiler.trace import trace
 from shardwright.sharder.planning.plan import Plan
-from shardwright.sharder.runtime.check import check_inputs, check_model
+from shardwright.sharder.runtime.check import check_inputs, check_model, units_of
 from shardwright.sharder.runtime.cut import cut
 from shardwright.sharder.runtime.pipeline import (
     Comparison,
     Job,
+    SharedParameter,
     check_stage,
     check_whole,
     hold_stage,
@@ -88,9 +89,12 @@ def run(
             f"the plan mixes CPU workers and GPUs ({', '.join(plan.devices)}), which the pipeline cannot do yet; "
             "place(model, plan) can, or plan with --devices of one kind"
         )
-    programs = cut(trace(model, *microbatch(args, kwargs, plan.microbatches), train=plan.train), plan)
-    job = Job(plan.schedule, plan.microbatches, len(plan.stages), plan.batch, plan.train, plan.optimizer)
-    flat = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+    _check_can_be_piped(plan)
+    capture = trace(model, *microbatch(args, kwargs, plan.microbatches), train=plan.train, units=units_of(plan, model))
+    programs = cut(capture, plan)
+
+    job = partial(_job, plan, model, capture.output_places)
+    flat = tuple(outputs_of((args, kwargs)))
     expected = max(plan.predicted.step_s, plan.predicted.baseline_s or 0.0)
     limit_s = STEP_LIMIT_S + 5 * expected
 
@@ -101,13 +105,15 @@ def run(
         stages = {stage.device: index for index, stage in enumerate(plan.stages)}
         pool.call({d: (join, (i, len(stages), store)) for d, i in stages.items()}, limit_s=limit_s)
         pool.call(
-            {d: (hold_stage, (job, programs[i], flat if i == 0 else ())) for d, i in stages.items()},
+            {
+                d: (hold_stage, (job(plan.schedule, plan.microbatches), programs[i], flat if i == 0 else ()))
+                for d, i in stages.items()
+            },
             limit_s=START_LIMIT_S,
         )
         alone = baseline or plan.devices[0]
         # The gate sums over the same micro-batches; the baseline is then timed as the plan priced it.
-        pieces = Job("", plan.microbatches, 1, plan.batch, plan.train, plan.optimizer)
-        pool.call({alone: (hold_whole, (pieces, model, args, kwargs))}, limit_s=START_LIMIT_S)
+        pool.call({alone: (hold_whole, (job("", plan.microbatches), model, args, kwargs))}, limit_s=START_LIMIT_S)
         tell("compare", 0, 1)
         reference: Comparison = pool.call({alone: (check_whole, ())}, limit_s=limit_s)[alone]
         sharded = pool.call(dict.fromkeys(stages, (check_stage, ())), limit_s=limit_s)
@@ -117,7 +123,7 @@ def run(
         whole_s: list[float] = []
         step_s: list[float] = []
         if baseline:
-            whole = Job("", plan.predicted.baseline_microbatches, 1, plan.batch, plan.train, plan.optimizer)
+            whole = job("", plan.predicted.baseline_microbatches)
             pool.call({baseline: (hold_whole, (whole, model, args, kwargs))}, limit_s=START_LIMIT_S)
         for step in range(WARMUP_STEPS + steps):
             tell("time", step, WARMUP_STEPS + steps)
@@ -139,6 +145,30 @@ def run(
         baseline_device=baseline,
         baseline=_timed(whole_s[WARMUP_STEPS:], plan.predicted.baseline_s) if baseline else None,
     )
+
+
+def _job(plan: Plan, model: nn.Module, output_places: tuple[int, ...], schedule: str, microbatches: int) -> Job:
+    """The job of the stages, or with no schedule that of the whole model."""
+    ties = _shared(plan, model) if schedule else ()
+    return Job(schedule, microbatches, len(plan.stages), plan.batch, plan.train, plan.optimizer, output_places, ties)
+
+
+def _check_can_be_piped(plan: Plan) -> None:
+    if plan.obstacles and len(plan.stages) > 1:
+        more = f" (and {len(plan.obstacles) - 1} more)" if len(plan.obstacles) > 1 else ""
+        raise ShardwrightError(
+            f"this model cannot be piped: {plan.obstacles[0]}{more}; the captured path would be wrong for other "
+            "inputs. place(model, plan) works: it leaves the forward as it is"
+        )
+
+
+def _shared(plan: Plan, model: nn.Module) -> tuple[SharedParameter, ...]:
+    """The plan's ties, with every name that the parameter has."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    every = dict(model.named_parameters(remove_duplicate=False))
+    return tuple(SharedParameter(frozenset(names[id(every[tie.name])]), tie.stages) for tie in plan.ties)
 
 
 def _timed(seconds: list[float], predicted_s: float | None) -> Timed:

@@ -16,12 +16,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-__all__ = ["DeviceMismatchError", "SimTensor", "crossings_watched", "on_host", "parameters_may_move", "sim_device"]
+__all__ = [
+    "DeviceMismatchError",
+    "SimTensor",
+    "Simulated",
+    "crossings_watched",
+    "on_host",
+    "parameters_may_move",
+    "sim_device",
+]
 
 NAME = "sim"
+_INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 _COPIES = {"aten::_to_copy", "aten::copy_", "aten::_copy_from", "aten::_copy_from_and_resize", "aten::set_"}
 """Operations whose point is to read one device and write another."""
 
@@ -41,9 +51,15 @@ class DeviceMismatchError(RuntimeError):
 @cache
 def _backend() -> torch.library.Library:
     """Register the backend, once a process; the library must live as long."""
-    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+    from torch.utils import backend_registration
 
-    _setup_privateuseone_for_python_backend(NAME)
+    class Backend(backend_registration._DummyBackendModule):
+        """What autocast asks of a device."""
+
+        def get_amp_supported_dtype(self) -> list[torch.dtype]:
+            return [torch.bfloat16, torch.float16]
+
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=Backend())
     library = torch.library.Library("_", "IMPL")
     library.fallback(_compute, "PrivateUse1")
     return library
@@ -93,6 +109,9 @@ class SimTensor(Tensor):
     def __repr__(self) -> str:  # type: ignore[override]  # torch's takes contents that we have no use for
         return f"SimTensor({self.host!r}, device={str(self.device)!r})"
 
+    def __format__(self, spec: str) -> str:
+        return format(self.host, spec)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = SimTensor(self.host.clone(), self.device).requires_grad_(self.requires_grad)
         made = torch.nn.Parameter(copied, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copied
@@ -109,8 +128,11 @@ def _compute(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Run one operator: check the devices, compute on the host's tensors, put the results on the device."""
     name = func._schema.name
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    # As on CUDA, a CPU tensor without dimensions goes with any device.
-    homes = list(dict.fromkeys(t.device for t in tensors if t.dim() or t.device.type != "cpu"))
+    # As on CUDA, a CPU tensor without dimensions goes with any device, and so do indices on the CPU.
+    bound = [t for t in tensors if t.dim() or t.device.type != "cpu"]
+    if name in _INDEXING and args[0].device.type != "cpu":
+        bound = [t for t in bound if t.device.type != "cpu"]
+    homes = list(dict.fromkeys(t.device for t in bound))
     if len(homes) > 1 and name not in _COPIES:
         raise DeviceMismatchError(name.replace("::", "."), [str(device) for device in homes])
     asked = kwargs.get("device")
@@ -123,7 +145,7 @@ def _compute(func: Any, *args: Any, **kwargs: Any) -> Any:
     if asked is not None:
         kwargs = kwargs | {"device": torch.device("cpu")}
     host_args, host_kwargs = pytree.tree_map_only(SimTensor, lambda t: t.host, (args, kwargs))
-    result = func(*host_args, **host_kwargs)
+    result = _FUSED.get(name, func)(*host_args, **host_kwargs)
     if device.type == NAME:
         if device.index is None:
             device = sim_device(0)
@@ -133,6 +155,109 @@ def _compute(func: Any, *args: Any, **kwargs: Any) -> Any:
         if _has_sim(tensors) and _has_sim_result(result)
         else result
     )
+
+
+def _fused_lstm_cell(
+    gates: Tensor, hidden: Tensor, cell: Tensor, bias: Tensor | None = None, hidden_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The cell of an LSTM as PyTorch's accelerators compute it: new hidden state, new cell state, the gates."""
+    total = gates + hidden + (0 if bias is None else bias) + (0 if hidden_bias is None else hidden_bias)
+    in_, forget, new, out = total.chunk(4, 1)
+    in_, forget, new, out = in_.sigmoid(), forget.sigmoid(), new.tanh(), out.sigmoid()
+    after = forget * cell + in_ * new
+    return out * after.tanh(), after, torch.cat([in_, forget, new, out], 1)
+
+
+def _fused_lstm_cell_backward(
+    grad_hidden: Tensor | None, grad_after: Tensor | None, cell: Tensor, after: Tensor, gates: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Its gradients by the gates' sums, the cell state and the bias."""
+    in_, forget, new, out = gates.chunk(4, 1)
+    tanh = after.tanh()
+    grad_hidden = torch.zeros_like(cell) if grad_hidden is None else grad_hidden
+    through = grad_hidden * out * (1 - tanh * tanh) + (0 if grad_after is None else grad_after)
+    grads = (
+        through * new * in_ * (1 - in_),
+        through * cell * forget * (1 - forget),
+        through * in_ * (1 - new * new),
+        grad_hidden * tanh * out * (1 - out),
+    )
+    by_gates = torch.cat(grads, 1)
+    return by_gates, through * forget, by_gates.sum(0) if has_bias else by_gates.new_empty(0)
+
+
+def _fused_gru_cell(
+    gates: Tensor, hidden: Tensor, state: Tensor, bias: Tensor | None = None, hidden_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The cell of a GRU: new state, and what its backward needs."""
+    ours = (gates + (0 if bias is None else bias)).chunk(3, 1)
+    theirs = (hidden + (0 if hidden_bias is None else hidden_bias)).chunk(3, 1)
+    reset, update = (ours[0] + theirs[0]).sigmoid(), (ours[1] + theirs[1]).sigmoid()
+    new = (ours[2] + reset * theirs[2]).tanh()
+    return (state - new) * update + new, torch.cat([reset, update, new, state, theirs[2]], 1)
+
+
+def _fused_gru_cell_backward(grad: Tensor, workspace: Tensor, has_bias: bool) -> tuple[Tensor, ...]:
+    """Its gradients by the gates' sums on both sides, the state and the biases."""
+    reset, update, new, state, hidden = workspace.chunk(5, 1)
+    by_update = grad * (state - new) * update * (1 - update)
+    by_new = grad * (1 - update) * (1 - new * new)
+    by_reset = by_new * hidden * reset * (1 - reset)
+    ours, theirs = torch.cat([by_reset, by_update, by_new], 1), torch.cat([by_reset, by_update, by_new * reset], 1)
+    biases = (ours.sum(0), theirs.sum(0)) if has_bias else (ours.new_empty(0), ours.new_empty(0))
+    return ours, theirs, grad * update, *biases
+
+
+def _histogram(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A histogram of whole numbers too."""
+    return torch.histc(tensor.double(), *args, **kwargs).to(tensor.dtype)
+
+
+_FUSED: dict[str, Callable[..., Any]] = {
+    "aten::histc": _histogram,
+    "aten::_thnn_fused_lstm_cell": _fused_lstm_cell,
+    "aten::_thnn_fused_lstm_cell_backward_impl": _fused_lstm_cell_backward,
+    "aten::_thnn_fused_gru_cell": _fused_gru_cell,
+    "aten::_thnn_fused_gru_cell_backward": _fused_gru_cell_backward,
+}
+"""Operators that PyTorch uses on accelerators only, so that the CPU has no kernel for them."""
+
+
+class Simulated(TorchFunctionMode):
+    """While it is on, functions that make tensors may be asked for a simulated device.
+
+    PyTorch fills in the numbers of ``torch.tensor`` and the sizes of ``torch.arange`` below the level at which a Python
+    backend is asked: they are made on the CPU, and copied.
+    """
+
+    def __enter__(self) -> Any:
+        self.fast_path = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # its results for padded positions differ, and need nesting
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        torch.backends.mha.set_fastpath_enabled(self.fast_path)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "new_tensor" and args[0].device.type == NAME:
+            func, kwargs = torch.tensor, {"dtype": args[0].dtype, "device": args[0].device} | kwargs
+            args = args[1:]
+        if name in ("__getitem__", "__setitem__") and isinstance(args[0], SimTensor):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            listed = tuple(torch.tensor(part) if isinstance(part, list) else part for part in index)
+            return func(args[0], listed, *args[2:])
+        device = kwargs.get("device")
+        if device is None or name in ("to", "device") or torch.device(device).type != NAME:
+            return func(*args, **kwargs)
+        if any(isinstance(leaf, SimTensor) for leaf in pytree.tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        device = torch.device(device)
+        made = func(*args, **(kwargs | {"device": "cpu"}))
+        grad = isinstance(made, Tensor) and made.requires_grad
+        return made.detach().to(device if device.index is not None else sim_device(0)).requires_grad_(grad)
 
 
 def _has_sim(tensors: list[Tensor]) -> bool:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 import traceback
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.equality import relative_difference, tolerance
-from shardwright.profiler.units import find_units
+from shardwright.profiler.inputs import outputs_of
+from shardwright.profiler.structure import map_tensors
+from shardwright.profiler.trace import evaluating
 from shardwright.sharder.planning.plan import Plan
-from shardwright.sharder.runtime.check import check_inputs, check_model
-from shardwright.sharder.runtime.place import Enter, MoveInputs, hooks_of, move_own, place, unplace
-from shardwright.sharder.runtime.sim import DeviceMismatchError, SimTensor, crossings_watched, sim_device
+from shardwright.sharder.runtime.check import check_inputs, check_model, units_of
+from shardwright.sharder.runtime.place import Borrow, Enter, MoveInputs, hooks_of, place, relocate, unplace
+from shardwright.sharder.runtime.sim import (
+    DeviceMismatchError,
+    SimTensor,
+    Simulated,
+    crossings_watched,
+    parameters_may_move,
+    sim_device,
+)
 
 __all__ = ["Check", "Mismatch", "verify"]
 
@@ -72,7 +80,7 @@ def verify(model: nn.Module, plan: Plan, args: tuple[Any, ...] = (), kwargs: Map
     """Replay ``model``, placed by ``plan``, on simulated devices, and compare with the model on the CPU.
 
     A model that is not placed is placed for the replay; one that :func:`place` has placed is replayed with the hooks it
-    has now. Either way it is a copy: the model itself is not changed. The replay is of inference; no GPU is needed.
+    has now. Either way the model is put back as it was afterwards. The replay is of inference; no GPU is needed.
 
     Raises:
         ShardwrightError: the plan is for another model or other inputs, or the forward itself fails.
@@ -80,17 +88,16 @@ def verify(model: nn.Module, plan: Plan, args: tuple[Any, ...] = (), kwargs: Map
     kwargs = dict(kwargs or {})
     check_model(plan, model)
     check_inputs(plan, args, kwargs)
-    host = pytree.tree_map_only(Tensor, lambda t: t.detach().cpu(), (args, kwargs))
-    plain = unplace(_copy(model)).cpu().eval()
-    replayed = _on_simulated_devices(_copy(model), plan).eval()
-    watch = _Watch(replayed)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    args, kwargs = map_tensors(lambda t: t.detach().cpu(), (args, kwargs))
+    watch = _Watch(plan)
+    with evaluating(model), torch.no_grad(), Simulated(), parameters_may_move():
         state = torch.get_rng_state()
-        expected = plain(*host[0], **host[1])
+        with _put_back(model):
+            expected = unplace(model).cpu()(*args, **kwargs)
         torch.set_rng_state(state)
         try:
-            with watch:
-                found = replayed(*host[0], **host[1])
+            with _put_back(model), watch.over(_on_simulated_devices(model, plan)):
+                found = _plain_tensors(model(*args, **kwargs))
         except DeviceMismatchError as error:
             mismatch = Mismatch(
                 error.operation, watch.unit or "glue", _site(error), tuple(map(_planned_name(plan), error.devices))
@@ -99,21 +106,39 @@ def verify(model: nn.Module, plan: Plan, args: tuple[Any, ...] = (), kwargs: Map
         except Exception as error:
             inside = f" in unit {watch.unit}" if watch.unit else ""
             raise ShardwrightError(
-                f"the replay failed{inside} ({_site(error)}): {type(error).__name__}: {error}"
+                f"the replay failed{inside} ({_site(error)}): {type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
-    pairs = zip(_plain_tensors(expected), _plain_tensors(found), strict=True)
+    pairs = list(zip(_plain_tensors(expected), found, strict=True))
     equal = all(relative_difference(a, b) <= tolerance(a.dtype) for a, b in pairs)
     return Check(None, equal, watch.transfers, watch.transfer_bytes)
 
 
-def _copy(model: nn.Module) -> nn.Module:
+_CONTAINERS = (dict, OrderedDict, list, set)
+
+
+@contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
+    """Give every module its attributes back: parameters, buffers, hooks, and what a forward left on it.
+
+    Not a copy of the model: a function that a module holds may refer to the model itself, and would to the original.
+    """
+    modules = list(model.modules())
+    hooks = [(hook, dict(vars(hook))) for hook in (hooks[key] for _, hooks, key in hooks_of(model))]
+    kept = [
+        (module, dict(vars(module)), [(v, v.copy()) for v in vars(module).values() if type(v) in _CONTAINERS])
+        for module in modules
+    ]
     try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise ShardwrightError(
-            f"{type(model).__name__} cannot be copied for the replay: {' '.join(str(error).split())}; "
-            "does it keep a tensor of an earlier forward?"
-        ) from error
+        yield
+    finally:
+        for module, attributes, containers in kept:
+            for container, content in containers:
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
+            vars(module).clear()
+            vars(module).update(attributes)
+        for hook, attributes in hooks:
+            vars(hook).update(attributes)
 
 
 def _on_simulated_devices(model: nn.Module, plan: Plan) -> nn.Module:
@@ -128,32 +153,31 @@ def _on_simulated_devices(model: nn.Module, plan: Plan) -> nn.Module:
         return place(unplace(model).cpu(), plan, devices=simulated)  # several plan devices share a torch device
     as_simulated = {homes[name]: simulated[name] for name in plan.devices}
     for hook in hooks:
-        if isinstance(hook, MoveInputs):
+        if isinstance(hook, (MoveInputs, Borrow)):
             hook.device = as_simulated[hook.device]
     entered.homes = dict(simulated)
-    for module in model.modules():
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if own:
-            move_own(module, as_simulated.get(own[0].device, own[0].device))
+    held = [*model.parameters(), *model.buffers()]
+    relocate(model, {id(tensor): as_simulated.get(tensor.device, tensor.device) for tensor in held})
     return model
 
 
-class _Watch(ExitStack):
-    """While a model runs: which unit is being called, and what crosses between simulated devices."""
+class _Watch:
+    """Which unit is being called while a model runs, and what crosses between simulated devices."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
         self.unit: str | None = None
         self.transfers = 0
         self.transfer_bytes = 0
-        for path, unit in find_units(model).items():
-            self.callback(unit.register_forward_pre_hook(self._enter(path), prepend=True).remove)
-            self.callback(unit.register_forward_hook(self._leave).remove)
 
-    def __enter__(self) -> _Watch:
-        super().__enter__()
-        self.enter_context(crossings_watched(self._crossed))
-        return self
+    @contextmanager
+    def over(self, model: nn.Module) -> Iterator[None]:
+        """Watch ``model``."""
+        for path, unit in units_of(self.plan, model).items():
+            unit.register_forward_pre_hook(self._enter(path), prepend=True)
+            unit.register_forward_hook(self._leave)
+        with crossings_watched(self._crossed):
+            yield
 
     def _crossed(self, tensor: Tensor) -> None:
         self.transfers += 1
@@ -187,4 +211,4 @@ def _site(error: BaseException) -> str:
 
 
 def _plain_tensors(value: Any) -> list[Tensor]:
-    return [t.host if isinstance(t, SimTensor) else t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+    return [t.host if isinstance(t, SimTensor) else t for t in outputs_of(value)]

@@ -1,0 +1,629 @@
+"""The recorder: a mode and hooks that write the graph of a forward while it runs, and note what it cannot hold.
+
+What happens inside a unit is not looked at. Outside, a tensor is recognised by its identity, and with each goes what
+its numbers follow from: the inputs, the parameters, or chance. A number that is read back to Python is harmless when it
+follows from shapes alone, as most masks do; else the graph, which holds one path, would be wrong for other inputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from shardwright.errors import ShardwrightError
+from shardwright.profiler.structure import Hole, copied, has_state, map_tensors, tensor_at, tensors_in
+from shardwright.profiler.unitgraph import (
+    ApplyFunction,
+    Call,
+    Context,
+    Step,
+    UnitGraph,
+    Value,
+    function_name,
+    held_to,
+    in_context,
+    mean_square_loss,
+    nbytes,
+    rebuilt,
+    set_item,
+)
+
+__all__ = ["Recorder", "applied_name", "call_site", "functions_applied"]
+
+Sources = frozenset[str]
+"""What a tensor's numbers follow from: "inputs" (floating ones), "indices" (whole numbers and masks among the inputs),
+"parameters", "chance"; nothing = shapes and constants."""
+
+READS_BACK = frozenset(
+    {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__array__", "__bool__", "__int__", "__float__"}
+    | {"__index__", "__complex__", "__contains__"}
+)
+"""Tensor functions that give Python a number."""
+SHAPES_ONLY = frozenset(
+    {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
+    | {"rand_like", "randn_like"}
+)
+"""Functions that look at their operand's shape, not at its numbers."""
+RANDOM = frozenset(
+    {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial"}
+    | {"normal", "dropout", "uniform_", "normal_", "bernoulli_", "random_", "exponential_"}
+)
+DATA_SHAPED = frozenset(["nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount"])
+"""Functions whose result has a shape that follows from numbers."""
+_NUMBERS = (str, int, float, bool, complex, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+DRAWS = 64
+"""So often a branch on chance alone is tried; one that never turns out otherwise is none."""
+
+
+def call_site(frame: FrameType | None) -> str:
+    """``file.py:line:column`` of the innermost call in a model's code; columns from Python 3.11 on."""
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        # The forwards of torch's own modules are code like the user's; what calls modules is not.
+        own = name.startswith("torch.nn.modules.") and name != "torch.nn.modules.module"
+        if own or not (name == "torch" or name.startswith(("torch.", "shardwright."))):
+            positions = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+            return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}:{(positions[2] or 0) + 1}"
+        frame = frame.f_back
+    return ""
+
+
+@contextmanager
+def functions_applied(
+    handle: Callable[[type[torch.autograd.Function], Callable[..., Any], Any, dict[str, Any]], Any],
+) -> Iterator[None]:
+    """Have ``handle(function, apply, args, kwargs)`` called where a custom autograd function is applied.
+
+    PyTorch's function modes do not see these calls.
+    """
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return handle(cls, original.__get__(None, cls), args, kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
+
+def applied_name(function: type[torch.autograd.Function]) -> str:
+    """What a step that applies ``function`` is called."""
+    return f"{function.__name__}.apply"
+
+
+class Recorder(TorchFunctionMode):
+    """Records one forward.
+
+    Args:
+        model: runs once, in :meth:`record`.
+        units: the modules that are steps, by path.
+        train: whether the forward is for training; the modes of steps are noted where they differ from it.
+        earlier: the recorder of a call before this one, to tell state that is kept between calls.
+    """
+
+    def __init__(
+        self, model: nn.Module, units: dict[str, nn.Module], *, train: bool, earlier: Recorder | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.units = units
+        self.train = train
+        self.earlier = earlier
+        self.graph = fx.Graph()
+        self.steps: list[Step] = []
+        self.values: dict[str, Value] = {}
+        self.constants: dict[str, Any] = {}
+        self.obstacles: dict[str, None] = {}
+        self.guards: list[tuple[str, str, str]] = []
+        # Steps that change tensors in place -> the values that change, all that share the storage.
+        self.mutators: dict[str, tuple[str, ...]] = {}
+        self.attribute_ids: dict[str, int] = {}
+        self.depth = 0
+        self.calls: dict[str, int] = {}
+        self.current: Step | None = None
+        # Tensors by identity; the references keep every identity valid until the capture ends.
+        self.name_of: dict[int, str] = {}
+        self.alive: list[Any] = []
+        self.tensors: dict[str, Tensor] = {}
+        self.sources: dict[str, Sources] = {}
+        self.readers: dict[str, list[str]] = {}
+        self.objects: dict[int, fx.Node] = {}
+        self.inside: Any = WeakTensorKeyDictionary()
+        self.parameters = {id(p): name for name, p in model.named_parameters()}
+        self.buffers = {id(b): name for name, b in model.named_buffers()}
+        self.modules = {id(module): path for path, module in model.named_modules() if path}
+        self.held = {path: _held(unit) for path, unit in units.items()}
+        self.saved_storages: dict[int, torch.UntypedStorage] = {}
+        self.versions: list[tuple[Tensor, int]] = []
+        self.changing: set[int] = set()
+
+    # Running
+
+    def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[UnitGraph, Any]:
+        """Run the model on the inputs; the graph, and what the model returned.
+
+        Raises:
+            ShardwrightError: the forward fails, or returns no tensor.
+        """
+        input_names = tuple(self._input(path, tensor) for path, tensor in tensors_in((args, kwargs)))
+        for tensor in [*self.model.parameters(), *self.model.buffers(), *self.tensors.values()]:
+            self._storage_counted(tensor)
+        hooks = ExitStack()
+        for path, unit in self.units.items():
+            hooks.callback(unit.register_forward_pre_hook(self._before(path), with_kwargs=True, prepend=True).remove)
+            hooks.callback(unit.register_forward_hook(self._after, with_kwargs=True).remove)
+        saving = torch.autograd.graph.saved_tensors_hooks(self._saved, lambda kept: kept)
+        with hooks, saving, functions_applied(self._apply), self:
+            try:
+                output = self.model(*args, **kwargs)
+            except ShardwrightError:
+                raise
+            except Exception as error:
+                inside = f" in unit {self.current.name}" if self.current is not None and self.depth else ""
+                raise ShardwrightError(
+                    f"the forward of {type(self.model).__name__} failed{inside} on the sample inputs: "
+                    f"{type(error).__name__}: {' '.join(str(error).split())}"
+                ) from error
+        return self._finish(input_names, output), output
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.depth:
+            result = func(*args, **kwargs)
+            for leaf in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(leaf, Tensor):
+                    self.inside[leaf] = True
+            return result
+        return self._glue(func, args, kwargs)
+
+    def _glue(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], type_: str = "") -> Any:
+        read = [tensor for _, tensor in tensors_in((args, kwargs))]
+        versions = [tensor._version for tensor in read]
+        step = Step(name="", kind="glue", type=type_ or function_name(func), node=None)  # type: ignore[arg-type]  # made below
+        self.current = step
+        self.depth += 1
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.depth -= 1
+        changed = [t for t, version in zip(read, versions, strict=True) if t._version != version]
+        self.changing = {id(t) for t in changed}
+        made = tensors_in(result)
+        target, made_by = _expression(func, args)
+        if not made and not (changed and result is None):
+            if getattr(func, "__name__", "") in READS_BACK:
+                self._read_back(func, args, kwargs, read, result)
+            return result  # a query: a size, a dtype, a number
+        context = self._context()
+        step.call = Call(target, self._snapshot(made_by), self._snapshot(kwargs), context)
+        step.node = self._node(target, made_by, kwargs, step, context)
+        step.name = step.node.name
+        step.site = call_site(sys._getframe())
+        self._note_shape(func, args, step)
+        self._add(step, result if made else args[0], changed, self._follows(func, step))
+        return result
+
+    def _before(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.depth += 1
+            if self.depth == 1:
+                with torch._C.DisableTorchFunction():  # the recorder's own queries are not the model's
+                    enter(module, args, kwargs)
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            count = self.calls[path] = self.calls.get(path, 0) + 1
+            context = self._context()
+            step = Step(
+                name=path if count == 1 else f"{path}#{count}",
+                kind="unit",
+                type=type(module).__name__,
+                node=None,  # type: ignore[arg-type]  # made below
+                unit=path,
+                call=Call(module, self._snapshot(args), self._snapshot(kwargs), context),
+            )
+            step.site = call_site(sys._getframe())
+            if _held(module) != self.held[path]:
+                self._obstacle(f"{step.site} calls {path} with other parameters than its own (a functional call)")
+            step.node = self._node(path, args, kwargs, step, context)
+            for tensor in _tensors_of_modules((args, kwargs)):
+                self._read(tensor, step)
+            self.current = step
+            self.versions = [(t, t._version) for _, t in tensors_in((args, kwargs))]
+
+        return hook
+
+    def _after(self, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        if self.depth == 1 and self.current is not None:
+            with torch._C.DisableTorchFunction():
+                changed = [t for t, version in self.versions if t._version != version]
+                own: Sources = frozenset({"parameters"} if any(True for _ in module.parameters()) else ())
+                self._add(self.current, output, changed, self._follows(None, self.current) | own)
+        self.depth -= 1
+
+    def _apply(
+        self, function: type[torch.autograd.Function], call: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """A custom autograd function becomes a step as a whole: its backward is its own."""
+        if self.depth or torch._C._len_torch_function_stack() == 0:
+            return call(*args, **kwargs)
+        if function is CheckpointFunction:  # what it computes, without the saving of memory
+            return args[0](*args[2:])
+        with torch._C.DisableTorchFunction():
+            return self._glue(ApplyFunction(function), args, kwargs, type_=applied_name(function))
+
+    def _context(self) -> Context | None:
+        """The modes of this moment, where they differ from those that the forward began with."""
+        grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        autocast = next(
+            (torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)), None
+        )
+        return None if grad == self.train and autocast is None else Context(grad, autocast)
+
+    def _saved(self, tensor: Tensor) -> Tensor:
+        """Count a tensor that autograd keeps, once by storage."""
+        if self.current is not None:
+            self.current.saved_bytes += self._storage_counted(tensor)
+        return tensor.detach()
+
+    def _storage_counted(self, tensor: Tensor) -> int:
+        """The storage's bytes when first seen, else 0; it is kept, so that its address stays its own."""
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.saved_storages:
+            return 0
+        self.saved_storages[storage._cdata] = storage
+        return storage.nbytes()
+
+    # What a graph cannot hold
+
+    def _obstacle(self, text: str) -> None:
+        self.obstacles[text] = None
+
+    def _follows(self, func: Any, step: Step) -> Sources:
+        """What the numbers that ``step`` makes follow from."""
+        name = getattr(func, "__name__", "")
+        chance: Sources = frozenset({"chance"} if name in RANDOM else ())
+        if name in SHAPES_ONLY:
+            return chance
+        return chance.union(*(self.sources[read] for read in step.reads))
+
+    def _guard(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """A step that makes sure, in every call, that what was read is what this forward read.
+
+        So it is with masks, which many models look at to skip what a mask without holes does not need.
+        """
+        site = call_site(sys._getframe())
+        target = partial(held_to, site, function_name(func), result, func)
+        step = Step(name="", kind="glue", type="guard", node=None, site=site)  # type: ignore[arg-type]  # made below
+        step.call = Call(target, self._snapshot(args), self._snapshot(kwargs))
+        step.node = self._node(target, args, kwargs, step, None)
+        step.name = step.node.name
+        self.guards.append((site, function_name(func), repr(result)))
+        self._add(step, (), [], frozenset())
+
+    def _read_back(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], read: list[Tensor], result: Any
+    ) -> None:
+        """Note a number that goes back to Python, unless it follows from shapes alone."""
+        names = [self.name_of.get(id(t)) or self._attribute(t) for t in read]
+        sources: Sources = frozenset().union(*(self.sources[name] for name in names))
+        told = f"{call_site(sys._getframe())} reads a number back ({function_name(func)})"
+        if "inputs" in sources or ("indices" in sources and not _comparable(result)):
+            self._obstacle(f"{told} that depends on the inputs' values")
+        elif "parameters" in sources:
+            self._obstacle(f"{told} that depends on parameters")
+        elif "chance" in sources and not self._settled(func, names, args, kwargs):
+            self._obstacle(f"{told} that depends on chance")
+        elif "indices" in sources:
+            self._guard(func, args, kwargs, result)
+
+    def _settled(self, func: Any, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether what ``func`` reads is the same however chance falls: tried again and again."""
+        first = func(*args, **kwargs)
+        if not isinstance(first, (bool, int)):
+            return False
+
+        def evaluate(node: fx.Node, done: dict[fx.Node, Any]) -> Any:
+            if node not in done:
+                if node.op == "get_attr":
+                    return self.constants[str(node.target)]
+                mapped = fx.node.map_arg((node.args, node.kwargs), lambda inner: evaluate(inner, done))
+                done[node] = node.target(*mapped[0], **mapped[1])  # type: ignore[operator]
+            return done[node]
+
+        with torch.random.fork_rng(devices=[]):
+            for _ in range(DRAWS):
+                done: dict[fx.Node, Any] = {}
+                drawn = {id(self.tensors[name]): evaluate(self.values[name].node, done) for name in names}
+                again = pytree.tree_map_only(Tensor, partial(_replaced, drawn), (args, kwargs))
+                if func(*again[0], **again[1]) != first:
+                    return False
+        return True
+
+    def _note_shape(self, func: Any, args: tuple[Any, ...], step: Step) -> None:
+        """Note a tensor whose shape follows from numbers."""
+        name = getattr(func, "__name__", "")
+        by_mask = name == "__getitem__" and any(t.dtype == torch.bool and t.dim() for _, t in tensors_in(args[1]))
+        counted = name == "repeat_interleave" and len(args) > 1 and isinstance(args[1], Tensor)
+        one_armed = name == "where" and len(args) == 1
+        if not (name in DATA_SHAPED or by_mask or counted or one_armed):
+            return
+        sources: Sources = frozenset().union(*(self.sources[read] for read in step.reads))
+        if sources:
+            cause = "the inputs' values" if sources & {"inputs", "indices"} else " and ".join(sorted(sources))
+            self._obstacle(f"{step.site} makes a tensor ({step.type}) whose shape depends on {cause}")
+
+    # Writing
+
+    def _input(self, path: str, tensor: Tensor) -> str:
+        parts = "".join(c if c.isalnum() or c == "_" else " " for c in path).split()[1:]
+        node = self.graph.placeholder("_".join(["input", *parts]))
+        step = Step(name=node.name, kind="input", type="input", node=node)
+        self.steps.append(step)
+        self._name(tensor, step, node.name, node, frozenset({"inputs" if tensor.is_floating_point() else "indices"}))
+        return node.name
+
+    def _node(
+        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step, context: Context | None
+    ) -> fx.Node:
+        """The graph's node for a call: of a unit, by path, or of a function."""
+        new_args = tuple(self._argument(arg, step) for arg in args)
+        new_kwargs = {key: self._argument(arg, step) for key, arg in kwargs.items()}
+        unit = isinstance(target, str)
+        if context is None and (unit or _can_be_written(target)):
+            make = self.graph.call_module if unit else self.graph.call_function
+            return make(target, new_args, new_kwargs)
+        called = self.graph.get_attr(target) if unit else self._constant(target)
+        modes = self._constant(context or Context(grad=self.train))
+        return self.graph.call_function(in_context, (modes, called, *new_args), new_kwargs)
+
+    def _add(self, step: Step, result: Any, changed: list[Tensor], sources: Sources) -> None:
+        """Enter a finished step: its outputs by name, its bytes, and what it changed in place."""
+        self.steps.append(step)
+        for name in step.reads:
+            self.readers.setdefault(name, []).append(step.name)
+        if changed:
+            # Every tensor that shares the storage has changed with it, views that this step did not see included.
+            storages = {t.untyped_storage()._cdata for t in changed}
+            aliases = [n for n, t in self.tensors.items() if t.untyped_storage()._cdata in storages]
+            self.mutators[step.name] = tuple(aliases)
+            for name in aliases:
+                self.sources[name] |= sources
+        for index, (path, tensor) in enumerate(tensors_in(result)):
+            self._name(tensor, step, f"{step.name}{path}", self._unpack(step.node, path, result, index), sources)
+            step.output_bytes += nbytes(tensor)
+
+    def _unpack(self, node: fx.Node, path: str, result: Any, index: int) -> fx.Node:
+        if not path:
+            return node
+        if isinstance(result, (tuple, list)) and path == f"[{index}]":
+            return self.graph.call_function(operator.getitem, (node, index))
+        return self.graph.call_function(tensor_at, (node, index))
+
+    def _name(self, tensor: Tensor, step: Step, name: str, node: fx.Node, sources: Sources) -> None:
+        self.alive.append(tensor)
+        self.tensors[name] = tensor
+        self.name_of[id(tensor)] = name
+        self.sources[name] = sources
+        self.values[name] = Value(
+            name, step.name, node, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.requires_grad
+        )
+
+    def _argument(self, value: Any, step: Step) -> Any:
+        """``value`` with its tensors replaced by graph nodes, noted as read by ``step``."""
+        if isinstance(value, Tensor):
+            return self._read(value, step)
+        if isinstance(value, _NUMBERS) or value is Ellipsis:
+            return value
+        if isinstance(value, nn.Module) and id(value) in self.modules:
+            return self.graph.get_attr(self.modules[id(value)])
+        if type(value) in (tuple, list, torch.Size) or type(value).__module__ == "torch.return_types":
+            made = [self._argument(item, step) for item in value]
+            return made if isinstance(value, list) else tuple(made)
+        if isinstance(value, slice):
+            return slice(*(self._argument(part, step) for part in (value.start, value.stop, value.step)))
+        plain = type(value) is dict and all(isinstance(key, (str, int)) for key in value)
+        return {k: self._argument(v, step) for k, v in value.items()} if plain else self._object(value, step)
+
+    def _object(self, value: Any, step: Step) -> fx.Node:
+        """An object: made anew for every call, with the tensors that steps made in their places.
+
+        One that holds none stays as it was when it was first passed: a cache that units fill is empty for each of them,
+        so that what one leaves there for another is missed when the capture is checked.
+        """
+        held = [t for _, t in tensors_in(value)]
+        known = [t for t in held if id(t) in self.name_of or id(t) in self.parameters or id(t) in self.buffers]
+        template = None if known else self.objects.get(id(value))
+        if template is None:
+            self.alive.append(value)
+            holes = {id(t): Hole(index) for index, t in enumerate(known)}
+            kept = copied(value, lambda t: holes.get(id(t)) or t.detach()) if has_state(value) else value
+            template = self._constant(kept)
+            if not known:
+                self.objects[id(value)] = template
+        if not has_state(value):
+            return template
+        return self.graph.call_function(rebuilt, (template, [self._read(t, step) for t in known]))
+
+    def _read(self, tensor: Tensor, step: Step) -> fx.Node:
+        name = self.name_of.get(id(tensor)) or self._attribute(tensor)
+        step.reads = tuple(dict.fromkeys((*step.reads, name)))
+        value = self.values[name]
+        if tensor.requires_grad != value.requires_grad and not tensor.is_leaf and id(tensor) not in self.changing:
+            maker = next(s for s in self.steps if s.name == value.producer)
+            self._obstacle(f"{maker.site or maker.name} ({maker.type}) is part of a custom autograd function")
+        return value.node
+
+    def _attribute(self, tensor: Tensor) -> str:
+        """A tensor that no step made: a parameter or buffer of the model, else a constant."""
+        target = self.parameters.get(id(tensor)) or self.buffers.get(id(tensor))
+        if target is None:
+            self._check_constant(tensor)
+            node = self._constant(tensor.detach())
+            step = Step(name=node.name, kind="parameter", type="constant", node=node)
+        else:
+            node = self.graph.get_attr(target)
+            type_ = "parameter" if id(tensor) in self.parameters else "buffer"
+            step = Step(name=target, kind="parameter", type=type_, node=node, unit=target)
+        self.steps.append(step)
+        self.attribute_ids[step.name] = id(tensor)
+        self._name(tensor, step, step.name, node, frozenset({"parameters"} if id(tensor) in self.parameters else ()))
+        return step.name
+
+    def _check_constant(self, tensor: Tensor) -> None:
+        """Note a tensor that came neither with the model nor from a step."""
+        where = call_site(sys._getframe())
+        if tensor in self.inside or tensor.grad_fn is not None:
+            self._obstacle(f"{where} takes a tensor that a unit made and handed on otherwise than by returning it")
+        elif self.earlier is not None and self.earlier.made_from_inputs(tensor):
+            self._obstacle(f"{where} takes a tensor kept from an earlier call")
+
+    def made_from_inputs(self, tensor: Tensor) -> bool:
+        """Whether this recorder saw ``tensor`` being made, from more than shapes."""
+        name = self.name_of.get(id(tensor))
+        return tensor in self.inside or (name is not None and bool(self.sources[name] - {"parameters"}))
+
+    def _constant(self, value: Any) -> fx.Node:
+        name = f"constant_{len(self.constants)}"
+        self.constants[name] = value
+        return self.graph.get_attr(name)
+
+    @staticmethod
+    def _snapshot(value: Any) -> Any:
+        """The arguments as they are now, outside autograd."""
+        return map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad), value)
+
+    # Finishing
+
+    def _finish(self, input_names: tuple[str, ...], output: Any) -> UnitGraph:
+        step = Step(name="output", kind="output", type="output", node=None)  # type: ignore[arg-type]  # made below
+        found = [tensor for _, tensor in tensors_in(output)]
+        places = [i for i, t in enumerate(found) if id(t) in self.name_of or not self._only_inside(t)]
+        tensors = [found[place] for place in places]
+        if not tensors:
+            raise ShardwrightError(f"the forward of {type(self.model).__name__} returns no tensor")
+        step.node = self.graph.output(tuple(self._read(t, step) for t in tensors))
+        step.call = Call(mean_square_loss, (self._snapshot(tuple(tensors)),), {})
+        self.steps.append(step)
+        return UnitGraph(
+            model=self.model,
+            units=self.units,
+            graph=self.graph,
+            steps=self.steps,
+            values=self.values,
+            input_names=input_names,
+            outputs=tuple(self.name_of[id(t)] for t in tensors),
+            output_places=tuple(places),
+            constants=self.constants,
+            colocate=self._colocate(),
+            ties=self._ties(),
+            obstacles=self._obstacles(),
+            guards=[f"{function} at {site} gives {value}" for site, function, value in dict.fromkeys(self.guards)],
+        )
+
+    def _obstacles(self) -> list[str]:
+        """Those found, and reads that came out otherwise in the earlier call."""
+        if self.earlier is not None and self.earlier.guards != self.guards:
+            nothing = ("", "", "")
+            for now, before in itertools.zip_longest(self.guards, self.earlier.guards, fillvalue=nothing):
+                if now != before:
+                    site, function, _ = before if now is nothing else now
+                    self._obstacle(f"{site} reads a number back ({function}) that depends on the inputs' values")
+                    break
+        return list(self.obstacles)
+
+    def _only_inside(self, tensor: Tensor) -> bool:
+        """Whether a unit made ``tensor`` and did not return it, as the entries of a cache."""
+        return tensor in self.inside or (tensor.grad_fn is not None and id(tensor) not in self.parameters)
+
+    def _colocate(self) -> list[tuple[str, ...]]:
+        """Groups of steps that must share a device: calls of one unit, and in-place changes."""
+        calls: dict[str, list[str]] = {}
+        for step in self.steps:
+            if step.kind == "unit":
+                calls.setdefault(step.unit, []).append(step.name)
+        # All who see a tensor under a name that it had before the change stay with the change: a copy elsewhere would
+        # not change. Who reads the changing step's own result depends on it anyway.
+        changes = [
+            [
+                *(self.values[name].producer for name in names),
+                *(r for name in names for r in self.readers.get(name, ())),
+                step,
+            ]
+            for step, names in self.mutators.items()
+        ]
+        groups = [*map(tuple, changes), *map(tuple, calls.values())]
+        return list(dict.fromkeys(tuple(dict.fromkeys(group)) for group in groups if len(set(group)) > 1))
+
+    def _ties(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Parameters with several users: units by their own, glue by reading."""
+        users: dict[int, list[Step]] = {}
+        names = {self.attribute_ids[s.name]: s.name for s in self.steps if s.kind == "parameter" and s.unit}
+        for step in self.steps:
+            if step.kind == "unit":
+                for parameter in self.units[step.unit].parameters():
+                    users.setdefault(id(parameter), []).append(step)
+            for name in step.reads:
+                if self.attribute_ids.get(name) in self.parameters:
+                    users.setdefault(self.attribute_ids[name], []).append(step)
+        return [
+            (names.get(key) or self.parameters[key], tuple(dict.fromkeys(step.name for step in steps)))
+            for key, steps in users.items()
+            if len({step.unit or step.name for step in steps}) > 1
+        ]
+
+
+def _replaced(replacements: dict[int, Any], tensor: Tensor) -> Any:
+    return replacements.get(id(tensor), tensor)
+
+
+def _comparable(value: Any) -> bool:
+    """Whether a guard can hold a value that was read back to this one: whole numbers, and lists of them."""
+    return isinstance(value, int) or (isinstance(value, list) and all(map(_comparable, value)))
+
+
+@cache
+def _can_be_written(function: Any) -> bool:
+    """Whether the graph's code can refer to ``function`` by a qualified name."""
+    try:
+        found: Any = torch
+        for part in fx.node._get_qualified_name(function).split(".")[1:]:
+            found = getattr(found, part)
+    except (AttributeError, RuntimeError):
+        return getattr(function, "__module__", None) in ("builtins", "_operator", __name__, rebuilt.__module__)
+    return bool(found == function)
+
+
+def _tensors_of_modules(value: Any) -> list[Tensor]:
+    """Parameters and buffers of the modules among the arguments of a call."""
+    modules = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, nn.Module)]
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+
+def _held(unit: nn.Module) -> tuple[int, ...]:
+    return tuple(id(parameter) for parameter in unit.parameters())
+
+
+def _expression(func: Any, args: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A function and arguments that return what ``func`` returns or changes, and that can be written in source."""
+    name = getattr(func, "__name__", "")
+    if func is Tensor.__setitem__:
+        return set_item, args
+    if name == "__get__":  # a property such as x.T; its descriptor's name is in the bound getset
+        return getattr, (args[0], func.__self__.__name__)
+    return func, args

@@ -1,0 +1,118 @@
+"""Structures: the tensors inside whatever a forward passes around, and copies with other tensors in their place.
+
+Tuples, lists, dicts and what is registered with ``torch.utils._pytree`` are looked into; so are the attributes of other
+objects, such as dataclasses and caches.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+__all__ = ["Hole", "copied", "filled", "has_state", "map_tensors", "tensor_at", "tensors_in"]
+
+DEPTH = 6
+"""Objects inside objects are looked into so deep."""
+_PLAIN = (
+    *(str, bytes, int, float, complex, bool, type(None), range, type, enum.Enum, torch.dtype, torch.device),
+    *(torch.layout, torch.memory_format, torch.Generator, nn.Module, types.ModuleType),
+    *(types.FunctionType, types.BuiltinFunctionType, types.MethodType),
+)
+
+
+def tensors_in(value: Any) -> list[tuple[str, Tensor]]:
+    """Every tensor in ``value`` with the path to it, as it would be written: ``[0]``, ``['mask']``, ``.hidden``."""
+    return list(_walk(value, "", DEPTH, set()))
+
+
+def tensor_at(value: Any, index: int) -> Tensor:
+    """The tensor at ``index`` of :func:`tensors_in`."""
+    return tensors_in(value)[index][1]
+
+
+def _walk(value: Any, path: str, depth: int, open_: set[int]) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    if isinstance(value, (Tensor, *_PLAIN)) or not depth or id(value) in open_:
+        return
+    open_.add(id(value))
+    for key, inner in _children(value):
+        yield from _walk(inner, path + key, depth - 1 if key.startswith(".") else depth, open_)
+    open_.discard(id(value))
+
+
+def _children(value: Any) -> list[tuple[str, Any]]:
+    """What ``value`` holds, by how it is written."""
+    if isinstance(value, Mapping):
+        return [(f"[{key!r}]", inner) for key, inner in value.items()]
+    if isinstance(value, (tuple, list)):
+        return [(f"[{index}]", inner) for index, inner in enumerate(value)]
+    if isinstance(value, (set, frozenset)):
+        return []
+    if isinstance(value, slice):
+        return [(".start", value.start), (".stop", value.stop), (".step", value.step)]
+    return [(f".{name}", inner) for name, inner in _attributes(value).items()]
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+    attributes = dict(getattr(value, "__dict__", {}))
+    for class_ in type(value).__mro__:
+        slots = class_.__dict__.get("__slots__", ())
+        for name in [slots] if isinstance(slots, str) else slots:
+            if hasattr(value, name) and not name.startswith("__"):
+                attributes[name] = getattr(value, name)
+    return attributes
+
+
+def has_state(value: Any) -> bool:
+    """Whether ``value`` is an object that a call could change, so that each call needs a copy of its own."""
+    return not isinstance(value, (Tensor, *_PLAIN)) and (
+        isinstance(value, (list, dict, set, Mapping)) or bool(_attributes(value))
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Hole:
+    """Where a tensor was; ``index`` says which."""
+
+    index: int
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return memo.get(self.index, self)
+
+
+def copied(value: Any, replace: Callable[[Tensor], Any]) -> Any:
+    """A deep copy of ``value`` with ``replace(tensor)`` for each tensor; ``value`` itself where it cannot be copied."""
+    found = tensors_in(value)
+    # The originals are kept beside their copies, for an address must stay theirs as long as the memo lives.
+    memo: dict[int, Any] = {id(tensor): replace(tensor) for _, tensor in found}
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # locks, generators, open files: shared, as they would be in the model
+        return value
+
+
+def filled(template: Any, tensors: tuple[Tensor, ...] | list[Tensor]) -> Any:
+    """A deep copy of ``template`` with ``tensors`` in its :class:`Hole` places."""
+    return copy.deepcopy(template, dict(enumerate(tensors)))
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """``value`` with ``function`` applied to its tensors; objects that hold some are copied."""
+
+    def mapped(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        return copied(leaf, function) if has_state(leaf) else leaf
+
+    return pytree.tree_map(mapped, value)

@@ -1,0 +1,248 @@
+"""From a cost graph to the planning problem: groups become convex blocks, edges become tensors that cross, and
+parameters with several users become ties.
+
+A node that only holds a tied parameter, a buffer or a constant stays with its first reader. The other readers have a
+copy in their own stage, so that its edges to them neither order the stages nor move anything.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import networkx as nx
+
+from shardwright.errors import ShardwrightError
+from shardwright.profiler.profile import NodeKind
+from shardwright.sharder.planning.problem import Block, Crossing, Problem, Schedule, Tie
+
+__all__ = ["parse_bytes", "problem_from_graph"]
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def parse_bytes(text: str | int) -> int:
+    """``"10GiB"``, ``"500 MB"`` or a plain number of bytes as an integer.
+
+    Raises:
+        ShardwrightError: the text is not a positive size.
+    """
+    compact = str(text).lower().replace(" ", "")
+    digits = compact.rstrip("abcdefghijklmnopqrstuvwxyz")
+    try:
+        number = int(digits) if digits.isdecimal() else float(digits)
+        size = int(number * _UNITS[compact[len(digits) :]])
+    except (KeyError, ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise ShardwrightError(f"{text!r} is not a size in bytes; write for example 10GiB, 800MiB or 2000000")
+    return size
+
+
+def _of_kind(graph: nx.DiGraph[str], kind: NodeKind) -> list[str]:
+    return [name for name, data in graph.nodes(data=True) if data["kind"] == kind]
+
+
+def _own_copies(graph: nx.DiGraph[str]) -> dict[str, list[str]]:
+    """Parameter nodes of which each stage that reads them has a copy -> their readers, in the order of the forward.
+
+    These are buffers and constants, and parameters whose readers are all users of one tie by the parameter's name.
+    """
+    position = {name: i for i, name in enumerate(graph)}
+    users = {name: set(nodes) for name, nodes, *_ in graph.graph.get("ties", ())}
+    return {
+        node: readers
+        for node in _of_kind(graph, "parameter")
+        if (readers := sorted(graph.successors(node), key=position.__getitem__))
+        and (graph.nodes[node]["copied"] or users.get(graph.nodes[node].get("unit") or node, set()).issuperset(readers))
+    }
+
+
+def _ties(graph: nx.DiGraph[str], own: Mapping[str, list[str]], block_of: Mapping[str, int]) -> tuple[Tie, ...]:
+    """The ties with users in several blocks; buffers and constants are ties whose copies have nothing to sum."""
+    position = {name: i for i, name in enumerate(graph)}
+    found = [
+        (name, sorted(users, key=position.__getitem__), copy_bytes, gradient_bytes)
+        for name, users, copy_bytes, gradient_bytes in graph.graph.get("ties", ())
+    ]
+    found += [
+        (node, readers, graph.nodes[node]["static_bytes"], 0)
+        for node, readers in own.items()
+        if graph.nodes[node]["copied"]
+    ]
+    ties = (
+        Tie(name, sum(1 << v for v in {block_of[user] for user in users}), block_of[users[0]], copy_bytes, gradient)
+        for name, users, copy_bytes, gradient in found
+    )
+    return tuple(tie for tie in ties if tie.users.bit_count() > 1)
+
+
+def _groups(graph: nx.DiGraph[str]) -> list[set[str]]:
+    """Sets of nodes that must share a stage: inputs together, parameters with their readers, and ``colocate``."""
+    groups: list[set[str]] = [set(_of_kind(graph, "input"))]
+    groups += [{n, *graph.successors(n)} for n in _of_kind(graph, "parameter")]
+    groups += [set(group) for group in graph.graph.get("colocate", ())]
+    merged: nx.Graph[str] = nx.Graph()
+    merged.add_nodes_from(graph)
+    for group in groups:
+        nx.add_path(merged, sorted(group))
+    return [set(component) for component in nx.connected_components(merged)]
+
+
+def _blocks(graph: nx.DiGraph[str]) -> tuple[list[tuple[str, ...]], list[set[int]]]:
+    """Convex groups of nodes in a topological order, and for each the indices of those before it.
+
+    A group that must stay together takes with it every node on a path between its members: the strongly connected
+    components of the quotient graph are exactly those convex hulls.
+    """
+    position = {name: i for i, name in enumerate(graph)}
+    groups = _groups(graph)
+    group_of = {name: i for i, group in enumerate(groups) for name in group}
+    quotient: nx.DiGraph[int] = nx.DiGraph()
+    quotient.add_nodes_from(range(len(groups)))
+    quotient.add_edges_from((group_of[a], group_of[b]) for a, b in graph.edges if group_of[a] != group_of[b])
+    # Inputs enter at the first stage and the outputs leave at the last one.
+    for name in _of_kind(graph, "input")[:1]:
+        quotient.add_edges_from((group_of[name], g) for g in range(len(groups)) if g != group_of[name])
+    for name in _of_kind(graph, "output"):
+        quotient.add_edges_from((g, group_of[name]) for g in range(len(groups)) if g != group_of[name])
+    hulls: nx.DiGraph[int] = nx.condensation(quotient)
+    members = {
+        hull: tuple(sorted((n for g in data["members"] for n in groups[g]), key=position.__getitem__))
+        for hull, data in hulls.nodes(data=True)
+    }
+    order = list(nx.lexicographical_topological_sort(hulls, key=lambda hull: position[members[hull][0]]))
+    index = {hull: i for i, hull in enumerate(order)}
+    return [members[h] for h in order], [{index[p] for p in hulls.predecessors(h)} for h in order]
+
+
+def _allowed(
+    graph: nx.DiGraph[str], nodes: tuple[str, ...], devices: tuple[str, ...], pins: Mapping[str, str]
+) -> tuple[bool, ...]:
+    """Which devices the pins leave for a block of ``nodes``."""
+    wanted = {
+        device: name
+        for pattern, device in pins.items()
+        for name in (graph.nodes[node].get("unit") or node for node in nodes)
+        if fnmatch.fnmatchcase(name, pattern)
+    }
+    if len(wanted) > 1:
+        (one, a), (other, b) = list(wanted.items())[:2]
+        if a == b:
+            raise ShardwrightError(f"pins put {a} on both {one} and {other}; keep one of them")
+        raise ShardwrightError(
+            f"pins put {a} on {one} and {b} on {other}, but the two must share a device; pin them alike"
+        )
+    return tuple(not wanted or device in wanted for device in devices)
+
+
+def _check_pins(graph: nx.DiGraph[str], devices: tuple[str, ...], pins: Mapping[str, str]) -> None:
+    """Refuse a pin that names nothing."""
+    names = [data.get("unit") or name for name, data in graph.nodes(data=True)]
+    for pattern, device in pins.items():
+        if device not in devices:
+            raise ShardwrightError(
+                f"pin {pattern}={device}: unknown device {device}; the profile has {', '.join(devices)}"
+            )
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise ShardwrightError(f"pin {pattern}={device}: no unit matches {pattern!r}; `profile` lists the units")
+
+
+def _check(graph: nx.DiGraph[str], devices: tuple[str, ...]) -> None:
+    """Refuse a graph with a part missing."""
+    if not _of_kind(graph, "unit"):
+        raise ShardwrightError("the cost graph has no unit to place")
+    groups = [("colocate", group) for group in graph.graph.get("colocate", ())]
+    groups += [("ties", users) for _, users, *_ in graph.graph.get("ties", ())]
+    for noun, node in ((noun, node) for noun, group in groups for node in group):
+        if node not in graph:
+            raise ShardwrightError(f"{noun} names {node}, which is not in the cost graph")
+    if not nx.is_directed_acyclic_graph(graph):
+        raise ShardwrightError("the cost graph has a cycle; a forward has none")
+    for a, b in itertools.permutations(devices, 2):
+        if (a, b) not in graph.graph["links"]:
+            raise ShardwrightError(f"the profile has no link from {a} to {b}; profile with both devices")
+    for node, times in graph.nodes(data="forward_s"):
+        missing = [device for device in devices if times and device not in times]
+        if missing:
+            raise ShardwrightError(f"the profile has no time of {node} on {missing[0]}; profile again with that device")
+
+
+def problem_from_graph(
+    graph: nx.DiGraph[str],
+    *,
+    devices: Iterable[str] | None = None,
+    memory: Mapping[str, str | int] | None = None,
+    pins: Mapping[str, str] | None = None,
+    schedule: Schedule = "1f1b",
+) -> Problem:
+    """Make the planning problem of a cost graph (attributes: :mod:`shardwright.profiler.graph`).
+
+    Args:
+        graph: node, edge and graph attributes as documented there.
+        devices: which of the graph's devices to use; all by default.
+        memory: caps in bytes, or text such as ``"10GiB"``, that replace the devices' own.
+        pins: unit name or pattern -> device.
+        schedule: ``"1f1b"`` or ``"gpipe"``; it decides how many micro-batches a stage holds at once.
+
+    Raises:
+        ShardwrightError: a device, a link, or a unit named in ``memory`` or ``pins`` is not in the graph.
+    """
+    known: dict[str, Any] = graph.graph["devices"]
+    names = tuple(devices) if devices is not None else tuple(known)
+    memory, pins = memory or {}, pins or {}
+    for name in [*names, *memory]:
+        if name not in known:
+            raise ShardwrightError(f"unknown device {name}; the profile has {', '.join(known)}")
+    if not names or len(set(names)) < len(names):
+        raise ShardwrightError(f"devices must be named once each, and at least one; got {', '.join(names) or 'none'}")
+    _check(graph, names)
+    _check_pins(graph, names, pins)
+
+    own = _own_copies(graph)
+    cut = graph.copy()
+    cut.remove_edges_from((node, reader) for node, readers in own.items() for reader in readers[1:])
+    members, before = _blocks(cut)
+    data = graph.nodes
+    blocks = tuple(
+        Block(
+            nodes=nodes,
+            forward_s=tuple(sum(data[n]["forward_s"].get(d, 0.0) for n in nodes) for d in names),
+            backward_s=tuple(sum(data[n]["backward_s"].get(d, 0.0) for n in nodes) for d in names),
+            update_s=tuple(sum(data[n]["update_s"].get(d, 0.0) for n in nodes) for d in names),
+            static_bytes=sum(data[n]["static_bytes"] for n in nodes),
+            saved_bytes=sum(data[n]["saved_bytes"] for n in nodes),
+            output_bytes=max(data[n]["output_bytes"] for n in nodes),
+            units=tuple(data[n].get("unit") or n for n in nodes if data[n]["kind"] == "unit"),
+            allowed=_allowed(graph, nodes, names, pins),
+        )
+        for nodes in members
+    )
+    block_of = {name: i for i, nodes in enumerate(members) for name in nodes}
+    return Problem(
+        blocks=blocks,
+        predecessors=tuple(sum(1 << p for p in set_) for set_ in before),
+        crossings=_crossings(cut, block_of),
+        ties=_ties(graph, own, block_of),
+        devices=names,
+        caps=tuple(parse_bytes(memory.get(d, known[d]["memory_bytes"])) for d in names),
+        links=tuple(tuple(graph.graph["links"][a, b] if a != b else (0.0, float("inf")) for b in names) for a in names),
+        microbatches=graph.graph["microbatches"],
+        schedule=schedule,
+    )
+
+
+def _crossings(graph: nx.DiGraph[str], block_of: Mapping[str, int]) -> tuple[Crossing, ...]:
+    """The tensors that leave their block, each once with all its readers."""
+    found: dict[str, Crossing] = {}
+    for source, target, data in graph.edges(data=True):
+        producer, reader = block_of[source], block_of[target]
+        if producer == reader:
+            continue
+        for name, (forward, backward) in data["tensors"].items():
+            readers = (found[name].readers if name in found else 0) | 1 << reader
+            found[name] = Crossing(name, producer, readers, forward, backward)
+    return tuple(found.values())

@@ -1,0 +1,98 @@
+"""The zoo: models that nobody adapted are captured, split over four devices, and trained over two."""
+
+import importlib.util
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import shardwright as sw
+from shardwright.profiler.equality import relative_difference, tolerance
+from shardwright.profiler.inputs import outputs_of
+from shardwright.profiler.unitgraph import mean_square_loss
+from shardwright.sharder.runtime.sim import SimTensor, Simulated, sim_device
+
+ROWS = 2
+LIBRARIES = {"diffusers", "monai", "transformers", "x_transformers"}
+
+
+def load_zoo():
+    """The registry in zoo.py, imported under a name of its own."""
+    path = Path(__file__).with_name("zoo.py")
+    spec = importlib.util.spec_from_file_location("shardwright_zoo", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.ZOO
+
+
+ZOO = load_zoo()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small models are quicker on one thread, and the libraries' warnings are theirs."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.set_num_threads(threads)
+
+
+def make(entry):
+    """The model and its inputs, from a fixed seed."""
+    if entry.library.replace("-", "_") in LIBRARIES:
+        pytest.importorskip(entry.library.replace("-", "_"))
+    torch.manual_seed(0)
+    np.random.seed(0)
+    return entry.make()
+
+
+def plain(tensor):
+    return tensor.host if isinstance(tensor, SimTensor) else tensor
+
+
+@pytest.mark.parametrize("name", list(ZOO))
+def test_placed_over_four_devices(captured_profile, name):
+    """The checked capture gives a plan over four devices that verifies: no device mismatch, equal outputs."""
+    model, args, kwargs = make(ZOO[name])
+    devices = [f"cuda:{i}" for i in range(4)]
+    profile = captured_profile(model, args, kwargs, devices=devices, microbatches=(1,), train=False, refined=True)
+    plan = sw.plan(profile, microbatches=1)
+    assert sw.verify(model, plan, args, kwargs).ok, str(sw.verify(model, plan, args, kwargs))
+
+
+@pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if entry.trains])
+def test_trained_over_two_devices(captured_profile, name):
+    """Placed on (cpu, sim:0), loss and gradients are the model's own."""
+    model, args, kwargs = make(ZOO[name])
+    profile = captured_profile(model, args, kwargs, devices=["cpu:0", "cuda:0"], microbatches=(1,))
+    plan = sw.plan(profile, microbatches=1)
+    expected = trained(model, args, kwargs)
+    sw.place(model, plan, devices={d: sim_device(0) for d in plan.devices if d == "cuda:0"})
+    with Simulated():
+        found = trained(model, args, kwargs)
+    assert found.keys() == expected.keys()
+    largest = max(float(g.abs().max()) for g in expected.values())
+    for key, tensor in expected.items():
+        error = relative_difference(tensor, found[key])
+        small = float((tensor - found[key]).abs().max()) < 1e-6 * largest
+        assert small or error <= 10 * tolerance(tensor.dtype), f"{key} differs by {error:.2g}"
+
+
+def trained(model, args, kwargs):
+    """The loss and all gradients of one step, from a fixed seed."""
+    model.train()
+    torch.manual_seed(1)
+    np.random.seed(1)
+    model.zero_grad()
+    loss = mean_square_loss([t for t in outputs_of(model(*args, **kwargs)) if t.requires_grad])
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": plain(loss.detach()), **{name: plain(gradient).clone() for name, gradient in gradients.items()}}
