@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from shardwright.sharder.runtime.record import Run
     from shardwright.sharder.runtime.run import run
     from shardwright.sharder.runtime.verify import Check, verify
+    from shardwright.sharder.runtime.weights import empty_weights
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "Profile",
     "Run",
     "ShardwrightError",
+    "empty_weights",
     "place",
     "plan",
     "profile",
@@ -39,6 +41,7 @@ _HOMES = {
     "Profile": "profiler.profile",
     "Run": "sharder.runtime.record",
     "ShardwrightError": "errors",
+    "empty_weights": "sharder.runtime.weights",
     "place": "sharder.runtime.place",
     "plan": "sharder.planning.planner",
     "profile": "profiler.collect",

@@ -92,19 +92,42 @@ class Hole:
 
 
 def copied(value: Any, replace: Callable[[Tensor], Any]) -> Any:
-    """A deep copy of ``value`` with ``replace(tensor)`` for each tensor; ``value`` itself where it cannot be copied."""
+    """A deep copy of ``value`` with ``replace(tensor)`` for each tensor; what cannot be copied is shared."""
     found = tensors_in(value)
     # The originals are kept beside their copies, for an address must stay theirs as long as the memo lives.
-    memo: dict[int, Any] = {id(tensor): replace(tensor) for _, tensor in found}
-    try:
-        return copy.deepcopy(value, memo)
-    except Exception:  # locks, generators, open files: shared, as they would be in the model
-        return value
+    return _deep_copy(value, {id(tensor): replace(tensor) for _, tensor in found})
 
 
 def filled(template: Any, tensors: tuple[Tensor, ...] | list[Tensor]) -> Any:
-    """A deep copy of ``template`` with ``tensors`` in its :class:`Hole` places."""
-    return copy.deepcopy(template, dict(enumerate(tensors)))
+    """A deep copy of ``template`` with ``tensors`` in its :class:`Hole` places; what cannot be copied is shared."""
+    return _deep_copy(template, dict(enumerate(tensors)))
+
+
+def _deep_copy(value: Any, memo: dict[int, Any]) -> Any:
+    try:
+        return copy.deepcopy(value, dict(memo))
+    except Exception:  # locks, generators, open files: shared, as they would be in the model
+        # What has no inside goes first: in a cycle, whatever leads to it would seem to refuse as well.
+        for part in sorted(_parts(value, set()), key=_has_inside):
+            try:
+                copy.deepcopy(part, dict(memo))
+            except Exception:
+                memo[id(part)] = part
+        return copy.deepcopy(value, memo)
+
+
+def _parts(value: Any, seen: set[int]) -> Iterator[Any]:
+    """Everything in ``value``, the inner before the outer."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    for _, inner in _children(value) if _has_inside(value) else ():
+        yield from _parts(inner, seen)
+    yield value
+
+
+def _has_inside(value: Any) -> bool:
+    return not isinstance(value, (Tensor, *_PLAIN)) and bool(_children(value))
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:

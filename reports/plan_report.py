@@ -34,6 +34,11 @@ def verdict(plan: Plan) -> Verdict:
     """Whether to shard, over what, and what to expect of it."""
     predicted = plan.predicted
     step = seconds(predicted.step_s)
+    if plan.obstacles and len(plan.stages) > 1:
+        why = f"It cannot be piped: {plan.obstacles[0]}. Placed, the devices work one after another"
+        alone = f"Do not shard this: keep it on {predicted.baseline_device}. {why}, no faster than one."
+        placed = f"Place this over {_joined(plan.devices)}: no single device holds it. {why}."
+        return Verdict(predicted.baseline_s is None, placed if predicted.baseline_s is None else alone)
     if len(plan.stages) == 1:
         splits = [candidate for candidate in plan.candidates if candidate.stages > 1]
         text = f"Do not shard this: keep it on {plan.devices[0]}, {step} a step."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
@@ -26,6 +26,10 @@ class _Row:
     type: str
     nodes: tuple[Node, ...]
     style: str = ""
+    path: str = ""
+    """In the model; the rows below a path are indented under a row that sums them."""
+    sums: bool = False
+    """A row that sums those below it."""
 
     def memory(self, quantity: str, microbatches: int) -> int:
         """Bytes of ``quantity``, a field of :class:`Node`."""
@@ -45,6 +49,7 @@ class ProfileReport:
         glyphs = Glyphs.of(options)
         yield from self._header(glyphs)
         yield from self._units(options, glyphs)
+        yield from self._faithful()
         yield from self._memory()
         yield from self._steps(options, glyphs)
         yield from self._links(options, glyphs)
@@ -79,9 +84,9 @@ class ProfileReport:
             if node.kind == "unit":
                 calls[node.unit] = calls.get(node.unit, 0) + 1
                 again = f" (call {calls[node.unit]})" if calls[node.unit] > 1 else ""
-                rows.append(_Row(node.unit + again, node.type, (node,)))
+                rows.append(_Row(again, node.type, (node,), path=node.unit))
             elif node.kind == "parameter" and node.static_bytes:
-                rows.append(_Row(node.unit, "parameter", (node,)))
+                rows.append(_Row("", "parameter", (node,), path=node.unit))
             elif node.kind == "glue":
                 glue = _Row(f"glue: {node.name}", node.type, (node,), "dim")
                 shares = [self._compute_s(glue, device) / whole for device, whole in wholes.items() if whole]
@@ -89,16 +94,16 @@ class ProfileReport:
                     rows.append(glue)
                 else:
                     small.append(node)
-        if small:
-            rows.append(_Row(f"glue: {count(len(small), 'small call')}", "", tuple(small), "dim"))
-        return [*rows, everything]
+        rest = [_Row(f"glue: {count(len(small), 'small call')}", "", tuple(small), "dim")] if small else []
+        return [*_tree(rows), *rest, everything]
 
     def _units(self, options: ConsoleOptions, glyphs: Glyphs) -> Iterator[RenderableType]:
         rows = self._rows()
         first = self.profile.devices[0].name
         whole = self._compute_s(rows[-1], first)
         shares = [self._compute_s(row, first) / whole if whole else 0.0 for row in rows[:-1]]
-        largest = max(shares, default=0.0) or 1.0
+        largest = max((part for part, row in zip(shares, rows, strict=False) if not row.sums), default=0.0) or 1.0
+        bars = ["" if row.sums else bar(part / largest, 6, glyphs) for part, row in zip(shares, rows, strict=False)]
 
         def memory(quantity: str) -> list[str]:
             return [
@@ -112,7 +117,7 @@ class ProfileReport:
             *([Column("saved", memory("saved_bytes"))] if self.profile.train else []),
             Column("output", memory("output_bytes"), drop=1),
             Column("share", [*(share(part) for part in shares), ""], drop=4),
-            Column("", [*(bar(part / largest, 6, glyphs) for part in shares), ""], "left", "cyan", drop=5, tight=True),
+            Column("", [*bars, ""], "left", "cyan", drop=5, tight=True),
         ]
         batch = "the whole batch" if self.microbatches == 1 else f"one of {count(self.microbatches, 'micro-batch')}"
         yield section("Units", f"{batch}; times are medians")
@@ -143,6 +148,21 @@ class ProfileReport:
             median = sum(m.forward_s + m.backward_s for m in row)
             spreads.append(f"{glyphs.plus_minus}{spread(deviation, median)}" if median else "")
         return [*columns, Column(f"\n{glyphs.plus_minus}", [*spreads, ""], "right", "dim", drop=2, tight=True)]
+
+    def _faithful(self) -> Iterator[RenderableType]:
+        """What stands against piping or dividing, and what a pipeline relies on."""
+        profile = self.profile
+        rows = [("cannot be piped", text) for text in profile.obstacles]
+        rows += [("not divided", profile.undivided)] if profile.undivided and not profile.obstacles else []
+        rows += [("piped while", text) for text in profile.guards]
+        tied = [f"{tie.name} is used by {count(len(tie.nodes), 'step')}" for tie in profile.ties]
+        rows += [("tied", text) for text in tied]
+        if rows:
+            yield section("Capture", "what the forward does that a pipeline has to know")
+            names = ["", *(name for name, _ in rows)]
+            yield facts(
+                [("" if name == before else name, text) for before, (name, text) in zip(names, rows, strict=False)]
+            )
 
     def _memory(self) -> Iterator[RenderableType]:
         """What the model holds on one device, in one line."""
@@ -197,6 +217,43 @@ class ProfileReport:
             ],
             options=options,
         )
+
+
+def _tree(rows: Sequence[_Row]) -> Iterator[_Row]:
+    """The rows, indented by their paths, with a row for each module that holds several of them."""
+    children: dict[str, set[str]] = {}
+    for path in {row.path for row in rows if row.path}:
+        parts = path.split(".")
+        for depth in range(len(parts)):
+            children.setdefault(".".join(parts[:depth]), set()).add(parts[depth])
+    below: dict[str, list[Node]] = {}
+    for row in rows:
+        for holder in _holders(row.path, children):
+            below.setdefault(holder, []).extend(row.nodes)
+    open_: list[str] = []
+    for row in rows:
+        if not row.path:
+            yield replace(row, label="  " * len(open_) + row.label)
+            continue
+        holders = _holders(row.path, children)
+        while open_ and open_[-1] not in holders:
+            open_.pop()
+        for holder in holders[len(open_) :]:
+            nodes = tuple(below.pop(holder, ()))  # summed where it is first met
+            yield _Row("  " * len(open_) + _under(open_, holder), "", nodes, "dim", holder, sums=True)
+            open_.append(holder)
+        yield replace(row, label="  " * len(open_) + _under(open_, row.path) + row.label)
+
+
+def _holders(path: str, children: dict[str, set[str]]) -> list[str]:
+    """The modules above ``path`` that hold more than one thing, outermost first, the model itself left out."""
+    parts = path.split(".")
+    above = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+    return [holder for holder in above if len(children[holder]) > 1]
+
+
+def _under(holders: Sequence[str], path: str) -> str:
+    return path.removeprefix(f"{holders[-1]}.") if holders else path
 
 
 def _describe(device: Device, glyphs: Glyphs) -> str:

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.runtime.checkpoint import Checkpoint, empty_weights, fill
+from shardwright.sharder.runtime.checkpoint import Checkpoint
 from shardwright.sharder.runtime.sim import on_host, sim_device
+from shardwright.sharder.runtime.weights import empty_weights, fill
 
 st = pytest.importorskip("safetensors.torch")
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import shardwright as sw
-from shardwright.sharder.runtime.place import MoveInputs, hooks_of
-from shardwright.sharder.runtime.sim import on_host
+from shardwright.sharder.runtime.hooks import MoveInputs
+from shardwright.sharder.runtime.place import hooks_of
+from shardwright.sharder.runtime.sim import on_host, sim_device
 
 PAIR = {"cpu:0": "cpu", "cpu:1": "sim:0"}
 
@@ -269,3 +270,29 @@ def test_a_users_hook_keeps_its_flags(containers, captured_profile):
     handle = model.register_forward_hook(lambda *_: None, always_call=True)
     sw.unplace(sw.place(model, plan, devices=PAIR))
     assert handle.id in model._forward_hooks_always_called
+
+
+def test_weights_come_from_a_checkpoint_onto_their_devices(captured_profile, tmp_path):
+    """A model built without values is planned by its shapes, placed, and each weight is read onto its own device."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
+
+    def build():
+        model = nn.Sequential(nn.Embedding(10, 8), *[nn.Linear(8, 8) for _ in range(4)], nn.Linear(8, 10, bias=False))
+        model[-1].weight = model[0].weight
+        return model
+
+    model, ids = build(), torch.randint(0, 10, (4, 3))
+    plan = sw.plan(captured_profile(model, (ids,), devices=["cuda:0", "cuda:1"]), microbatches=2)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "5.weight"}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with sw.empty_weights():
+        empty = build()
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    simulated = {device: sim_device(index) for index, device in enumerate(plan.devices)}
+    with pytest.raises(sw.ShardwrightError, match=r"0.weight has no values: give them with place"):
+        sw.place(empty, plan, devices=simulated)
+    sw.place(empty, plan, devices=simulated, checkpoint=tmp_path)
+    assert {str(p.device) for p in empty.parameters()} == {"sim:0", "sim:1"}
+    assert empty[5].weight is empty[0].weight
+    with torch.no_grad():
+        assert torch.equal(model(ids), empty(ids))

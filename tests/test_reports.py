@@ -212,7 +212,7 @@ REPORTS = {
     "run-slower": lambda: RunReport(a_run(measured=0.61)),
 }
 KEY_NUMBERS = {
-    "profile": ["net1.downsample11", "19.2 ms", "41.1 ms", "159 ms", "3.31 MiB", "85.0 us", "3.20 GB/s", "10.0 GiB"],
+    "profile": ["downsample11", "19.2 ms", "41.1 ms", "159 ms", "3.31 MiB", "85.0 us", "3.20 GB/s", "10.0 GiB"],
     "profile-inference": ["feed_forward_network", "cuda:3", "6.21 ms", "200 MiB", "80.0 GiB"],
     "plan": [
         "1.53x",
@@ -335,7 +335,7 @@ def test_second_call_of_a_unit_is_told_apart():
     profile = a_profile(NETDICT[:2])
     again = profile.nodes[0].model_copy(update={"name": "net1_block11_1", "param_bytes": 0})
     text = text_of(ProfileReport(profile.model_copy(update={"nodes": (*profile.nodes, again)})), 100)
-    assert "net1.block11 (call 2)" in text
+    assert "block11 (call 2)" in text
 
 
 def test_repeated_blocks_are_one_range():
@@ -362,3 +362,30 @@ def test_repeated_blocks_are_one_range():
         ["model.decoder.layers.2", "cuda:0", "self_attention"],
         ["cuda:1", "feed_forward_network"],
     ]
+
+
+def test_units_are_shown_as_a_tree():
+    """Units stand indented under the modules that hold them, which sum them; a chain of single children is one line."""
+    rows = [("net.h.0.attn", "Attention", 4, 0, 0, 0.001, 0.002), ("net.h.0.mlp", "MLP", 8, 0, 0, 0.003, 0.004)]
+    rows += [("net.h.1", "Block", 16, 0, 0, 0.001, 0.001), ("head", "Linear", 32, 0, 0, 0.001, 0.001)]
+    lines = text_of(ProfileReport(a_profile(rows)), 100).splitlines()
+    table = [line.split("B ")[0].rstrip() for line in lines if line.startswith("  ")]
+    found = [
+        line for line in table if line.split()[:1] and line.split()[0] in ("net.h", "0", "attn", "mlp", "1", "head")
+    ]
+    found = found[:6]  # the tables after it have rows of numbers too
+    assert [(len(line) - len(line.lstrip()), *line.split()[:1]) for line in found] == [
+        (2, "net.h"), (4, "0"), (6, "attn"), (6, "mlp"), (4, "1"), (2, "head")
+    ]  # fmt: skip
+    assert [line.split()[-1] for line in found] == ["28", "12", "4", "8", "16", "32"]
+
+
+def test_what_stands_against_piping_is_said():
+    """Obstacles, guards and ties have a section of their own; the plan's verdict names the first obstacle."""
+    obstacle = "net.py:3:8 reads a number back (item) that depends on the inputs' values"
+    profile = a_profile(NETDICT[:2]).model_copy(
+        update={"obstacles": (obstacle,), "guards": ("all at net.py:9 is True",)}
+    )
+    text = " ".join(text_of(ProfileReport(profile), 100).split())
+    assert f"cannot be piped {obstacle}" in text
+    assert "piped while all at net.py:9 is True" in text

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from torch import nn
+from torch.distributed.pipelining import _utils
 
 import shardwright as sw
 from shardwright.profiler import pool
@@ -57,6 +58,7 @@ class Mixed(nn.Module):
         return {"x": x, "ids": ids + 1}
 
 
+@pytest.mark.skipif(not hasattr(_utils, "TensorMeta"), reason="this torch cannot send whole numbers in training")
 def test_a_model_with_everything_runs(captured_profile):
     """Batch norm, dropout, integers, frozen parameters and several outputs pass the gate, under GPipe."""
     run = piped(captured_profile, Mixed(), (torch.randint(0, 10, (8,)), torch.rand(6)), 4, schedule="gpipe")
@@ -283,3 +285,10 @@ def test_a_guard_refuses_inputs_of_another_path(captured_profile):
     holes[-1, 0] = False
     with pytest.raises(sw.ShardwrightError, match=r"test_run.py:\d+:\d+: __bool__ gives False for these inputs"):
         sw.run(model, plan, (x, holes), steps=1)
+
+
+def test_an_older_engine_is_not_sent_what_it_cannot_take(captured_profile, monkeypatch):
+    """Before torch 2.13 a tensor without gradient cannot cross in training; the error names it."""
+    monkeypatch.delattr(_utils, "TensorMeta", raising=False)
+    with pytest.raises(sw.ShardwrightError, match=r"input_\w+ crosses between stages and has no gradient.*torch 2.13"):
+        piped(captured_profile, Mixed(), (torch.randint(0, 10, (8,)), torch.rand(6)), 4)

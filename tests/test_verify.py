@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import shardwright as sw
-from shardwright.sharder.runtime.place import Enter, MoveInputs, hooks_of
+from shardwright.sharder.runtime.hooks import Enter, MoveInputs
+from shardwright.sharder.runtime.place import hooks_of
 from shardwright.sharder.runtime.sim import sim_device
 
 

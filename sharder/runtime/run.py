@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
+from torch.distributed.pipelining import _utils
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.collect import START_LIMIT_S, Progress, silent
@@ -23,7 +25,7 @@ from shardwright.profiler.target import load_target
 from shardwright.profiler.trace import trace
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.check import check_inputs, check_model, units_of
-from shardwright.sharder.runtime.cut import cut
+from shardwright.sharder.runtime.cut import StageProgram, cut
 from shardwright.sharder.runtime.pipeline import (
     Comparison,
     Job,
@@ -91,7 +93,7 @@ def run(
         )
     _check_can_be_piped(plan)
     capture = trace(model, *microbatch(args, kwargs, plan.microbatches), train=plan.train, units=units_of(plan, model))
-    programs = cut(capture, plan)
+    programs = _sendable(cut(capture, plan), train=plan.train)
 
     job = partial(_job, plan, model, capture.output_places)
     flat = tuple(outputs_of((args, kwargs)))
@@ -160,6 +162,17 @@ def _check_can_be_piped(plan: Plan) -> None:
             f"this model cannot be piped: {plan.obstacles[0]}{more}; the captured path would be wrong for other "
             "inputs. place(model, plan) works: it leaves the forward as it is"
         )
+
+
+def _sendable(programs: list[StageProgram], *, train: bool) -> list[StageProgram]:
+    """The stages, unless in training they send what an older PyTorch cannot: whole numbers, what has no gradient."""
+    crossing = [shape.name for program in programs[1:] for shape in program.inputs if not shape.requires_grad]
+    if train and crossing and not hasattr(_utils, "TensorMeta"):
+        raise ShardwrightError(
+            f"{crossing[0]} crosses between stages and has no gradient, which the pipeline engine of torch "
+            f"{torch.__version__} cannot send in training: use torch 2.13, or place(model, plan)"
+        )
+    return programs
 
 
 def _shared(plan: Plan, model: nn.Module) -> tuple[SharedParameter, ...]:

@@ -20,7 +20,8 @@ from shardwright.profiler.structure import map_tensors
 from shardwright.profiler.trace import evaluating
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.check import check_inputs, check_model, units_of
-from shardwright.sharder.runtime.place import Borrow, Enter, MoveInputs, hooks_of, place, relocate, unplace
+from shardwright.sharder.runtime.hooks import Borrow, Enter, MoveInputs
+from shardwright.sharder.runtime.place import hooks_of, place, relocate, unplace
 from shardwright.sharder.runtime.sim import (
     DeviceMismatchError,
     SimTensor,

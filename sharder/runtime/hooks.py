@@ -1,0 +1,238 @@
+"""Hooks of a placed model: they make tensors follow where they cross devices, and do nothing elsewhere.
+
+Every hook that :func:`~shardwright.sharder.runtime.place.place` adds is of a class in this file, so that ``unplace``
+finds and removes them, also in a copy of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.utils import _pytree as pytree
+
+from shardwright.profiler.recorder import applied_name, call_site, functions_applied
+from shardwright.profiler.structure import map_tensors, tensors_in
+from shardwright.profiler.unitgraph import function_name
+
+__all__ = ["OURS", "AlignGlue", "Borrow", "Enter", "Leave", "MoveInputs", "Return", "Window"]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """``value`` with its tensors on ``device``; dataclasses are looked into, other objects are left as they are."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+
+    def mapped(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.to(device)
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type) and tensors_in(leaf):
+            return map_tensors(lambda tensor: tensor.to(device), leaf)
+        return leaf
+
+    return pytree.tree_map(mapped, value)
+
+
+class MoveInputs:
+    """Forward pre-hook of a unit: fetch what lies on other devices; a device among the arguments becomes the unit's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Move the arguments."""
+        device = self.device
+        return (
+            tuple([device if isinstance(arg, torch.device) else _moved(arg, device) for arg in args]),
+            {key: device if isinstance(arg, torch.device) else _moved(arg, device) for key, arg in kwargs.items()},
+        )
+
+
+class Borrow:
+    """Forward pre-hook of a unit: bring the parameters that it shares with a unit on another device, for this call."""
+
+    def __init__(self, model: nn.Module, device: torch.device, names: list[str]) -> None:
+        self.model = model
+        self.device = device
+        self.names = names
+        self.lenders: list[tuple[dict[str, Any], str, Tensor]] = []
+
+    def __call__(self, _module: nn.Module, _args: Any) -> None:
+        """Put copies in the places of the parameters; gradients flow back through them."""
+        for name in self.names:
+            holder, _, own = name.rpartition(".")
+            owner = self.model.get_submodule(holder)
+            held = owner._parameters if own in owner._parameters else owner._buffers
+            tensor = held[own]
+            if tensor is not None:
+                self.lenders.append((held, own, tensor))
+                held[own] = tensor.to(self.device)  # type: ignore[assignment]  # a copy is no Parameter
+
+
+class Return:
+    """Forward hook of a unit, called after an error too: put back what :class:`Borrow` replaced."""
+
+    def __init__(self, borrow: Borrow) -> None:
+        self.borrow = borrow
+
+    def __call__(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        """Put the parameters back."""
+        while self.borrow.lenders:
+            held, own, tensor = self.borrow.lenders.pop()
+            held[own] = tensor
+
+
+class _Call:
+    """A running forward of a placed model: where its inputs came from, and its aligner, if it has one."""
+
+    def __init__(self, came_from: torch.device | None, mode: AlignGlue | None) -> None:
+        self.came_from = came_from
+        self.mode = mode
+        self.open = False
+
+    def align(self, *, opens: bool) -> None:
+        """Begin to align glue, or stop. A mode that is not the innermost cannot be stopped, and stays."""
+        if self.mode is None or opens == self.open:
+            return
+        if opens:
+            self.mode.__enter__()  # ended by another hook
+        elif _get_current_function_mode() is not self.mode:
+            return
+        else:
+            self.mode.__exit__(None, None, None)
+        self.open = opens
+
+
+class _Calls(threading.local):
+    """The forwards of placed models that run in this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[_Call] = []
+
+
+_calls = _Calls()
+
+
+class Window:
+    """Hook before or after a unit: glue that needs aligning comes only between certain units."""
+
+    def __init__(self, *, opens: bool) -> None:
+        self.opens = opens
+
+    def __call__(self, *_: Any) -> None:
+        """Begin to align, or stop."""
+        if _calls.stack:
+            _calls.stack[-1].align(opens=self.opens)
+
+
+class Enter:
+    """Forward pre-hook of the model: inputs come to the first device, and glue can be aligned until the forward ends.
+
+    Args:
+        homes: plan device -> torch device, in the order of the stages.
+        glue: see :class:`AlignGlue`.
+        origins: where each parameter and buffer was before, by name.
+        open_first: whether glue before the first unit needs aligning.
+    """
+
+    def __init__(
+        self,
+        homes: dict[str, torch.device],
+        glue: frozenset[tuple[str, str]] | None,
+        origins: dict[str, torch.device],
+        *,
+        open_first: bool,
+    ) -> None:
+        self.homes = homes
+        self.glue = glue
+        self.origins = origins
+        self.open_first = open_first
+
+    def __call__(self, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Move the arguments, and begin to align."""
+        order = list(self.homes.values())
+        first = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        mode = AlignGlue(self.glue, order) if self.glue is None or self.glue else None
+        call = _Call(None if first is None else first.device, mode)
+        # Noted before anything can fail, since Leave is called after an error too.
+        _calls.stack.append(call)
+        moved = tuple([_moved(arg, order[0]) for arg in args]), {k: _moved(v, order[0]) for k, v in kwargs.items()}
+        call.align(opens=self.open_first)
+        return moved
+
+
+class Leave:
+    """Forward hook of the model, called after an error too: alignment ends, outputs return to the inputs' device."""
+
+    def __call__(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
+        """End what :class:`Enter` began, and move the output."""
+        call = _calls.stack.pop()
+        call.align(opens=False)
+        return output if call.came_from is None else _moved(output, call.came_from)
+
+
+class AlignGlue(TorchFunctionMode):
+    """Brings the operands of glue together, on the latest stage among them: later ones need what earlier ones made.
+
+    Only the glue that the capture found is touched, by function and call site; another operation that mixes devices
+    stays the error it is. Where the capture may not know all paths, ``sites`` is None and all glue is touched.
+    """
+
+    MEANS_TO_MIX = frozenset({"to", "copy_", "type_as", "set_", "cuda", "cpu", "__get__", "__set__", "is_set_to"})
+
+    def __init__(self, sites: frozenset[tuple[str, str]] | None, order: list[torch.device]) -> None:
+        super().__init__()
+        self.sites = sites
+        self.order = order
+        self.applied = ExitStack()
+
+    def __enter__(self) -> Any:
+        if self.sites is None or any(function.endswith(".apply") for function, _ in self.sites):
+            self.applied.enter_context(functions_applied(self._apply))
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        self.applied.close()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def _apply(
+        self, function: type[torch.autograd.Function], call: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        return self._aligned(call, applied_name(function), "", args, kwargs)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in self.MEANS_TO_MIX:
+            return func(*args, **kwargs)
+        return self._aligned(func, function_name(func), name, args, kwargs)
+
+    def _aligned(
+        self, func: Callable[..., Any], function: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        homes = [t.device for t in tensors if t.dim() or t.device.type != "cpu"]
+        if len(set(homes)) < 2 or (self.sites is not None and (function, call_site(sys._getframe())) not in self.sites):
+            return func(*args, **kwargs)
+        device = homes[0] if _in_place(name, kwargs) else max(homes, key=self._stage)
+        return func(*_moved(args, device), **_moved(kwargs, device))
+
+    def _stage(self, device: torch.device) -> int:
+        return self.order.index(device) if device in self.order else -1
+
+
+def _in_place(name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the function writes its first operand, which therefore cannot be replaced by a copy."""
+    in_name = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+    return name == "__setitem__" or in_name or "out" in kwargs
+
+
+OURS = (MoveInputs, Borrow, Return, Window, Enter, Leave)
+"""All of them."""
