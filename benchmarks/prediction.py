@@ -23,6 +23,7 @@ def main() -> None:
     """Print one row a run, and the medians."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--times", type=int, default=3, help="how often each network is profiled and run")
+    parser.add_argument("--devices", default="cpu:0,cpu:1")
     parser.add_argument("--networks", default="Net,NetList,NetDict")
     options = parser.parse_args()
     rows = []
@@ -31,7 +32,7 @@ def main() -> None:
     for _ in range(options.times):
         for name in options.networks.split(","):
             model, (args, kwargs) = load_target(f"{EXAMPLES}:{name}")
-            profile = sw.profile(model, args, kwargs, devices=["cpu:0", "cpu:1"])
+            profile = sw.profile(model, args, kwargs, devices=options.devices.split(","))
             plan = sw.plan(profile)
             run = sw.run(model, plan, args, kwargs)
             rows.append((name, plan.microbatches, run))

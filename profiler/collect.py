@@ -36,7 +36,7 @@ from shardwright.profiler.measure import (
 from shardwright.profiler.pool import Pool
 from shardwright.profiler.profile import Device, Measurement, Node, Profile, Tie, Variation
 from shardwright.profiler.profile import Tensor as TensorRecord
-from shardwright.profiler.trace import checked_trace, evaluating, trace
+from shardwright.profiler.trace import CaptureError, checked_trace, evaluating, trace
 from shardwright.profiler.unitgraph import Step, UnitGraph, nbytes
 from shardwright.profiler.units import choose_units, find_units, structure_digest
 
@@ -252,8 +252,15 @@ def _capture(
     check: bool,
 ) -> UnitGraph:
     try:
-        run = checked_trace if check else trace
-        return run(model, *microbatch(args, kwargs, count), train=train, units=units)
+        piece = microbatch(args, kwargs, count)
+        if not check:
+            return trace(model, *piece, train=train, units=units)
+        try:
+            return checked_trace(model, *piece, train=train, units=units)
+        except CaptureError as error:  # a pipeline would compute something else; a placed model runs its own forward
+            capture = trace(model, *piece, train=train, units=units)
+            capture.obstacles.append(str(error))
+            return capture
     except ShardwrightError as error:
         if count == 1:
             raise

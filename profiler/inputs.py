@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import TensorSpec
@@ -17,6 +19,7 @@ __all__ = [
     "default_counts",
     "input_specs",
     "is_batched",
+    "is_mask",
     "microbatch",
     "other_values",
     "outputs_of",
@@ -101,7 +104,8 @@ def other_values(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[t
     """The inputs with other numbers, the boldest change first; a model may refuse some.
 
     Whole numbers are indices, lengths and labels: they are moved about, within a row or from sample to sample, and stay
-    in their range. Floating numbers are moved about and stretched, unless they are masks of a few values.
+    in their range. Floating numbers are moved about and stretched, unless they are masks of a few values; those are
+    stretched where nothing else could be changed, as in a sample of ones.
     """
 
     def bold(tensor: Tensor) -> Tensor:
@@ -118,13 +122,32 @@ def other_values(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[t
         def changed(tensor: Tensor, change: Callable[[Tensor], Tensor] = change) -> Tensor:
             return change(tensor.detach()).requires_grad_(tensor.requires_grad)
 
-        yield map_tensors(changed, (args, dict(kwargs)))
+        other = map_tensors(changed, (args, dict(kwargs)))
+        if all(map(_same_values, outputs_of(other), outputs_of((args, dict(kwargs))))):
+            other = map_tensors(_shifted, other)
+        yield other
 
 
 def _stretched(tensor: Tensor) -> Tensor:
-    if not tensor.is_floating_point() or tensor.numel() < 2 or len(tensor.unique()) <= FEW_VALUES:
-        return tensor.clone()
-    return tensor * 0.75 + 0.05
+    return tensor.clone() if not tensor.is_floating_point() or is_mask(tensor) else _shifted(tensor)
+
+
+def is_mask(tensor: Tensor) -> bool:
+    """Whether a floating tensor of some size has a few different values only, as masks have."""
+    if tensor.numel() <= FEW_VALUES or isinstance(tensor, FakeTensor) or tensor.is_meta:
+        return False
+    return len(tensor.unique()) <= FEW_VALUES
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    return not isinstance(one, FakeTensor) and not one.is_meta and torch.equal(one, other)
+
+
+def _shifted(tensor: Tensor) -> Tensor:
+    """``tensor`` with other numbers, in the same range, if they are floating."""
+    return (
+        (tensor.detach() * 0.75 + 0.05).requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else tensor
+    )
 
 
 def default_counts(batch: int) -> tuple[int, ...]:

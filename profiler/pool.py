@@ -195,7 +195,14 @@ class Pool:
         """
         for device, (function, args) in calls.items():
             self.workers[device].submit(function, *args)
-        pending = set(calls)
+        return self.results(calls, limit_s=limit_s, on_progress=on_progress)
+
+    def results(
+        self, devices: Iterable[str], *, limit_s: float, on_progress: Callable[[str, Any], None] | None = None
+    ) -> dict[str, Any]:
+        """Wait for the results of what was submitted to each of ``devices``; see :meth:`call`."""
+        devices = list(devices)
+        pending = set(devices)
         results: dict[str, Any] = {}
         errors: list[WorkerError] = []
         deadline = time.monotonic() + limit_s
@@ -224,7 +231,7 @@ class Pool:
                 self._check(pending, deadline, limit_s)
         if errors:
             raise next((error for error in errors if error.died), errors[0])
-        return {device: results[device] for device in calls}
+        return {device: results[device] for device in devices}
 
     def _check(self, pending: set[str], deadline: float, limit_s: float) -> None:
         for device in sorted(pending):

@@ -11,10 +11,10 @@ import itertools
 import operator
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.inputs import is_mask
 from shardwright.profiler.structure import Hole, copied, has_state, map_tensors, tensor_at, tensors_in
 from shardwright.profiler.unitgraph import (
     ApplyFunction,
@@ -39,14 +40,15 @@ from shardwright.profiler.unitgraph import (
     mean_square_loss,
     nbytes,
     rebuilt,
+    remade,
     set_item,
 )
 
-__all__ = ["Recorder", "applied_name", "call_site", "functions_applied"]
+__all__ = ["Recorder", "SavedTensorsUncountedError", "applied_name", "call_site", "functions_applied"]
 
 Sources = frozenset[str]
 """What a tensor's numbers follow from: "inputs" (floating ones), "indices" (whole numbers and masks among the inputs),
-"parameters", "chance"; nothing = shapes and constants."""
+"parameters", "buffers", "chance"; nothing = shapes and constants."""
 
 READS_BACK = frozenset(
     {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__array__", "__bool__", "__int__", "__float__"}
@@ -62,8 +64,12 @@ RANDOM = frozenset(
     {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial"}
     | {"normal", "dropout", "uniform_", "normal_", "bernoulli_", "random_", "exponential_"}
 )
-DATA_SHAPED = frozenset(["nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount"])
-"""Functions whose result has a shape that follows from numbers."""
+DATA_SHAPED = frozenset(["nonzero", "argwhere", "unique", "unique_consecutive", "bincount"])
+"""Functions whose result has a shape that follows from their argument's numbers."""
+SHAPED_BY = {"masked_select": "mask", "_pack_padded_sequence": "lengths", "repeat_interleave": "repeats"}
+"""Functions whose result has a shape that follows from the numbers of their second argument."""
+GRADIENT_HOOKS = frozenset(["register_hook", "register_post_accumulate_grad_hook"])
+"""Tensor functions that change what happens in the backward pass, without a result that a graph would hold."""
 _NUMBERS = (str, int, float, bool, complex, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 DRAWS = 64
 """So often a branch on chance alone is tried; one that never turns out otherwise is none."""
@@ -76,10 +82,15 @@ def call_site(frame: FrameType | None) -> str:
         # The forwards of torch's own modules are code like the user's; what calls modules is not.
         own = name.startswith("torch.nn.modules.") and name != "torch.nn.modules.module"
         if own or not (name == "torch" or name.startswith(("torch.", "shardwright."))):
-            positions = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
-            return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}:{(positions[2] or 0) + 1}"
+            return _position(frame.f_code, frame.f_lasti, frame.f_lineno)
         frame = frame.f_back
     return ""
+
+
+@lru_cache(maxsize=4096)  # glue that is aligned asks in every call
+def _position(code: CodeType, instruction: int, line: int) -> str:
+    positions = next(itertools.islice(code.co_positions(), instruction // 2, None))
+    return f"{Path(code.co_filename).name}:{line}:{(positions[2] or 0) + 1}"
 
 
 @contextmanager
@@ -107,6 +118,10 @@ def applied_name(function: type[torch.autograd.Function]) -> str:
     return f"{function.__name__}.apply"
 
 
+class SavedTensorsUncountedError(Exception):
+    """The forward uses a transform of ``torch.func`` that does not go with the counting of saved tensors."""
+
+
 class Recorder(TorchFunctionMode):
     """Records one forward.
 
@@ -115,17 +130,31 @@ class Recorder(TorchFunctionMode):
         units: the modules that are steps, by path.
         train: whether the forward is for training; the modes of steps are noted where they differ from it.
         earlier: the recorder of a call before this one, to tell state that is kept between calls.
+        counts_saved: whether the tensors that autograd saves are counted.
     """
 
+    buffers: dict[int, str]
+
     def __init__(
-        self, model: nn.Module, units: dict[str, nn.Module], *, train: bool, earlier: Recorder | None = None
+        self,
+        model: nn.Module,
+        units: dict[str, nn.Module],
+        *,
+        train: bool,
+        earlier: Recorder | None = None,
+        counts_saved: bool = True,
     ) -> None:
         super().__init__()
         self.model = model
         self.units = units
         self.train = train
         self.earlier = earlier
+        self.counts_saved = counts_saved
         self.graph = fx.Graph()
+        # The steps of units and attributes bear these names; glue gets others.
+        own = [*units, *(name for name, _ in model.named_parameters()), *(name for name, _ in model.named_buffers())]
+        for name in own:
+            self.graph._graph_namespace.create_name(name, None)
         self.steps: list[Step] = []
         self.values: dict[str, Value] = {}
         self.constants: dict[str, Any] = {}
@@ -137,6 +166,8 @@ class Recorder(TorchFunctionMode):
         self.depth = 0
         self.calls: dict[str, int] = {}
         self.current: Step | None = None
+        # Modules that the step which runs may call: a unit those that it holds or was handed; None = any.
+        self.at_hand: set[int] | None = None
         # Tensors by identity; the references keep every identity valid until the capture ends.
         self.name_of: dict[int, str] = {}
         self.alive: list[Any] = []
@@ -146,11 +177,13 @@ class Recorder(TorchFunctionMode):
         self.objects: dict[int, fx.Node] = {}
         self.inside: Any = WeakTensorKeyDictionary()
         self.parameters = {id(p): name for name, p in model.named_parameters()}
-        self.buffers = {id(b): name for name, b in model.named_buffers()}
+        # Those that an earlier call has made are not the model's own: they go when it is put back as it was.
+        made = {} if earlier is None else {name: key for key, name in earlier.buffers.items()}
+        self.buffers = {id(b): name for name, b in model.named_buffers() if earlier is None or made.get(name) == id(b)}
         self.modules = {id(module): path for path, module in model.named_modules() if path}
         self.held = {path: _held(unit) for path, unit in units.items()}
         self.saved_storages: dict[int, torch.UntypedStorage] = {}
-        self.versions: list[tuple[Tensor, int]] = []
+        self.versions: list[tuple[Tensor, int | Tensor]] = []
         self.changing: set[int] = set()
 
     # Running
@@ -166,20 +199,34 @@ class Recorder(TorchFunctionMode):
             self._storage_counted(tensor)
         hooks = ExitStack()
         for path, unit in self.units.items():
-            hooks.callback(unit.register_forward_pre_hook(self._before(path), with_kwargs=True, prepend=True).remove)
-            hooks.callback(unit.register_forward_hook(self._after, with_kwargs=True).remove)
-        saving = torch.autograd.graph.saved_tensors_hooks(self._saved, lambda kept: kept)
+            # As nn.Module's own methods, for a scripted module hides them.
+            before = nn.Module.register_forward_pre_hook(unit, self._before(path), with_kwargs=True, prepend=True)
+            after = nn.Module.register_forward_hook(unit, self._after, with_kwargs=True)
+            hooks.callback(before.remove)
+            hooks.callback(after.remove)
+        saving = (
+            torch.autograd.graph.saved_tensors_hooks(self._saved, lambda kept: kept)
+            if self.counts_saved
+            else nullcontext()
+        )
         with hooks, saving, functions_applied(self._apply), self:
             try:
                 output = self.model(*args, **kwargs)
             except ShardwrightError:
                 raise
             except Exception as error:
+                if self.counts_saved and "saved tensor hooks" in str(error):
+                    raise SavedTensorsUncountedError from error
                 inside = f" in unit {self.current.name}" if self.current is not None and self.depth else ""
                 raise ShardwrightError(
                     f"the forward of {type(self.model).__name__} failed{inside} on the sample inputs: "
                     f"{type(error).__name__}: {' '.join(str(error).split())}"
                 ) from error
+        if self.depth and self.current is not None:
+            raise ShardwrightError(
+                f"unit {self.current.name} of {type(self.model).__name__} failed and the forward caught its error, "
+                "which a capture cannot follow; call it in a way that succeeds"
+            )
         return self._finish(input_names, output), output
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -190,23 +237,29 @@ class Recorder(TorchFunctionMode):
                 if isinstance(leaf, Tensor):
                     self.inside[leaf] = True
             return result
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            self._obstacle(f"{call_site(sys._getframe())} runs inside a transform of torch.func, such as vmap")
+            return func(*args, **kwargs)
         return self._glue(func, args, kwargs)
 
     def _glue(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], type_: str = "") -> Any:
         read = [tensor for _, tensor in tensors_in((args, kwargs))]
-        versions = [tensor._version for tensor in read]
+        versions = [_version(tensor) for tensor in read]
         step = Step(name="", kind="glue", type=type_ or function_name(func), node=None)  # type: ignore[arg-type]  # made below
         self.current = step
+        self.at_hand = set() if isinstance(func, ApplyFunction) else None
         self.depth += 1
         try:
             result = func(*args, **kwargs)
         finally:
             self.depth -= 1
-        changed = [t for t, version in zip(read, versions, strict=True) if t._version != version]
+        changed = [t for t, version in zip(read, versions, strict=True) if _has_changed(t, version)]
         self.changing = {id(t) for t in changed}
         made = tensors_in(result)
         target, made_by = _expression(func, args)
         if not made and not (changed and result is None):
+            if getattr(func, "__name__", "") in GRADIENT_HOOKS:
+                self._obstacle(f"{call_site(sys._getframe())} changes a gradient by a hook ({function_name(func)})")
             if getattr(func, "__name__", "") in READS_BACK:
                 self._read_back(func, args, kwargs, read, result)
             return result  # a query: a size, a dtype, a number
@@ -215,16 +268,19 @@ class Recorder(TorchFunctionMode):
         step.node = self._node(target, made_by, kwargs, step, context)
         step.name = step.node.name
         step.site = call_site(sys._getframe())
-        self._note_shape(func, args, step)
+        self._note_shape(func, args, kwargs, step)
         self._add(step, result if made else args[0], changed, self._follows(func, step))
         return result
 
     def _before(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.depth += 1
-            if self.depth == 1:
-                with torch._C.DisableTorchFunction():  # the recorder's own queries are not the model's
+            with torch._C.DisableTorchFunction():  # the recorder's own queries are not the model's
+                if self.depth == 1:
                     enter(module, args, kwargs)
+                elif self.current is not None and self.at_hand is not None and id(module) not in self.at_hand:
+                    where, around = call_site(sys._getframe()), self.current.name or self.current.type
+                    self._obstacle(f"{where} calls {path} inside {around}, which does not hold it")
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             count = self.calls[path] = self.calls.get(path, 0) + 1
@@ -241,20 +297,28 @@ class Recorder(TorchFunctionMode):
             if _held(module) != self.held[path]:
                 self._obstacle(f"{step.site} calls {path} with other parameters than its own (a functional call)")
             step.node = self._node(path, args, kwargs, step, context)
-            for tensor in _tensors_of_modules((args, kwargs)):
+            handed = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, nn.Module)]
+            for tensor in _tensors_of_modules(handed):
                 self._read(tensor, step)
+            self.at_hand = {id(inner) for holder in (module, *handed) for inner in holder.modules()}
             self.current = step
-            self.versions = [(t, t._version) for _, t in tensors_in((args, kwargs))]
+            self.versions = [(t, _version(t)) for _, t in tensors_in((args, kwargs))]
 
         return hook
 
-    def _after(self, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        handed_back = None
         if self.depth == 1 and self.current is not None:
             with torch._C.DisableTorchFunction():
-                changed = [t for t, version in self.versions if t._version != version]
+                taken = {id(t) for _, t in tensors_in((args, kwargs))}
+                if any(id(t) in taken for _, t in tensors_in(output)):
+                    # A unit such as nn.Identity: what it returns gets an identity of its own.
+                    output = handed_back = pytree.tree_map_only(Tensor, partial(_apart_from, taken), output)
+                changed = [t for t, version in self.versions if _has_changed(t, version)]
                 own: Sources = frozenset({"parameters"} if any(True for _ in module.parameters()) else ())
                 self._add(self.current, output, changed, self._follows(None, self.current) | own)
         self.depth -= 1
+        return handed_back
 
     def _apply(
         self, function: type[torch.autograd.Function], call: Callable[..., Any], args: Any, kwargs: dict[str, Any]
@@ -337,33 +401,29 @@ class Recorder(TorchFunctionMode):
         first = func(*args, **kwargs)
         if not isinstance(first, (bool, int)):
             return False
+        fixed = {v.node: self.tensors[name] for name, v in self.values.items() if "chance" not in self.sources[name]}
 
         def evaluate(node: fx.Node, done: dict[fx.Node, Any]) -> Any:
+            if node.op == "get_attr" and node not in done:
+                return self.constants[str(node.target)]
             if node not in done:
-                if node.op == "get_attr":
-                    return self.constants[str(node.target)]
                 mapped = fx.node.map_arg((node.args, node.kwargs), lambda inner: evaluate(inner, done))
                 done[node] = node.target(*mapped[0], **mapped[1])  # type: ignore[operator]
             return done[node]
 
         with torch.random.fork_rng(devices=[]):
             for _ in range(DRAWS):
-                done: dict[fx.Node, Any] = {}
+                done: dict[fx.Node, Any] = dict(fixed)
                 drawn = {id(self.tensors[name]): evaluate(self.values[name].node, done) for name in names}
                 again = pytree.tree_map_only(Tensor, partial(_replaced, drawn), (args, kwargs))
                 if func(*again[0], **again[1]) != first:
                     return False
         return True
 
-    def _note_shape(self, func: Any, args: tuple[Any, ...], step: Step) -> None:
+    def _note_shape(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step) -> None:
         """Note a tensor whose shape follows from numbers."""
-        name = getattr(func, "__name__", "")
-        by_mask = name == "__getitem__" and any(t.dtype == torch.bool and t.dim() for _, t in tensors_in(args[1]))
-        counted = name == "repeat_interleave" and len(args) > 1 and isinstance(args[1], Tensor)
-        one_armed = name == "where" and len(args) == 1
-        if not (name in DATA_SHAPED or by_mask or counted or one_armed):
-            return
-        sources: Sources = frozenset().union(*(self.sources[read] for read in step.reads))
+        deciding = _deciding_shape(getattr(func, "__name__", ""), args, kwargs)
+        sources: Sources = frozenset().union(*(self.sources[self.name_of[id(t)]] for t in deciding)) - {"buffers"}
         if sources:
             cause = "the inputs' values" if sources & {"inputs", "indices"} else " and ".join(sorted(sources))
             self._obstacle(f"{step.site} makes a tensor ({step.type}) whose shape depends on {cause}")
@@ -375,7 +435,8 @@ class Recorder(TorchFunctionMode):
         node = self.graph.placeholder("_".join(["input", *parts]))
         step = Step(name=node.name, kind="input", type="input", node=node)
         self.steps.append(step)
-        self._name(tensor, step, node.name, node, frozenset({"inputs" if tensor.is_floating_point() else "indices"}))
+        source = "indices" if not tensor.is_floating_point() or is_mask(tensor) else "inputs"
+        self._name(tensor, step, node.name, node, frozenset({source}))
         return node.name
 
     def _node(
@@ -429,16 +490,23 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             return self._read(value, step)
         if isinstance(value, _NUMBERS) or value is Ellipsis:
-            return value
+            # NumPy's floats and members of enumerations are numbers too, and no literals when they are written.
+            literal = type(value) in _NUMBERS or not isinstance(value, (str, int, float, complex))
+            return value if literal else self._constant(value)
         if isinstance(value, nn.Module) and id(value) in self.modules:
             return self.graph.get_attr(self.modules[id(value)])
-        if type(value) in (tuple, list, torch.Size) or type(value).__module__ == "torch.return_types":
-            made = [self._argument(item, step) for item in value]
-            return made if isinstance(value, list) else tuple(made)
         if isinstance(value, slice):
             return slice(*(self._argument(part, step) for part in (value.start, value.stop, value.step)))
+        if type(value) in (tuple, list, torch.Size) or (isinstance(value, tuple) and hasattr(value, "_fields")):
+            return self._sequence(value, step)
         plain = type(value) is dict and all(isinstance(key, (str, int)) for key in value)
         return {k: self._argument(v, step) for k, v in value.items()} if plain else self._object(value, step)
+
+    def _sequence(self, value: Any, step: Step) -> Any:
+        made = [self._argument(item, step) for item in value]
+        if hasattr(value, "_fields"):  # made by its class: some check what they are given
+            return self.graph.call_function(remade, (self._constant(type(value)), made))
+        return made if isinstance(value, list) else tuple(made)
 
     def _object(self, value: Any, step: Step) -> fx.Node:
         """An object: made anew for every call, with the tensors that steps made in their places.
@@ -452,11 +520,14 @@ class Recorder(TorchFunctionMode):
         if template is None:
             self.alive.append(value)
             holes = {id(t): Hole(index) for index, t in enumerate(known)}
-            kept = copied(value, lambda t: holes.get(id(t)) or t.detach()) if has_state(value) else value
+            kept = copied(value, lambda t: holes.get(id(t)) or t.detach()) if known or has_state(value) else value
+            if any(id(t) in holes for _, t in tensors_in(kept)):
+                where = step.site or call_site(sys._getframe())
+                self._obstacle(f"{where} passes a {type(value).__name__}, which cannot be made anew with other tensors")
             template = self._constant(kept)
             if not known:
                 self.objects[id(value)] = template
-        if not has_state(value):
+        if not known and not has_state(value):
             return template
         return self.graph.call_function(rebuilt, (template, [self._read(t, step) for t in known]))
 
@@ -482,7 +553,7 @@ class Recorder(TorchFunctionMode):
             step = Step(name=target, kind="parameter", type=type_, node=node, unit=target)
         self.steps.append(step)
         self.attribute_ids[step.name] = id(tensor)
-        self._name(tensor, step, step.name, node, frozenset({"parameters"} if id(tensor) in self.parameters else ()))
+        self._name(tensor, step, step.name, node, frozenset({f"{step.type}s"} if target is not None else ()))
         return step.name
 
     def _check_constant(self, tensor: Tensor) -> None:
@@ -496,7 +567,7 @@ class Recorder(TorchFunctionMode):
     def made_from_inputs(self, tensor: Tensor) -> bool:
         """Whether this recorder saw ``tensor`` being made, from more than shapes."""
         name = self.name_of.get(id(tensor))
-        return tensor in self.inside or (name is not None and bool(self.sources[name] - {"parameters"}))
+        return tensor in self.inside or (name is not None and bool(self.sources[name] - {"parameters", "buffers"}))
 
     def _constant(self, value: Any) -> fx.Node:
         name = f"constant_{len(self.constants)}"
@@ -511,7 +582,10 @@ class Recorder(TorchFunctionMode):
     # Finishing
 
     def _finish(self, input_names: tuple[str, ...], output: Any) -> UnitGraph:
-        step = Step(name="output", kind="output", type="output", node=None)  # type: ignore[arg-type]  # made below
+        name = "output"
+        while name in self.units or name in self.values:
+            name += "_"
+        step = Step(name=name, kind="output", type="output", node=None)  # type: ignore[arg-type]  # made below
         found = [tensor for _, tensor in tensors_in(output)]
         places = [i for i, t in enumerate(found) if id(t) in self.name_of or not self._only_inside(t)]
         tensors = [found[place] for place in places]
@@ -537,7 +611,12 @@ class Recorder(TorchFunctionMode):
         )
 
     def _obstacles(self) -> list[str]:
-        """Those found, and reads that came out otherwise in the earlier call."""
+        """Those found, buffers that were replaced, and reads that came out otherwise in the earlier call."""
+        for path, buffer in self.model.named_buffers():
+            name = self.name_of.get(id(buffer))
+            if id(buffer) not in self.buffers and name is not None and self._is_state(path, buffer, self.sources[name]):
+                maker = next(step for step in self.steps if step.name == self.values[name].producer)
+                self._obstacle(f"{maker.site} makes another tensor of the buffer {path}, which later calls take")
         if self.earlier is not None and self.earlier.guards != self.guards:
             nothing = ("", "", "")
             for now, before in itertools.zip_longest(self.guards, self.earlier.guards, fillvalue=nothing):
@@ -545,7 +624,27 @@ class Recorder(TorchFunctionMode):
                     site, function, _ = before if now is nothing else now
                     self._obstacle(f"{site} reads a number back ({function}) that depends on the inputs' values")
                     break
+            if not self.obstacles:
+                self._compare_shapes(self.earlier)
         return list(self.obstacles)
+
+    def _compare_shapes(self, earlier: Recorder) -> None:
+        """Note a tensor that had another shape in the earlier call, with inputs of the same shapes."""
+        for name, value in self.values.items():
+            before = earlier.values.get(name)
+            if before is not None and before.producer == value.producer and before.shape != value.shape:
+                step = next(s for s in self.steps if s.name == value.producer)
+                self._obstacle(f"{step.site} makes a tensor ({step.type}) whose shape depends on values or on chance")
+                return
+
+    def _is_state(self, path: str, buffer: Tensor, sources: Sources) -> bool:
+        """Whether a tensor that has taken the place of a buffer tells the next call something."""
+        if sources & {"inputs", "indices", "chance"}:
+            return True
+        before = next((t for t in self.alive if self.buffers.get(id(t)) == path), None)
+        if "buffers" not in sources or before is None or before.shape != buffer.shape:
+            return False  # a table that has grown, say
+        return not torch.equal(before, buffer.to(before.dtype))
 
     def _only_inside(self, tensor: Tensor) -> bool:
         """Whether a unit made ``tensor`` and did not return it, as the entries of a cache."""
@@ -588,6 +687,33 @@ class Recorder(TorchFunctionMode):
         ]
 
 
+def _deciding_shape(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors whose numbers decide which shape the function's result has."""
+    decide: Any = ()
+    if name in DATA_SHAPED or (name == "where" and len(args) + len(kwargs) == 1):
+        decide = (args, kwargs)
+    elif name in SHAPED_BY and not kwargs.get("output_size"):
+        decide = kwargs.get(SHAPED_BY[name], (args or ((),))[:2][-1])  # alone, repeat_interleave's repeats come first
+    elif name == "one_hot" and not any(isinstance(n, int) and n >= 0 for n in (*args, *kwargs.values())):
+        decide = (args, kwargs)
+    elif name == "__getitem__":
+        decide = [t for _, t in tensors_in(args[1]) if t.dtype in (torch.bool, torch.uint8) and t.dim()]
+    return [tensor for _, tensor in tensors_in(decide)]
+
+
+def _version(tensor: Tensor) -> int | Tensor:
+    """What tells later whether ``tensor`` was changed in place: in inference mode, where none are counted, a copy."""
+    return tensor.clone() if tensor.is_inference() else tensor._version
+
+
+def _has_changed(tensor: Tensor, version: int | Tensor) -> bool:
+    return not torch.equal(tensor, version) if isinstance(version, Tensor) else tensor._version != version
+
+
+def _apart_from(taken: set[int], tensor: Tensor) -> Tensor:
+    return tensor.view_as(tensor) if id(tensor) in taken else tensor
+
+
 def _replaced(replacements: dict[int, Any], tensor: Tensor) -> Any:
     return replacements.get(id(tensor), tensor)
 
@@ -605,13 +731,12 @@ def _can_be_written(function: Any) -> bool:
         for part in fx.node._get_qualified_name(function).split(".")[1:]:
             found = getattr(found, part)
     except (AttributeError, RuntimeError):
-        return getattr(function, "__module__", None) in ("builtins", "_operator", __name__, rebuilt.__module__)
+        homes = ("builtins", "_operator", __name__, rebuilt.__module__)
+        return hasattr(function, "__name__") and getattr(function, "__module__", None) in homes
     return bool(found == function)
 
 
-def _tensors_of_modules(value: Any) -> list[Tensor]:
-    """Parameters and buffers of the modules among the arguments of a call."""
-    modules = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, nn.Module)]
+def _tensors_of_modules(modules: list[nn.Module]) -> list[Tensor]:
     return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 

@@ -7,6 +7,7 @@ on other values as well, and holds the replayed graph against it.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,11 +18,15 @@ from torch import Tensor, nn
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.equality import relative_difference, tolerance
 from shardwright.profiler.inputs import other_values, outputs_of
-from shardwright.profiler.recorder import Recorder
+from shardwright.profiler.recorder import Recorder, SavedTensorsUncountedError
 from shardwright.profiler.unitgraph import UnitGraph, mean_square_loss
 from shardwright.profiler.units import find_units
 
-__all__ = ["checked_trace", "evaluating", "trace"]
+__all__ = ["CaptureError", "attributes_kept", "checked_trace", "evaluating", "trace"]
+
+
+class CaptureError(ShardwrightError):
+    """The captured graph is not the model, on other values than those that it was captured with."""
 
 
 def trace(
@@ -44,7 +49,7 @@ def trace(
     """
     units = _checked(model, units)
     with _as_found(model, train=train):
-        return Recorder(model, units, train=train).record(args, dict(kwargs or {}))[0]
+        return _recorded(model, units, args, dict(kwargs or {}), train=train)[1]
 
 
 def checked_trace(
@@ -61,22 +66,68 @@ def checked_trace(
     the gradients of all parameters. A capture with obstacles is not compared: it says itself where it is unfaithful.
 
     Raises:
-        ShardwrightError: the forward fails, or the graph and the model differ.
+        CaptureError: the graph and the model differ.
+        ShardwrightError: the forward fails.
     """
     units = _checked(model, units)
     kwargs = dict(kwargs or {})
-    with _as_found(model, train=train):
-        earlier, other, expected = _run_on_other_values(model, units, args, kwargs, train=train)
-    with _as_found(model, train=train):
-        capture = Recorder(model, units, train=train, earlier=earlier).record(args, kwargs)[0]
-    if earlier is not None and not capture.obstacles:
+    with attributes_kept(model):
         with _as_found(model, train=train):
-            _compare(capture, other, expected, train=train)
+            earlier, other, expected = _run_on_other_values(model, units, args, kwargs, train=train)
+        with _as_found(model, train=train):
+            _, capture, _ = _recorded(model, units, args, kwargs, train=train, earlier=earlier)
+        if earlier is not None and not capture.obstacles:
+            with _as_found(model, train=train):
+                _compare(capture, other, expected, train=train)
     return capture
 
 
+_CONTAINERS = (dict, OrderedDict, list, set)
+
+
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Give every module its attributes back: parameters, buffers, hooks, and what a forward left on it (a cache).
+
+    Not a copy of the model: a function that a module holds may refer to the model itself, and would to the original.
+    """
+    kept = [
+        (module, dict(vars(module)), [(v, v.copy()) for v in vars(module).values() if type(v) in _CONTAINERS])
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes, containers in kept:
+            for container, content in containers:
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+SMALL_BYTES = 2**31
+"""Of parameters so large together no copy is kept while the model is captured."""
 SEED = 1234
 """Both runs that are compared draw the same random numbers."""
+
+
+def _recorded(
+    model: nn.Module,
+    units: dict[str, nn.Module],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    train: bool,
+    earlier: Recorder | None = None,
+) -> tuple[Recorder, UnitGraph, Any]:
+    """Record one forward, without the bytes that autograd saves where they cannot be counted."""
+    recorder = Recorder(model, units, train=train, earlier=earlier)
+    try:
+        return recorder, *recorder.record(args, kwargs)
+    except SavedTensorsUncountedError:
+        recorder = Recorder(model, units, train=train, earlier=earlier, counts_saved=False)
+        return recorder, *recorder.record(args, kwargs)
 
 
 def _run_on_other_values(
@@ -84,11 +135,10 @@ def _run_on_other_values(
 ) -> tuple[Recorder | None, list[Tensor], dict[str, Tensor]]:
     """Run the model on the first other input that it takes; the recorder, that input, and what came of it."""
     for candidate in other_values(args, kwargs):
-        recorder = Recorder(model, units, train=train)
         torch.manual_seed(SEED)
         inputs = [t.detach().clone() for t in outputs_of(candidate)]
         try:
-            graph, output = recorder.record(*candidate)
+            recorder, graph, output = _recorded(model, units, *candidate, train=train)
         except ShardwrightError:
             continue  # not every value is an input: an index out of range, a mask that masks all
         found = outputs_of(output)
@@ -116,7 +166,7 @@ def _compare(capture: UnitGraph, inputs: list[Tensor], expected: dict[str, Tenso
         with torch.set_grad_enabled(train):
             found = _results(list(capture.module()(*inputs)), capture.model, train=train)
     except Exception as error:
-        raise ShardwrightError(
+        raise CaptureError(
             f"the capture of {name} does not replay on other values than the sample inputs: "
             f"{type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
@@ -126,7 +176,7 @@ def _compare(capture: UnitGraph, inputs: list[Tensor], expected: dict[str, Tenso
             continue
         difference = float("inf") if other is None else relative_difference(tensor, other)
         if not difference <= 10 * tolerance(tensor.dtype):
-            raise ShardwrightError(
+            raise CaptureError(
                 f"the capture of {name} is not the model: on other values than the sample inputs, {what} differs by "
                 f"{difference:.2g} of its largest value; something in the forward is remembered between calls or "
                 "handed on outside arguments and results"
@@ -157,15 +207,21 @@ def _as_found(model: nn.Module, *, train: bool) -> Iterator[None]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, with its state and the random state put back afterwards."""
-    with _state_kept(model), torch.random.fork_rng(devices=[]):
+    with attributes_kept(model), _state_kept(model), torch.random.fork_rng(devices=[]):
         model.eval()
         yield
 
 
 @contextmanager
 def _state_kept(model: nn.Module) -> Iterator[None]:
-    """Put back what a forward may change: buffers (batch statistics), also replaced ones, and training flags."""
+    """Put back what a forward may change: buffers (batch statistics), also replaced ones, and training flags.
+
+    Parameters too, which some forwards write (codebooks), unless a copy of them would be large.
+    """
     held = {name: (buffer, buffer.detach().clone()) for name, buffer in model.named_buffers()}
+    parameters = list(model.parameters())
+    small = sum(p.numel() * p.element_size() for p in parameters) <= SMALL_BYTES
+    kept = [(p, p.detach().clone()) for p in parameters if small]
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -173,6 +229,9 @@ def _state_kept(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         with torch.no_grad():
+            for parameter, values in kept:
+                if not parameter.is_meta and not torch.equal(parameter, values):
+                    parameter.data.copy_(values)
             for name, (buffer, before) in held.items():
                 if buffer.shape == before.shape:
                     buffer.copy_(before)

@@ -29,6 +29,7 @@ __all__ = [
     "mean_square_loss",
     "nbytes",
     "rebuilt",
+    "remade",
     "set_item",
 ]
 
@@ -175,6 +176,11 @@ def held_to(site: str, name: str, expected: Any, function: Callable[..., Any], /
 def rebuilt(template: Any, tensors: list[Tensor]) -> Any:
     """An object among the arguments of a call, a new one each time, with its tensors."""
     return filled(template, tensors)
+
+
+def remade(kind: Any, items: list[Any]) -> Any:
+    """A named tuple among the arguments of a call."""
+    return kind(*items)
 
 
 @dataclass(frozen=True)

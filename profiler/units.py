@@ -68,14 +68,9 @@ def choose_units(
         patterns: paths of modules, such as ``decoder.layers.*``, that are units, whatever they hold.
 
     Raises:
-        ShardwrightError: a pattern matches no module.
+        ShardwrightError: a pattern matches no module that could be a unit.
     """
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(path, pattern) for path, _ in model.named_modules() if path):
-            raise ShardwrightError(
-                f"--unit {pattern}: no module of {type(model).__name__} matches; `profile` lists them"
-            )
-    chosen = {p for p, _ in model.named_modules() if any(fnmatch.fnmatchcase(p, pattern) for pattern in patterns)}
+    chosen = {path for pattern in patterns for path in _matching(model, pattern)}
     work = module_work(model, args, dict(kwargs or {})) if depth is None else {}
     share = work.get("", 0.0) / devices
 
@@ -93,6 +88,22 @@ def choose_units(
         return work[path] > share / LARGE and not _is_compiled(module)
 
     return _collected(model, opened)
+
+
+def _matching(model: nn.Module, pattern: str) -> list[str]:
+    """The paths of the modules that ``pattern`` asks for, which are not all inside of what is never opened."""
+    modules = {path: module for path, module in model.named_modules() if path}
+    matching = [path for path in modules if fnmatch.fnmatchcase(path, pattern)]
+    if not matching:
+        raise ShardwrightError(f"--unit {pattern}: no module of {type(model).__name__} matches; `profile` lists them")
+    whole = [path for path, module in modules.items() if isinstance(module, WHOLE)]
+    around = [next((path for path in whole if match.startswith(f"{path}.")), "") for match in matching]
+    if all(around):
+        raise ShardwrightError(
+            f"--unit {pattern}: {around[0]} ({type(modules[around[0]]).__name__}) is never opened, for it computes "
+            "with its parameters itself"
+        )
+    return matching
 
 
 def _collected(model: nn.Module, opened: Callable[..., bool]) -> dict[str, nn.Module]:
@@ -166,8 +177,11 @@ def module_work(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     with ExitStack() as hooks, torch.no_grad():
         for path, module in model.named_modules():
             if path:
-                hooks.callback(module.register_forward_pre_hook(lambda *_, p=path: running.append(p)).remove)
-                hooks.callback(module.register_forward_hook(lambda *_: _pop(running), always_call=True).remove)
+                # As nn.Module's own methods, for a scripted module hides them.
+                entered = nn.Module.register_forward_pre_hook(module, lambda *_, p=path: running.append(p))
+                left = nn.Module.register_forward_hook(module, lambda *_: _pop(running), always_call=True)
+                hooks.callback(entered.remove)
+                hooks.callback(left.remove)
         with _Counting(add):
             model(*args, **kwargs)
     return work
@@ -178,10 +192,17 @@ def _pop(running: list[str]) -> None:
 
 
 def structure_digest(model: nn.Module) -> str:
-    """Digest of all modules' names and classes, and of all parameters' and buffers' names, shapes and dtypes."""
+    """Digest of all modules' names and classes, and of the state's names, shapes, dtypes and ties.
+
+    Buffers that are not saved are left out: some are made by the first forward.
+    """
     digest = hashlib.sha256()
+    number: dict[int, int] = {}
     for path, module in model.named_modules():
         digest.update(f"{path}:{type(module).__qualname__}\n".encode())
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}\n".encode())
+        kept = [(n, b) for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set]
+        for name, tensor in [*module._parameters.items(), *kept]:
+            if tensor is not None:
+                which = number.setdefault(id(tensor), len(number))
+                digest.update(f".{name}:{tuple(tensor.shape)}:{tensor.dtype}:{which}\n".encode())
     return digest.hexdigest()[:16]

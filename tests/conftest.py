@@ -130,7 +130,14 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="session", autouse=True)
 def simulated_devices() -> None:
-    """Simulated devices exist before any test's backward: autograd counts devices once."""
+    """Simulated devices exist before any test's backward: autograd counts devices once.
+
+    With a GPU they would keep autograd from working there; tests/gpu does without them.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return
     from shardwright.sharder.runtime.sim import sim_device
 
     sim_device(0)

@@ -10,7 +10,6 @@ from torch import nn
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.trace import trace
-from shardwright.profiler.units import find_units
 
 
 def replay(capture, *inputs):
@@ -25,26 +24,6 @@ def test_a_capture_replays_on_other_values(containers, name):
     capture = trace(model, (batch[:2],))
     other = torch.randn_like(batch[:2])
     assert torch.equal(replay(capture, other)[0], model(other))
-
-
-def test_units_are_the_containers_children(containers):
-    """The children of a ModuleDict are units, whatever they are made of inside."""
-    units = find_units(containers.NetDict())
-    assert list(units)[:2] == ["net1.block11", "net1.downsample11"]
-    assert len(units) == 15
-
-
-def test_modules_outside_containers_are_units_too():
-    """A stem and a head beside the containers are placed whole; nested containers are opened."""
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem = nn.Linear(4, 4)
-            self.body = nn.ModuleDict({"a": nn.ModuleList([nn.Linear(4, 4)]), "b": nn.Sequential(nn.ReLU(), nn.Tanh())})
-            self.head = nn.Linear(4, 4)
-
-    assert list(find_units(Model())) == ["stem", "body.a.0", "body.b.0", "body.b.1", "head"]
 
 
 class Glue(nn.Module):

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils import _pytree as pytree
 
@@ -22,22 +23,26 @@ from shardwright.profiler.recorder import applied_name, call_site, functions_app
 from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.unitgraph import function_name
 
-__all__ = ["OURS", "AlignGlue", "Borrow", "Enter", "Leave", "MoveInputs", "Return", "Window"]
+__all__ = ["OURS", "AlignGlue", "Borrow", "Enter", "Leave", "MoveInputs", "Return", "Window", "changes_operand"]
 
 
 def _moved(value: Any, device: torch.device) -> Any:
     """``value`` with its tensors on ``device``; dataclasses are looked into, other objects are left as they are."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value if value.device == device else value.to(device)
+    if isinstance(value, (str, int, float, type(None))):
+        return value
 
     def mapped(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return leaf.to(device)
+        if isinstance(leaf, PackedSequence):  # its sizes stay on the CPU
+            return leaf.to(device)  # type: ignore[arg-type]  # torch's stub knows the dtype only
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type) and tensors_in(leaf):
             return map_tensors(lambda tensor: tensor.to(device), leaf)
         return leaf
 
-    return pytree.tree_map(mapped, value)
+    return pytree.tree_map(mapped, value, is_leaf=lambda leaf: isinstance(leaf, PackedSequence))
 
 
 class MoveInputs:
@@ -48,11 +53,15 @@ class MoveInputs:
 
     def __call__(self, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Move the arguments."""
-        device = self.device
-        return (
-            tuple([device if isinstance(arg, torch.device) else _moved(arg, device) for arg in args]),
-            {key: device if isinstance(arg, torch.device) else _moved(arg, device) for key, arg in kwargs.items()},
-        )
+        return tuple([self._fetched(arg) for arg in args]), {key: self._fetched(arg) for key, arg in kwargs.items()}
+
+    def _fetched(self, value: Any) -> Any:
+        if isinstance(value, torch.device):
+            return self.device
+        if type(value) is list:  # the list itself, for the unit may write it
+            value[:] = [self._fetched(item) for item in value]
+            return value
+        return _moved(value, self.device)
 
 
 class Borrow:
@@ -90,24 +99,23 @@ class Return:
 
 
 class _Call:
-    """A running forward of a placed model: where its inputs came from, and its aligner, if it has one."""
+    """A running forward of a placed model: where its inputs came from, and its aligner while it is on."""
 
-    def __init__(self, came_from: torch.device | None, mode: AlignGlue | None) -> None:
+    __slots__ = ("came_from", "enter", "mode")
+
+    def __init__(self, came_from: torch.device | None, enter: Enter) -> None:
         self.came_from = came_from
-        self.mode = mode
-        self.open = False
+        self.enter = enter
+        self.mode: AlignGlue | None = None
 
     def align(self, *, opens: bool) -> None:
         """Begin to align glue, or stop. A mode that is not the innermost cannot be stopped, and stays."""
-        if self.mode is None or opens == self.open:
-            return
-        if opens:
+        if opens and self.mode is None:
+            self.mode = AlignGlue(self.enter.glue, list(self.enter.homes.values()))
             self.mode.__enter__()  # ended by another hook
-        elif _get_current_function_mode() is not self.mode:
-            return
-        else:
+        elif not opens and self.mode is not None and _get_current_function_mode() is self.mode:
             self.mode.__exit__(None, None, None)
-        self.open = opens
+            self.mode = None
 
 
 class _Calls(threading.local):
@@ -157,14 +165,16 @@ class Enter:
 
     def __call__(self, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Move the arguments, and begin to align."""
-        order = list(self.homes.values())
-        first = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-        mode = AlignGlue(self.glue, order) if self.glue is None or self.glue else None
-        call = _Call(None if first is None else first.device, mode)
+        home = next(iter(self.homes.values()))
+        first = args[0] if args else None
+        if not isinstance(first, Tensor):
+            first = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        call = _Call(None if first is None else first.device, self)
         # Noted before anything can fail, since Leave is called after an error too.
         _calls.stack.append(call)
-        moved = tuple([_moved(arg, order[0]) for arg in args]), {k: _moved(v, order[0]) for k, v in kwargs.items()}
-        call.align(opens=self.open_first)
+        moved = tuple([_moved(arg, home) for arg in args]), {key: _moved(arg, home) for key, arg in kwargs.items()}
+        if self.open_first:
+            call.align(opens=True)
         return moved
 
 
@@ -174,7 +184,8 @@ class Leave:
     def __call__(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
         """End what :class:`Enter` began, and move the output."""
         call = _calls.stack.pop()
-        call.align(opens=False)
+        if call.mode is not None:
+            call.align(opens=False)
         return output if call.came_from is None else _moved(output, call.came_from)
 
 
@@ -185,7 +196,10 @@ class AlignGlue(TorchFunctionMode):
     stays the error it is. Where the capture may not know all paths, ``sites`` is None and all glue is touched.
     """
 
-    MEANS_TO_MIX = frozenset({"to", "copy_", "type_as", "set_", "cuda", "cpu", "__get__", "__set__", "is_set_to"})
+    MEANS_TO_MIX = frozenset({"to", "copy_", "type_as", "set_", "cuda", "cpu", "__get__", "__set__", "is_set_to"}) | {
+        "grad",
+        "backward",
+    }
 
     def __init__(self, sites: frozenset[tuple[str, str]] | None, order: list[torch.device]) -> None:
         super().__init__()
@@ -221,17 +235,17 @@ class AlignGlue(TorchFunctionMode):
         homes = [t.device for t in tensors if t.dim() or t.device.type != "cpu"]
         if len(set(homes)) < 2 or (self.sites is not None and (function, call_site(sys._getframe())) not in self.sites):
             return func(*args, **kwargs)
-        device = homes[0] if _in_place(name, kwargs) else max(homes, key=self._stage)
+        device = homes[0] if changes_operand(name) or "out" in kwargs else max(homes, key=self._stage)
         return func(*_moved(args, device), **_moved(kwargs, device))
 
     def _stage(self, device: torch.device) -> int:
         return self.order.index(device) if device in self.order else -1
 
 
-def _in_place(name: str, kwargs: Mapping[str, Any]) -> bool:
-    """Whether the function writes its first operand, which therefore cannot be replaced by a copy."""
-    in_name = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-    return name == "__setitem__" or in_name or "out" in kwargs
+def changes_operand(name: str) -> bool:
+    """Whether the function of this name writes its first operand, which therefore cannot be replaced by a copy."""
+    name = name.rpartition(".")[2]
+    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
 OURS = (MoveInputs, Borrow, Return, Window, Enter, Leave)

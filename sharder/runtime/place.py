@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.planning.plan import Plan
+from shardwright.sharder.planning.plan import Placement, Plan
 from shardwright.sharder.runtime.check import check_model
 from shardwright.sharder.runtime.checkpoint import Checkpoint
-from shardwright.sharder.runtime.hooks import OURS, Borrow, Enter, Leave, MoveInputs, Return, Window
+from shardwright.sharder.runtime.hooks import OURS, Borrow, Enter, Leave, MoveInputs, Return, Window, changes_operand
 from shardwright.sharder.runtime.sim import parameters_may_move
 from shardwright.sharder.runtime.weights import fill
 
@@ -69,18 +69,20 @@ def place(
     tensors = dict(_tensors(model))
     moves = _located(plan, homes, {name: tensor.device for name, tensor in tensors.items()})
     borrowed = _borrowed(model, plan, homes)
+    # Of nn.Module itself: a ScriptModule refuses hooks by its own methods, and calls those that it has.
+    before, after = nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook
     for path, device in _unit_homes(plan, homes).items():
         unit = model.get_submodule(path)
         if path in borrowed:
             borrow = Borrow(model, device, borrowed[path])
-            unit.register_forward_pre_hook(borrow)
-            unit.register_forward_hook(Return(borrow), always_call=True)
+            before(unit, borrow)
+            after(unit, Return(borrow), always_call=True)
         if path in moves.units:
-            unit.register_forward_pre_hook(MoveInputs(device), with_kwargs=True)
+            before(unit, MoveInputs(device), with_kwargs=True)
         if path in moves.close_before:
-            unit.register_forward_pre_hook(Window(opens=False), prepend=True)
+            before(unit, Window(opens=False), prepend=True)
         if path in moves.open_after:
-            unit.register_forward_hook(Window(opens=True))
+            after(unit, Window(opens=True))
     enter = Enter(homes, moves.glue, origins, open_first="" in moves.open_after)
     model.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
     model.register_forward_hook(Leave(), with_kwargs=True, always_call=True)
@@ -212,6 +214,22 @@ def _borrowed(model: nn.Module, plan: Plan, homes: Mapping[str, torch.device]) -
     return found
 
 
+def _result_home(
+    node: Placement, operands: list[torch.device | None], order: list[torch.device]
+) -> torch.device | None:
+    """Where glue leaves its result: as :class:`~shardwright.sharder.runtime.hooks.AlignGlue` does, at the latest stage.
+
+    Glue that changes its first operand in place stays there. An operand on the CPU may be without dimensions, and does
+    not count then, so that the place is not known.
+    """
+    if not operands or None in operands:
+        return None
+    if changes_operand(node.type):
+        return operands[0]
+    latest = max((device for device in operands if device is not None), key=order.index)
+    return latest if latest.type != "cpu" or len(set(operands)) == 1 else None
+
+
 class _Moves(NamedTuple):
     """What has to be done at run time."""
 
@@ -236,6 +254,7 @@ def _located(plan: Plan, homes: Mapping[str, torch.device], held: Mapping[str, t
     moves = _Moves(set(), frozenset(), set(), set())
     apart: set[tuple[str, str]] = set()
     located: dict[str, torch.device | None] = {}
+    attributes = {node.node for node in plan.nodes if node.kind == "parameter"}
     unit, is_open = "", False
     for node in plan.nodes:
         operands = {located[name] for name in node.inputs}
@@ -245,13 +264,14 @@ def _located(plan: Plan, homes: Mapping[str, torch.device], held: Mapping[str, t
         elif node.kind == "parameter":
             located[node.node] = held.get(node.unit)  # a constant is wherever the model made it
         elif node.kind == "unit":
-            if operands - {homes[node.device]} or plan.obstacles:
+            # One that reads no tensor, or a parameter, may be told a device.
+            if operands - {homes[node.device]} or not operands or attributes & {*node.inputs} or plan.obstacles:
                 moves.units.add(node.unit)
             if is_open or plan.obstacles:
                 moves.close_before.add(node.unit)
             unit, is_open = node.unit, False
         elif node.kind == "glue":
-            located[node.node] = next(iter(operands)) if len(operands) == 1 else None
+            located[node.node] = _result_home(node, [located[name] for name in node.inputs], list(homes.values()))
             if len(operands) > 1 or (None in operands and len(node.inputs) > 1):
                 apart.add((node.type, node.site))
                 moves.open_after.add(unit)

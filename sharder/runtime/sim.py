@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ __all__ = [
 
 NAME = "sim"
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+_INDEXING |= {"aten::_pack_padded_sequence", "aten::_pack_padded_sequence_backward", "aten::_pad_packed_sequence"}
+"""Operations whose further operands may lie on the CPU."""
 _COPIES = {"aten::_to_copy", "aten::copy_", "aten::_copy_from", "aten::_copy_from_and_resize", "aten::set_"}
 """Operations whose point is to read one device and write another."""
 
@@ -48,9 +50,33 @@ class DeviceMismatchError(RuntimeError):
         self.devices = devices
 
 
+_LOWERED = (
+    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input", "linear"),
+    *("matmul", "mm", "bmm", "baddbmm", "addmm", "addbmm", "scaled_dot_product_attention"),
+)
+"""What autocast computes in its lower precision on a CPU."""
+
+
+def _operator(name: str) -> Any:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet), overload or "default")
+
+
+def _lowered(operator: Any, *args: Any, **kwargs: Any) -> Any:
+    """An operator under autocast: floating operands in its precision."""
+    dtype = torch.get_autocast_dtype(NAME)
+
+    def lowered(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+    with torch.autocast(NAME, enabled=False):
+        args, kwargs = pytree.tree_map_only(Tensor, lowered, (args, kwargs))
+        return operator(*args, **kwargs)
+
+
 @cache
-def _backend() -> torch.library.Library:
-    """Register the backend, once a process; the library must live as long."""
+def _backend() -> tuple[torch.library.Library, ...]:
+    """Register the backend, once a process; the libraries must live as long."""
     from torch.utils import backend_registration
 
     class Backend(backend_registration._DummyBackendModule):
@@ -62,7 +88,11 @@ def _backend() -> torch.library.Library:
     backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=Backend())
     library = torch.library.Library("_", "IMPL")
     library.fallback(_compute, "PrivateUse1")
-    return library
+    library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    cast = torch.library.Library("aten", "IMPL", "AutocastPrivateUse1")
+    for name in _LOWERED:
+        cast.impl(name, partial(_lowered, _operator(name)))
+    return (library, cast)
 
 
 def sim_device(index: int) -> torch.device:
@@ -249,6 +279,8 @@ class Simulated(TorchFunctionMode):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             listed = tuple(torch.tensor(part) if isinstance(part, list) else part for part in index)
             return func(args[0], listed, *args[2:])
+        if name in ("tolist", "numpy", "__array__") and isinstance(args[0], SimTensor):
+            return func(args[0].host.detach(), *args[1:], **kwargs)
         device = kwargs.get("device")
         if device is None or name in ("to", "device") or torch.device(device).type != NAME:
             return func(*args, **kwargs)

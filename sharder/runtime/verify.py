@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import traceback
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.devices import find_devices
 from shardwright.profiler.equality import relative_difference, tolerance
 from shardwright.profiler.inputs import outputs_of
+from shardwright.profiler.pool import Pool
 from shardwright.profiler.structure import map_tensors
-from shardwright.profiler.trace import evaluating
+from shardwright.profiler.trace import attributes_kept, evaluating
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.check import check_inputs, check_model, units_of
 from shardwright.sharder.runtime.hooks import Borrow, Enter, MoveInputs
@@ -32,6 +33,8 @@ from shardwright.sharder.runtime.sim import (
 )
 
 __all__ = ["Check", "Mismatch", "verify"]
+
+REPLAY_LIMIT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,23 @@ def verify(model: nn.Module, plan: Plan, args: tuple[Any, ...] = (), kwargs: Map
     kwargs = dict(kwargs or {})
     check_model(plan, model)
     check_inputs(plan, args, kwargs)
-    args, kwargs = map_tensors(lambda t: t.detach().cpu(), (args, kwargs))
+    replay = _verified_apart if torch.cuda.is_available() else _verified
+    return replay(model, plan, *map_tensors(lambda t: t.detach().cpu(), (args, kwargs)))
+
+
+def _verified_apart(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Check:
+    """Replay in a process of its own: autograd would not work on CUDA any more in one that has simulated devices.
+
+    The model goes there as it is without its placement, and is placed anew.
+    """
+    (worker,) = find_devices(["cpu:0"])
+    with Pool([worker]) as pool:
+        with attributes_kept(model), parameters_may_move():
+            pool.workers[worker.name].submit(_verified, unplace(model).cpu(), plan, args, kwargs)
+        return pool.results([worker.name], limit_s=REPLAY_LIMIT_S)[worker.name]  # type: ignore[no-any-return]
+
+
+def _verified(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Check:
     watch = _Watch(plan)
     with evaluating(model), torch.no_grad(), Simulated(), parameters_may_move():
         state = torch.get_rng_state()
@@ -114,32 +133,16 @@ def verify(model: nn.Module, plan: Plan, args: tuple[Any, ...] = (), kwargs: Map
     return Check(None, equal, watch.transfers, watch.transfer_bytes)
 
 
-_CONTAINERS = (dict, OrderedDict, list, set)
-
-
 @contextmanager
 def _put_back(model: nn.Module) -> Iterator[None]:
-    """Give every module its attributes back: parameters, buffers, hooks, and what a forward left on it.
-
-    Not a copy of the model: a function that a module holds may refer to the model itself, and would to the original.
-    """
-    modules = list(model.modules())
+    """Give every module its attributes back, and our hooks theirs."""
     hooks = [(hook, dict(vars(hook))) for hook in (hooks[key] for _, hooks, key in hooks_of(model))]
-    kept = [
-        (module, dict(vars(module)), [(v, v.copy()) for v in vars(module).values() if type(v) in _CONTAINERS])
-        for module in modules
-    ]
-    try:
-        yield
-    finally:
-        for module, attributes, containers in kept:
-            for container, content in containers:
-                container.clear()
-                container.extend(content) if isinstance(container, list) else container.update(content)
-            vars(module).clear()
-            vars(module).update(attributes)
-        for hook, attributes in hooks:
-            vars(hook).update(attributes)
+    with attributes_kept(model):
+        try:
+            yield
+        finally:
+            for hook, attributes in hooks:
+                vars(hook).update(attributes)
 
 
 def _on_simulated_devices(model: nn.Module, plan: Plan) -> nn.Module:
@@ -175,8 +178,8 @@ class _Watch:
     def over(self, model: nn.Module) -> Iterator[None]:
         """Watch ``model``."""
         for path, unit in units_of(self.plan, model).items():
-            unit.register_forward_pre_hook(self._enter(path), prepend=True)
-            unit.register_forward_hook(self._leave)
+            nn.Module.register_forward_pre_hook(unit, self._enter(path), prepend=True)
+            nn.Module.register_forward_hook(unit, self._leave)
         with crossings_watched(self._crossed):
             yield
 
