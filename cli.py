@@ -163,6 +163,9 @@ def shard(
         typer.Option("--pin", metavar="UNIT=DEVICE", help="Keep a unit (or pattern) on a device; repeatable."),
     ] = None,
     schedule: Annotated[str, typer.Option("--schedule", help="1f1b, or gpipe.")] = "1f1b",
+    offload: Annotated[
+        bool, typer.Option(help="In inference, leave weights that fit on no device on the host, as a last resort.")
+    ] = True,
     time_limit: Annotated[
         float, typer.Option("--time-limit", metavar="SECONDS", min=0, help="For the search of the plan.")
     ] = 30.0,
@@ -201,6 +204,7 @@ def shard(
         pins=_pairs(pins, "--pin", "head=cuda:1"),
         devices=_names(devices),
         schedule=cast("Schedule", schedule),
+        offload=offload,
         time_limit_s=time_limit,
     )
     plan.save(path)

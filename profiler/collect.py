@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.devices import find_devices
+from shardwright.profiler.devices import find_devices, spare_host_bytes
 from shardwright.profiler.equality import relative_difference
 from shardwright.profiler.inputs import (
     all_microbatches,
@@ -23,7 +25,7 @@ from shardwright.profiler.inputs import (
     microbatch,
     outputs_of,
 )
-from shardwright.profiler.links import measure_links
+from shardwright.profiler.links import disk_rate, fetch_rates, measure_links
 from shardwright.profiler.measure import (
     OPTIMIZERS,
     Samples,
@@ -130,6 +132,7 @@ def profile(
         )
         tell("links", 0, 1)
         links = measure_links(pool, found)
+        rates = {} if train else fetch_rates(pool, found)
         tell("links", 1, 1)
     whole = captures[1]
     return Profile(
@@ -141,7 +144,7 @@ def profile(
         optimizer=optimizer if train else "none",
         torch_version=torch.__version__,
         microbatches=tuple(captures),
-        devices=found,
+        devices=tuple(d.model_copy(update={"fetch_bytes_per_s": rates.get(d.name)}) for d in found),
         links=links,
         nodes=nodes_of(captures, train=train, optimizer=optimizer),
         tensors=tensors_of(captures),
@@ -150,6 +153,8 @@ def profile(
         obstacles=tuple(whole.obstacles),
         guards=tuple(whole.guards),
         undivided=undivided,
+        host_bytes=0 if train else spare_host_bytes(found),
+        disk_bytes_per_s=None if train else disk_rate(Path(tempfile.gettempdir())),
         measurements=measurements_of([step.name for step in whole.steps], samples),
         variations=tuple(variation_of(device, taken.values()) for device, taken in samples.items()),
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Device
 
-__all__ = ["available_cores", "find_devices", "parse_devices"]
+__all__ = ["available_cores", "find_devices", "parse_devices", "spare_host_bytes"]
 
 CUDA_RESERVE = 0.03
 """Share of a GPU's free memory left to the allocator's rounding and to libraries' workspaces."""
@@ -101,6 +101,12 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def spare_host_bytes(devices: Sequence[Device]) -> int:
+    """Memory of the host that is no device's, where weights can stay: all of it but a share, unless workers have it."""
+    taken = any(device.kind == "cpu" for device in devices)
+    return 0 if taken else int(CPU_SHARE * _host_memory_bytes())
 
 
 def _host_memory_bytes() -> int:

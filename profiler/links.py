@@ -6,6 +6,7 @@ is timed as a copy within one process.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from shardwright.profiler.pool import Pool
 from shardwright.profiler.profile import Device, Link
 from shardwright.profiler.worker import resident
 
-__all__ = ["SIZES", "fit", "measure_links"]
+__all__ = ["SIZES", "disk_rate", "fetch_rates", "fit", "measure_links"]
 
 SIZES = (1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
 """Bytes of the messages: from a token's activations to a batch of feature maps."""
@@ -72,6 +73,28 @@ def measure_links(pool: Pool, devices: Sequence[Device]) -> tuple[Link, ...]:
         latency, bandwidth = fit(SIZES, seconds)
         links.append(Link(source=a_name, target=b_name, latency_s=latency, bandwidth_bytes_per_s=bandwidth))
     return tuple(links)
+
+
+def fetch_rates(pool: Pool, devices: Sequence[Device]) -> dict[str, float]:
+    """Bytes a second from the host's memory onto each GPU."""
+    calls = {d.name: (copy_within, ("cpu", d.name)) for d in devices if d.kind == "cuda"}
+    timed = pool.call(calls, limit_s=LIMIT_S) if calls else {}
+    return {name: fit(SIZES, seconds)[1] for name, seconds in timed.items()}
+
+
+def disk_rate(folder: Path) -> float | None:
+    """Bytes a second that a file in ``folder`` is read with, when it is not in memory; None where that is not told."""
+    if not hasattr(os, "posix_fadvise"):
+        return None
+    size = SIZES[-1]
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        file.write(os.urandom(size))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, size, os.POSIX_FADV_DONTNEED)
+        start = time.perf_counter()
+        read = len(Path(file.name).read_bytes())
+        return read / (time.perf_counter() - start)
 
 
 # What runs inside the workers.

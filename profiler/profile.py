@@ -29,6 +29,8 @@ class Device(Record):
     """What a plan may use there by default."""
     cores: tuple[int, ...] = ()
     """CPU workers only: the cores that the worker is pinned to."""
+    fetch_bytes_per_s: PositiveFloat | None = None
+    """CUDA only: how fast weights come from the host's memory."""
 
 
 class Link(Record):
@@ -168,6 +170,10 @@ class Profile(Document):
     """Numbers that the forward reads back from masks and indices: a pipeline is for inputs that give the same."""
     undivided: str = ""
     """Why the batch was not divided into micro-batches, where that was left to the profiler."""
+    host_bytes: NonNegativeInt = 0
+    """Free memory of the host, where weights can stay that fit on no device."""
+    disk_bytes_per_s: PositiveFloat | None = None
+    """How fast weights come from the host's disk."""
     measurements: tuple[Measurement, ...]
     variations: tuple[Variation, ...] = ()
     """Devices without one are taken as steady."""

@@ -219,6 +219,11 @@ class PlanReport:
         rows += [("glue", device, name_ranges(names, glyphs.dots)) for device, names in glue.items()]
         yield section("Placement")
         yield listing(("container", "device", "units"), rows)
+        for tier, where in (("cpu", "in the host's memory"), ("disk", "on disk, in the checkpoint")):
+            units = [unit for unit, kept in self.plan.offloaded.items() if kept == tier]
+            if units:
+                yield section("Offloaded", f"weights that stay {where} and are brought in for each call")
+                yield listing(("", "", "units"), [("", "", name_ranges(units, glyphs.dots))])
 
 
 def _first_of(units: Sequence[str], glyphs: Glyphs) -> str:

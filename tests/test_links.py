@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwright.profiler.links import SIZES, fit
+from shardwright.profiler.links import SIZES, disk_rate, fit
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -33,3 +33,10 @@ def test_small_messages_count_as_much_as_large_ones():
     seconds = [1e-4 + size / 1e9 for size in SIZES]
     seconds[-1] *= 1.02
     assert fit(SIZES, seconds)[0] == pytest.approx(1e-4, rel=0.1)
+
+
+def test_the_disk_is_timed(tmp_path):
+    """Reading a file that is not in memory has a rate, and leaves nothing behind."""
+    rate = disk_rate(tmp_path)
+    assert rate is None or rate > 0
+    assert list(tmp_path.iterdir()) == []

@@ -24,6 +24,8 @@ class Placement(Record):
     stage: NonNegativeInt
     inputs: tuple[str, ...]
     """The nodes that it reads from."""
+    weights: Literal["device", "cpu", "disk"] = "device"
+    """Where its weights are between calls."""
 
 
 class Stage(Record):
@@ -138,6 +140,11 @@ class Plan(Document):
     def devices(self) -> tuple[str, ...]:
         """The devices used, in the order of the stages."""
         return tuple(stage.device for stage in self.stages)
+
+    @property
+    def offloaded(self) -> dict[str, str]:
+        """Units whose weights are not on their device between calls -> ``"cpu"`` or ``"disk"``."""
+        return {n.unit: n.weights for n in self.nodes if n.kind == "unit" and n.weights != "device"}
 
     def placement(self) -> dict[str, str]:
         """Unit path -> device."""

@@ -7,12 +7,14 @@ import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.graph import cost_graph
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.blocks import problem_from_graph
+from shardwright.sharder.planning.offload import Rates
+from shardwright.sharder.planning.offload import offload as offload_some
 from shardwright.sharder.planning.partition import Partition, partition, stage_loads
 from shardwright.sharder.planning.plan import Candidate, Certificate, Placement, Plan, Prediction, SplitTie, Stage
 from shardwright.sharder.planning.problem import Block, Problem, Schedule, bits, in_flight
@@ -38,6 +40,8 @@ class _Option:
     step_s: float
     """The median step of devices whose speed varies."""
     step_spread_s: float
+    tiers: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    """Blocks whose weights stay elsewhere -> where."""
 
 
 def plan(
@@ -49,6 +53,7 @@ def plan(
     pins: Mapping[str, str] | None = None,
     devices: Iterable[str] | None = None,
     schedule: Schedule = "1f1b",
+    offload: bool = True,
     time_limit_s: float = 30.0,
 ) -> Plan:
     """Split the profiled model over its devices.
@@ -65,6 +70,8 @@ def plan(
         pins: unit name or pattern -> device.
         devices: which devices to use; all that were profiled by default.
         schedule: ``"1f1b"``, or ``"gpipe"``, which holds all micro-batches at once; inference has forwards only.
+        offload: whether, in inference, the weights of units that fit on no device may stay in the host's memory or on
+            its disk, from where they are brought for each call.
         time_limit_s: seconds for the whole search; after it, the best so far with an honest gap.
 
     Raises:
@@ -94,6 +101,8 @@ def plan(
             continue
         if option is not None:
             options.append(option)
+    if not options and offload and not profile.train:
+        options = _offloaded(problems, profile, deadline_s)
     if not options:
         raise unfinished or ShardwrightError(_why_nothing_fits(problems, deadline_s))
 
@@ -127,6 +136,17 @@ def _solve(problem: Problem, profile: Profile, *, time_limit_s: float) -> _Optio
     if unfinished is not None:
         raise unfinished
     return None
+
+
+def _offloaded(problems: list[Problem], profile: Profile, deadline_s: float) -> list[_Option]:
+    """The last resort at the smallest micro-batch: a split with the weights of some blocks elsewhere, if one fits."""
+    problem = max(problems, key=lambda p: p.microbatches)
+    fetch = {device.name: device.fetch_bytes_per_s for device in profile.devices}
+    rates = Rates(tuple(fetch[name] for name in problem.devices), profile.disk_bytes_per_s, profile.host_bytes)
+    found = offload_some(problem, rates, time_limit_s=max(0.5, (deadline_s - time.monotonic()) / 10))
+    if found is None:
+        return []
+    return [dataclasses.replace(_price(found.problem, found.split, profile), tiers=found.tiers)]
 
 
 def _price(problem: Problem, split: Partition, profile: Profile) -> _Option:
@@ -213,6 +233,7 @@ def _write(
         closed |= members
     producer = {tensor.name: tensor.producer for tensor in profile.tensors}
     baseline_s = baseline.step_s if baseline else None
+    kept = {name: tier for v, tier in chosen.tiers.items() for name in problem.blocks[v].nodes}
     return Plan(
         model=profile.model,
         structure=profile.structure,
@@ -236,6 +257,7 @@ def _write(
                 device=stages[stage_of[node.name]].device,
                 stage=stage_of[node.name],
                 inputs=tuple(dict.fromkeys(producer[tensor] for tensor in node.inputs)),
+                weights=cast("Literal['device', 'cpu', 'disk']", kept.get(node.name, "device")),
             )
             for node in profile.nodes
         ),

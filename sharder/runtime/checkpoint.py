@@ -62,6 +62,14 @@ class Checkpoint:
             raise ShardwrightError(f"cannot put {name} ({size:,} bytes) on {device}: {_line(error)}") from error
         return loaded
 
+    def mapped(self, name: str) -> Tensor:
+        """The tensor ``name`` as the mapped file itself: read when it is used, not to be written.
+
+        It keeps the file mapped after this checkpoint is closed.
+        """
+        tensor: Tensor = self._ask(name, "get_tensor")
+        return tensor
+
     def find(self, name: str, aliases: Iterable[str] = ()) -> str | None:
         """The first of ``name`` and ``aliases``, the other names of a tied tensor, that is here; None without one."""
         return next((candidate for candidate in (name, *aliases) if candidate in self.names), None)

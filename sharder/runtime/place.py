@@ -6,7 +6,7 @@ The model's class, forward, parameter names and ``state_dict`` stay as they are;
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,13 +58,19 @@ def place(
         home_of = _tensor_homes(model, plan, homes)
         by_name = {name: home_of[id(tensor)] for name, tensor in _every_name(model)}
         with Checkpoint(checkpoint) as stored:
-            fill(model, stored, by_name.__getitem__)
+            fill(model, stored, by_name.__getitem__, mapped=_on_disk(plan, by_name))
+    elif "disk" in plan.offloaded.values():
+        first = next(name for name, tier in plan.offloaded.items() if tier == "disk")
+        raise ShardwrightError(
+            f"by the plan the weights of {first} stay on disk: "
+            "say where they are, place(model, plan, checkpoint=folder)"
+        )
     empty = [name for name, tensor in _tensors(model) if tensor.is_meta]
     if empty:
         raise ShardwrightError(f"{empty[0]} has no values: give them with place(model, plan, checkpoint=folder)")
     relocate(model, _tensor_homes(model, plan, homes))
 
-    if len(set(homes.values())) == 1 and homes[plan.stages[0].device].type == "cpu":
+    if len(set(homes.values())) == 1 and homes[plan.stages[0].device].type == "cpu" and not plan.offloaded:
         return model  # one torch device: nothing can cross
     tensors = dict(_tensors(model))
     moves = _located(plan, homes, {name: tensor.device for name, tensor in tensors.items()})
@@ -143,6 +149,12 @@ def _tensors(module: nn.Module, *, recurse: bool = True) -> list[tuple[str, Tens
     return [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
 
 
+def _on_disk(plan: Plan, names: Iterable[str]) -> frozenset[str]:
+    """Names of the tensors that stay in the checkpoint's files."""
+    units = {unit for unit, tier in plan.offloaded.items() if tier == "disk"}
+    return frozenset(name for name in names if units.intersection(_prefixes(name)))
+
+
 def _every_name(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters and buffers under all their names."""
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
@@ -184,7 +196,8 @@ def _tensor_homes(model: nn.Module, plan: Plan, homes: Mapping[str, torch.device
     first: dict[str, tuple[int, torch.device]] = {}
     for order, node in enumerate(plan.nodes):
         if node.kind in ("unit", "parameter") and node.unit:
-            first.setdefault(node.unit, (order, homes[node.device]))
+            home = homes[node.device] if node.weights == "device" else torch.device("cpu")
+            first.setdefault(node.unit, (order, home))
     unused = (len(plan.nodes), homes[plan.stages[0].device])
     found: dict[int, tuple[int, torch.device]] = {}
     for name, tensor in _every_name(model):

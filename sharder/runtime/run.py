@@ -81,6 +81,7 @@ def run(
     tell = progress or silent
     check_model(plan, model)
     check_inputs(plan, args, kwargs)
+    _check_can_be_piped(plan)
     baseline = plan.predicted.baseline_device
     needed = {*plan.devices, *([baseline] if baseline else [])}
     # The cores are shared out as they were for the profile, or its times would not hold.
@@ -91,7 +92,6 @@ def run(
             f"the plan mixes CPU workers and GPUs ({', '.join(plan.devices)}), which the pipeline cannot do yet; "
             "place(model, plan) can, or plan with --devices of one kind"
         )
-    _check_can_be_piped(plan)
     capture = trace(model, *microbatch(args, kwargs, plan.microbatches), train=plan.train, units=units_of(plan, model))
     programs = _sendable(cut(capture, plan), train=plan.train)
 
@@ -156,6 +156,11 @@ def _job(plan: Plan, model: nn.Module, output_places: tuple[int, ...], schedule:
 
 
 def _check_can_be_piped(plan: Plan) -> None:
+    if plan.offloaded:
+        raise ShardwrightError(
+            f"by the plan the weights of {next(iter(plan.offloaded))} are brought in for each call, which the pipeline "
+            "cannot do; place(model, plan) can"
+        )
     if plan.obstacles and len(plan.stages) > 1:
         more = f" (and {len(plan.obstacles) - 1} more)" if len(plan.obstacles) > 1 else ""
         raise ShardwrightError(

@@ -64,13 +64,20 @@ def empty_weights() -> Iterator[None]:
         handle.remove()
 
 
-def fill(model: nn.Module, checkpoint: Checkpoint, device_of: Callable[[str], torch.device]) -> None:
+def fill(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    device_of: Callable[[str], torch.device],
+    *,
+    mapped: Container[str] = frozenset(),
+) -> None:
     """Give every parameter and persistent buffer of ``model`` its values, in place, each on ``device_of(its name)``.
 
     Tensors are read one at a time, shard by shard, and converted to the model's dtype. A parameter on ``meta`` is
     replaced by a new one of its class, attributes and ``requires_grad``, at all its names; a real one stays the same
     object where torch can keep it, and loses its gradient. Tied tensors stay one, on the device of their first name.
-    Non-persistent buffers keep their values and move.
+    Non-persistent buffers keep their values and move. Tensors whose name is ``mapped`` stay in their file, which is
+    read when they are used, unless they have to be converted.
 
     A name is looked up as it is, then by the tensor's other names. If some are still missing, and one prefix added or
     removed finds all of those, it is used, with a warning; what the checkpoint has too much is told by a warning.
@@ -100,7 +107,10 @@ def fill(model: nn.Module, checkpoint: Checkpoint, device_of: Callable[[str], to
         shards.setdefault(checkpoint._file_of[source], []).append((slot, source))
     for file, held in shards.items():
         for slot, source in held:
-            _put(slot, checkpoint.load(source, homes[slot.names[0]], slot.tensor.dtype))
+            value = checkpoint.mapped(source) if slot.names[0] in mapped else None
+            if value is None or value.dtype != slot.tensor.dtype:
+                value = checkpoint.load(source, homes[slot.names[0]], slot.tensor.dtype)
+            _put(slot, value)
         checkpoint._close(file)  # what was read of a mapped file counts as this process's memory until then
 
 
