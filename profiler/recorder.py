@@ -8,13 +8,10 @@ follows from shapes alone, as most masks do; else the graph, which holds one pat
 from __future__ import annotations
 
 import itertools
-import operator
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from functools import cache, lru_cache, partial
-from pathlib import Path
-from types import CodeType, FrameType
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,30 +22,22 @@ from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.inputs import is_mask
-from shardwright.profiler.structure import Hole, copied, has_state, map_tensors, tensor_at, tensors_in
+from shardwright.profiler.callsites import applied_name, call_site, functions_applied
+from shardwright.profiler.structure import tensors_in
 from shardwright.profiler.unitgraph import (
     ApplyFunction,
     Call,
     Context,
     Step,
     UnitGraph,
-    Value,
     function_name,
     held_to,
-    in_context,
     mean_square_loss,
-    nbytes,
-    rebuilt,
-    remade,
     set_item,
 )
+from shardwright.profiler.writer import GraphWriter, Sources
 
-__all__ = ["Recorder", "SavedTensorsUncountedError", "applied_name", "call_site", "functions_applied"]
-
-Sources = frozenset[str]
-"""What a tensor's numbers follow from: "inputs" (floating ones), "indices" (whole numbers and masks among the inputs),
-"parameters", "buffers", "chance"; nothing = shapes and constants."""
+__all__ = ["Recorder", "SavedTensorsUncountedError"]
 
 READS_BACK = frozenset(
     {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__array__", "__bool__", "__int__", "__float__"}
@@ -75,54 +64,11 @@ DRAWS = 64
 """So often a branch on chance alone is tried; one that never turns out otherwise is none."""
 
 
-def call_site(frame: FrameType | None) -> str:
-    """``file.py:line:column`` of the innermost call in a model's code; columns from Python 3.11 on."""
-    while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        # The forwards of torch's own modules are code like the user's; what calls modules is not.
-        own = name.startswith("torch.nn.modules.") and name != "torch.nn.modules.module"
-        if own or not (name == "torch" or name.startswith(("torch.", "shardwright."))):
-            return _position(frame.f_code, frame.f_lasti, frame.f_lineno)
-        frame = frame.f_back
-    return ""
-
-
-@lru_cache(maxsize=4096)  # glue that is aligned asks in every call
-def _position(code: CodeType, instruction: int, line: int) -> str:
-    positions = next(itertools.islice(code.co_positions(), instruction // 2, None))
-    return f"{Path(code.co_filename).name}:{line}:{(positions[2] or 0) + 1}"
-
-
-@contextmanager
-def functions_applied(
-    handle: Callable[[type[torch.autograd.Function], Callable[..., Any], Any, dict[str, Any]], Any],
-) -> Iterator[None]:
-    """Have ``handle(function, apply, args, kwargs)`` called where a custom autograd function is applied.
-
-    PyTorch's function modes do not see these calls.
-    """
-    original = torch.autograd.Function.__dict__["apply"]
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        return handle(cls, original.__get__(None, cls), args, kwargs)
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
-
-
-def applied_name(function: type[torch.autograd.Function]) -> str:
-    """What a step that applies ``function`` is called."""
-    return f"{function.__name__}.apply"
-
-
 class SavedTensorsUncountedError(Exception):
     """The forward uses a transform of ``torch.func`` that does not go with the counting of saved tensors."""
 
 
-class Recorder(TorchFunctionMode):
+class Recorder(GraphWriter, TorchFunctionMode):
     """Records one forward.
 
     Args:
@@ -133,8 +79,6 @@ class Recorder(TorchFunctionMode):
         counts_saved: whether the tensors that autograd saves are counted.
     """
 
-    buffers: dict[int, str]
-
     def __init__(
         self,
         model: nn.Module,
@@ -144,47 +88,23 @@ class Recorder(TorchFunctionMode):
         earlier: Recorder | None = None,
         counts_saved: bool = True,
     ) -> None:
-        super().__init__()
-        self.model = model
-        self.units = units
-        self.train = train
+        super().__init__(model, units, train=train)
         self.earlier = earlier
         self.counts_saved = counts_saved
-        self.graph = fx.Graph()
-        # The steps of units and attributes bear these names; glue gets others.
-        own = [*units, *(name for name, _ in model.named_parameters()), *(name for name, _ in model.named_buffers())]
-        for name in own:
-            self.graph._graph_namespace.create_name(name, None)
-        self.steps: list[Step] = []
-        self.values: dict[str, Value] = {}
-        self.constants: dict[str, Any] = {}
-        self.obstacles: dict[str, None] = {}
         self.guards: list[tuple[str, str, str]] = []
-        # Steps that change tensors in place -> the values that change, all that share the storage.
-        self.mutators: dict[str, tuple[str, ...]] = {}
-        self.attribute_ids: dict[str, int] = {}
         self.depth = 0
         self.calls: dict[str, int] = {}
         self.current: Step | None = None
         # Modules that the step which runs may call: a unit those that it holds or was handed; None = any.
         self.at_hand: set[int] | None = None
-        # Tensors by identity; the references keep every identity valid until the capture ends.
-        self.name_of: dict[int, str] = {}
-        self.alive: list[Any] = []
-        self.tensors: dict[str, Tensor] = {}
-        self.sources: dict[str, Sources] = {}
-        self.readers: dict[str, list[str]] = {}
-        self.objects: dict[int, fx.Node] = {}
         self.inside: Any = WeakTensorKeyDictionary()
-        self.parameters = {id(p): name for name, p in model.named_parameters()}
-        # Those that an earlier call has made are not the model's own: they go when it is put back as it was.
-        made = {} if earlier is None else {name: key for key, name in earlier.buffers.items()}
-        self.buffers = {id(b): name for name, b in model.named_buffers() if earlier is None or made.get(name) == id(b)}
-        self.modules = {id(module): path for path, module in model.named_modules() if path}
+        if earlier is not None:
+            # Buffers that the earlier call has made are not the model's own: they go when it is put back as it was.
+            made = {name: key for key, name in earlier.buffers.items()}
+            self.buffers = {key: name for key, name in self.buffers.items() if made.get(name) == key}
         self.held = {path: _held(unit) for path, unit in units.items()}
         self.saved_storages: dict[int, torch.UntypedStorage] = {}
         self.versions: list[tuple[Tensor, int | Tensor]] = []
-        self.changing: set[int] = set()
 
     # Running
 
@@ -355,9 +275,6 @@ class Recorder(TorchFunctionMode):
 
     # What a graph cannot hold
 
-    def _obstacle(self, text: str) -> None:
-        self.obstacles[text] = None
-
     def _follows(self, func: Any, step: Step) -> Sources:
         """What the numbers that ``step`` makes follow from."""
         name = getattr(func, "__name__", "")
@@ -428,134 +345,6 @@ class Recorder(TorchFunctionMode):
             cause = "the inputs' values" if sources & {"inputs", "indices"} else " and ".join(sorted(sources))
             self._obstacle(f"{step.site} makes a tensor ({step.type}) whose shape depends on {cause}")
 
-    # Writing
-
-    def _input(self, path: str, tensor: Tensor) -> str:
-        parts = "".join(c if c.isalnum() or c == "_" else " " for c in path).split()[1:]
-        node = self.graph.placeholder("_".join(["input", *parts]))
-        step = Step(name=node.name, kind="input", type="input", node=node)
-        self.steps.append(step)
-        source = "indices" if not tensor.is_floating_point() or is_mask(tensor) else "inputs"
-        self._name(tensor, step, node.name, node, frozenset({source}))
-        return node.name
-
-    def _node(
-        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], step: Step, context: Context | None
-    ) -> fx.Node:
-        """The graph's node for a call: of a unit, by path, or of a function."""
-        new_args = tuple(self._argument(arg, step) for arg in args)
-        new_kwargs = {key: self._argument(arg, step) for key, arg in kwargs.items()}
-        unit = isinstance(target, str)
-        if context is None and (unit or _can_be_written(target)):
-            make = self.graph.call_module if unit else self.graph.call_function
-            return make(target, new_args, new_kwargs)
-        called = self.graph.get_attr(target) if unit else self._constant(target)
-        modes = self._constant(context or Context(grad=self.train))
-        return self.graph.call_function(in_context, (modes, called, *new_args), new_kwargs)
-
-    def _add(self, step: Step, result: Any, changed: list[Tensor], sources: Sources) -> None:
-        """Enter a finished step: its outputs by name, its bytes, and what it changed in place."""
-        self.steps.append(step)
-        for name in step.reads:
-            self.readers.setdefault(name, []).append(step.name)
-        if changed:
-            # Every tensor that shares the storage has changed with it, views that this step did not see included.
-            storages = {t.untyped_storage()._cdata for t in changed}
-            aliases = [n for n, t in self.tensors.items() if t.untyped_storage()._cdata in storages]
-            self.mutators[step.name] = tuple(aliases)
-            for name in aliases:
-                self.sources[name] |= sources
-        for index, (path, tensor) in enumerate(tensors_in(result)):
-            self._name(tensor, step, f"{step.name}{path}", self._unpack(step.node, path, result, index), sources)
-            step.output_bytes += nbytes(tensor)
-
-    def _unpack(self, node: fx.Node, path: str, result: Any, index: int) -> fx.Node:
-        if not path:
-            return node
-        if isinstance(result, (tuple, list)) and path == f"[{index}]":
-            return self.graph.call_function(operator.getitem, (node, index))
-        return self.graph.call_function(tensor_at, (node, index))
-
-    def _name(self, tensor: Tensor, step: Step, name: str, node: fx.Node, sources: Sources) -> None:
-        self.alive.append(tensor)
-        self.tensors[name] = tensor
-        self.name_of[id(tensor)] = name
-        self.sources[name] = sources
-        self.values[name] = Value(
-            name, step.name, node, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.requires_grad
-        )
-
-    def _argument(self, value: Any, step: Step) -> Any:
-        """``value`` with its tensors replaced by graph nodes, noted as read by ``step``."""
-        if isinstance(value, Tensor):
-            return self._read(value, step)
-        if isinstance(value, _NUMBERS) or value is Ellipsis:
-            # NumPy's floats and members of enumerations are numbers too, and no literals when they are written.
-            literal = type(value) in _NUMBERS or not isinstance(value, (str, int, float, complex))
-            return value if literal else self._constant(value)
-        if isinstance(value, nn.Module) and id(value) in self.modules:
-            return self.graph.get_attr(self.modules[id(value)])
-        if isinstance(value, slice):
-            return slice(*(self._argument(part, step) for part in (value.start, value.stop, value.step)))
-        if type(value) in (tuple, list, torch.Size) or (isinstance(value, tuple) and hasattr(value, "_fields")):
-            return self._sequence(value, step)
-        plain = type(value) is dict and all(isinstance(key, (str, int)) for key in value)
-        return {k: self._argument(v, step) for k, v in value.items()} if plain else self._object(value, step)
-
-    def _sequence(self, value: Any, step: Step) -> Any:
-        made = [self._argument(item, step) for item in value]
-        if hasattr(value, "_fields"):  # made by its class: some check what they are given
-            return self.graph.call_function(remade, (self._constant(type(value)), made))
-        return made if isinstance(value, list) else tuple(made)
-
-    def _object(self, value: Any, step: Step) -> fx.Node:
-        """An object: made anew for every call, with the tensors that steps made in their places.
-
-        One that holds none stays as it was when it was first passed: a cache that units fill is empty for each of them,
-        so that what one leaves there for another is missed when the capture is checked.
-        """
-        held = [t for _, t in tensors_in(value)]
-        known = [t for t in held if id(t) in self.name_of or id(t) in self.parameters or id(t) in self.buffers]
-        template = None if known else self.objects.get(id(value))
-        if template is None:
-            self.alive.append(value)
-            holes = {id(t): Hole(index) for index, t in enumerate(known)}
-            kept = copied(value, lambda t: holes.get(id(t)) or t.detach()) if known or has_state(value) else value
-            if any(id(t) in holes for _, t in tensors_in(kept)):
-                where = step.site or call_site(sys._getframe())
-                self._obstacle(f"{where} passes a {type(value).__name__}, which cannot be made anew with other tensors")
-            template = self._constant(kept)
-            if not known:
-                self.objects[id(value)] = template
-        if not known and not has_state(value):
-            return template
-        return self.graph.call_function(rebuilt, (template, [self._read(t, step) for t in known]))
-
-    def _read(self, tensor: Tensor, step: Step) -> fx.Node:
-        name = self.name_of.get(id(tensor)) or self._attribute(tensor)
-        step.reads = tuple(dict.fromkeys((*step.reads, name)))
-        value = self.values[name]
-        if tensor.requires_grad != value.requires_grad and not tensor.is_leaf and id(tensor) not in self.changing:
-            maker = next(s for s in self.steps if s.name == value.producer)
-            self._obstacle(f"{maker.site or maker.name} ({maker.type}) is part of a custom autograd function")
-        return value.node
-
-    def _attribute(self, tensor: Tensor) -> str:
-        """A tensor that no step made: a parameter or buffer of the model, else a constant."""
-        target = self.parameters.get(id(tensor)) or self.buffers.get(id(tensor))
-        if target is None:
-            self._check_constant(tensor)
-            node = self._constant(tensor.detach())
-            step = Step(name=node.name, kind="parameter", type="constant", node=node)
-        else:
-            node = self.graph.get_attr(target)
-            type_ = "parameter" if id(tensor) in self.parameters else "buffer"
-            step = Step(name=target, kind="parameter", type=type_, node=node, unit=target)
-        self.steps.append(step)
-        self.attribute_ids[step.name] = id(tensor)
-        self._name(tensor, step, step.name, node, frozenset({f"{step.type}s"} if target is not None else ()))
-        return step.name
-
     def _check_constant(self, tensor: Tensor) -> None:
         """Note a tensor that came neither with the model nor from a step."""
         where = call_site(sys._getframe())
@@ -568,16 +357,6 @@ class Recorder(TorchFunctionMode):
         """Whether this recorder saw ``tensor`` being made, from more than shapes."""
         name = self.name_of.get(id(tensor))
         return tensor in self.inside or (name is not None and bool(self.sources[name] - {"parameters", "buffers"}))
-
-    def _constant(self, value: Any) -> fx.Node:
-        name = f"constant_{len(self.constants)}"
-        self.constants[name] = value
-        return self.graph.get_attr(name)
-
-    @staticmethod
-    def _snapshot(value: Any) -> Any:
-        """The arguments as they are now, outside autograd."""
-        return map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad), value)
 
     # Finishing
 
@@ -650,42 +429,6 @@ class Recorder(TorchFunctionMode):
         """Whether a unit made ``tensor`` and did not return it, as the entries of a cache."""
         return tensor in self.inside or (tensor.grad_fn is not None and id(tensor) not in self.parameters)
 
-    def _colocate(self) -> list[tuple[str, ...]]:
-        """Groups of steps that must share a device: calls of one unit, and in-place changes."""
-        calls: dict[str, list[str]] = {}
-        for step in self.steps:
-            if step.kind == "unit":
-                calls.setdefault(step.unit, []).append(step.name)
-        # All who see a tensor under a name that it had before the change stay with the change: a copy elsewhere would
-        # not change. Who reads the changing step's own result depends on it anyway.
-        changes = [
-            [
-                *(self.values[name].producer for name in names),
-                *(r for name in names for r in self.readers.get(name, ())),
-                step,
-            ]
-            for step, names in self.mutators.items()
-        ]
-        groups = [*map(tuple, changes), *map(tuple, calls.values())]
-        return list(dict.fromkeys(tuple(dict.fromkeys(group)) for group in groups if len(set(group)) > 1))
-
-    def _ties(self) -> list[tuple[str, tuple[str, ...]]]:
-        """Parameters with several users: units by their own, glue by reading."""
-        users: dict[int, list[Step]] = {}
-        names = {self.attribute_ids[s.name]: s.name for s in self.steps if s.kind == "parameter" and s.unit}
-        for step in self.steps:
-            if step.kind == "unit":
-                for parameter in self.units[step.unit].parameters():
-                    users.setdefault(id(parameter), []).append(step)
-            for name in step.reads:
-                if self.attribute_ids.get(name) in self.parameters:
-                    users.setdefault(self.attribute_ids[name], []).append(step)
-        return [
-            (names.get(key) or self.parameters[key], tuple(dict.fromkeys(step.name for step in steps)))
-            for key, steps in users.items()
-            if len({step.unit or step.name for step in steps}) > 1
-        ]
-
 
 def _deciding_shape(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors whose numbers decide which shape the function's result has."""
@@ -721,19 +464,6 @@ def _replaced(replacements: dict[int, Any], tensor: Tensor) -> Any:
 def _comparable(value: Any) -> bool:
     """Whether a guard can hold a value that was read back to this one: whole numbers, and lists of them."""
     return isinstance(value, int) or (isinstance(value, list) and all(map(_comparable, value)))
-
-
-@cache
-def _can_be_written(function: Any) -> bool:
-    """Whether the graph's code can refer to ``function`` by a qualified name."""
-    try:
-        found: Any = torch
-        for part in fx.node._get_qualified_name(function).split(".")[1:]:
-            found = getattr(found, part)
-    except (AttributeError, RuntimeError):
-        homes = ("builtins", "_operator", __name__, rebuilt.__module__)
-        return hasattr(function, "__name__") and getattr(function, "__module__", None) in homes
-    return bool(found == function)
 
 
 def _tensors_of_modules(modules: list[nn.Module]) -> list[Tensor]:

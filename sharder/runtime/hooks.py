@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils import _pytree as pytree
 
-from shardwright.profiler.recorder import applied_name, call_site, functions_applied
+from shardwright.profiler.callsites import applied_name, call_site, functions_applied
 from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.unitgraph import function_name
 
