@@ -199,15 +199,20 @@ def _checked(model: nn.Module, units: Mapping[str, nn.Module] | None) -> dict[st
 @contextmanager
 def _as_found(model: nn.Module, *, train: bool) -> Iterator[None]:
     """Run the model in training or not; its state, its mode and the random state are put back afterwards."""
-    with _state_kept(model), torch.random.fork_rng(devices=[]), torch.set_grad_enabled(train):
+    with _eager(), _state_kept(model), torch.random.fork_rng(devices=[]), torch.set_grad_enabled(train):
         model.train(train)
         yield
+
+
+def _eager() -> Any:
+    """Have compiled modules run as Python, where hooks and modes see what they do."""
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, with its state and the random state put back afterwards."""
-    with attributes_kept(model), _state_kept(model), torch.random.fork_rng(devices=[]):
+    with _eager(), attributes_kept(model), _state_kept(model), torch.random.fork_rng(devices=[]):
         model.eval()
         yield
 

@@ -296,3 +296,75 @@ def test_weights_come_from_a_checkpoint_onto_their_devices(captured_profile, tmp
     assert empty[5].weight is empty[0].weight
     with torch.no_grad():
         assert torch.equal(model(ids), empty(ids))
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the head's too."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(12, 8)
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
+        self.head = nn.Linear(8, 12, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+def test_a_tied_weight_stays_one_tensor(captured_profile):
+    """It lies with its first user and is lent for the other's call: gradients add up, an optimizer moves both."""
+    model, ids = Tied(), torch.randint(0, 12, (4, 3))
+    plain = copy.deepcopy(model)
+    plan = planned(captured_profile, model, (ids,))
+    assert len(plan.stages) == 2
+    sw.place(model, plan, devices=PAIR)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert model.head.weight is model.embed.weight
+    assert str(model.embed.weight.device) != str(model.layers[3].weight.device)
+    for one, step in ((plain, torch.optim.SGD(plain.parameters(), lr=0.1)), (model, optimizer)):
+        for _ in range(2):
+            step.zero_grad()
+            one(ids).square().mean().backward()
+            step.step()
+    expected = {name: parameter.detach() for name, parameter in plain.named_parameters()}
+    assert model.head.weight is model.embed.weight
+    assert all(relative(on_host(p), expected[name]) < 1e-5 for name, p in model.named_parameters())
+    state = io.BytesIO()
+    torch.save({name: on_host(tensor) for name, tensor in model.state_dict().items()}, state)
+    assert len(model.state_dict()) == len(plain.state_dict())
+    other = copy.deepcopy(model)
+    assert other.head.weight is other.embed.weight
+    assert other.head.weight is not model.head.weight
+    assert torch.equal(other(ids), model(ids))
+    sw.unplace(model)
+    assert model.head.weight is model.embed.weight
+    assert {str(p.device) for p in model.parameters()} == {"cpu"}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_was_lent_is_returned_after_an_error(captured_profile):
+    """A failing call leaves no copy in the place of the parameter."""
+    model, ids = Tied(), torch.randint(0, 12, (4, 3))
+    sw.place(model, planned(captured_profile, model, (ids,)), devices=PAIR)
+    weight = model.head.weight
+    failing = model.head.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(ids)
+    failing.remove()
+    assert model.head.weight is weight
+    assert model(ids).shape == (4, 3, 12)
+
+
+def test_a_compiled_unit_is_placed(containers, captured_profile):
+    """A unit compiled by itself goes on working where it is placed."""
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4)])
+    x = torch.randn(4, 8)
+    expected = model(x).detach()
+    model[0].compile(backend="eager")
+    plan = planned(captured_profile, model, (x,))
+    sw.place(model, plan, devices={d: PAIR["cpu:1"] if i else "cpu" for i, d in enumerate(plan.devices)})
+    assert torch.equal(model(x).detach(), expected)
