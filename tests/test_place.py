@@ -359,7 +359,7 @@ def test_what_was_lent_is_returned_after_an_error(captured_profile):
     assert model(ids).shape == (4, 3, 12)
 
 
-def test_a_compiled_unit_is_placed(containers, captured_profile):
+def test_a_compiled_unit_is_placed(captured_profile):
     """A unit compiled by itself goes on working where it is placed."""
     model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4)])
     x = torch.randn(4, 8)
@@ -367,4 +367,31 @@ def test_a_compiled_unit_is_placed(containers, captured_profile):
     model[0].compile(backend="eager")
     plan = planned(captured_profile, model, (x,))
     sw.place(model, plan, devices={d: PAIR["cpu:1"] if i else "cpu" for i, d in enumerate(plan.devices)})
+    assert torch.equal(model(x).detach(), expected)
+
+
+class Follows(nn.Module):
+    """Glue that takes its result to the device of an operand, or to one that it names."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(6)])
+
+    def forward(self, x):
+        first = self.layers[0](x)
+        for layer in self.layers[1:5]:
+            x = layer(first + x)
+        x = (2 * x).type_as(first)
+        x = self.layers[5](x).to(first.device)
+        return x + first
+
+
+@pytest.mark.parametrize("last", ["cpu:0", "cpu:1"])
+def test_glue_that_moves_its_result_is_followed(captured_profile, last):
+    """A unit or a sum after `type_as` and `to` finds its operands on its own device."""
+    model, x = Follows(), torch.randn(4, 8)
+    expected = model(x).detach()
+    plan = planned(captured_profile, model, (x,))
+    nodes = [n.model_copy(update={"device": last}) if n.node == "layers.5" else n for n in plan.nodes]
+    sw.place(model, plan.model_copy(update={"nodes": tuple(nodes)}), devices=PAIR)
     assert torch.equal(model(x).detach(), expected)

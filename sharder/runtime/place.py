@@ -235,10 +235,12 @@ def _result_home(
     Glue that changes its first operand in place stays there. An operand on the CPU may be without dimensions, and does
     not count then, so that the place is not known.
     """
-    if not operands or None in operands:
+    if not operands or None in operands or node.type in ("to", "cuda", "cpu"):  # these may be told a device
         return None
     if changes_operand(node.type):
         return operands[0]
+    if node.type == "type_as":
+        return operands[-1]
     latest = max((device for device in operands if device is not None), key=order.index)
     return latest if latest.type != "cpu" or len(set(operands)) == 1 else None
 
