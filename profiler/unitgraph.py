@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -216,6 +217,7 @@ def mean_square_loss(outputs: Any) -> Tensor:
     return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
 
+@cache  # torch looks through all its functions, under a filter for warnings
 def function_name(func: Any) -> str:
     """The function's public name, short: ``torch.cat``, ``add``, ``relu``."""
     name = resolve_name(func) or getattr(func, "__name__", str(func))

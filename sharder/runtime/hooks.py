@@ -231,7 +231,8 @@ class AlignGlue(TorchFunctionMode):
     def _aligned(
         self, func: Callable[..., Any], function: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        plain = not kwargs and all(isinstance(arg, (Tensor, int, float)) for arg in args)
+        tensors = [leaf for leaf in (args if plain else pytree.tree_leaves((args, kwargs))) if isinstance(leaf, Tensor)]
         homes = [t.device for t in tensors if t.dim() or t.device.type != "cpu"]
         if len(set(homes)) < 2 or (self.sites is not None and (function, call_site(sys._getframe())) not in self.sites):
             return func(*args, **kwargs)
