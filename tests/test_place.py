@@ -25,7 +25,7 @@ def gradients(model):
 
 
 def relative(a, b):
-    return float((a - b).abs().max() / b.abs().max())
+    return float((a - b).detach().abs().max() / b.detach().abs().max())
 
 
 @pytest.mark.parametrize("name", ["Net", "NetList", "NetDict"])
