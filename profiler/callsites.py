@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -41,16 +42,39 @@ def functions_applied(
 
     PyTorch's function modes do not see these calls.
     """
-    original = torch.autograd.Function.__dict__["apply"]
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        return handle(cls, original.__get__(None, cls), args, kwargs)
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,method-assign]
+    with _patching:
+        if not _patched:
+            _patched.append(torch.autograd.Function.__dict__["apply"])
+            torch.autograd.Function.apply = classmethod(_apply)  # type: ignore[assignment,method-assign]
+        else:
+            _patched.append(_patched[0])
+    _handlers.stack.append(handle)
     try:
         yield
     finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+        _handlers.stack.remove(handle)
+        with _patching:
+            original = _patched.pop()
+            if not _patched:
+                torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
+
+class _Handlers(threading.local):
+    """What is called in this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[Callable[..., Any]] = []
+
+
+_handlers = _Handlers()
+_patching = threading.Lock()
+_patched: list[Any] = []
+"""PyTorch's own ``apply``, once for each block of any thread that is open."""
+
+
+def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    call = _patched[0].__get__(None, cls) if _patched else super(torch.autograd.Function, cls).apply
+    return _handlers.stack[-1](cls, call, args, kwargs) if _handlers.stack else call(*args, **kwargs)
 
 
 def applied_name(function: type[torch.autograd.Function]) -> str:

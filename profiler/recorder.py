@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -124,10 +125,16 @@ class Recorder(GraphWriter, TorchFunctionMode):
             after = nn.Module.register_forward_hook(unit, self._after, with_kwargs=True)
             hooks.callback(before.remove)
             hooks.callback(after.remove)
+        # Autograd holds its hooks as long as what was saved, and the recorder holds tensors: a strong reference to the
+        # recorder would close a ring through C++ that Python's collector cannot see.
+        counting = weakref.WeakMethod(self._saved)
+
+        def saved(tensor: Tensor) -> Tensor:
+            count = counting()
+            return tensor.detach() if count is None else count(tensor)
+
         saving = (
-            torch.autograd.graph.saved_tensors_hooks(self._saved, lambda kept: kept)
-            if self.counts_saved
-            else nullcontext()
+            torch.autograd.graph.saved_tensors_hooks(saved, lambda kept: kept) if self.counts_saved else nullcontext()
         )
         with hooks, saving, functions_applied(self._apply), self:
             try:
@@ -323,6 +330,8 @@ class Recorder(GraphWriter, TorchFunctionMode):
         def evaluate(node: fx.Node, done: dict[fx.Node, Any]) -> Any:
             if node.op == "get_attr" and node not in done:
                 return self.constants[str(node.target)]
+            if node not in done and node.op != "call_function":
+                raise LookupError(node.name)  # a unit takes part, which is not called again
             if node not in done:
                 mapped = fx.node.map_arg((node.args, node.kwargs), lambda inner: evaluate(inner, done))
                 done[node] = node.target(*mapped[0], **mapped[1])  # type: ignore[operator]
@@ -331,7 +340,10 @@ class Recorder(GraphWriter, TorchFunctionMode):
         with torch.random.fork_rng(devices=[]):
             for _ in range(DRAWS):
                 done: dict[fx.Node, Any] = dict(fixed)
-                drawn = {id(self.tensors[name]): evaluate(self.values[name].node, done) for name in names}
+                try:
+                    drawn = {id(self.tensors[name]): evaluate(self.values[name].node, done) for name in names}
+                except LookupError:
+                    return False
                 again = pytree.tree_map_only(Tensor, partial(_replaced, drawn), (args, kwargs))
                 if func(*again[0], **again[1]) != first:
                     return False

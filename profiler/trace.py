@@ -48,7 +48,7 @@ def trace(
         ShardwrightError: the forward fails.
     """
     units = _checked(model, units)
-    with _as_found(model, train=train):
+    with attributes_kept(model), _as_found(model, train=train):
         return _recorded(model, units, args, dict(kwargs or {}), train=train)[1]
 
 
@@ -238,7 +238,7 @@ def _state_kept(model: nn.Module) -> Iterator[None]:
                 if not parameter.is_meta and not torch.equal(parameter, values):
                     parameter.data.copy_(values)
             for name, (buffer, before) in held.items():
-                if buffer.shape == before.shape:
+                if buffer.shape == before.shape and not torch.equal(buffer, before):
                     buffer.copy_(before)
                 holder, _, own = name.rpartition(".")
                 model.get_submodule(holder)._buffers[own] = buffer

@@ -395,3 +395,60 @@ def test_glue_that_moves_its_result_is_followed(captured_profile, last):
     nodes = [n.model_copy(update={"device": last}) if n.node == "layers.5" else n for n in plan.nodes]
     sw.place(model, plan.model_copy(update={"nodes": tuple(nodes)}), devices=PAIR)
     assert torch.equal(model(x).detach(), expected)
+
+
+def test_threads_take_turns_with_a_tied_weight(captured_profile):
+    """Forwards in several threads each find the weight, and it is the parameter again afterwards."""
+    model, ids = Tied(), torch.randint(0, 12, (4, 3))
+    expected = model(ids).detach()
+    sw.place(model, planned(captured_profile, model, (ids,)), devices=PAIR)
+    weight = model.head.weight
+
+    def forward(_):
+        with torch.no_grad():
+            return model(ids)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(torch.equal(found, expected) for found in pool.map(forward, range(60)))
+    assert model.head.weight is weight
+
+
+class Writes(nn.Module):
+    """A unit that leaves what it made in a dictionary of its caller."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8), Leaves()])
+
+    def forward(self, x):
+        context = {"x": self.layers[0](x)}
+        self.layers[1](context)
+        return context["y"] + context["x"]
+
+
+class Leaves(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 8)
+
+    def forward(self, context):
+        context["y"] = super().forward(context["x"])
+        return context["x"]
+
+
+def test_a_dictionary_that_a_unit_writes_stays_the_callers(captured_profile):
+    """What a unit on another device writes there, the forward finds."""
+    model, x = Writes(), torch.randn(4, 8)
+    expected = model(x).detach()
+    plan = planned(captured_profile, model, (x,))
+    nodes = [n.model_copy(update={"device": "cpu:1"}) if n.node == "layers.1" else n for n in plan.nodes]
+    stages = [plan.stages[0], plan.stages[0].model_copy(update={"index": 1, "device": "cpu:1"})]
+    plan = plan.model_copy(update={"nodes": tuple(nodes), "stages": tuple(stages)})
+    sw.place(model, plan, devices=PAIR)
+    assert torch.equal(model(x).detach(), expected)
+
+
+def test_a_name_that_is_no_device_is_refused(captured_profile):
+    """A torch device that does not exist is one line with the remedy."""
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(4, 8)
+    with pytest.raises(sw.ShardwrightError, match="'gpu:0' is no device; write for example"):
+        sw.place(model, planned(captured_profile, model, (x,)), devices={"cpu:0": "gpu:0"})

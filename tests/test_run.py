@@ -292,3 +292,12 @@ def test_an_older_engine_is_not_sent_what_it_cannot_take(captured_profile, monke
     monkeypatch.delattr(_utils, "TensorMeta", raising=False)
     with pytest.raises(sw.ShardwrightError, match=r"input_\w+ crosses between stages and has no gradient.*torch 2.13"):
         piped(captured_profile, Mixed(), (torch.randint(0, 10, (8,)), torch.rand(6)), 4)
+
+
+def test_a_placed_model_is_not_piped(captured_profile):
+    """Its hooks are not part of the plan: the remedy is to take them off."""
+    model, x = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)]), torch.randn(8, 4)
+    plan = sw.plan(captured_profile(model, (x,), microbatches=(1, 2)), microbatches=2)
+    sw.place(model, plan, devices={"cpu:0": "cpu", "cpu:1": "sim:0"})
+    with pytest.raises(sw.ShardwrightError, match=r"the model is placed.*sw.unplace"):
+        sw.run(model, plan, (x,))

@@ -1,5 +1,8 @@
 """Capture: the straight-line graph of unit calls and glue, and what is noted beside it."""
 
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.callsites import functions_applied
 from shardwright.profiler.trace import trace
 
 
@@ -231,3 +235,56 @@ def test_lazy_parameters_are_refused():
     """A model without shapes has to be run once first."""
     with pytest.raises(ShardwrightError, match="run one forward of the model"):
         trace(nn.Sequential(nn.LazyLinear(2), nn.ReLU()), (torch.randn(2, 3),))
+
+
+def test_a_capture_lets_go_of_the_model():
+    """Nothing that autograd saved keeps the model and its activations alive."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    gone = weakref.ref(model[0])
+    trace(model, (torch.randn(2, 4),))
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_custom_functions_are_as_before_after_captures_in_threads():
+    """Captures that overlap leave torch.autograd.Function.apply as it was."""
+    before = torch.autograd.Function.__dict__["apply"]
+    first, second = functions_applied(lambda *_: None), functions_applied(lambda *_: None)
+    with ThreadPoolExecutor(1) as a, ThreadPoolExecutor(1) as b:
+        for step in ((a, first.__enter__), (b, second.__enter__)):
+            step[0].submit(step[1]).result()
+        for step in ((a, first.__exit__), (b, second.__exit__)):
+            step[0].submit(step[1], None, None, None).result()
+    assert torch.autograd.Function.__dict__["apply"] is before
+
+
+def test_what_a_forward_leaves_on_the_model_is_taken_away():
+    """An attribute that the forward sets is not there after a capture; an expanded buffer does no harm."""
+
+    class Keeps(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.Linear(4, 4), nn.Linear(4, 4))
+            self.register_buffer("ones", torch.ones(1, 4).expand(4, 4))
+
+        def forward(self, x):
+            self.last = super().forward(x) * self.ones[0]
+            return self.last
+
+    model = Keeps()
+    trace(model, (torch.randn(2, 4),))
+    assert not hasattr(model, "last")
+
+
+def test_chance_that_passes_through_a_unit_is_an_obstacle():
+    """A branch on what a unit makes of a random number is named."""
+
+    class Chancy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.ReLU(), nn.Linear(4, 4)])
+
+        def forward(self, x):
+            return self.layers[1](x) if self.layers[0](torch.rand(3)).sum() > -1 else x
+
+    assert "depends on chance" in trace(Chancy(), (torch.randn(2, 4),)).obstacles[0]

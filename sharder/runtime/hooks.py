@@ -30,8 +30,8 @@ def _moved(value: Any, device: torch.device) -> Any:
     """``value`` with its tensors on ``device``; dataclasses are looked into, other objects are left as they are."""
     if isinstance(value, Tensor):
         return value if value.device == device else value.to(device)
-    if isinstance(value, (str, int, float, type(None))):
-        return value
+    if isinstance(value, (str, int, float, type(None))) or all(t.device == device for _, t in tensors_in(value)):
+        return value  # itself, for the callee may write what it is given
 
     def mapped(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -58,8 +58,11 @@ class MoveInputs:
     def _fetched(self, value: Any) -> Any:
         if isinstance(value, torch.device):
             return self.device
-        if type(value) is list:  # the list itself, for the unit may write it
+        if type(value) is list:  # the container itself, for the unit may write it
             value[:] = [self._fetched(item) for item in value]
+            return value
+        if type(value) is dict:
+            value.update({key: self._fetched(item) for key, item in value.items()})
             return value
         return _moved(value, self.device)
 
@@ -71,31 +74,49 @@ class Borrow:
         self.model = model
         self.device = device
         self.names = names
-        self.lenders: list[tuple[dict[str, Any], str, Tensor]] = []
 
     def __call__(self, _module: nn.Module, _args: Any) -> None:
         """Put copies in the places of the parameters; gradients flow back through them."""
+        _lending.acquire()  # released by Return: in another thread's call a copy would be taken for the parameter
+        lent: list[tuple[dict[str, Any], str, Tensor]] = []
+        _loans.stack.append((self, lent))
         for name in self.names:
             holder, _, own = name.rpartition(".")
             owner = self.model.get_submodule(holder)
             held = owner._parameters if own in owner._parameters else owner._buffers
             tensor = held[own]
             if tensor is not None:
-                self.lenders.append((held, own, tensor))
-                held[own] = tensor.to(self.device)  # type: ignore[assignment]  # a copy is no Parameter
+                copied = tensor.to(self.device)
+                lent.append((held, own, tensor))
+                held[own] = copied  # type: ignore[assignment]  # a copy is no Parameter
 
 
 class Return:
-    """Forward hook of a unit, called after an error too: put back what :class:`Borrow` replaced."""
+    """Forward hook of a unit, called after an error too: put back what :class:`Borrow` replaced in this call."""
 
     def __init__(self, borrow: Borrow) -> None:
         self.borrow = borrow
 
     def __call__(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         """Put the parameters back."""
-        while self.borrow.lenders:
-            held, own, tensor = self.borrow.lenders.pop()
+        if not _loans.stack or _loans.stack[-1][0] is not self.borrow:
+            return  # the call failed before anything was borrowed
+        _, lent = _loans.stack.pop()
+        for held, own, tensor in reversed(lent):
             held[own] = tensor
+        _lending.release()
+
+
+class _Loans(threading.local):
+    """What the running calls of this thread have borrowed, innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[Borrow, list[tuple[dict[str, Any], str, Tensor]]]] = []
+
+
+_loans = _Loans()
+_lending = threading.RLock()
+"""Units that borrow run one at a time: they change what all threads see."""
 
 
 class _Call:

@@ -70,7 +70,8 @@ def place(
         raise ShardwrightError(f"{empty[0]} has no values: give them with place(model, plan, checkpoint=folder)")
     relocate(model, _tensor_homes(model, plan, homes))
 
-    if len(set(homes.values())) == 1 and homes[plan.stages[0].device].type == "cpu" and not plan.offloaded:
+    elsewhere = any(origin != homes[plan.stages[0].device] for origin in origins.values())
+    if set(homes.values()) == {cpu} and not plan.offloaded and not elsewhere:
         return model  # one torch device: nothing can cross
     tensors = dict(_tensors(model))
     moves = _located(plan, homes, {name: tensor.device for name, tensor in tensors.items()})
@@ -174,7 +175,11 @@ def _resolve(plan: Plan, devices: Mapping[str, str | torch.device]) -> dict[str,
             raise ShardwrightError(f"the plan does not use {name}; it uses {', '.join(plan.devices)}")
     homes = {}
     for name in plan.devices:
-        device = torch.device(devices.get(name, "cpu" if name.startswith("cpu") else name))
+        asked = devices.get(name, "cpu" if name.startswith("cpu") else name)
+        try:
+            device = torch.device(asked)
+        except RuntimeError:
+            raise ShardwrightError(f'{asked!r} is no device; write for example {{"{name}": "cuda:0"}}') from None
         if device.type == "cuda" and (
             not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
         ):

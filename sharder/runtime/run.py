@@ -37,6 +37,7 @@ from shardwright.sharder.runtime.pipeline import (
     step_stage,
     step_whole,
 )
+from shardwright.sharder.runtime.place import hooks_of
 from shardwright.sharder.runtime.record import Equality, Run, Timed
 
 __all__ = ["compare", "run"]
@@ -81,7 +82,7 @@ def run(
     tell = progress or silent
     check_model(plan, model)
     check_inputs(plan, args, kwargs)
-    _check_can_be_piped(plan)
+    _check_can_be_piped(plan, model)
     baseline = plan.predicted.baseline_device
     needed = {*plan.devices, *([baseline] if baseline else [])}
     # The cores are shared out as they were for the profile, or its times would not hold.
@@ -155,7 +156,11 @@ def _job(plan: Plan, model: nn.Module, output_places: tuple[int, ...], schedule:
     return Job(schedule, microbatches, len(plan.stages), plan.batch, plan.train, plan.optimizer, output_places, ties)
 
 
-def _check_can_be_piped(plan: Plan) -> None:
+def _check_can_be_piped(plan: Plan, model: nn.Module) -> None:
+    if any(True for _ in hooks_of(model)):
+        raise ShardwrightError(
+            "the model is placed, and its hooks would become part of the pipeline: sw.unplace(model) first"
+        )
     if plan.offloaded:
         raise ShardwrightError(
             f"by the plan the weights of {next(iter(plan.offloaded))} are brought in for each call, which the pipeline "
