@@ -39,8 +39,9 @@ from accelerate.hooks import attach_align_device_hook_on_blocks
 from torch import Tensor, nn
 
 import shardwright as sw
+from shardwright.profiler.placed import placement_hooks
 from shardwright.sharder.runtime.hooks import Enter, MoveInputs
-from shardwright.sharder.runtime.place import hooks_of, relocate
+from shardwright.sharder.runtime.place import relocate
 from shardwright.sharder.runtime.sim import on_host, parameters_may_move, sim_device
 
 LAYERS, CUT, WIDTH, BATCH = 100, 50, 32, 8
@@ -115,7 +116,7 @@ def placed_by_us(model: nn.Module, plan: sw.Plan, homes: Homes) -> nn.Module:
         return sw.place(model, plan, devices=dict(zip(plan.devices, homes, strict=True)))
     sw.place(model, plan, devices={name: sim_device(index) for index, name in enumerate(plan.devices)})
     relocate(model, {id(parameter): CPU for parameter in model.parameters()})
-    for _, hooks, key in hooks_of(model):
+    for _, hooks, key in placement_hooks(model):
         if isinstance(hooks[key], MoveInputs):
             hooks[key].device = CPU
         elif isinstance(hooks[key], Enter):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.devices import find_devices, spare_host_bytes
-from shardwright.profiler.equality import relative_difference
+from shardwright.profiler.equality import relative_difference, same_values
 from shardwright.profiler.inputs import (
     all_microbatches,
     batch_size,
@@ -38,8 +38,9 @@ from shardwright.profiler.measure import (
 from shardwright.profiler.pool import Pool
 from shardwright.profiler.profile import Device, Measurement, Node, Profile, Tie, Variation
 from shardwright.profiler.profile import Tensor as TensorRecord
+from shardwright.profiler.structure import nbytes
 from shardwright.profiler.trace import CaptureError, checked_trace, evaluating, trace
-from shardwright.profiler.unitgraph import Step, UnitGraph, nbytes
+from shardwright.profiler.unitgraph import Step, UnitGraph
 from shardwright.profiler.units import choose_units, find_units, structure_digest
 
 __all__ = [
@@ -103,13 +104,9 @@ def profile(
         ShardwrightError: the forward fails, a device does not exist, or a worker fails.
     """
     kwargs = dict(kwargs or {})
+    units = (units,) if isinstance(units, str) else units
     tell = progress or silent
-    if train and optimizer not in OPTIMIZERS:
-        raise ShardwrightError(f"optimizer {optimizer!r} is not known; choose one of {', '.join(OPTIMIZERS)}")
-    if train and not any(p.requires_grad for p in model.parameters()):
-        raise ShardwrightError("no parameter requires a gradient: there is nothing to train; profile with --inference")
-    if rounds < 1:
-        raise ShardwrightError(f"{rounds} rounds measure nothing; use 3 or more")
+    _check_options(model, train=train, optimizer=optimizer, microbatches=microbatches, depth=depth, rounds=rounds)
     batch = batch_size(args, kwargs)
     counts = tuple(sorted({1, *(microbatches if microbatches is not None else default_counts(batch))}))
     found = find_devices(devices)
@@ -158,6 +155,23 @@ def profile(
         measurements=measurements_of([step.name for step in whole.steps], samples),
         variations=tuple(variation_of(device, taken.values()) for device, taken in samples.items()),
     )
+
+
+def _check_options(
+    model: nn.Module, *, train: bool, optimizer: str, microbatches: Sequence[int] | None, depth: int | None, rounds: int
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise ShardwrightError(f"the model is a {type(model).__name__}; give an nn.Module")
+    if train and optimizer not in OPTIMIZERS:
+        raise ShardwrightError(f"optimizer {optimizer!r} is not known; choose one of {', '.join(OPTIMIZERS)}")
+    if train and not any(p.requires_grad for p in model.parameters()):
+        raise ShardwrightError("no parameter requires a gradient: there is nothing to train; profile with --inference")
+    if microbatches is not None and not microbatches:
+        raise ShardwrightError("no number of micro-batches is named; leave it out for 1, 2, 4 and 8")
+    if depth is not None and depth < 1:
+        raise ShardwrightError(f"a depth of {depth} holds no unit; 1 = the model's own children")
+    if rounds < 1:
+        raise ShardwrightError(f"{rounds} rounds measure nothing; use 3 or more")
 
 
 def silent(_what: str, _done: int, _whole: int) -> None:
@@ -223,20 +237,21 @@ def _captures(
     Returns:
         The captures in the order of ``counts``, and why there is one only, if so.
     """
-    captures: dict[int, UnitGraph] = {}
     try:
-        # The smallest micro-batch is the quickest to check, and all take the same path.
-        for done, count in enumerate(reversed(counts)):
-            tell("capture", done, len(counts))
-            captures[count] = _capture(model, args, kwargs, count, units, train=train, check=count == counts[-1])
-            if captures[count].obstacles:
-                break
-        else:
-            _same_path(captures)
+        captures = _captures_at(model, args, kwargs, counts, units, train=train, checked=counts[-1:], tell=tell)
+        obstacles = [obstacle for capture in captures.values() for obstacle in capture.obstacles]
+        if not obstacles and _other_path(captures):
+            # A first call may fill a table that later calls read. What is checked runs the model before, so it is late.
+            captures = _captures_at(model, args, kwargs, counts, units, train=train, checked=counts, tell=tell)
+            obstacles = [obstacle for capture in captures.values() for obstacle in capture.obstacles]
+        if not obstacles:
+            other = _other_path(captures)
+            if other:
+                raise ShardwrightError(other)
             if len(counts) > 1:
                 check_divisible(model, args, kwargs, counts[-1])
             return {count: captures[count] for count in counts}, ""
-        reason = captures[count].obstacles[0]
+        reason = obstacles[0]
     except ShardwrightError as error:
         if strict or len(counts) == 1:
             raise
@@ -244,6 +259,30 @@ def _captures(
     finally:
         tell("capture", len(counts), len(counts))
     return {1: _capture(model, args, kwargs, 1, units, train=train, check=True)}, reason if len(counts) > 1 else ""
+
+
+def _captures_at(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    counts: Sequence[int],
+    units: Mapping[str, nn.Module],
+    *,
+    train: bool,
+    checked: Sequence[int],
+    tell: Progress,
+) -> dict[int, UnitGraph]:
+    """Captures at each of ``counts``, up to an obstacle; those that are ``checked`` run on other values too.
+
+    The smallest micro-batch comes first: it is the quickest to check.
+    """
+    captures: dict[int, UnitGraph] = {}
+    for done, count in enumerate(reversed(counts)):
+        tell("capture", done, len(counts))
+        captures[count] = _capture(model, args, kwargs, count, units, train=train, check=count in checked)
+        if captures[count].obstacles:
+            break
+    return captures
 
 
 def _capture(
@@ -292,7 +331,7 @@ def check_divisible(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         pieces = [outputs_of(model(*piece[0], **piece[1])) for piece in all_microbatches(args, kwargs, count)]
     batch = batch_size(args, kwargs)
     for index, expected in enumerate(whole):
-        if not is_batched(expected, batch) or not torch.equal(expected, again[index]):
+        if not is_batched(expected, batch) or not same_values(expected, again[index]):
             continue
         found = torch.cat([piece[index] for piece in pieces])
         difference = relative_difference(expected, found)
@@ -304,17 +343,18 @@ def check_divisible(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             )
 
 
-def _same_path(captures: Mapping[int, UnitGraph]) -> None:
-    """Refuse a forward whose path depends on the size of the batch."""
+def _other_path(captures: Mapping[int, UnitGraph]) -> str:
+    """Where the forward takes another path than with the whole batch; nothing if it does not."""
     paths = {count: [(step.name, step.type) for step in capture.steps] for count, capture in captures.items()}
     for count, path in sorted(paths.items()):
         if path != paths[1]:
             pairs = itertools.zip_longest(paths[1], path, fillvalue=("nothing", ""))
             whole, part = next((a, b) for a, b in pairs if a != b)
-            raise ShardwrightError(
+            return (
                 f"the forward takes another path at {count} micro-batches: {part[0]} where the whole batch has "
                 f"{whole[0]}; profile with --microbatches 1"
             )
+    return ""
 
 
 def _measure(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["relative_difference", "tolerance"]
+from shardwright.profiler.structure import dense_parts
+
+__all__ = ["relative_difference", "same_values", "tolerance"]
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """By dtype, relative to the tensor's largest value; others must be equal exactly."""
@@ -16,10 +18,28 @@ def tolerance(dtype: torch.dtype) -> float:
     return TOLERANCES.get(dtype, 0.0)
 
 
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors, dense or sparse, are of one shape and hold the same numbers."""
+    if one.shape != other.shape or one.layout != other.layout:
+        return False
+    if one.layout == torch.strided:
+        return torch.equal(one, other)
+    return all(map(torch.equal, dense_parts(_canonical(one)), dense_parts(_canonical(other))))
+
+
+def _canonical(tensor: Tensor) -> Tensor:
+    return tensor.coalesce() if tensor.layout == torch.sparse_coo else tensor
+
+
 def relative_difference(expected: Tensor, found: Tensor) -> float:
     """Largest difference over the largest value of ``expected``; infinite when shapes differ or one has NaN alone."""
-    if expected.shape != found.shape:
+    if expected.shape != found.shape or expected.layout != found.layout:
         return float("inf")
+    if expected.layout != torch.strided:
+        *indices, values = dense_parts(_canonical(expected))
+        *found_indices, found_values = dense_parts(_canonical(found))
+        alike = all(map(torch.equal, indices, found_indices))
+        return relative_difference(values, found_values) if alike else float("inf")
     if expected.numel() == 0 or torch.equal(expected, found):
         return 0.0
     wide = torch.complex128 if expected.is_complex() else torch.float64

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.equality import same_values
 from shardwright.profiler.profile import TensorSpec
 from shardwright.profiler.structure import map_tensors, tensors_in
 
@@ -54,8 +55,8 @@ def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 
 def is_batched(leaf: Any, batch: int) -> bool:
-    """Whether ``leaf`` is divided among the micro-batches; other tensors go to each whole."""
-    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch
+    """Whether ``leaf`` is divided among the micro-batches; other tensors, and sparse ones, go to each whole."""
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch and leaf.layout == torch.strided
 
 
 def microbatch(args: tuple[Any, ...], kwargs: Mapping[str, Any], count: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -109,10 +110,12 @@ def other_values(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[t
     """
 
     def bold(tensor: Tensor) -> Tensor:
+        if tensor.layout != torch.strided:
+            return tensor.clone()  # its pattern is not ours to move
         return _stretched(tensor.flip(tuple(range(tensor.dim()))))
 
     def by_sample(tensor: Tensor) -> Tensor:
-        return _stretched(tensor.roll(1, 0)) if tensor.dim() else tensor.clone()
+        return _stretched(tensor.roll(1, 0)) if tensor.dim() and tensor.layout == torch.strided else tensor.clone()
 
     def floating_only(tensor: Tensor) -> Tensor:
         return _stretched(tensor.clone())
@@ -134,20 +137,27 @@ def _stretched(tensor: Tensor) -> Tensor:
 
 def is_mask(tensor: Tensor) -> bool:
     """Whether a floating tensor of some size has a few different values only, as masks have."""
-    if tensor.numel() <= FEW_VALUES or isinstance(tensor, FakeTensor) or tensor.is_meta:
+    if (
+        tensor.numel() <= FEW_VALUES
+        or isinstance(tensor, FakeTensor)
+        or tensor.is_meta
+        or tensor.layout != torch.strided
+    ):
         return False
     return len(tensor.unique()) <= FEW_VALUES
 
 
 def _same_values(one: Tensor, other: Tensor) -> bool:
-    return not isinstance(one, FakeTensor) and not one.is_meta and torch.equal(one, other)
+    return not isinstance(one, FakeTensor) and not one.is_meta and same_values(one, other)
 
 
 def _shifted(tensor: Tensor) -> Tensor:
     """``tensor`` with other numbers, in the same range, if they are floating."""
-    return (
-        (tensor.detach() * 0.75 + 0.05).requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else tensor
-    )
+    if not tensor.is_floating_point():
+        return tensor
+    smaller = tensor.detach() * 0.75
+    other = smaller + 0.05 if tensor.layout == torch.strided else smaller
+    return other.requires_grad_(tensor.requires_grad)
 
 
 def default_counts(batch: int) -> tuple[int, ...]:

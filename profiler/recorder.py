@@ -7,6 +7,7 @@ follows from shapes alone, as most masks do; else the graph, which holds one pat
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 import weakref
@@ -24,7 +25,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.callsites import applied_name, call_site, functions_applied
-from shardwright.profiler.structure import tensors_in
+from shardwright.profiler.equality import same_values
+from shardwright.profiler.structure import dense_parts, tensors_in
 from shardwright.profiler.unitgraph import (
     ApplyFunction,
     Call,
@@ -60,7 +62,6 @@ SHAPED_BY = {"masked_select": "mask", "_pack_padded_sequence": "lengths", "repea
 """Functions whose result has a shape that follows from the numbers of their second argument."""
 GRADIENT_HOOKS = frozenset(["register_hook", "register_post_accumulate_grad_hook"])
 """Tensor functions that change what happens in the backward pass, without a result that a graph would hold."""
-_NUMBERS = (str, int, float, bool, complex, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 DRAWS = 64
 """So often a branch on chance alone is tried; one that never turns out otherwise is none."""
 
@@ -98,11 +99,13 @@ class Recorder(GraphWriter, TorchFunctionMode):
         self.current: Step | None = None
         # Modules that the step which runs may call: a unit those that it holds or was handed; None = any.
         self.at_hand: set[int] | None = None
+        self.astray = False  # whether it has called others, which have their own parameters
         self.inside: Any = WeakTensorKeyDictionary()
         if earlier is not None:
             # Buffers that the earlier call has made are not the model's own: they go when it is put back as it was.
             made = {name: key for key, name in earlier.buffers.items()}
             self.buffers = {key: name for key, name in self.buffers.items() if made.get(name) == key}
+        # The parameters of each unit, by identity: others in their place mean a functional call.
         self.held = {path: _held(unit) for path, unit in units.items()}
         self.saved_storages: dict[int, torch.UntypedStorage] = {}
         self.versions: list[tuple[Tensor, int | Tensor]] = []
@@ -159,6 +162,7 @@ class Recorder(GraphWriter, TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.depth:
+            self._note_borrowed(args)
             result = func(*args, **kwargs)
             for leaf in result if isinstance(result, (tuple, list)) else (result,):
                 if isinstance(leaf, Tensor):
@@ -168,6 +172,17 @@ class Recorder(GraphWriter, TorchFunctionMode):
             self._obstacle(f"{call_site(sys._getframe())} runs inside a transform of torch.func, such as vmap")
             return func(*args, **kwargs)
         return self._glue(func, args, kwargs)
+
+    def _note_borrowed(self, args: tuple[Any, ...]) -> None:
+        """Note a parameter that a unit reads and that is another module's, by a reference of its own."""
+        step = self.current
+        if step is None or step.kind != "unit" or self.astray:
+            return
+        for leaf in args:
+            name = self.parameters.get(id(leaf))
+            if name is not None and id(leaf) not in self.held[step.unit] and name not in step.reads:
+                self._obstacle(f"{step.site} calls {step.unit}, which reads {name} of another module")
+                self._read(leaf, step)
 
     def _glue(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], type_: str = "") -> Any:
         read = [tensor for _, tensor in tensors_in((args, kwargs))]
@@ -206,6 +221,7 @@ class Recorder(GraphWriter, TorchFunctionMode):
                 if self.depth == 1:
                     enter(module, args, kwargs)
                 elif self.current is not None and self.at_hand is not None and id(module) not in self.at_hand:
+                    self.astray = True
                     where, around = call_site(sys._getframe()), self.current.name or self.current.type
                     self._obstacle(f"{where} calls {path} inside {around}, which does not hold it")
 
@@ -227,6 +243,7 @@ class Recorder(GraphWriter, TorchFunctionMode):
             handed = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, nn.Module)]
             for tensor in _tensors_of_modules(handed):
                 self._read(tensor, step)
+            self.astray = False
             self.at_hand = {id(inner) for holder in (module, *handed) for inner in holder.modules()}
             self.current = step
             self.versions = [(t, _version(t)) for _, t in tensors_in((args, kwargs))]
@@ -274,11 +291,13 @@ class Recorder(GraphWriter, TorchFunctionMode):
 
     def _storage_counted(self, tensor: Tensor) -> int:
         """The storage's bytes when first seen, else 0; it is kept, so that its address stays its own."""
-        storage = tensor.untyped_storage()
-        if storage._cdata in self.saved_storages:
-            return 0
-        self.saved_storages[storage._cdata] = storage
-        return storage.nbytes()
+        counted = 0
+        for part in dense_parts(tensor):
+            storage = part.untyped_storage()
+            if storage._cdata not in self.saved_storages:
+                self.saved_storages[storage._cdata] = storage
+                counted += storage.nbytes()
+        return counted
 
     # What a graph cannot hold
 
@@ -415,12 +434,14 @@ class Recorder(GraphWriter, TorchFunctionMode):
                     site, function, _ = before if now is nothing else now
                     self._obstacle(f"{site} reads a number back ({function}) that depends on the inputs' values")
                     break
-            if not self.obstacles:
-                self._compare_shapes(self.earlier)
+        if self.earlier is not None and not self.obstacles:
+            self._compare_shapes(self.earlier)
         return list(self.obstacles)
 
     def _compare_shapes(self, earlier: Recorder) -> None:
-        """Note a tensor that had another shape in the earlier call, with inputs of the same shapes."""
+        """Note a tensor that had another shape in the earlier call, which took the same steps from the same shapes."""
+        if [(s.name, s.type) for s in self.steps] != [(s.name, s.type) for s in earlier.steps]:
+            return
         for name, value in self.values.items():
             before = earlier.values.get(name)
             if before is not None and before.producer == value.producer and before.shape != value.shape:
@@ -435,7 +456,7 @@ class Recorder(GraphWriter, TorchFunctionMode):
         before = next((t for t in self.alive if self.buffers.get(id(t)) == path), None)
         if "buffers" not in sources or before is None or before.shape != buffer.shape:
             return False  # a table that has grown, say
-        return not torch.equal(before, buffer.to(before.dtype))
+        return not same_values(before, buffer.to(before.dtype))
 
     def _only_inside(self, tensor: Tensor) -> bool:
         """Whether a unit made ``tensor`` and did not return it, as the entries of a cache."""
@@ -462,7 +483,7 @@ def _version(tensor: Tensor) -> int | Tensor:
 
 
 def _has_changed(tensor: Tensor, version: int | Tensor) -> bool:
-    return not torch.equal(tensor, version) if isinstance(version, Tensor) else tensor._version != version
+    return not same_values(tensor, version) if isinstance(version, Tensor) else tensor._version != version
 
 
 def _apart_from(taken: set[int], tensor: Tensor) -> Tensor:
@@ -491,6 +512,8 @@ def _expression(func: Any, args: tuple[Any, ...]) -> tuple[Callable[..., Any], t
     name = getattr(func, "__name__", "")
     if func is Tensor.__setitem__:
         return set_item, args
+    if func is Tensor.__deepcopy__:  # its memo holds the copy by now, and would hand that one out ever after
+        return copy.deepcopy, args[:1]
     if name == "__get__":  # a property such as x.T; its descriptor's name is in the bound getset
         return getattr, (args[0], func.__self__.__name__)
     return func, args

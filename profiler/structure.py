@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["Hole", "copied", "filled", "has_state", "map_tensors", "tensor_at", "tensors_in"]
+__all__ = ["Hole", "copied", "dense_parts", "filled", "has_state", "map_tensors", "nbytes", "tensor_at", "tensors_in"]
 
 DEPTH = 6
 """Objects inside objects are looked into so deep."""
@@ -36,6 +36,24 @@ def tensors_in(value: Any) -> list[tuple[str, Tensor]]:
 def tensor_at(value: Any, index: int) -> Tensor:
     """The tensor at ``index`` of :func:`tensors_in`."""
     return tensors_in(value)[index][1]
+
+
+def dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The dense tensors that a sparse one is made of, indices first; a dense one is its own."""
+    if tensor.layout == torch.strided:
+        return (tensor,)
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    compressed = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+    first, second = (
+        (tensor.crow_indices, tensor.col_indices) if compressed else (tensor.ccol_indices, tensor.row_indices)
+    )
+    return first(), second(), tensor.values()
+
+
+def nbytes(tensor: Tensor) -> int:
+    """Bytes of the tensor's elements; of a sparse one, of those that it holds and their indices."""
+    return sum(part.element_size() * part.numel() for part in dense_parts(tensor))
 
 
 def _walk(value: Any, path: str, depth: int, open_: set[int]) -> Iterator[tuple[str, Tensor]]:

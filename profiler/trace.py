@@ -7,7 +7,7 @@ on other values as well, and holds the replayed graph against it.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.equality import relative_difference, tolerance
+from shardwright.profiler.equality import relative_difference, same_values, tolerance
 from shardwright.profiler.inputs import other_values, outputs_of
+from shardwright.profiler.placed import refuse_placed
 from shardwright.profiler.recorder import Recorder, SavedTensorsUncountedError
+from shardwright.profiler.structure import nbytes
 from shardwright.profiler.unitgraph import UnitGraph, mean_square_loss
 from shardwright.profiler.units import find_units
 
@@ -82,28 +84,36 @@ def checked_trace(
     return capture
 
 
-_CONTAINERS = (dict, OrderedDict, list, set)
-
-
 @contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[None]:
     """Give every module its attributes back: parameters, buffers, hooks, and what a forward left on it (a cache).
 
     Not a copy of the model: a function that a module holds may refer to the model itself, and would to the original.
     """
-    kept = [
-        (module, dict(vars(module)), [(v, v.copy()) for v in vars(module).values() if type(v) in _CONTAINERS])
-        for module in model.modules()
-    ]
+    kept = [(module, dict(vars(module))) for module in model.modules()]
+    contents = [(container, container.copy()) for _, attributes in kept for container in _containers(attributes)]
     try:
         yield
     finally:
-        for module, attributes, containers in kept:
-            for container, content in containers:
-                container.clear()
-                container.extend(content) if isinstance(container, list) else container.update(content)
+        for container, content in contents:
+            container.clear()
+            container.extend(content) if isinstance(container, (list, deque)) else container.update(content)
+        for module, attributes in kept:
             vars(module).clear()
             vars(module).update(attributes)
+
+
+_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
+
+
+def _containers(value: Any, seen: set[int] | None = None) -> Iterator[Any]:
+    """Python's own changeable containers in ``value``, which is one, or in each other."""
+    seen = set() if seen is None else seen
+    seen.add(id(value))
+    yield value
+    for inner in value.values() if isinstance(value, dict) else value:
+        if type(inner) in _CONTAINERS and id(inner) not in seen:
+            yield from _containers(inner, seen)
 
 
 SMALL_BYTES = 2**31
@@ -184,6 +194,7 @@ def _compare(capture: UnitGraph, inputs: list[Tensor], expected: dict[str, Tenso
 
 
 def _checked(model: nn.Module, units: Mapping[str, nn.Module] | None) -> dict[str, nn.Module]:
+    refuse_placed(model, "profile")
     found = dict(units) if units is not None else find_units(model)
     if "" in found:
         raise ShardwrightError(
@@ -225,7 +236,7 @@ def _state_kept(model: nn.Module) -> Iterator[None]:
     """
     held = {name: (buffer, buffer.detach().clone()) for name, buffer in model.named_buffers()}
     parameters = list(model.parameters())
-    small = sum(p.numel() * p.element_size() for p in parameters) <= SMALL_BYTES
+    small = sum(nbytes(p) for p in parameters) <= SMALL_BYTES
     kept = [(p, p.detach().clone()) for p in parameters if small]
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -235,10 +246,10 @@ def _state_kept(model: nn.Module) -> Iterator[None]:
             module.training = training
         with torch.no_grad():
             for parameter, values in kept:
-                if not parameter.is_meta and not torch.equal(parameter, values):
+                if not parameter.is_meta and not same_values(parameter, values):
                     parameter.data.copy_(values)
             for name, (buffer, before) in held.items():
-                if buffer.shape == before.shape and not torch.equal(buffer, before):
+                if buffer.shape == before.shape and not same_values(buffer, before):
                     buffer.copy_(before)
                 holder, _, own = name.rpartition(".")
                 model.get_submodule(holder)._buffers[own] = buffer

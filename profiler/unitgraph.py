@@ -28,7 +28,6 @@ __all__ = [
     "held_to",
     "in_context",
     "mean_square_loss",
-    "nbytes",
     "rebuilt",
     "remade",
     "set_item",
@@ -87,14 +86,12 @@ class Value:
     producer: str
     node: fx.Node
     shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    stride: tuple[int, ...] | None
+    """None = a sparse tensor."""
     dtype: torch.dtype
     requires_grad: bool
-
-    @property
-    def bytes(self) -> int:
-        """Its elements' bytes; what a transfer moves."""
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
+    bytes: int
+    """What a transfer moves."""
 
 
 @dataclass
@@ -193,11 +190,6 @@ class ApplyFunction:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Apply it."""
         return self.function.apply(*args, **kwargs)
-
-
-def nbytes(tensor: Tensor) -> int:
-    """Bytes of the tensor's elements."""
-    return tensor.element_size() * tensor.numel()
 
 
 def mean_square_loss(outputs: Any) -> Tensor:

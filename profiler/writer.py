@@ -16,13 +16,21 @@ from torch import Tensor, fx, nn
 
 from shardwright.profiler.callsites import call_site
 from shardwright.profiler.inputs import is_mask
-from shardwright.profiler.structure import Hole, copied, has_state, map_tensors, tensor_at, tensors_in
+from shardwright.profiler.structure import (
+    Hole,
+    copied,
+    dense_parts,
+    has_state,
+    map_tensors,
+    nbytes,
+    tensor_at,
+    tensors_in,
+)
 from shardwright.profiler.unitgraph import (
     Context,
     Step,
     Value,
     in_context,
-    nbytes,
     rebuilt,
     remade,
 )
@@ -113,8 +121,8 @@ class GraphWriter:
             self.readers.setdefault(name, []).append(step.name)
         if changed:
             # Every tensor that shares the storage has changed with it, views that this step did not see included.
-            storages = {t.untyped_storage()._cdata for t in changed}
-            aliases = [n for n, t in self.tensors.items() if t.untyped_storage()._cdata in storages]
+            storages = set[int]().union(*map(_storages, changed))
+            aliases = [n for n, t in self.tensors.items() if not storages.isdisjoint(_storages(t))]
             self.mutators[step.name] = tuple(aliases)
             for name in aliases:
                 self.sources[name] |= sources
@@ -134,8 +142,9 @@ class GraphWriter:
         self.tensors[name] = tensor
         self.name_of[id(tensor)] = name
         self.sources[name] = sources
+        stride = tuple(tensor.stride()) if tensor.layout == torch.strided else None
         self.values[name] = Value(
-            name, step.name, node, tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.requires_grad
+            name, step.name, node, tuple(tensor.shape), stride, tensor.dtype, tensor.requires_grad, nbytes(tensor)
         )
 
     def _argument(self, value: Any, step: Step) -> Any:
@@ -256,6 +265,10 @@ class GraphWriter:
         ]
 
 
+def _storages(tensor: Tensor) -> set[int]:
+    return {part.untyped_storage()._cdata for part in dense_parts(tensor)}
+
+
 @cache
 def _can_be_written(function: Any) -> bool:
     """Whether the graph's code can refer to ``function`` by a qualified name."""
@@ -264,6 +277,6 @@ def _can_be_written(function: Any) -> bool:
         for part in fx.node._get_qualified_name(function).split(".")[1:]:
             found = getattr(found, part)
     except (AttributeError, RuntimeError):
-        homes = ("builtins", "_operator", __name__, rebuilt.__module__)
+        homes = ("builtins", "_operator", rebuilt.__module__, tensor_at.__module__)
         return hasattr(function, "__name__") and getattr(function, "__module__", None) in homes
     return bool(found == function)

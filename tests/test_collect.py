@@ -65,12 +65,41 @@ def test_a_batch_that_does_not_divide_stays_whole():
         ({"rounds": 0}, "0 rounds measure nothing"),
         ({"microbatches": [0]}, "0 micro-batches hold nothing"),
         ({"devices": []}, "no device is named"),
+        ({"microbatches": []}, "no number of micro-batches is named"),
+        ({"depth": 0}, "a depth of 0 holds no unit"),
     ],
 )
 def test_a_wrong_option_is_refused(options, message):
     """Each mistake is named before a worker starts."""
     with pytest.raises(sw.ShardwrightError, match=message):
         sw.profile(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), (torch.randn(4, 2),), **options)
+
+
+def test_what_is_no_model_or_plan_is_refused():
+    """A wrong argument is named with what it should be."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    with pytest.raises(sw.ShardwrightError, match=r"the model is a int; give an nn\.Module"):
+        sw.profile(3)
+    with pytest.raises(sw.ShardwrightError, match=r"the plan is a str; give a Plan, such as shardwright\.Plan\.load"):
+        sw.place(model, "net.plan.json")
+
+
+def test_a_table_that_the_first_call_makes():
+    """A forward whose later calls read what the first has made is divided: all calls that count are later ones."""
+
+    class Model(nn.Sequential):
+        table = None
+
+        def forward(self, x):
+            if self.table is None:
+                self.table = torch.arange(4.0).exp()
+            return super().forward(x + self.table)
+
+    model = Model(nn.Linear(4, 4), nn.ReLU())
+    captures, reason = captures_of(model, (torch.randn(8, 4),), {}, [1, 2], devices=2, train=True, strict=False)
+    assert list(captures) == [1, 2]
+    assert reason == ""
+    assert model.table is None
 
 
 def test_a_frozen_model_cannot_be_trained():

@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode, _len_torch_function_stack
+from torch.utils.checkpoint import checkpoint
 
 import shardwright as sw
+from shardwright.profiler.placed import placement_hooks
 from shardwright.sharder.runtime.hooks import MoveInputs
-from shardwright.sharder.runtime.place import hooks_of
 from shardwright.sharder.runtime.sim import on_host, sim_device
 
 PAIR = {"cpu:0": "cpu", "cpu:1": "sim:0"}
@@ -108,7 +110,7 @@ def test_on_one_torch_device_nothing_is_added(containers, captured_profile):
     model, x = containers.NetList(), torch.randn(2, 16, 8, 8)
     expected = model(x)
     placed = sw.place(model, planned(captured_profile, model, (x,)))
-    assert not list(hooks_of(placed))
+    assert not list(placement_hooks(placed))
     assert torch.equal(placed(x), expected)
 
 
@@ -124,7 +126,7 @@ def test_unplace_undoes_everything(containers, captured_profile):
     sw.place(model, plan, devices=PAIR)
     model(x)
     sw.unplace(model)
-    assert not list(hooks_of(model))
+    assert not list(placement_hooks(model))
     assert {p.device.type for p in model.parameters()} == {"cpu"}
     assert torch.equal(model(x), expected)
     assert calls == ["unit", "model"] * 3
@@ -141,7 +143,7 @@ def test_placing_again_replaces(containers, captured_profile):
     sw.place(model, other, devices=PAIR)
     assert model.net1["block23"].shortcut.weight.device.type == "cpu"
     assert torch.equal(model(x), expected)
-    assert sum(type(hooks[key]).__name__ == "Enter" for _, hooks, key in hooks_of(model)) == 1
+    assert sum(type(hooks[key]).__name__ == "Enter" for _, hooks, key in placement_hooks(model)) == 1
 
 
 def test_a_failing_forward_leaves_no_mode_behind(containers, captured_profile):
@@ -452,3 +454,123 @@ def test_a_name_that_is_no_device_is_refused(captured_profile):
     model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(4, 8)
     with pytest.raises(sw.ShardwrightError, match="'gpu:0' is no device; write for example"):
         sw.place(model, planned(captured_profile, model, (x,)), devices={"cpu:0": "gpu:0"})
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "xpu:0"])
+def test_a_placement_that_fails_leaves_the_last_one(captured_profile, device):
+    """Whatever is wrong with a device or a checkpoint is found before a placed model is touched."""
+    model, ids = Tied(), torch.randint(0, 12, (4, 3))
+    plan = planned(captured_profile, model, (ids,))
+    sw.place(model, plan, devices=PAIR)
+    before, places = len(list(placement_hooks(model))), [p.device for p in model.parameters()]
+    with pytest.raises(sw.ShardwrightError):
+        sw.place(model, plan, devices={"cpu:1": device})
+    with pytest.raises(sw.ShardwrightError, match="there is no such file"):
+        sw.place(model, plan, devices=PAIR, checkpoint="nowhere")
+    assert len(list(placement_hooks(model))) == before
+    assert [p.device for p in model.parameters()] == places
+
+
+class Halves(nn.Module):
+    """Glue that joins what two units made, in halves whose activations may be computed anew in the backward pass."""
+
+    reentrant = None
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
+
+    def half(self, x, at):
+        first = self.layers[at](x)
+        second = self.layers[at + 1](first)
+        return torch.cat([first, second], 1)[:, 4:12] + x
+
+    def forward(self, x):
+        for at in (0, 2):
+            if self.reentrant is None:
+                x = self.half(x, at)
+            else:
+                x = checkpoint(self.half, x, at, use_reentrant=self.reentrant)
+        return x
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activations_are_computed_anew_across_a_cut(captured_profile, reentrant):
+    """Checkpointed glue between two devices is aligned in the backward pass too, and no mode stays."""
+    model, x = Halves(), torch.randn(4, 8, requires_grad=True)
+    plan = sw.plan(captured_profile(model, (x,)), microbatches=2, pins={"layers.0": "cpu:0", "layers.1": "cpu:1"})
+    model(x).square().sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    model.reentrant = reentrant
+    sw.place(model, plan, devices=PAIR)
+    depth = _len_torch_function_stack()
+    model(x).square().sum().backward()
+    assert _len_torch_function_stack() == depth
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    assert all(relative(found[name], expected[name]) <= 1e-5 for name in expected)
+
+
+class Passes(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Modal(nn.Module):
+    """A forward that ends a mode of its own between two units."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+        self.mode = mode
+
+    def forward(self, x):
+        with self.mode():
+            first = self.layers[0](x)
+            second = self.layers[1](first)
+        return self.layers[2](first + second) + second
+
+
+@pytest.mark.parametrize("mode", [Passes, lambda: torch.device("cpu")])
+def test_a_mode_of_the_forward_ends_as_it_should(captured_profile, mode):
+    """A function mode that a forward enters before a cut and leaves behind it is the one that is left."""
+    model, x = Modal(mode), torch.randn(4, 8)
+    expected = model(x).detach()
+    pins = {"layers.0": "cpu:0", "layers.1": "cpu:1"}
+    plan = sw.plan(captured_profile(model, (x,)), microbatches=2, pins=pins)
+    sw.place(model, plan, devices=PAIR)
+    depth = _len_torch_function_stack()
+    assert torch.equal(model(x).detach(), expected)
+    assert _len_torch_function_stack() == depth
+
+
+def test_a_copy_of_a_unit_that_borrows_is_that_unit(captured_profile):
+    """Deep-copying a unit with a tied weight does not copy the model that it came from."""
+    model, ids = Tied(), torch.randint(0, 12, (4, 3))
+    sw.place(model, planned(captured_profile, model, (ids,)), devices=PAIR)
+    assert list(placement_hooks(model.head))
+    held = [
+        hooks[key].held for _, hooks, key in placement_hooks(copy.deepcopy(model.head)) if "held" in vars(hooks[key])
+    ]
+    assert all(owner is not model.head for pairs in held for owner, _ in pairs)
+    assert {type(owner) for pairs in held for owner, _ in pairs} <= {nn.Linear}
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler tells where it leaves the hooks to Python
+def test_a_placed_model_is_compiled_as_a_whole(captured_profile):
+    """Compiled code leaves the hooks to Python: a tied weight is still lent, and the parameter again afterwards."""
+    model, ids = Tied(), torch.randint(0, 12, (4, 3))
+    expected = model(ids).detach()
+    sw.place(model, planned(captured_profile, model, (ids,)), devices=PAIR)
+    weight = model.head.weight
+    assert torch.equal(torch.compile(model, backend="eager")(ids).detach(), expected)
+    assert model.head.weight is weight
+
+
+def test_a_placed_model_is_not_profiled(captured_profile):
+    """Its transfers would be measured as part of it; the remedy is named."""
+    model, ids = Tied(), torch.randint(0, 12, (4, 3))
+    sw.place(model, planned(captured_profile, model, (ids,)), devices=PAIR)
+    with pytest.raises(sw.ShardwrightError, match=r"the model is placed.*shardwright\.unplace"):
+        sw.profile(model, (ids,), devices=["cpu:0"])

@@ -299,5 +299,5 @@ def test_a_placed_model_is_not_piped(captured_profile):
     model, x = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)]), torch.randn(8, 4)
     plan = sw.plan(captured_profile(model, (x,), microbatches=(1, 2)), microbatches=2)
     sw.place(model, plan, devices={"cpu:0": "cpu", "cpu:1": "sim:0"})
-    with pytest.raises(sw.ShardwrightError, match=r"the model is placed.*sw.unplace"):
+    with pytest.raises(sw.ShardwrightError, match=r"the model is placed.*shardwright.unplace"):
         sw.run(model, plan, (x,))

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import shardwright as sw
+from shardwright.profiler.placed import placement_hooks
 from shardwright.sharder.runtime.hooks import Enter, MoveInputs
-from shardwright.sharder.runtime.place import hooks_of
 from shardwright.sharder.runtime.sim import sim_device
 
 
@@ -28,7 +28,7 @@ def test_a_plan_verifies(containers, captured_profile, name):
     assert check
     assert check.transfers > 0
     assert {p.device.type for p in model.parameters()} == {"cpu"}
-    assert not list(hooks_of(model))
+    assert not list(placement_hooks(model))
 
 
 def test_a_planted_missing_transfer_is_caught(netdict):
@@ -37,7 +37,7 @@ def test_a_planted_missing_transfer_is_caught(netdict):
     placed = sw.place(copy.deepcopy(model), plan, devices={d: sim_device(i) for i, d in enumerate(plan.devices)})
     assert sw.verify(placed, plan, (x,))
     names = {module: name for name, module in placed.named_modules()}
-    planted = [(m, hooks, key) for m, hooks, key in hooks_of(placed) if isinstance(hooks[key], MoveInputs)]
+    planted = [(m, hooks, key) for m, hooks, key in placement_hooks(placed) if isinstance(hooks[key], MoveInputs)]
     assert planted
     for module, hooks, key in planted:
         removed = hooks.pop(key)
@@ -62,7 +62,7 @@ def test_a_planted_missing_alignment_of_glue_is_caught(netdict):
     streams = plan.model_copy(update={"nodes": nodes})
     assert sw.verify(model, streams, (x,))
     placed = sw.place(copy.deepcopy(model), streams, devices={d: sim_device(i) for i, d in enumerate(plan.devices)})
-    for _, hooks, key in hooks_of(placed):
+    for _, hooks, key in placement_hooks(placed):
         if isinstance(hooks[key], Enter):
             hooks[key].glue = {}
     check = sw.verify(placed, streams, (x,))

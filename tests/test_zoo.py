@@ -1,14 +1,12 @@
 """The zoo: models that nobody adapted are captured, split over four devices, and trained over two."""
 
-import importlib.util
 import os
-import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from zoo import ZOO
 
 import shardwright as sw
 from shardwright.profiler.equality import relative_difference, tolerance
@@ -18,19 +16,6 @@ from shardwright.sharder.runtime.sim import SimTensor, Simulated, sim_device
 
 ROWS = 2
 LIBRARIES = {"diffusers", "monai", "transformers", "x_transformers"}
-
-
-def load_zoo():
-    """The registry in zoo.py, imported under a name of its own."""
-    path = Path(__file__).with_name("zoo.py")
-    spec = importlib.util.spec_from_file_location("shardwright_zoo", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module.ZOO
-
-
-ZOO = load_zoo()
 
 
 @pytest.fixture(autouse=True)

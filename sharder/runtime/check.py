@@ -20,8 +20,14 @@ def check_model(plan: Plan, model: nn.Module) -> None:
     """Refuse a model that ``plan`` was not made for.
 
     Raises:
-        ShardwrightError: units, their classes, or parameter shapes differ.
+        ShardwrightError: units, their classes, or parameter shapes differ; or one of the two is something else.
     """
+    if not isinstance(model, nn.Module):
+        raise ShardwrightError(f"the model is a {type(model).__name__}; give the nn.Module that was profiled")
+    if not isinstance(plan, Plan):
+        raise ShardwrightError(
+            f"the plan is a {type(plan).__name__}; give a Plan, such as shardwright.Plan.load(file) reads"
+        )
     units_of(plan, model)
     if structure_digest(model) != plan.structure:
         raise ShardwrightError(

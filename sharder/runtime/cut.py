@@ -92,7 +92,7 @@ def cut(capture: UnitGraph, plan: Plan) -> list[StageProgram]:
     """Divide ``capture`` (taken at micro-batch size) into the stages of ``plan``.
 
     Raises:
-        ShardwrightError: the capture has other steps than the plan.
+        ShardwrightError: the capture has other steps than the plan, or a sparse tensor would have to be sent.
     """
     stage_of = {node.node: node.stage for node in plan.nodes}
     for step in capture.steps:
@@ -113,6 +113,12 @@ def cut(capture: UnitGraph, plan: Plan) -> list[StageProgram]:
     ]
     inputs = tuple(capture.values[name] for name in capture.input_names)
     outputs = tuple(capture.values[name] for name in capture.outputs)
+    sparse = next((value for border in (inputs, *live, outputs) for value in border if value.stride is None), None)
+    if sparse is not None:
+        raise ShardwrightError(
+            f"{sparse.name} is a sparse tensor, which the pipeline cannot send; place(model, plan) can, "
+            "or make it a buffer of the model, which each stage has"
+        )
     borders = [inputs, *live, outputs]
     owner = capture.step_of()
     return [
@@ -182,6 +188,7 @@ def _shape(value: Value) -> TensorShape:
 
 
 def _is_contiguous(value: Value) -> bool:
+    assert value.stride is not None  # sparse tensors are refused
     return torch.empty_strided(value.shape, value.stride, device="meta").is_contiguous()
 
 

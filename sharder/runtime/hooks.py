@@ -1,7 +1,8 @@
 """Hooks of a placed model: they make tensors follow where they cross devices, and do nothing elsewhere.
 
-Every hook that :func:`~shardwright.sharder.runtime.place.place` adds is of a class in this file, so that ``unplace``
-finds and removes them, also in a copy of the model.
+Every hook that :func:`~shardwright.sharder.runtime.place.place` adds is a
+:class:`~shardwright.profiler.placed.PlacementHook`, so that ``unplace`` finds and removes them, also in a copy of the
+model.
 """
 
 from __future__ import annotations
@@ -11,19 +12,33 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_function_stack
 from torch.nn.utils.rnn import PackedSequence
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils import _pytree as pytree
 
 from shardwright.profiler.callsites import applied_name, call_site, functions_applied
+from shardwright.profiler.placed import PlacementHook
 from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.unitgraph import function_name
 
-__all__ = ["OURS", "AlignGlue", "Borrow", "Enter", "Leave", "MoveInputs", "Return", "Window", "changes_operand"]
+__all__ = ["AlignGlue", "Borrow", "Enter", "Leave", "MoveInputs", "Return", "Window", "changes_operand"]
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _left_to_python(function: Function) -> Function:
+    """Have compiled models call ``function`` as it is: what it changes for a while would be compiled in."""
+    return cast(Function, torch.compiler.disable(function))
+
+
+NO_TASK = -1
+"""What PyTorch numbers the backward pass with where none runs."""
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -45,7 +60,7 @@ def _moved(value: Any, device: torch.device) -> Any:
     return pytree.tree_map(mapped, value, is_leaf=lambda leaf: isinstance(leaf, PackedSequence))
 
 
-class MoveInputs:
+class MoveInputs(PlacementHook):
     """Forward pre-hook of a unit: fetch what lies on other devices; a device among the arguments becomes the unit's."""
 
     def __init__(self, device: torch.device) -> None:
@@ -67,36 +82,36 @@ class MoveInputs:
         return _moved(value, self.device)
 
 
-class Borrow:
+class Borrow(PlacementHook):
     """Forward pre-hook of a unit: bring the parameters that it shares with a unit on another device, for this call."""
 
-    def __init__(self, model: nn.Module, device: torch.device, names: list[str]) -> None:
-        self.model = model
+    def __init__(self, device: torch.device, held: list[tuple[nn.Module, str]]) -> None:
         self.device = device
-        self.names = names
+        self.held = held
+        """The parameters and buffers: the module that has each, and its name there."""
 
+    @_left_to_python
     def __call__(self, _module: nn.Module, _args: Any) -> None:
         """Put copies in the places of the parameters; gradients flow back through them."""
         _lending.acquire()  # released by Return: in another thread's call a copy would be taken for the parameter
         lent: list[tuple[dict[str, Any], str, Tensor]] = []
         _loans.stack.append((self, lent))
-        for name in self.names:
-            holder, _, own = name.rpartition(".")
-            owner = self.model.get_submodule(holder)
-            held = owner._parameters if own in owner._parameters else owner._buffers
-            tensor = held[own]
+        for owner, name in self.held:
+            own = owner._parameters if name in owner._parameters else owner._buffers
+            tensor = own[name]
             if tensor is not None:
                 copied = tensor.to(self.device)
-                lent.append((held, own, tensor))
-                held[own] = copied  # type: ignore[assignment]  # a copy is no Parameter
+                lent.append((own, name, tensor))
+                own[name] = copied  # type: ignore[assignment]  # a copy is no Parameter
 
 
-class Return:
+class Return(PlacementHook):
     """Forward hook of a unit, called after an error too: put back what :class:`Borrow` replaced in this call."""
 
     def __init__(self, borrow: Borrow) -> None:
         self.borrow = borrow
 
+    @_left_to_python
     def __call__(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         """Put the parameters back."""
         if not _loans.stack or _loans.stack[-1][0] is not self.borrow:
@@ -130,38 +145,61 @@ class _Call:
         self.mode: AlignGlue | None = None
 
     def align(self, *, opens: bool) -> None:
-        """Begin to align glue, or stop. A mode that is not the innermost cannot be stopped, and stays."""
+        """Begin to align glue, or stop."""
         if opens and self.mode is None:
-            self.mode = AlignGlue(self.enter.glue, list(self.enter.homes.values()))
-            self.mode.__enter__()  # ended by another hook
-        elif not opens and self.mode is not None and _get_current_function_mode() is self.mode:
-            self.mode.__exit__(None, None, None)
+            self.mode = self.enter.aligner()
+            self.mode.begin()
+        elif not opens and self.mode is not None:
+            self.mode.end()
             self.mode = None
 
 
 class _Calls(threading.local):
-    """The forwards of placed models that run in this thread, innermost last."""
+    """The forwards of placed models that run in this thread, innermost last, and what a backward pass computes anew."""
 
     def __init__(self) -> None:
         self.stack: list[_Call] = []
+        self.recomputed: AlignGlue | None = None
 
 
 _calls = _Calls()
 
 
-class Window:
-    """Hook before or after a unit: glue that needs aligning comes only between certain units."""
+def _end_recomputed() -> None:
+    """End what aligns in a backward pass of this thread."""
+    if _calls.recomputed is not None:
+        _calls.recomputed.end()
+        _calls.recomputed = None
 
-    def __init__(self, *, opens: bool) -> None:
+
+class Window(PlacementHook):
+    """Hook before or after a unit: glue that needs aligning comes only between certain units.
+
+    A unit that is called in a backward pass is one that activation checkpointing computes anew, and so is the glue
+    behind it.
+    """
+
+    def __init__(self, enter: Enter, *, opens: bool) -> None:
+        self.enter = enter
         self.opens = opens
 
+    @_left_to_python
     def __call__(self, *_: Any) -> None:
         """Begin to align, or stop."""
         if _calls.stack:
             _calls.stack[-1].align(opens=self.opens)
+            return
+        _end_recomputed()
+        task = torch._C._current_graph_task_id()
+        if self.opens and task != NO_TASK:
+            _calls.recomputed = self.enter.aligner(task)
+            _calls.recomputed.begin()
+            # The backward pass may end in another thread than this; then the aligner stays, without effect, until the
+            # next unit is computed anew here.
+            torch.autograd.Variable._execution_engine.queue_callback(_end_recomputed)
 
 
-class Enter:
+class Enter(PlacementHook):
     """Forward pre-hook of the model: inputs come to the first device, and glue can be aligned until the forward ends.
 
     Args:
@@ -184,6 +222,11 @@ class Enter:
         self.origins = origins
         self.open_first = open_first
 
+    def aligner(self, task: int | None = None) -> AlignGlue:
+        """What aligns the glue of this placement; ``task``: see :class:`AlignGlue`."""
+        return AlignGlue(self.glue, list(self.homes.values()), task)
+
+    @_left_to_python
     def __call__(self, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Move the arguments, and begin to align."""
         home = next(iter(self.homes.values()))
@@ -199,9 +242,10 @@ class Enter:
         return moved
 
 
-class Leave:
+class Leave(PlacementHook):
     """Forward hook of the model, called after an error too: alignment ends, outputs return to the inputs' device."""
 
+    @_left_to_python
     def __call__(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
         """End what :class:`Enter` began, and move the output."""
         call = _calls.stack.pop()
@@ -222,20 +266,32 @@ class AlignGlue(TorchFunctionMode):
         "backward",
     }
 
-    def __init__(self, sites: frozenset[tuple[str, str]] | None, order: list[torch.device]) -> None:
+    def __init__(
+        self, sites: frozenset[tuple[str, str]] | None, order: list[torch.device], task: int | None = None
+    ) -> None:
         super().__init__()
         self.sites = sites
         self.order = order
+        self.task = task
         self.applied = ExitStack()
 
-    def __enter__(self) -> Any:
+    def begin(self) -> None:
+        """Take effect below all other modes, so that those of the model itself end as if this one were not there."""
         if self.sites is None or any(function.endswith(".apply") for function, _ in self.sites):
             self.applied.enter_context(functions_applied(self._apply))
-        return super().__enter__()  # type: ignore[no-untyped-call]
+        above = [_pop_mode() for _ in range(_len_torch_function_stack())]
+        if above and above[-1] is getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None):
+            _push_mode(above.pop())  # that of torch.set_default_device, which wants to be the lowest
+        for mode in (self, *reversed(above)):
+            _push_mode(mode)
 
-    def __exit__(self, *error: Any) -> None:
+    def end(self) -> None:
+        """Have no more effect."""
         self.applied.close()
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
+        for mode in reversed(modes):
+            if mode is not self:
+                _push_mode(mode)
 
     def _apply(
         self, function: type[torch.autograd.Function], call: Callable[..., Any], args: Any, kwargs: dict[str, Any]
@@ -245,7 +301,8 @@ class AlignGlue(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in self.MEANS_TO_MIX:
+        over = self.task is not None and torch._C._current_graph_task_id() != self.task
+        if over or name in self.MEANS_TO_MIX:
             return func(*args, **kwargs)
         return self._aligned(func, function_name(func), name, args, kwargs)
 
@@ -268,7 +325,3 @@ def changes_operand(name: str) -> bool:
     """Whether the function of this name writes its first operand, which therefore cannot be replaced by a copy."""
     name = name.rpartition(".")[2]
     return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-
-
-OURS = (MoveInputs, Borrow, Return, Window, Enter, Leave)
-"""All of them."""

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.placed import placement_hooks
 from shardwright.sharder.planning.plan import Placement, Plan
 from shardwright.sharder.runtime.check import check_model
 from shardwright.sharder.runtime.checkpoint import Checkpoint
-from shardwright.sharder.runtime.hooks import OURS, Borrow, Enter, Leave, MoveInputs, Return, Window, changes_operand
+from shardwright.sharder.runtime.hooks import Borrow, Enter, Leave, MoveInputs, Return, Window, changes_operand
 from shardwright.sharder.runtime.sim import parameters_may_move
-from shardwright.sharder.runtime.weights import fill
+from shardwright.sharder.runtime.weights import check_devices, check_fill, fill
 
-__all__ = ["hooks_of", "place", "relocate", "unplace"]
+__all__ = ["place", "relocate", "unplace"]
 
 
 def place(
@@ -51,55 +52,75 @@ def place(
     """
     check_model(plan, model)
     homes = _resolve(plan, devices or {})
-    unplace(model)
+    origins = _come_home(model, plan, homes, checkpoint)
     cpu = torch.device("cpu")
-    origins = {name: cpu if tensor.is_meta else tensor.device for name, tensor in _tensors(model)}
-    if checkpoint is not None:
-        home_of = _tensor_homes(model, plan, homes)
-        by_name = {name: home_of[id(tensor)] for name, tensor in _every_name(model)}
-        with Checkpoint(checkpoint) as stored:
-            fill(model, stored, by_name.__getitem__, mapped=_on_disk(plan, by_name))
-    elif "disk" in plan.offloaded.values():
-        first = next(name for name, tier in plan.offloaded.items() if tier == "disk")
-        raise ShardwrightError(
-            f"by the plan the weights of {first} stay on disk: "
-            "say where they are, place(model, plan, checkpoint=folder)"
-        )
-    empty = [name for name, tensor in _tensors(model) if tensor.is_meta]
-    if empty:
-        raise ShardwrightError(f"{empty[0]} has no values: give them with place(model, plan, checkpoint=folder)")
-    relocate(model, _tensor_homes(model, plan, homes))
-
     elsewhere = any(origin != homes[plan.stages[0].device] for origin in origins.values())
-    if set(homes.values()) == {cpu} and not plan.offloaded and not elsewhere:
-        return model  # one torch device: nothing can cross
-    tensors = dict(_tensors(model))
-    moves = _located(plan, homes, {name: tensor.device for name, tensor in tensors.items()})
+    if set(homes.values()) != {cpu} or plan.offloaded or elsewhere:  # else one torch device: nothing can cross
+        _hook(model, plan, homes, origins)
+    return model
+
+
+def _come_home(
+    model: nn.Module, plan: Plan, homes: Mapping[str, torch.device], checkpoint: str | Path | None
+) -> dict[str, torch.device]:
+    """Bring each parameter and buffer to its device, with values from ``checkpoint`` if there is one.
+
+    What is wrong with the checkpoint is found before anything is changed, also in a model that is placed already.
+
+    Returns:
+        Where they were without any placement, by name.
+    """
+    if checkpoint is None:
+        disk = next((name for name, tier in plan.offloaded.items() if tier == "disk"), None)
+        if disk is not None:
+            raise ShardwrightError(
+                f"by the plan the weights of {disk} stay on disk: "
+                "say where they are, place(model, plan, checkpoint=folder)"
+            )
+        empty = next((name for name, tensor in _tensors(model) if tensor.is_meta), None)
+        if empty is not None:
+            raise ShardwrightError(f"{empty} has no values: give them with place(model, plan, checkpoint=folder)")
+    home_of = _tensor_homes(model, plan, homes)
+    by_name = {name: home_of[id(tensor)] for name, tensor in _every_name(model)}
+    with Checkpoint(checkpoint) if checkpoint is not None else nullcontext() as stored:
+        if stored is not None:
+            check_fill(model, stored)
+        unplace(model)
+        cpu = torch.device("cpu")
+        origins = {name: cpu if tensor.is_meta else tensor.device for name, tensor in _tensors(model)}
+        if stored is not None:
+            fill(model, stored, by_name.__getitem__, mapped=_on_disk(plan, by_name))
+    relocate(model, _tensor_homes(model, plan, homes))
+    return origins
+
+
+def _hook(model: nn.Module, plan: Plan, homes: dict[str, torch.device], origins: dict[str, torch.device]) -> None:
+    """Add the hooks that make tensors follow."""
+    moves = _located(plan, homes, {name: tensor.device for name, tensor in _tensors(model)})
     borrowed = _borrowed(model, plan, homes)
     # Of nn.Module itself: a ScriptModule refuses hooks by its own methods, and calls those that it has.
     before, after = nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook
+    enter = Enter(homes, moves.glue, origins, open_first="" in moves.open_after)
     for path, device in _unit_homes(plan, homes).items():
         unit = model.get_submodule(path)
         if path in borrowed:
-            borrow = Borrow(model, device, borrowed[path])
+            borrow = Borrow(device, [_holder(model, name) for name in borrowed[path]])
             before(unit, borrow)
             after(unit, Return(borrow), always_call=True)
         if path in moves.units:
             before(unit, MoveInputs(device), with_kwargs=True)
         if path in moves.close_before:
-            before(unit, Window(opens=False), prepend=True)
+            before(unit, Window(enter, opens=False), prepend=True)
         if path in moves.open_after:
-            after(unit, Window(opens=True))
-    enter = Enter(homes, moves.glue, origins, open_first="" in moves.open_after)
+            after(unit, Window(enter, opens=True))
     model.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
     model.register_forward_hook(Leave(), with_kwargs=True, always_call=True)
-    return model
 
 
 def unplace(model: nn.Module) -> nn.Module:
     """Remove everything that :func:`place` added, and move the model back to where it came from."""
     origins: dict[str, torch.device] = {}
-    for module, hooks, key in list(hooks_of(model)):
+    for module, hooks, key in list(placement_hooks(model)):
         hook = hooks.pop(key)
         if isinstance(hook, Enter):
             origins = hook.origins
@@ -108,15 +129,6 @@ def unplace(model: nn.Module) -> nn.Module:
             flags.pop(key, None)
     relocate(model, {id(tensor): origins[name] for name, tensor in _tensors(model) if name in origins})
     return model
-
-
-def hooks_of(model: nn.Module) -> Iterator[tuple[nn.Module, dict[int, Any], int]]:
-    """Every hook of ours in ``model``: its module, the dictionary that holds it, and its key there."""
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if isinstance(hook, OURS):
-                    yield module, hooks, key
 
 
 def relocate(model: nn.Module, home_of: Mapping[int, torch.device]) -> None:
@@ -189,6 +201,7 @@ def _resolve(plan: Plan, devices: Mapping[str, str | torch.device]) -> dict[str,
                 f'pass devices={{"{name}": ...}} to place it elsewhere, or check the plan with verify'
             )
         homes[name] = device
+    check_devices(homes.values())
     return homes
 
 
@@ -230,6 +243,12 @@ def _borrowed(model: nn.Module, plan: Plan, homes: Mapping[str, torch.device]) -
         if names:
             found[path] = names
     return found
+
+
+def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has the parameter or buffer ``name``, and its name there."""
+    path, _, own = name.rpartition(".")
+    return model.get_submodule(path), own
 
 
 def _result_home(

@@ -20,6 +20,7 @@ from shardwright.profiler.equality import relative_difference, tolerance
 from shardwright.profiler.inputs import microbatch, outputs_of
 from shardwright.profiler.links import join
 from shardwright.profiler.measure import prepare
+from shardwright.profiler.placed import refuse_placed
 from shardwright.profiler.pool import Pool
 from shardwright.profiler.target import load_target
 from shardwright.profiler.trace import trace
@@ -37,7 +38,6 @@ from shardwright.sharder.runtime.pipeline import (
     step_stage,
     step_whole,
 )
-from shardwright.sharder.runtime.place import hooks_of
 from shardwright.sharder.runtime.record import Equality, Run, Timed
 
 __all__ = ["compare", "run"]
@@ -157,10 +157,7 @@ def _job(plan: Plan, model: nn.Module, output_places: tuple[int, ...], schedule:
 
 
 def _check_can_be_piped(plan: Plan, model: nn.Module) -> None:
-    if any(True for _ in hooks_of(model)):
-        raise ShardwrightError(
-            "the model is placed, and its hooks would become part of the pipeline: sw.unplace(model) first"
-        )
+    refuse_placed(model, "pipeline")
     if plan.offloaded:
         raise ShardwrightError(
             f"by the plan the weights of {next(iter(plan.offloaded))} are brought in for each call, which the pipeline "

@@ -16,13 +16,14 @@ from shardwright.errors import ShardwrightError
 from shardwright.profiler.devices import find_devices
 from shardwright.profiler.equality import relative_difference, tolerance
 from shardwright.profiler.inputs import outputs_of
+from shardwright.profiler.placed import placement_hooks
 from shardwright.profiler.pool import Pool
-from shardwright.profiler.structure import map_tensors
+from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.trace import attributes_kept, evaluating
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.check import check_inputs, check_model, units_of
 from shardwright.sharder.runtime.hooks import Borrow, Enter, MoveInputs
-from shardwright.sharder.runtime.place import hooks_of, place, relocate, unplace
+from shardwright.sharder.runtime.place import place, relocate, unplace
 from shardwright.sharder.runtime.sim import (
     DeviceMismatchError,
     SimTensor,
@@ -92,8 +93,20 @@ def verify(model: nn.Module, plan: Plan, args: tuple[Any, ...] = (), kwargs: Map
     kwargs = dict(kwargs or {})
     check_model(plan, model)
     check_inputs(plan, args, kwargs)
+    _check_dense(model, args, kwargs)
     replay = _verified_apart if torch.cuda.is_available() else _verified
     return replay(model, plan, *map_tensors(lambda t: t.detach().cpu(), (args, kwargs)))
+
+
+def _check_dense(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    held = [*model.named_parameters(), *model.named_buffers()]
+    given = [("input " + path.partition("]")[2], tensor) for path, tensor in tensors_in((args, kwargs))]
+    for name, tensor in [*held, *given]:
+        if tensor.layout != torch.strided:
+            raise ShardwrightError(
+                f"{name} is sparse ({tensor.layout}), which simulated devices cannot hold: this placement can only be "
+                "tried on its own devices, with place(model, plan)"
+            )
 
 
 def _verified_apart(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Check:
@@ -136,7 +149,7 @@ def _verified(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[
 @contextmanager
 def _put_back(model: nn.Module) -> Iterator[None]:
     """Give every module its attributes back, and our hooks theirs."""
-    hooks = [(hook, dict(vars(hook))) for hook in (hooks[key] for _, hooks, key in hooks_of(model))]
+    hooks = [(hook, dict(vars(hook))) for hook in (hooks[key] for _, hooks, key in placement_hooks(model))]
     with attributes_kept(model):
         try:
             yield
@@ -148,7 +161,7 @@ def _put_back(model: nn.Module) -> Iterator[None]:
 def _on_simulated_devices(model: nn.Module, plan: Plan) -> nn.Module:
     """``model`` on sim:0, sim:1, …, one for each stage: by its own hooks if it is placed, else by the plan."""
     simulated = {device: sim_device(index) for index, device in enumerate(plan.devices)}
-    hooks = [hooks[key] for _, hooks, key in hooks_of(model)]
+    hooks = [hooks[key] for _, hooks, key in placement_hooks(model)]
     entered = next((hook for hook in hooks if isinstance(hook, Enter)), None)
     if entered is None:
         return place(model, plan, devices=simulated)

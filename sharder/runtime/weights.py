@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.runtime.checkpoint import Checkpoint
 
-__all__ = ["empty_weights", "fill"]
+__all__ = ["check_devices", "check_fill", "empty_weights", "fill"]
 
 
 class _Building(threading.local):
@@ -87,15 +87,9 @@ def fill(
             checkpoint holds has no value; a device is not here; a file is damaged. Up to here the model is as it was.
             Or a device ran out of memory, or a file failed, on the way: the model is then filled in part.
     """
-    if _building.depth:
-        raise ShardwrightError("fill the model after the `with empty_weights()` block: inside it, values are dropped")
-    slots = _slots(model)
-    rule, sources = _matched([slot for slot in slots if slot.persistent], checkpoint)
-    for slot, source in sources:
-        _check(slot, source, checkpoint)
-    _check_valueless([slot for slot in slots if not slot.persistent])
+    slots, rule, sources = _checked(model, checkpoint)
     homes = {slot.names[0]: torch.device(device_of(slot.names[0])) for slot in slots}
-    _check_devices(homes)
+    check_devices(homes.values())
     for message in _remarks(slots, rule, sources, checkpoint):
         warnings.warn(message, stacklevel=2)
 
@@ -112,6 +106,23 @@ def fill(
                 value = checkpoint.load(source, homes[slot.names[0]], slot.tensor.dtype)
             _put(slot, value)
         checkpoint._close(file)  # what was read of a mapped file counts as this process's memory until then
+
+
+def check_fill(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raise what :func:`fill` would raise of ``model`` and ``checkpoint`` before it changes anything."""
+    _checked(model, checkpoint)
+
+
+def _checked(model: nn.Module, checkpoint: Checkpoint) -> tuple[list[_Slot], _Rule, list[tuple[_Slot, str]]]:
+    """The model's tensors, and where the checkpoint has those that it must have."""
+    if _building.depth:
+        raise ShardwrightError("fill the model after the `with empty_weights()` block: inside it, values are dropped")
+    slots = _slots(model)
+    rule, sources = _matched([slot for slot in slots if slot.persistent], checkpoint)
+    for slot, source in sources:
+        _check(slot, source, checkpoint)
+    _check_valueless([slot for slot in slots if not slot.persistent])
+    return slots, rule, sources
 
 
 @dataclass
@@ -226,8 +237,9 @@ def _check_valueless(slots: Sequence[_Slot]) -> None:
         )
 
 
-def _check_devices(homes: dict[str, torch.device]) -> None:
-    for device in dict.fromkeys(homes.values()):
+def check_devices(devices: Iterable[torch.device]) -> None:
+    """Refuse a device that torch does not find here."""
+    for device in dict.fromkeys(devices):
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:

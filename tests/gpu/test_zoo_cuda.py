@@ -1,13 +1,11 @@
 """The zoo on real devices: placed over the CPU and a GPU, loss and gradients are the model's own."""
 
-import importlib.util
-import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from zoo import ZOO
 
 import shardwright as sw
 from shardwright.profiler.inputs import outputs_of
@@ -18,18 +16,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
     pytest.mark.filterwarnings("ignore"),
 ]
-
-
-def load_zoo():
-    """The registry in tests/zoo.py."""
-    spec = importlib.util.spec_from_file_location("shardwright_zoo", Path(__file__).parents[1] / "zoo.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module.ZOO
-
-
-ZOO = load_zoo()
 
 
 def step(model, args, kwargs):
