@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch import nn
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.operations import Operation, OperationRecorder
 
 __all__ = ["choose_units", "find_units", "module_work", "structure_digest"]
 
@@ -140,28 +138,6 @@ def _is_compiled(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod")
 
 
-class _Counting(TorchDispatchMode):
-    """Adds up the work of operators, in bytes that would take as long to move."""
-
-    def __init__(self, add: Callable[[float], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.add = add
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        moved = {id(t): t.numel() * t.element_size() for t in _tensors((args, kwargs, result))}
-        work = float(sum(moved.values())) if not func.is_view else 0.0
-        if func._overloadpacket in flop_registry:
-            work += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result) / OPERATIONS_PER_BYTE
-        self.add(work)
-        return result
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
-
-
 def module_work(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, float]:
     """How much each module that is called does in one forward, what it calls included; ``""`` is the model itself.
 
@@ -170,7 +146,8 @@ def module_work(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     work: dict[str, float] = {"": 0.0}
     running: list[str] = []
 
-    def add(amount: float) -> None:
+    def add(operation: Operation) -> None:
+        amount = operation.bytes + operation.flops / OPERATIONS_PER_BYTE
         for path in {"", *running}:
             work[path] = work.get(path, 0.0) + amount
 
@@ -182,7 +159,7 @@ def module_work(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
                 left = nn.Module.register_forward_hook(module, lambda *_: _pop(running), always_call=True)
                 hooks.callback(entered.remove)
                 hooks.callback(left.remove)
-        with _Counting(add):
+        with OperationRecorder(add):
             model(*args, **kwargs)
     return work
 
