@@ -16,7 +16,7 @@ from rich.console import Console
 from shardwright.errors import ShardwrightError
 
 if TYPE_CHECKING:
-    from shardwright.profiler.collect import Progress
+    from shardwright.profiler.capture import Progress
     from shardwright.sharder.planning.problem import Schedule
 
 app = typer.Typer(
@@ -97,10 +97,17 @@ def profile(
         list[str] | None,
         typer.Option("--unit", metavar="PATTERN", help="Modules that are units whatever they hold; repeatable."),
     ] = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often each unit is timed, at most.")] = 11,
+    precision: Annotated[
+        float,
+        typer.Option("--precision", metavar="PART", min=0, help="How well each median is to be known; 0.02 = 2%."),
+    ] = 0.02,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="How often each unit is timed, at most.")] = 31,
     budget: Annotated[
-        float, typer.Option("--budget", metavar="SECONDS", help="For the timing, three rounds apart.")
-    ] = 120.0,
+        float, typer.Option("--budget", metavar="SECONDS", help="For the timing, six rounds apart.")
+    ] = 45,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Measure again what earlier profiles have measured.")
+    ] = False,
     settings: SetOption = None,
     inputs: InputsOption = None,
     input_specs: InputOption = None,
@@ -108,7 +115,14 @@ def profile(
     """Time and weigh every unit of a model on every device."""
     counts = _numbers(microbatches) if microbatches is not None else None
     path = _checked_folder(_out_path(out_path, target, "profile"))
-    with _progress() as progress:
+    known = (0, 0)
+    with _progress() as tell:
+
+        def progress(what: str, done: int, whole: int) -> None:
+            nonlocal known
+            known = (done, whole) if what == "known" else known
+            tell(what, done, whole)
+
         progress("load the model", 0, 1)
         from shardwright.profiler.collect import profile as collect
         from shardwright.profiler.target import load_target
@@ -127,8 +141,10 @@ def profile(
             microbatches=counts,
             depth=depth,
             units=units or (),
+            precision=precision,
             rounds=rounds,
             budget_s=budget,
+            refresh=refresh,
             name=target,
             progress=progress,
         )
@@ -136,6 +152,11 @@ def profile(
     from shardwright.reports.profile_report import ProfileReport
 
     out.print(ProfileReport(made))
+    if known[0]:
+        out.print(
+            f"\n{known[0]} of {known[1]} pieces of work were measured by an earlier profile; --refresh measures anew.",
+            highlight=False,
+        )
     out.print(f"\nWrote {path}. Next: shard {target} --profile {path}", highlight=False, soft_wrap=True)
 
 
@@ -378,7 +399,7 @@ def _progress() -> Iterator[Progress]:
             yield tell
         except KeyboardInterrupt:
             bar.stop()
-            err.print("interrupted; nothing was written")
+            err.print("interrupted; nothing was written; finished measurements are kept for next time", soft_wrap=True)
             raise typer.Exit(130) from None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from shardwright.profiler.collect import captures_of
+from shardwright.profiler.capture import captures_of
 
 ROOT = Path(__file__).parents[1]
 HEAD = """# Models that were tried

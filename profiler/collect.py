@@ -2,67 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from pydantic import Field
+from torch import nn
 
 from shardwright.errors import ShardwrightError
+from shardwright.files import Record
+from shardwright.profiler.cache import Cache
+from shardwright.profiler.campaign import Workers, investigate
+from shardwright.profiler.capture import Progress, captures_of, silent
 from shardwright.profiler.devices import find_devices, spare_host_bytes
-from shardwright.profiler.equality import relative_difference, same_values
-from shardwright.profiler.inputs import (
-    all_microbatches,
-    batch_size,
-    default_counts,
-    input_specs,
-    is_batched,
-    microbatch,
-    outputs_of,
-)
+from shardwright.profiler.inputs import batch_size, default_counts, input_specs
 from shardwright.profiler.links import disk_rate, fetch_rates, measure_links
-from shardwright.profiler.measure import (
-    OPTIMIZERS,
-    Samples,
-    add_subject,
-    measure_all,
-    optimizer_state_bytes,
-    prepare,
-    summary,
-)
-from shardwright.profiler.pool import Pool
-from shardwright.profiler.profile import Device, Measurement, Node, Profile, Tie, Variation
-from shardwright.profiler.profile import Tensor as TensorRecord
-from shardwright.profiler.structure import nbytes
-from shardwright.profiler.trace import CaptureError, checked_trace, evaluating, trace
-from shardwright.profiler.unitgraph import Step, UnitGraph
-from shardwright.profiler.units import choose_units, find_units, structure_digest
+from shardwright.profiler.measure import OPTIMIZERS, Goal
+from shardwright.profiler.profile import Device, Link, Profile
+from shardwright.profiler.records import measurements_of, nodes_of, tensors_of, ties_of
+from shardwright.profiler.signature import device_key
+from shardwright.profiler.units import structure_digest
 
-__all__ = [
-    "START_LIMIT_S",
-    "Progress",
-    "captures_of",
-    "measurements_of",
-    "nodes_of",
-    "profile",
-    "silent",
-    "tensors_of",
-    "ties_of",
-]
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
-
-DIVISION_TOLERANCE = 1e-3
-"""Rounding of any dtype stays below it, mixing samples up does not."""
-START_LIMIT_S = 120.0
-ROUND_LIMIT_S = 600.0
-"""A round may take so long before a worker counts as hung."""
+__all__ = ["profile"]
 
 
 def profile(
@@ -76,14 +39,17 @@ def profile(
     microbatches: Sequence[int] | None = None,
     depth: int | None = None,
     units: Sequence[str] = (),
-    rounds: int = 11,
-    budget_s: float = 120.0,
+    precision: float = 0.02,
+    rounds: int = 31,
+    budget_s: float = 45.0,
+    refresh: bool = False,
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Profile:
     """Time and weigh every unit of ``model`` on every device, each in a worker process of its own.
 
-    The model is not changed. All devices measure at once, as they will compute at once when the model is split.
+    The model is not changed. All devices measure at once, as they will compute at once when the model is split. Work
+    that is equal is measured once, here and in later profiles; a profile that was broken off goes on where it was.
 
     Args:
         args: a batch, as the model is called.
@@ -95,8 +61,11 @@ def profile(
         depth: units are the modules so deep in the model, 1 = its own children; by default the children of containers,
             opened where one does too much of the work.
         units: paths of modules, such as ``"decoder.layers.*"``, that are units, whatever they hold.
+        precision: steps are timed until the 95% confidence interval of each median has this relative half width; those
+            that hardly count need not.
         rounds: how often each step is timed, at most.
-        budget_s: seconds of measuring after which no further round begins, once there are three.
+        budget_s: seconds of measuring after which no further round begins, once there are six.
+        refresh: measure also what the cache of earlier measurements knows (:mod:`shardwright.profiler.cache`).
         name: what the profile calls the model; its class by default.
         progress: told what is being done.
 
@@ -123,14 +92,13 @@ def profile(
         strict=microbatches is not None,
         tell=tell,
     )
-    with Pool(found) as pool:
-        samples = _measure(
-            pool, found, captures, train=train, optimizer=optimizer, rounds=rounds, budget_s=budget_s, tell=tell
+    goal = Goal(precision=precision, repeats=rounds, budget_s=budget_s)
+    cache = Cache(refresh=refresh)
+    with Workers(found, tell) as workers:
+        findings = investigate(
+            workers, found, captures, train=train, optimizer=optimizer, goal=goal, cache=cache, tell=tell
         )
-        tell("links", 0, 1)
-        links = measure_links(pool, found)
-        rates = {} if train else fetch_rates(pool, found)
-        tell("links", 1, 1)
+        around = _surroundings(workers, found, cache, train=train, tell=tell)
     whole = captures[1]
     return Profile(
         model=name or type(model).__name__,
@@ -141,8 +109,8 @@ def profile(
         optimizer=optimizer if train else "none",
         torch_version=torch.__version__,
         microbatches=tuple(captures),
-        devices=tuple(d.model_copy(update={"fetch_bytes_per_s": rates.get(d.name)}) for d in found),
-        links=links,
+        devices=tuple(d.model_copy(update={"fetch_bytes_per_s": around.fetch_bytes_per_s.get(d.name)}) for d in found),
+        links=around.links,
         nodes=nodes_of(captures, train=train, optimizer=optimizer),
         tensors=tensors_of(captures),
         colocate=tuple(whole.colocate),
@@ -151,9 +119,10 @@ def profile(
         guards=tuple(whole.guards),
         undivided=undivided,
         host_bytes=0 if train else spare_host_bytes(found),
-        disk_bytes_per_s=None if train else disk_rate(Path(tempfile.gettempdir())),
-        measurements=measurements_of([step.name for step in whole.steps], samples),
-        variations=tuple(variation_of(device, taken.values()) for device, taken in samples.items()),
+        disk_bytes_per_s=around.disk_bytes_per_s,
+        measurements=measurements_of([step.name for step in whole.steps], findings.timings),
+        misfits=tuple(findings.misfits),
+        variations=tuple(findings.variations),
     )
 
 
@@ -171,347 +140,32 @@ def _check_options(
     if depth is not None and depth < 1:
         raise ShardwrightError(f"a depth of {depth} holds no unit; 1 = the model's own children")
     if rounds < 1:
-        raise ShardwrightError(f"{rounds} rounds measure nothing; use 3 or more")
+        raise ShardwrightError(f"{rounds} rounds measure nothing; use 6 or more")
 
 
-def silent(_what: str, _done: int, _whole: int) -> None:
-    """Progress that nobody asked for."""
+class _Surroundings(Record):
+    """What connects the devices to each other and to the host."""
+
+    links: tuple[Link, ...]
+    fetch_bytes_per_s: dict[str, float] = Field(default_factory=dict)
+    disk_bytes_per_s: float | None = None
 
 
-def captures_of(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    counts: Sequence[int],
-    *,
-    devices: int,
-    depth: int | None = None,
-    units: Sequence[str] = (),
-    train: bool,
-    strict: bool = True,
-    tell: Progress | None = None,
-) -> tuple[dict[int, UnitGraph], str]:
-    """Captures at each number of micro-batches, with units of the right grain for so many devices; see :func:`profile`.
-
-    A module that was opened may turn out to be something that cannot be captured, such as a loop that follows the data;
-    then the units are those that the structure gives.
-
-    Returns:
-        The captures, and why there is one only, if so.
-    """
-    options: dict[str, Any] = {"train": train, "strict": strict, "tell": tell or silent}
-    refined = depth is None and not units
-    try:
-        with evaluating(model):
-            smallest = microbatch(args, kwargs, counts[-1])
-            chosen = choose_units(model, *smallest, devices=devices, depth=depth, patterns=units)
-    except ShardwrightError:
-        raise
-    except Exception:  # what is wrong with the forward is told by the capture
-        chosen = find_units(model)
-    coarse = find_units(model)
-    if not refined or chosen.keys() == coarse.keys() or "" in chosen:
-        return _captures(model, args, kwargs, counts, chosen, **options)
-    try:
-        fine = _captures(model, args, kwargs, counts, chosen, **options)
-        if not fine[0][1].obstacles:
-            return fine
-    except ShardwrightError:
-        pass
-    return _captures(model, args, kwargs, counts, coarse, **options)
-
-
-def _captures(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    counts: Sequence[int],
-    units: Mapping[str, nn.Module],
-    *,
-    train: bool,
-    strict: bool,
-    tell: Progress,
-) -> tuple[dict[int, UnitGraph], str]:
-    """A capture for each number of micro-batches; unless ``strict``, of the whole batch alone where it does not divide.
-
-    Returns:
-        The captures in the order of ``counts``, and why there is one only, if so.
-    """
-    try:
-        captures = _captures_at(model, args, kwargs, counts, units, train=train, checked=counts[-1:], tell=tell)
-        obstacles = [obstacle for capture in captures.values() for obstacle in capture.obstacles]
-        if not obstacles and _other_path(captures):
-            # A first call may fill a table that later calls read. What is checked runs the model before, so it is late.
-            captures = _captures_at(model, args, kwargs, counts, units, train=train, checked=counts, tell=tell)
-            obstacles = [obstacle for capture in captures.values() for obstacle in capture.obstacles]
-        if not obstacles:
-            other = _other_path(captures)
-            if other:
-                raise ShardwrightError(other)
-            if len(counts) > 1:
-                check_divisible(model, args, kwargs, counts[-1])
-            return {count: captures[count] for count in counts}, ""
-        reason = obstacles[0]
-    except ShardwrightError as error:
-        if strict or len(counts) == 1:
-            raise
-        reason = str(error)
-    finally:
-        tell("capture", len(counts), len(counts))
-    return {1: _capture(model, args, kwargs, 1, units, train=train, check=True)}, reason if len(counts) > 1 else ""
-
-
-def _captures_at(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    counts: Sequence[int],
-    units: Mapping[str, nn.Module],
-    *,
-    train: bool,
-    checked: Sequence[int],
-    tell: Progress,
-) -> dict[int, UnitGraph]:
-    """Captures at each of ``counts``, up to an obstacle; those that are ``checked`` run on other values too.
-
-    The smallest micro-batch comes first: it is the quickest to check.
-    """
-    captures: dict[int, UnitGraph] = {}
-    for done, count in enumerate(reversed(counts)):
-        tell("capture", done, len(counts))
-        captures[count] = _capture(model, args, kwargs, count, units, train=train, check=count in checked)
-        if captures[count].obstacles:
-            break
-    return captures
-
-
-def _capture(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    count: int,
-    units: Mapping[str, nn.Module],
-    *,
-    train: bool,
-    check: bool,
-) -> UnitGraph:
-    try:
-        piece = microbatch(args, kwargs, count)
-        if not check:
-            return trace(model, *piece, train=train, units=units)
-        try:
-            return checked_trace(model, *piece, train=train, units=units)
-        except CaptureError as error:  # a pipeline would compute something else; a placed model runs its own forward
-            capture = trace(model, *piece, train=train, units=units)
-            capture.obstacles.append(str(error))
-            return capture
-    except ShardwrightError as error:
-        if count == 1:
-            raise
-        batch = batch_size(args, kwargs)
-        divided = [spec.name for spec in input_specs(args, kwargs) if spec.shape[:1] == (batch,)]
-        raise ShardwrightError(
-            f"at {count} micro-batches, inputs {', '.join(divided)} divided along dimension 0: {error}; "
-            "profile with --microbatches 1 if that is not the batch"
-        ) from error
-
-
-def check_divisible(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> None:
-    """Refuse a model whose result depends on how the batch is divided.
-
-    Compared in evaluation, where batch normalisation treats each sample alone; a model that draws numbers even there
-    cannot be compared and passes.
-
-    Raises:
-        ShardwrightError: the outputs of ``count`` micro-batches are not those of the whole batch.
-    """
-    with evaluating(model), torch.no_grad():
-        whole = outputs_of(model(*args, **kwargs))
-        again = outputs_of(model(*args, **kwargs))
-        pieces = [outputs_of(model(*piece[0], **piece[1])) for piece in all_microbatches(args, kwargs, count)]
-    batch = batch_size(args, kwargs)
-    for index, expected in enumerate(whole):
-        if not is_batched(expected, batch) or not same_values(expected, again[index]):
-            continue
-        found = torch.cat([piece[index] for piece in pieces])
-        difference = relative_difference(expected, found)
-        if difference > DIVISION_TOLERANCE:
-            raise ShardwrightError(
-                f"the result depends on how the batch is divided: output {index} of {count} micro-batches differs from "
-                f"the whole batch's by {difference:.2g} of its largest value; is dimension 0 of the inputs the batch? "
-                "profile with --microbatches 1"
-            )
-
-
-def _other_path(captures: Mapping[int, UnitGraph]) -> str:
-    """Where the forward takes another path than with the whole batch; nothing if it does not."""
-    paths = {count: [(step.name, step.type) for step in capture.steps] for count, capture in captures.items()}
-    for count, path in sorted(paths.items()):
-        if path != paths[1]:
-            pairs = itertools.zip_longest(paths[1], path, fillvalue=("nothing", ""))
-            whole, part = next((a, b) for a, b in pairs if a != b)
-            return (
-                f"the forward takes another path at {count} micro-batches: {part[0]} where the whole batch has "
-                f"{whole[0]}; profile with --microbatches 1"
-            )
-    return ""
-
-
-def _measure(
-    pool: Pool,
-    devices: Sequence[Device],
-    captures: Mapping[int, UnitGraph],
-    *,
-    train: bool,
-    optimizer: str,
-    rounds: int,
-    budget_s: float,
-    tell: Progress,
-) -> dict[str, dict[tuple[int, str], Samples]]:
-    """Hand every step to every device and time them, all devices at once."""
-    tell("start workers", 0, 1)
-    pool.call({d.name: (prepare, (d.name, max(1, len(d.cores)))) for d in devices}, limit_s=START_LIMIT_S)
-    tell("start workers", 1, 1)
-    by_name = {count: {step.name: step for step in capture.steps} for count, capture in captures.items()}
-    add = partial(add_subject, train=train, optimizer=optimizer)
-    timed = [step.name for step in captures[1].steps if step.call is not None and (train or step.kind != "output")]
-    calls = {
-        name: {count: call for count, steps in by_name.items() if (call := steps[name].call) is not None}
-        for name in timed
-    }
-    for done, name in enumerate(timed):
-        tell("send units", done, len(timed))
-        pool.call({d.name: (add, (name, calls[name])) for d in devices}, limit_s=START_LIMIT_S)
-    tell("send units", len(timed), len(timed))
-    finished = dict.fromkeys((d.name for d in devices), 0)
-
-    def on_round(device: str, round_: int) -> None:
-        finished[device] = round_ + 1
-        tell("measure", min(finished.values()), rounds + 1)
-
-    tell("measure", 0, rounds + 1)
-    return pool.call(
-        {d.name: (measure_all, (rounds, budget_s)) for d in devices}, limit_s=ROUND_LIMIT_S, on_progress=on_round
+def _surroundings(
+    workers: Workers, devices: Sequence[Device], cache: Cache, *, train: bool, tell: Progress
+) -> _Surroundings:
+    """Time the links, and in inference how fast weights can be brought in, unless that is known."""
+    names = [f"{device.name} {device_key(device, len(devices))}" for device in devices]
+    key = f"links {' | '.join(names)} {torch.__version__} {'' if train else tempfile.gettempdir()}"
+    known = cache.get(key, _Surroundings)
+    if known is not None:
+        return known
+    tell("links", 0, 1)
+    made = _Surroundings(
+        links=measure_links(workers.pool, devices),
+        fetch_bytes_per_s={} if train else fetch_rates(workers.pool, devices),
+        disk_bytes_per_s=None if train else disk_rate(Path(tempfile.gettempdir())),
     )
-
-
-def nodes_of(captures: Mapping[int, UnitGraph], *, train: bool, optimizer: str) -> tuple[Node, ...]:
-    """The records of the captured steps, with their bytes at each number of micro-batches."""
-    steps = {count: {step.name: step for step in capture.steps} for count, capture in captures.items()}
-    weights = _Weights(captures[1], train=train, optimizer=optimizer)
-    return tuple(
-        Node(
-            name=step.name,
-            kind=step.kind,
-            type=step.type,
-            unit=step.unit,
-            site=step.site,
-            inputs=step.reads,
-            **weights.of(step),
-            output_bytes={count: steps[count][step.name].output_bytes for count in captures},
-            saved_bytes={count: steps[count][step.name].saved_bytes if train else 0 for count in captures},
-        )
-        for step in captures[1].steps
-    )
-
-
-def ties_of(capture: UnitGraph, *, train: bool, optimizer: str) -> tuple[Tie, ...]:
-    """The records of the parameters that several steps use."""
-    parameters = dict(capture.model.named_parameters())
-    made = []
-    for name, steps in capture.ties:
-        parameter = parameters[name]
-        trained = [parameter] if train and parameter.requires_grad else []
-        gradient_bytes = sum(map(nbytes, trained))
-        state_bytes = optimizer_state_bytes(optimizer, trained) if trained else 0
-        made.append(
-            Tie(
-                name=name,
-                nodes=steps,
-                copy_bytes=nbytes(parameter) + gradient_bytes + state_bytes,
-                gradient_bytes=gradient_bytes,
-            )
-        )
-    return tuple(made)
-
-
-def tensors_of(captures: Mapping[int, UnitGraph]) -> tuple[TensorRecord, ...]:
-    """The records of the tensors between steps."""
-    return tuple(
-        TensorRecord(
-            name=value.name,
-            producer=value.producer,
-            requires_grad=value.requires_grad,
-            bytes={count: capture.values[value.name].bytes for count, capture in captures.items()},
-        )
-        for value in captures[1].values.values()
-    )
-
-
-def measurements_of(
-    names: Sequence[str], samples: Mapping[str, Mapping[tuple[int, str], Samples]]
-) -> tuple[Measurement, ...]:
-    """Medians and spreads, in the order of the forward; the update, timed once, is given at each number."""
-    order = {name: position for position, name in enumerate(names)}
-    keys = sorted(
-        ((step, device, count) for device, taken in samples.items() for count, step in taken),
-        key=lambda key: (order[key[0]], key[2]),
-    )
-    rows = []
-    for step, device, count in keys:
-        taken = samples[device]
-        forward, backward = summary(taken[count, step].forward_s), summary(taken[count, step].backward_s)
-        rows.append(
-            Measurement(
-                node=step,
-                device=device,
-                microbatches=count,
-                repeats=len(taken[count, step].forward_s),
-                forward_s=forward[0],
-                forward_spread_s=forward[1],
-                backward_s=backward[0],
-                backward_spread_s=backward[1],
-                update_s=summary(taken[1, step].update_s)[0],
-                peak_bytes=taken[count, step].peak_bytes,
-            )
-        )
-    return tuple(rows)
-
-
-def variation_of(device: str, taken: Iterable[Samples]) -> Variation:
-    """The time of each round over everything that was timed, relative to the median round."""
-    rounds = np.sum([np.add(samples.forward_s, samples.backward_s) for samples in taken], axis=0)
-    return Variation(device=device, relative=tuple(float(r) for r in rounds / np.median(rounds)))
-
-
-class _Weights:
-    """Bytes of parameters, buffers, gradients and optimizer state by step; a shared tensor counts at its first user."""
-
-    def __init__(self, capture: UnitGraph, *, train: bool, optimizer: str) -> None:
-        self.capture = capture
-        self.train = train
-        self.optimizer = optimizer
-        self.counted: set[int] = set()
-
-    def of(self, step: Step) -> dict[str, int]:
-        parameters, buffers = self._held(step)
-        trained = [p for p in parameters if p.requires_grad] if self.train else []
-        return {
-            "param_bytes": sum(nbytes(p) for p in parameters),
-            "buffer_bytes": sum(nbytes(b) for b in buffers),
-            "grad_bytes": sum(nbytes(p) for p in trained),
-            "optimizer_bytes": optimizer_state_bytes(self.optimizer, trained) if trained else 0,
-        }
-
-    def _held(self, step: Step) -> tuple[list[nn.Parameter], list[Tensor]]:
-        """The parameters and buffers that ``step`` is the first to use."""
-        tensors: list[Tensor] = []
-        if step.kind == "unit":
-            unit = self.capture.units[step.unit]
-            tensors = [*unit.parameters(), *unit.buffers()]
-        elif step.kind == "parameter" and step.unit:
-            holder, _, name = step.unit.rpartition(".")
-            tensors = [getattr(self.capture.model.get_submodule(holder), name)]
-        new = [t for t in tensors if id(t) not in self.counted]
-        self.counted |= {id(t) for t in new}
-        return [t for t in new if isinstance(t, nn.Parameter)], [t for t in new if not isinstance(t, nn.Parameter)]
+    cache.put(key, made)
+    tell("links", 1, 1)
+    return made

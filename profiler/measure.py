@@ -2,44 +2,47 @@
 
 Steps are measured in rounds: each round runs every step once, in the order of the forward, at every number of
 micro-batches. So a step finds the caches as it does in the real run, with its inputs just written and its weights cold,
-and a slow second of the machine falls on all steps alike instead of spoiling one of them.
+and a slow second of the machine falls on all steps alike instead of spoiling one of them. Rounds go on until every
+step's median is known well enough, or the time for it is used up.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.structure import map_tensors, tensors_in
+from shardwright.profiler.timing import LEAST_REPEATS, Series
 from shardwright.profiler.unitgraph import Call
-from shardwright.profiler.worker import report, resident
+from shardwright.profiler.worker import resident
 
 __all__ = [
     "OPTIMIZERS",
-    "Samples",
+    "CudaStopwatch",
+    "Goal",
+    "HostStopwatch",
+    "Stopwatch",
     "Subject",
-    "Timer",
-    "host_timer",
+    "cuda_timer",
+    "is_out_of_memory",
     "make_optimizer",
     "measure",
     "optimizer_state_bytes",
-    "summary",
+    "prepare",
 ]
 
-LEAST_ROUNDS = 3
-"""So many are timed even when the budget is used up: a median and a spread need them."""
-
-Timer = Callable[[Callable[[], Any]], tuple[Any, float]]
-"""Calls a function and returns its result and the seconds it took."""
+Key = TypeVar("Key")
+Reading = Callable[[], float]
+"""Gives the seconds of something timed, once the stopwatch has finished."""
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-4),
@@ -75,40 +78,77 @@ def optimizer_state_bytes(name: str, parameters: Iterable[nn.Parameter]) -> int:
     return total
 
 
-def host_timer(clock: Callable[[], float] = time.perf_counter) -> Timer:
-    """A timer for work that is done when the call returns, as on a CPU."""
+class Stopwatch(Protocol):
+    """Times functions; what it read is known after :meth:`finish`."""
 
-    def timer(function: Callable[[], Any]) -> tuple[Any, float]:
-        start = clock()
+    def time(self, function: Callable[[], Any]) -> tuple[Any, Reading]:
+        """Call ``function``; its result, and what will give its seconds."""
+
+    def finish(self) -> None:
+        """Wait until all that was timed is done."""
+
+
+class HostStopwatch:
+    """For work that is done when the call returns, as on a CPU."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+
+    def time(self, function: Callable[[], Any]) -> tuple[Any, Reading]:
+        """See :class:`Stopwatch`."""
+        start = self.clock()
         result = function()
-        return result, clock() - start
+        seconds = self.clock() - start
+        return result, lambda: seconds
 
-    return timer
+    def finish(self) -> None:
+        """See :class:`Stopwatch`."""
 
 
-def cuda_timer(device: torch.device) -> Timer:
-    """A timer that reads the device's own clock with events, the queue before them drained."""
+class CudaStopwatch:
+    """Reads the GPU's own clock by events in its queue.
 
-    def timer(function: Callable[[], Any]) -> tuple[Any, float]:
+    The queue is not drained in between: as in a real step, the host prepares the next kernels while the last ones run,
+    and only where it cannot keep up does the time of a launch count.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def time(self, function: Callable[[], Any]) -> tuple[Any, Reading]:
+        """See :class:`Stopwatch`."""
+        stream = torch.cuda.current_stream(self.device)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(device)
-        start.record(torch.cuda.current_stream(device))
+        start.record(stream)
         result = function()
-        end.record(torch.cuda.current_stream(device))
+        end.record(stream)
+        return result, lambda: start.elapsed_time(end) / 1e3
+
+    def finish(self) -> None:
+        """See :class:`Stopwatch`."""
+        torch.cuda.synchronize(self.device)
+
+
+def cuda_timer(device: torch.device) -> Callable[[Callable[[], Any]], tuple[Any, float]]:
+    """A function that times one call on its own, the queue drained before and after: its result and its seconds."""
+    stopwatch = CudaStopwatch(device)
+
+    def timer(function: Callable[[], Any]) -> tuple[Any, float]:
         torch.cuda.synchronize(device)
-        return result, start.elapsed_time(end) / 1e3
+        result, reading = stopwatch.time(function)
+        stopwatch.finish()
+        return result, reading()
 
     return timer
 
 
-@dataclass
-class Samples:
-    """Seconds of every repeat."""
+class Readings(NamedTuple):
+    """What one repeat gave; None for what does not take place."""
 
-    forward_s: list[float] = field(default_factory=list)
-    backward_s: list[float] = field(default_factory=list)
-    update_s: list[float] = field(default_factory=list)
-    peak_bytes: int | None = None
+    forward: Reading
+    backward: Reading | None = None
+    update: Reading | None = None
+    recompute: Reading | None = None
 
 
 class Subject:
@@ -132,15 +172,15 @@ class Subject:
         self.device = device
         self.peak_bytes: int | None = None
 
-    def run(self, timer: Timer) -> tuple[float, float, float]:
-        """Seconds of one forward, backward and update (0 for what does not take place)."""
+    def run(self, stopwatch: Stopwatch) -> Readings:
+        """One forward, backward and update, and a forward that keeps nothing."""
         if self.device.type != "cuda":
-            return self._run(timer)
+            return self._run(stopwatch)
         held = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        seconds = self._run(timer)
+        readings = self._run(stopwatch)
         self.peak_bytes = max(0, torch.cuda.max_memory_allocated(self.device) - held)
-        return seconds
+        return readings
 
     @staticmethod
     def _leaf(leaf: Any, device: torch.device) -> Any:
@@ -148,19 +188,21 @@ class Subject:
             return device
         return map_tensors(lambda t: t.detach().to(device).requires_grad_(t.requires_grad), leaf)
 
-    def _run(self, timer: Timer) -> tuple[float, float, float]:
+    def _forward(self, stopwatch: Stopwatch, *, keeping: bool) -> tuple[Any, Reading]:
         # A copy of each input: units may change theirs in place, and a producer would just have written it.
         args, kwargs = pytree.tree_unflatten([map_tensors(Tensor.clone, leaf) for leaf in self.leaves], self.spec)
-        with torch.set_grad_enabled(self.train):
+        with torch.set_grad_enabled(keeping):
             if self.context is None:
-                output, forward_s = timer(partial(self.function, *args, **kwargs))
-            else:
-                output, forward_s = timer(partial(self.context.run, self.function, args, kwargs))
-        del args, kwargs
+                return stopwatch.time(partial(self.function, *args, **kwargs))
+            return stopwatch.time(partial(self.context.run, self.function, args, kwargs))
+
+    def _run(self, stopwatch: Stopwatch) -> Readings:
+        output, forward = self._forward(stopwatch, keeping=self.train)
         if not self.train:
-            return forward_s, 0.0, 0.0
+            return Readings(forward)
         outputs = [t for _, t in tensors_in(output) if t.requires_grad]
-        backward_s = update_s = 0.0
+        del output
+        backward = update = recompute = None
         if outputs:
             if self.grads is None:
                 self.grads = [torch.randn_like(t) for t in outputs]
@@ -170,82 +212,115 @@ class Subject:
             for leaf in self.leaves:
                 if isinstance(leaf, Tensor):
                     leaf.grad = None
-            _, backward_s = timer(lambda: torch.autograd.backward(outputs, self.grads))
+            _, backward = stopwatch.time(lambda: torch.autograd.backward(outputs, self.grads))
+            del outputs
         if self.optimizer is not None:
-            _, update_s = timer(self.optimizer.step)
-        return forward_s, backward_s, update_s
+            _, update = stopwatch.time(self.optimizer.step)
+        if isinstance(self.function, nn.Module) and self.context is None:
+            _, recompute = self._forward(stopwatch, keeping=False)
+        return Readings(forward, backward, update, recompute)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host, had no memory left."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """When there has been enough measuring."""
+
+    precision: float = 0.02
+    """The half width of the median's 95% confidence interval, relative, at which a step is settled."""
+    negligible: float = 0.001
+    """A step is settled too when that half width is this part of the time of all steps."""
+    repeats: int = 31
+    """A step is not timed more often than this."""
+    budget_s: float = 45.0
+    """Past so many seconds no further round begins, once there are as many as a median needs."""
 
 
 def measure(
-    subjects: dict[Any, Subject],
-    timer: Timer,
+    subjects: Mapping[Key, Subject],
+    stopwatch: Stopwatch,
+    goal: Goal,
     *,
-    rounds: int,
-    on_round: Callable[[int], None],
-    budget_s: float = float("inf"),
+    on_settled: Callable[[Key, Series], None],
+    on_refused: Callable[[Key, Exception], None] | None = None,
+    on_round: Callable[[int], None] = lambda _: None,
+    between: Callable[[Subject], None] = lambda _: None,
     clock: Callable[[], float] = time.monotonic,
-) -> dict[Any, Samples]:
-    """Time every subject ``rounds`` times, in turn, after one round to warm up.
+) -> list[float]:
+    """Time all subjects in turn until each is settled, after one round to warm up.
 
-    Past ``budget_s`` seconds no further round begins, once there are three (or ``rounds``, if that is fewer).
+    What is settled goes on running, so that the others find the caches and the machine as before.
+
+    Args:
+        on_settled: told each subject's series as soon as it needs no more.
+        on_refused: told the subjects that there is no memory for, and the error, which is raised without it.
+        on_round: told the number of each round that is done, 0 for the warm-up.
+        between: called before each subject, its time not counted.
+
+    Returns:
+        The seconds of each round over all subjects, the warm-up apart.
     """
-    samples = {key: Samples() for key in subjects}
-    start = clock()
-    for round_ in range(rounds + 1):
-        if round_ > LEAST_ROUNDS and clock() - start > budget_s:
-            break
-        for key, subject in subjects.items():
+    subjects = dict(subjects)
+    series = {key: Series() for key in subjects}
+    open_ = dict.fromkeys(subjects)
+    start, totals = clock(), []
+    for round_ in range(max(1, goal.repeats) + 1):
+        readings = {}
+        for key in list(subjects):
+            between(subjects[key])
             try:
-                forward_s, backward_s, update_s = subject.run(timer)
+                readings[key] = subjects[key].run(stopwatch)
             except Exception as error:
-                raise RuntimeError(f"{key}: {error}") from error
-            if round_:
-                samples[key].forward_s.append(forward_s)
-                samples[key].backward_s.append(backward_s)
-                samples[key].update_s.append(update_s)
-                samples[key].peak_bytes = subject.peak_bytes
+                if on_refused is None or not is_out_of_memory(error):
+                    raise RuntimeError(f"{key}: {error}") from error
+                on_refused(key, error)
+                del subjects[key], series[key]
+                open_.pop(key, None)
+        stopwatch.finish()
+        for key, reading in readings.items():
+            _note(series[key], reading, subjects[key], first=round_ == 0)
+        if round_:
+            totals.append(sum(s.totals()[-1] for s in series.values()))
         on_round(round_)
-    return samples
+        whole = sum(s.median_s() for s in series.values())
+        ended = round_ >= min(goal.repeats, LEAST_REPEATS) and clock() - start > goal.budget_s
+        for key in list(open_):
+            enough = series[key].is_settled(goal.precision, goal.negligible * whole)
+            if round_ and (enough or ended or round_ >= goal.repeats):
+                del open_[key]
+                on_settled(key, series[key])
+        if not open_:
+            break
+    return totals
 
 
-def summary(seconds: list[float]) -> tuple[float, float]:
-    """Median and interquartile range."""
-    low, median, high = np.percentile(seconds, [25, 50, 75])
-    return float(median), float(high - low)
-
-
-# What the profiler calls inside a worker.
+def _note(series: Series, readings: Readings, subject: Subject, *, first: bool) -> None:
+    """Add what one repeat gave."""
+    forward_s, backward_s, update_s = (r() if r is not None else 0.0 for r in readings[:3])
+    assert math.isfinite(forward_s)
+    if first:
+        series.first_call_s = forward_s + backward_s
+        return
+    series.forward_s.append(forward_s)
+    series.backward_s.append(backward_s)
+    series.update_s.append(update_s)
+    if readings.recompute is not None:
+        series.recompute_s.append(readings.recompute())
+    series.peak_bytes = subject.peak_bytes
 
 
 def prepare(device: str, threads: int) -> None:
-    """Make this process ready to measure on ``device``."""
+    """Make this process ready to measure on ``device``: what a worker does first."""
     torch.manual_seed(0)
     if device.startswith("cpu"):
         torch.set_num_threads(threads)
     else:
         torch.cuda.set_device(torch.device(device))
-    resident["subjects"] = {}
     resident["device"] = torch.device(device if device.startswith("cuda") else "cpu")
-
-
-def add_subject(name: str, calls: dict[int, Call], *, train: bool, optimizer: str) -> None:
-    """Take in one step, with its call at each number of micro-batches; they share the module.
-
-    The update is timed with the first of them only: it is one a batch, whatever the number of micro-batches.
-    """
-    for position, (microbatches, call) in enumerate(calls.items()):
-        resident["subjects"][microbatches, name] = Subject(
-            call,
-            resident["device"],
-            train=train,
-            optimizer=optimizer if position == 0 else None,
-            accumulate=microbatches > 1,
-        )
-
-
-def measure_all(rounds: int, budget_s: float) -> dict[tuple[int, str], Samples]:
-    """Measure everything that was taken in, largest micro-batch first."""
-    device: torch.device = resident["device"]
-    timer = host_timer() if device.type == "cpu" else cuda_timer(device)
-    subjects = dict(sorted(resident["subjects"].items(), key=lambda item: item[0][0]))
-    return measure(subjects, timer, rounds=rounds, on_round=report, budget_s=budget_s)

@@ -86,12 +86,13 @@ class OperationRecorder(TorchDispatchMode):
         """Run the operator, then hand on what it was."""
         kwargs = kwargs or {}
         operator = _operator(func)
-        if operator.is_composite and all(kind in _PLAIN for kind in types):
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        result = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # without this mode, function modes would not see operators
+            if operator.is_composite and all(kind in _PLAIN for kind in types):
+                with self:
+                    result = func.decompose(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+            result = func(*args, **kwargs)
         if not operator.is_query:
             self.add(_operation(operator, args, kwargs, result))
         return result

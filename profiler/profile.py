@@ -14,7 +14,19 @@ if TYPE_CHECKING:
     import networkx
     import pandas
 
-__all__ = ["Device", "Link", "Measurement", "Node", "Profile", "Tensor", "TensorSpec", "Tie", "Variation"]
+__all__ = [
+    "Device",
+    "Link",
+    "Measurement",
+    "Misfit",
+    "Node",
+    "Profile",
+    "Tensor",
+    "TensorSpec",
+    "Tie",
+    "Timing",
+    "Variation",
+]
 
 NodeKind = Literal["input", "parameter", "unit", "glue", "output"]
 
@@ -110,24 +122,44 @@ class Tie(Record):
     """Summed over the copies once a step; 0 without training, or for a parameter that is not trained."""
 
 
-class Measurement(Record):
-    """Times of one node on one device, at the batch divided into ``microbatches``: medians and their spread.
+class Timing(Record):
+    """Times of one piece of work on one device: medians and their spread, the interquartile range of the repeats."""
 
-    A spread is the interquartile range of the repeats.
-    """
-
-    node: str
-    device: str
-    microbatches: PositiveInt
     repeats: PositiveInt
     forward_s: NonNegativeFloat
     forward_spread_s: NonNegativeFloat
     backward_s: NonNegativeFloat
     backward_spread_s: NonNegativeFloat
+    recompute_s: NonNegativeFloat | None = None
+    """Training only: the forward without keeping anything for backward, which activation checkpointing adds."""
     update_s: NonNegativeFloat
     """One optimizer step over the node's parameters (once a batch, whatever the number of micro-batches)."""
+    first_call_s: NonNegativeFloat = 0.0
+    """The first forward and backward, with what is made and tuned once; not part of the medians."""
+    median_error: NonNegativeFloat | None = None
+    """Half the width of the 95% confidence interval of the median of forward and backward, as a part of it."""
+    outliers: NonNegativeInt = 0
+    """Repeats more than three interquartile ranges outside the quartiles; they are part of all figures."""
     peak_bytes: NonNegativeInt | None = None
     """CUDA only: the allocator's peak during forward, backward and update, beyond what was held before."""
+
+
+class Case(Record):
+    """A node on a device, at the batch divided into ``microbatches``."""
+
+    node: str
+    device: str
+    microbatches: PositiveInt
+
+
+class Measurement(Timing, Case):
+    """The times of a node on a device."""
+
+
+class Misfit(Case):
+    """A node that does not fit on a device, even alone."""
+
+    reason: str
 
 
 class Variation(Record):
@@ -175,6 +207,8 @@ class Profile(Document):
     disk_bytes_per_s: PositiveFloat | None = None
     """How fast weights come from the host's disk."""
     measurements: tuple[Measurement, ...]
+    misfits: tuple[Misfit, ...] = ()
+    """What was tried on a device and did not fit: no measurement there, and no plan puts it there."""
     variations: tuple[Variation, ...] = ()
     """Devices without one are taken as steady."""
 
@@ -188,9 +222,9 @@ class Profile(Document):
             ("node", {tensor.producer for tensor in self.tensors}, nodes),
             ("node", {name for group in self.colocate for name in group}, nodes),
             ("node", {name for tie in self.ties for name in tie.nodes}, nodes),
-            ("node", {m.node for m in self.measurements}, nodes),
+            ("node", {m.node for m in (*self.measurements, *self.misfits)}, nodes),
             ("tensor", {name for node in self.nodes for name in node.inputs}, tensors),
-            ("device", {m.device for m in self.measurements}, devices),
+            ("device", {m.device for m in (*self.measurements, *self.misfits)}, devices),
             ("device", {end for link in self.links for end in (link.source, link.target)}, devices),
         ):
             if used - defined:

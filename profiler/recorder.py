@@ -26,6 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.callsites import applied_name, call_site, functions_applied
 from shardwright.profiler.equality import same_values
+from shardwright.profiler.operations import Operation, OperationRecorder
 from shardwright.profiler.structure import dense_parts, tensors_in
 from shardwright.profiler.unitgraph import (
     ApplyFunction,
@@ -95,6 +96,7 @@ class Recorder(GraphWriter, TorchFunctionMode):
         self.counts_saved = counts_saved
         self.guards: list[tuple[str, str, str]] = []
         self.depth = 0
+        self.observed: Step | None = None  # the step whose own operators run
         self.calls: dict[str, int] = {}
         self.current: Step | None = None
         # Modules that the step which runs may call: a unit those that it holds or was handed; None = any.
@@ -139,7 +141,7 @@ class Recorder(GraphWriter, TorchFunctionMode):
         saving = (
             torch.autograd.graph.saved_tensors_hooks(saved, lambda kept: kept) if self.counts_saved else nullcontext()
         )
-        with hooks, saving, functions_applied(self._apply), self:
+        with hooks, saving, functions_applied(self._apply), self, OperationRecorder(self._operation):
             try:
                 output = self.model(*args, **kwargs)
             except ShardwrightError:
@@ -191,9 +193,11 @@ class Recorder(GraphWriter, TorchFunctionMode):
         self.current = step
         self.at_hand = set() if isinstance(func, ApplyFunction) else None
         self.depth += 1
+        self.observed = step
         try:
             result = func(*args, **kwargs)
         finally:
+            self.observed = None
             self.depth -= 1
         changed = [t for t, version in zip(read, versions, strict=True) if _has_changed(t, version)]
         self.changing = {id(t) for t in changed}
@@ -245,14 +249,15 @@ class Recorder(GraphWriter, TorchFunctionMode):
                 self._read(tensor, step)
             self.astray = False
             self.at_hand = {id(inner) for holder in (module, *handed) for inner in holder.modules()}
-            self.current = step
             self.versions = [(t, _version(t)) for _, t in tensors_in((args, kwargs))]
+            self.current = self.observed = step
 
         return hook
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         handed_back = None
         if self.depth == 1 and self.current is not None:
+            self.observed = None
             with torch._C.DisableTorchFunction():
                 taken = {id(t) for _, t in tensors_in((args, kwargs))}
                 if any(id(t) in taken for _, t in tensors_in(output)):
@@ -282,6 +287,10 @@ class Recorder(GraphWriter, TorchFunctionMode):
             (torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)), None
         )
         return None if grad == self.train and autocast is None else Context(grad, autocast)
+
+    def _operation(self, operation: Operation) -> None:
+        if self.observed is not None:
+            self.observed.operations.append(operation)
 
     def _saved(self, tensor: Tensor) -> Tensor:
         """Count a tensor that autograd keeps, once by storage."""

@@ -13,6 +13,7 @@ from torch.overrides import resolve_name
 from torch.utils import _pytree as pytree
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.operations import Operation
 from shardwright.profiler.profile import NodeKind
 from shardwright.profiler.structure import filled
 
@@ -76,6 +77,8 @@ class Step:
     call: Call | None = None
     output_bytes: int = 0
     saved_bytes: int = 0
+    operations: list[Operation] = field(default_factory=list)
+    """What PyTorch did in its forward, in order."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -143,6 +143,14 @@ def simulated_devices() -> None:
     sim_device(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Measurements of tests are kept apart from the user's, also by the processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHARDWRIGHT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def containers() -> ModuleType:
     """The module examples/containers.py."""
@@ -167,14 +175,15 @@ def captured_profile() -> ProfileMaker:
         optimizer: str = "adam",
         refined: bool = False,
     ) -> Profile:
-        from shardwright.profiler import collect, inputs
+        from shardwright.profiler import inputs, records
+        from shardwright.profiler.capture import captures_of
         from shardwright.profiler.trace import checked_trace
         from shardwright.profiler.units import structure_digest
 
         kwargs = kwargs or {}
         microbatches = microbatches or inputs.default_counts(inputs.batch_size(args, kwargs))
         if refined:
-            captures, _ = collect.captures_of(model, args, kwargs, microbatches, devices=len(devices), train=train)
+            captures, _ = captures_of(model, args, kwargs, microbatches, devices=len(devices), train=train)
         else:
             captures = {m: checked_trace(model, *inputs.microbatch(args, kwargs, m), train=train) for m in microbatches}
         steps = [step for step in captures[1].steps if step.kind in ("unit", "glue")]
@@ -197,10 +206,10 @@ def captured_profile() -> ProfileMaker:
                 for b in devices
                 if a != b
             ),
-            nodes=collect.nodes_of(captures, train=train, optimizer=optimizer),
-            tensors=collect.tensors_of(captures),
+            nodes=records.nodes_of(captures, train=train, optimizer=optimizer),
+            tensors=records.tensors_of(captures),
             colocate=tuple(captures[1].colocate),
-            ties=collect.ties_of(captures[1], train=train, optimizer=optimizer),
+            ties=records.ties_of(captures[1], train=train, optimizer=optimizer),
             obstacles=tuple(captures[1].obstacles),
             guards=tuple(captures[1].guards),
             measurements=tuple(

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import shardwright as sw
-from shardwright.profiler.collect import captures_of, check_divisible
+from shardwright.profiler.capture import captures_of, check_divisible
 
 
 def encoder(*, batch_first):

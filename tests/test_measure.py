@@ -1,18 +1,21 @@
 """Measurement with a clock of our own, so that what is timed can be stated exactly."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.measure import (
+    Goal,
+    HostStopwatch,
     Subject,
-    host_timer,
     make_optimizer,
     measure,
     optimizer_state_bytes,
-    summary,
 )
+from shardwright.profiler.timing import LEAST_REPEATS
 from shardwright.profiler.unitgraph import Call
 
 CPU = torch.device("cpu")
@@ -29,7 +32,7 @@ class Clock:
 
 
 class Takes(nn.Module):
-    """A unit whose forward and backward advance the clock by stated seconds."""
+    """A unit whose forward and backward advance the clock by stated seconds; an iterator gives those of each call."""
 
     def __init__(self, clock, forward_s, backward_s):
         super().__init__()
@@ -37,7 +40,7 @@ class Takes(nn.Module):
         self.clock, self.forward_s, self.backward_s = clock, forward_s, backward_s
 
     def forward(self, x):
-        self.clock.now += self.forward_s
+        self.clock.now += self.forward_s if isinstance(self.forward_s, float) else next(self.forward_s)
         y = x * self.weight
         if y.requires_grad:
             y.register_hook(self.advance)
@@ -51,35 +54,90 @@ def subject(unit, *args, train=True, optimizer="adam", accumulate=False):
     return Subject(Call(unit, args, {}), CPU, train=train, optimizer=optimizer, accumulate=accumulate)
 
 
+def timed(subjects, clock, **goal):
+    """The series of each subject, under the clock's time."""
+    settled = {}
+    measure(subjects, HostStopwatch(clock), Goal(**goal), on_settled=settled.__setitem__, clock=clock)
+    return settled
+
+
 def test_forward_and_backward_are_timed_apart():
-    """Each repeat gives the unit's own forward and backward, the warm-up round apart."""
+    """Each repeat gives the unit's own forward and backward, and what is computed anew; the first call is apart."""
     clock = Clock()
     rounds = []
     x = torch.ones(3, requires_grad=True)
     subjects = {"a": subject(Takes(clock, 2.0, 5.0), x), "b": subject(Takes(clock, 1.0, 3.0), x)}
-    samples = measure(subjects, host_timer(clock), rounds=3, on_round=rounds.append)
-    assert samples["a"].forward_s == [2.0] * 3
-    assert samples["a"].backward_s == [5.0] * 3
-    assert samples["b"].forward_s == [1.0] * 3
+    settled = {}
+    goal = Goal(repeats=3)
+    totals = measure(subjects, HostStopwatch(clock), goal, on_settled=settled.__setitem__, on_round=rounds.append)
+    assert settled["a"].forward_s == [2.0] * 3
+    assert settled["a"].backward_s == [5.0] * 3
+    assert settled["a"].recompute_s == [2.0] * 3
+    assert settled["a"].first_call_s == 7.0
+    assert settled["b"].forward_s == [1.0] * 3
     assert rounds == [0, 1, 2, 3]
+    assert totals == [11.0] * 3
 
 
-@pytest.mark.parametrize(("rounds", "budget_s", "timed"), [(9, 1e9, 9), (9, 0.0, 3), (2, 0.0, 2), (9, 50.0, 5)])
-def test_rounds_end_with_the_budget(rounds, budget_s, timed):
-    """A slow model is timed at least three times, and no longer than the budget allows."""
+def test_a_steady_unit_is_settled_as_soon_as_its_median_is_known():
+    """Six equal times are enough; more are taken only where they differ."""
     clock = Clock()
-    subjects = {"a": subject(Takes(clock, 4.0, 6.0), torch.ones(3, requires_grad=True))}
-    samples = measure(subjects, host_timer(clock), rounds=rounds, on_round=id, budget_s=budget_s, clock=clock)
-    assert len(samples["a"].forward_s) == timed
+    steady = Takes(clock, 4.0, 6.0)
+    assert timed({"a": subject(steady, torch.ones(3, requires_grad=True))}, clock)["a"].repeats == LEAST_REPEATS
+    shaky = Takes(clock, itertools.cycle([1.0, 2.0, 4.0]), 0.0)
+    assert timed({"a": subject(shaky, torch.ones(3), train=False)}, clock, repeats=40)["a"].repeats > LEAST_REPEATS
+
+
+def test_what_hardly_counts_need_not_be_known_well():
+    """A shaky step that makes a thousandth of the whole is settled with the others."""
+    clock = Clock()
+    subjects = {
+        "large": subject(Takes(clock, 1000.0, 0.0), torch.ones(3), train=False),
+        "small": subject(Takes(clock, itertools.cycle([0.01, 0.02, 0.04]), 0.0), torch.ones(3), train=False),
+    }
+    assert timed(subjects, clock)["small"].repeats == LEAST_REPEATS
+
+
+@pytest.mark.parametrize(("repeats", "budget_s", "count"), [(9, 1e9, 9), (9, 0.0, 6), (2, 0.0, 2), (20, 80.0, 8)])
+def test_rounds_end_with_the_budget(repeats, budget_s, count):
+    """A slow and shaky model is timed as often as its median needs, and no longer than the budget allows."""
+    clock = Clock()
+    subjects = {"a": subject(Takes(clock, itertools.cycle([5.0, 15.0]), 0.0), torch.ones(3), train=False)}
+    assert timed(subjects, clock, repeats=repeats, budget_s=budget_s)["a"].repeats == count
 
 
 def test_inference_times_the_forward_only():
-    """Without training there is no backward and no update."""
+    """Without training there is no backward, no update and nothing to compute again."""
     clock = Clock()
-    samples = measure(
-        {"a": subject(Takes(clock, 2.0, 5.0), torch.ones(3), train=False)}, host_timer(clock), rounds=2, on_round=id
+    series = timed({"a": subject(Takes(clock, 2.0, 5.0), torch.ones(3), train=False)}, clock, repeats=2)["a"]
+    assert (series.forward_s, series.backward_s, series.update_s) == ([2.0] * 2, [0.0] * 2, [0.0] * 2)
+    assert series.recompute_s == []
+
+
+class Greedy(nn.Module):
+    """A unit that there is never memory for."""
+
+    def forward(self, _x):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+def test_what_there_is_no_memory_for_is_left_out():
+    """It is told, with the error, and the others are measured."""
+    clock = Clock()
+    subjects = {
+        "greedy": subject(Greedy(), torch.ones(3), train=False),
+        "a": subject(Takes(clock, 2.0, 5.0), torch.ones(3), train=False),
+    }
+    settled, refused = {}, {}
+    measure(
+        subjects,
+        HostStopwatch(clock),
+        Goal(repeats=2),
+        on_settled=settled.__setitem__,
+        on_refused=refused.__setitem__,
     )
-    assert (samples["a"].forward_s, samples["a"].backward_s, samples["a"].update_s) == ([2.0] * 2, [0.0] * 2, [0.0] * 2)
+    assert list(settled) == ["a"]
+    assert "20.00 GiB" in str(refused["greedy"])
 
 
 def test_a_unit_that_changes_its_input_can_be_repeated():
@@ -87,7 +145,7 @@ def test_a_unit_that_changes_its_input_can_be_repeated():
     x = torch.tensor([-1.0, 2.0], requires_grad=True)
     ready = subject(nn.ReLU(inplace=True), x)
     for _ in range(2):
-        ready.run(host_timer())
+        ready.run(HostStopwatch())
     assert ready.leaves[0].tolist() == [-1.0, 2.0]
 
 
@@ -97,7 +155,7 @@ def test_gradients_are_fresh_or_added_to():
     for unit, accumulate in ((fresh, False), (added, True)):
         ready = subject(unit, torch.ones(1, 2), optimizer="sgd", accumulate=accumulate)
         for _ in range(3):
-            ready.run(host_timer())
+            ready.run(HostStopwatch())
         once = ready.grads[0].sum(0)
         assert torch.allclose(unit.bias.grad, once * (3 if accumulate else 1))
 
@@ -105,7 +163,7 @@ def test_gradients_are_fresh_or_added_to():
 def test_a_failing_unit_is_named():
     """The error of a unit that fails while it is measured begins with its name."""
     with pytest.raises(RuntimeError, match="head: "):
-        measure({"head": subject(nn.Linear(3, 2), torch.ones(1, 2))}, host_timer(), rounds=1, on_round=id)
+        timed({"head": subject(nn.Linear(3, 2), torch.ones(1, 2))}, Clock())
 
 
 @pytest.mark.parametrize(("name", "copies"), [("sgd", 0), ("momentum", 1), ("adam", 2), ("adamw", 2)])
@@ -125,8 +183,3 @@ def test_an_unknown_optimizer_is_refused():
     """The names that are known are listed."""
     with pytest.raises(ShardwrightError, match="choose one of sgd, momentum, adam, adamw"):
         make_optimizer("lion", nn.Linear(1, 1).parameters())
-
-
-def test_median_and_spread():
-    """The summary is the median and the interquartile range."""
-    assert summary([1.0, 2.0, 3.0, 4.0, 100.0]) == (3.0, 2.0)

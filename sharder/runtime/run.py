@@ -14,7 +14,8 @@ from torch import nn
 from torch.distributed.pipelining import _utils
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.collect import START_LIMIT_S, Progress, silent
+from shardwright.profiler.campaign import START_LIMIT_S
+from shardwright.profiler.capture import Progress, silent
 from shardwright.profiler.devices import find_devices
 from shardwright.profiler.equality import relative_difference, tolerance
 from shardwright.profiler.inputs import microbatch, outputs_of

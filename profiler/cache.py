@@ -1,0 +1,78 @@
+"""The cache of measurements: what was measured once on this machine is not measured again.
+
+One small JSON file a measurement, named by the digest of its key. The key states everything that the time depends on:
+what is computed, on which device, how it is measured, and by which PyTorch (see
+:mod:`shardwright.profiler.signature`). Files are written beside and renamed, so that any number of processes can
+share the folder, and one that cannot be read counts as absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from shardwright.errors import ShardwrightError
+from shardwright.files import Record, write_text
+
+__all__ = ["FOLDER_VARIABLE", "Cache", "default_folder"]
+
+FOLDER_VARIABLE = "SHARDWRIGHT_CACHE"
+R = TypeVar("R", bound=Record)
+
+
+def default_folder() -> Path:
+    """``$SHARDWRIGHT_CACHE``, or ``shardwright`` in the user's folder for caches (XDG base directories)."""
+    if FOLDER_VARIABLE in os.environ:
+        return Path(os.environ[FOLDER_VARIABLE])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardwright"
+
+
+class Cache:
+    """Records by key, in ``folder``.
+
+    Args:
+        folder: is made when the first record is written.
+        refresh: take nothing from it, and replace what is there.
+    """
+
+    def __init__(self, folder: Path | None = None, *, refresh: bool = False) -> None:
+        self.folder = default_folder() if folder is None else folder
+        self.refresh = refresh
+        self.written: set[str] = set()
+
+    def get(self, key: str, kind: type[R]) -> R | None:
+        """The record of ``key``; None without one, or where its file is damaged or of another release."""
+        if self.refresh and key not in self.written:
+            return None
+        try:
+            content = json.loads(self._path(key).read_text(encoding="utf-8"))
+            return kind.model_validate(content["record"]) if content["key"] == key else None
+        except (OSError, ValueError, KeyError, TypeError, ValidationError):
+            return None
+
+    def put(self, key: str, record: Record) -> None:
+        """Keep ``record``.
+
+        Raises:
+            ShardwrightError: the folder cannot be written.
+        """
+        path = self._path(key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ShardwrightError(
+                f"cannot keep measurements in {self.folder}: {error.strerror or error}; "
+                f"set {FOLDER_VARIABLE} to a folder that can be written"
+            ) from error
+        content = {"key": key, "record": record.model_dump(mode="json")}
+        write_text(path, json.dumps(content, indent=1) + "\n")
+        self.written.add(key)
+
+    def _path(self, key: str) -> Path:
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        return self.folder / digest[:2] / f"{digest[2:34]}.json"

@@ -1,0 +1,423 @@
+"""The campaign: which measurements a profile needs, which are known already, and the workers that make the others.
+
+Work with one signature is measured once on each device model (see :mod:`shardwright.profiler.signature`), and every
+finished measurement goes to the cache at once: a profile that is broken off goes on where it was. What does not fit on
+a device together is measured in groups, and what does not fit alone is a result.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from shardwright.profiler.cache import Cache
+from shardwright.profiler.capture import Progress
+from shardwright.profiler.measure import CudaStopwatch, Goal, HostStopwatch, Subject, is_out_of_memory, measure, prepare
+from shardwright.profiler.pool import Pool
+from shardwright.profiler.profile import Device, Misfit, Timing, Variation
+from shardwright.profiler.signature import device_key, step_key
+from shardwright.profiler.structure import nbytes, tensors_in
+from shardwright.profiler.timing import Series, summarise
+from shardwright.profiler.unitgraph import Call, Step, UnitGraph
+from shardwright.profiler.worker import report, resident
+
+__all__ = ["START_LIMIT_S", "Findings", "Item", "Workers", "investigate"]
+
+
+class Item(NamedTuple):
+    """A step, with the batch divided into so many micro-batches."""
+
+    microbatches: int
+    step: str
+
+    def __str__(self) -> str:
+        return self.step if self.microbatches == 1 else f"{self.step} at {self.microbatches} micro-batches"
+
+
+START_LIMIT_S = 120.0
+ROUND_LIMIT_S = 600.0
+"""A round may take so long before a worker counts as hung."""
+GROUP_SHARE = 0.5
+"""Of a device's memory: what is measured together may take so much."""
+STATE_COPIES = 3
+"""Gradient and two of the optimizer's, beside a parameter: what a group has to have room for in training."""
+
+
+class Workers:
+    """The devices' worker processes, started when they are first needed; a context manager."""
+
+    def __init__(self, devices: Sequence[Device], tell: Progress) -> None:
+        self.devices = devices
+        self.tell = tell
+        self._pool: Pool | None = None
+
+    @property
+    def pool(self) -> Pool:
+        """The workers, each ready to measure."""
+        if self._pool is None:
+            self.tell("start workers", 0, 1)
+            self._pool = Pool(self.devices)
+            calls = {d.name: (prepare, (d.name, max(1, len(d.cores)))) for d in self.devices}
+            self._pool.call(calls, limit_s=START_LIMIT_S)
+            self.tell("start workers", 1, 1)
+        return self._pool
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+
+@dataclass
+class Findings:
+    """What is known of every step on every device that was measured."""
+
+    timings: dict[tuple[str, int, str], Timing] = field(default_factory=dict)
+    """By device, number of micro-batches and step."""
+    misfits: list[Misfit] = field(default_factory=list)
+    variations: list[Variation] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A step to be measured on a device, at the numbers of micro-batches for which it is not known."""
+
+    step: str
+    calls: dict[int, Call]
+    keys: dict[Item, str]
+    nbytes: int
+
+    def only(self, items: Iterable[Item]) -> _Job:
+        """A part of the job."""
+        calls = {item.microbatches: self.calls[item.microbatches] for item in items}
+        return _Job(self.step, calls, {item: self.keys[item] for item in items}, self.nbytes)
+
+
+def investigate(
+    workers: Workers,
+    devices: Sequence[Device],
+    captures: Mapping[int, UnitGraph],
+    *,
+    train: bool,
+    optimizer: str,
+    goal: Goal,
+    cache: Cache,
+    tell: Progress,
+) -> Findings:
+    """Find the times of all steps of ``captures`` on ``devices``: from the cache, else by measuring.
+
+    All devices measure at once, as they will compute at once when the model is split, and each goes on computing until
+    all are done, since CPU workers share the memory's bandwidth.
+    """
+    items = {
+        Item(count, step.name): step
+        for count, capture in captures.items()
+        for step in capture.steps
+        if step.call is not None and (train or step.kind != "output")
+    }
+    keys = _keys(items, devices, train=train, optimizer=optimizer)
+    whole = _Whole(keys, sum(_work_bytes(step, train=train) for (count, _), step in items.items() if count == 1))
+    missing = {key for key in keys.values() if cache.get(key, Timing) is None}
+    tell("known", len(set(keys.values()) - missing), len(set(keys.values())))
+    found = Findings()
+    jobs = {device.name: _jobs(device, items, keys, missing, train=train) for device in devices}
+    _run(workers, devices, jobs, found, whole, goal=goal, cache=cache, train=train, optimizer=optimizer, tell=tell)
+    refused = {keys[m.device, Item(m.microbatches, m.node)]: m for m in found.misfits}
+    found.misfits.clear()
+    for (name, item), key in keys.items():
+        timing = cache.get(key, Timing)
+        if timing is not None:
+            found.timings[name, item.microbatches, item.step] = timing
+        else:
+            reason = refused[key].reason
+            found.misfits.append(Misfit(node=item.step, device=name, microbatches=item.microbatches, reason=reason))
+    for device in devices:
+        variation = cache.get(whole.key(device.name), Variation)
+        if variation is not None:
+            found.variations.append(variation.model_copy(update={"device": device.name}))
+    return found
+
+
+def _keys(
+    items: Mapping[Item, Step], devices: Sequence[Device], *, train: bool, optimizer: str
+) -> dict[tuple[str, Item], str]:
+    """By device and item: under which key its time is known. The update is timed once, with the whole batch."""
+    steps = {
+        item: step_key(
+            step,
+            train=train,
+            optimizer=optimizer if item.microbatches == 1 else None,
+            accumulate=item.microbatches > 1,
+        )
+        for item, step in items.items()
+    }
+    beside = sum(device.kind == "cpu" for device in devices) - 1
+    return {(d.name, item): f"{key} {device_key(d, beside)}" for d in devices for item, key in steps.items()}
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """All that is to be known of the model."""
+
+    keys: Mapping[tuple[str, Item], str]
+    nbytes: int
+    """What a pass over the whole model touches."""
+
+    def key(self, device: str) -> str:
+        """Under which key the device's unsteadiness is kept."""
+        return "variation " + " ".join(sorted({key for (name, _), key in self.keys.items() if name == device}))
+
+
+def _jobs(
+    device: Device,
+    items: Mapping[Item, Step],
+    keys: Mapping[tuple[str, Item], str],
+    missing: set[str],
+    *,
+    train: bool,
+) -> list[_Job]:
+    """What has to be measured on ``device``, in the order of the forward; of equal work, the first.
+
+    It is no longer ``missing`` then, for a device of the same model would measure it again.
+    """
+    found: dict[str, dict[int, Call]] = {}
+    for item, step in items.items():
+        key = keys[device.name, item]
+        if key in missing:
+            missing.remove(key)
+            assert step.call is not None  # as all items have
+            found.setdefault(item.step, {})[item.microbatches] = step.call
+    return [
+        _Job(
+            name,
+            calls,
+            {Item(count, name): keys[device.name, Item(count, name)] for count in calls},
+            max(_work_bytes(items[Item(count, name)], train=train) for count in calls)
+            + sum(_input_bytes(call) for call in calls.values()),
+        )
+        for name, calls in found.items()
+    ]
+
+
+def _work_bytes(step: Step, *, train: bool) -> int:
+    """About what a step takes while it runs."""
+    assert step.call is not None
+    function = step.call.function
+    parameters = sum(nbytes(p) for p in function.parameters()) if isinstance(function, nn.Module) else 0
+    inputs = _input_bytes(step.call)
+    return parameters * (1 + STATE_COPIES * train) + 2 * inputs + step.output_bytes + step.saved_bytes
+
+
+def _input_bytes(call: Call) -> int:
+    return sum(nbytes(tensor) for _, tensor in tensors_in((call.args, call.kwargs)))
+
+
+def _groups(jobs: Sequence[_Job], limit_bytes: int) -> list[list[_Job]]:
+    """The jobs in groups that fit on the device together; one that is too large is a group of its own."""
+    groups: list[list[_Job]] = []
+    filled = 0
+    for job in jobs:
+        if not groups or filled + job.nbytes > limit_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(job)
+        filled += job.nbytes
+    return groups
+
+
+def _run(
+    workers: Workers,
+    devices: Sequence[Device],
+    jobs: Mapping[str, list[_Job]],
+    found: Findings,
+    whole: _Whole,
+    *,
+    goal: Goal,
+    cache: Cache,
+    train: bool,
+    optimizer: str,
+    tell: Progress,
+) -> None:
+    """Measure ``jobs``, group by group, and keep what comes out."""
+    groups = {d.name: _groups(jobs[d.name], int(d.memory_bytes * GROUP_SHARE)) for d in devices}
+    longest: dict[str, list[float]] = {}
+    while any(groups.values()):
+        now = {name: waiting.pop(0) for name, waiting in groups.items() if waiting}
+        left = max(1 + len(waiting) for waiting in groups.values())
+        part = Goal(goal.precision, goal.negligible, goal.repeats, goal.budget_s / left)
+        _send(workers, now, train=train, optimizer=optimizer, tell=tell)
+        answers = _measure(workers, now, whole, part, cache, tell)
+        for name, (totals, refused) in answers.items():
+            if sum(totals) > sum(longest.get(name, ())):
+                longest[name] = totals
+            group = now[name]
+            for job in group:
+                reasons = {item: refused[item] for item in job.keys if item in refused}
+                if reasons and len(group) > 1:
+                    groups[name].append([job.only(reasons)])
+                else:
+                    found.misfits += [
+                        Misfit(node=item.step, device=name, microbatches=item.microbatches, reason=reason)
+                        for item, reason in reasons.items()
+                    ]
+    for name, totals in longest.items():
+        middle = statistics.median(totals)
+        if middle > 0:
+            cache.put(whole.key(name), Variation(device=name, relative=tuple(t / middle for t in totals)))
+
+
+def _send(workers: Workers, groups: Mapping[str, list[_Job]], *, train: bool, optimizer: str, tell: Progress) -> None:
+    """Hand every job of the groups to its device."""
+    pool = workers.pool
+    count = max(map(len, groups.values()))
+    for done in range(count):
+        tell("send units", done, count)
+        calls: dict[str, Any] = {
+            name: (hold, (group[done].step, group[done].calls, train, optimizer, done == 0))
+            for name, group in groups.items()
+            if done < len(group)
+        }
+        pool.call(calls, limit_s=START_LIMIT_S)
+    tell("send units", count, count)
+
+
+def _measure(
+    workers: Workers, groups: Mapping[str, list[_Job]], whole: _Whole, goal: Goal, cache: Cache, tell: Progress
+) -> dict[str, tuple[list[float], dict[Item, str]]]:
+    """Have every device measure its group; what is settled is kept at once."""
+    keys = {(name, item): key for name, group in groups.items() for job in group for item, key in job.keys.items()}
+    settled = 0
+
+    def on_progress(device: str, message: tuple[Item, Series] | None) -> None:
+        nonlocal settled
+        if message is not None:
+            item, series = message
+            cache.put(keys[device, item], summarise(series))
+            settled += 1
+            tell("measure", settled, len(keys))
+
+    tell("measure", 0, len(keys))
+    with tempfile.TemporaryDirectory() as folder:
+        calls: dict[str, Any] = {
+            name: (measure_held, (goal, whole.nbytes - sum(job.nbytes for job in group), folder, len(groups)))
+            for name, group in groups.items()
+        }
+        answers = workers.pool.call(calls, limit_s=ROUND_LIMIT_S, on_progress=on_progress)
+    tell("measure", len(keys), len(keys))
+    return answers
+
+
+# What runs inside the workers.
+
+
+def hold(name: str, calls: dict[int, Call], train: bool, optimizer: str, first: bool) -> None:
+    """Take in the calls of one step, which share the module; ``first`` lets go of what was held before."""
+    if first:
+        resident["held"] = {}
+        _let_go()
+    for count, call in calls.items():
+        resident["held"][Item(count, name)] = partial(
+            Subject,
+            call,
+            resident["device"],
+            train=train,
+            optimizer=optimizer if count == 1 else None,
+            accumulate=count > 1,
+        )
+
+
+def measure_held(goal: Goal, elsewhere_bytes: int, folder: str, devices: int) -> tuple[list[float], dict[Item, str]]:
+    """Measure what was taken in, the whole batch first.
+
+    Args:
+        elsewhere_bytes: what a pass over the model touches beside what is held here.
+        folder: where each of the ``devices`` leaves a mark when it is done; until then this one goes on computing.
+
+    Returns:
+        The seconds of each round, and what there was no memory for, with the reason.
+    """
+    device: torch.device = resident["device"]
+    stopwatch = HostStopwatch() if device.type == "cpu" else CudaStopwatch(device)
+    refused: dict[Item, str] = {}
+
+    def refuse(item: Item, error: Exception) -> None:
+        refused[item] = " ".join(str(error).split())[:200] or type(error).__name__
+        resident["held"].pop(item)
+        _let_go()
+
+    subjects: dict[Item, Subject] = {}
+    for item, make in sorted(resident["held"].items(), key=lambda entry: entry[0].microbatches):
+        try:
+            subjects[item] = make()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            refuse(item, error)
+    totals = measure(
+        subjects,
+        stopwatch,
+        goal,
+        on_settled=lambda item, series: report((item, series)),
+        on_refused=refuse,
+        on_round=lambda _: report(None),
+        between=_Eviction(elsewhere_bytes) if device.type == "cpu" else lambda _: None,
+    )
+    (Path(folder) / str(os.getpid())).touch()
+    working = [subject for item, subject in subjects.items() if item not in refused]
+    for subject in _again(working, lambda: len(os.listdir(folder)) < devices):
+        subject.run(stopwatch)
+    return totals, refused
+
+
+def _let_go() -> None:
+    """Give the device's memory back."""
+    gc.collect()
+    if resident["device"].type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _again(subjects: Sequence[Subject], unfinished: Callable[[], bool]) -> Iterator[Subject]:
+    """One subject after another, round and round, as long as another device is measuring."""
+    while subjects:
+        for subject in subjects:
+            if not unfinished():
+                return
+            yield subject
+
+
+class _Eviction:
+    """Walks through memory, so that weights are as cold as after a pass over a whole model that is not all here."""
+
+    LEAST_WEIGHT_BYTES = 1 << 18
+    """Smaller weights are fetched in no time."""
+    MOST_BYTES = 1 << 26
+
+    def __init__(self, elsewhere_bytes: int) -> None:
+        size = min(elsewhere_bytes, 2 * _last_cache_bytes(), self.MOST_BYTES)
+        self.memory = torch.zeros(max(0, size), dtype=torch.uint8)
+
+    def __call__(self, subject: Subject) -> None:
+        if len(self.memory) and sum(map(nbytes, subject.parameters)) >= self.LEAST_WEIGHT_BYTES:
+            self.memory.add_(1)
+
+
+def _last_cache_bytes() -> int:
+    """Size of the largest cache of the first core; 32 MiB where the system does not say."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text(encoding="utf-8").strip()
+        if text.endswith("K") and text[:-1].isdigit():
+            sizes.append(int(text[:-1]) << 10)
+    return max(sizes, default=1 << 25)
