@@ -23,7 +23,8 @@ class Device(Record):
     """A place where units run: ``cuda:0``, or ``cpu:0`` = a worker process pinned to its own cores."""
 
     name: str
-    kind: Literal["cpu", "cuda"]
+    kind: Literal["cpu", "cuda", "other"]
+    """``"other"``: of costs given for a device that shardwright does not run on."""
     description: str
     memory_bytes: PositiveInt
     """What a plan may use there by default."""
@@ -148,7 +149,8 @@ class Profile(Document):
     model: str
     """The target that was profiled, or the class of the model."""
     structure: str
-    """Digest of the units' names, classes, parameter shapes and dtypes: a plan is for models that share it."""
+    """Digest of the units' names, classes, parameter shapes and dtypes: a plan is for models that share it; empty for
+    costs from elsewhere, with no model behind them."""
     inputs: tuple[TensorSpec, ...]
     batch: PositiveInt
     train: bool
@@ -197,6 +199,11 @@ class Profile(Document):
                 raise ValueError(f"{noun} {min(used - defined)!r} is used but not listed")
         return self
 
+    @property
+    def of_model(self) -> bool:
+        """Whether it was measured on a model; else its costs are from elsewhere, and a plan of them places nothing."""
+        return bool(self.structure)
+
     @cached_property
     def _measured(self) -> dict[tuple[str, str, int], Measurement]:
         return {(m.node, m.device, m.microbatches): m for m in self.measurements}
@@ -237,10 +244,17 @@ class Profile(Document):
                     "saved_bytes": node.saved_bytes.get(m.microbatches, 0),
                 }
             )
-        return pandas.DataFrame(rows)
+        frame = pandas.DataFrame(rows)
+        return frame.astype({"peak_bytes": "Int64"}) if rows else frame  # whole numbers, also where some are missing
 
-    def graph(self, microbatches: int = 1) -> networkx.DiGraph[str]:
-        """The cost graph at ``microbatches``; see :func:`shardwright.profiler.graph.cost_graph`."""
+    def graph(self, microbatches: int = 1, *, flat: bool = False) -> networkx.DiGraph[str]:
+        """The cost graph at ``microbatches``; see :mod:`shardwright.profiler.graph` for its attributes.
+
+        With ``flat``, every attribute is a number or a text, as GraphML needs: ``forward_s:cuda:0``; see
+        :mod:`shardwright.profiler.graphml`. ``sw.plan`` takes both.
+        """
         from shardwright.profiler.graph import cost_graph
+        from shardwright.profiler.graphml import flat_graph
 
-        return cost_graph(self, microbatches)
+        graph = cost_graph(self, microbatches)
+        return flat_graph(graph) if flat else graph

@@ -20,8 +20,13 @@ def check_model(plan: Plan, model: nn.Module) -> None:
     """Refuse a model that ``plan`` was not made for.
 
     Raises:
-        ShardwrightError: units, their classes, or parameter shapes differ.
+        ShardwrightError: units, their classes, or parameter shapes differ, or the plan is of costs and no model.
     """
+    if not plan.of_model:
+        raise ShardwrightError(
+            f"the plan was made from costs ({plan.model}), not from a model's profile, so it cannot be placed or run: "
+            f"profile this {type(model).__name__} and plan that profile"
+        )
     units_of(plan, model)
     if structure_digest(model) != plan.structure:
         raise ShardwrightError(
