@@ -18,8 +18,10 @@ What is empty or not known is left out. The order of the nodes is that of the fo
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,8 +39,17 @@ _LISTS = ("colocate", "ties", "obstacles")
 
 
 def graphml(graph: nx.DiGraph[str]) -> str:
-    """The cost graph as the text of a GraphML file; ``networkx.read_graphml`` of it can be planned."""
-    return "\n".join(nx.generate_graphml(flat_graph(graph))) + "\n"
+    """The cost graph as the text of a GraphML file; ``networkx.read_graphml`` of it can be planned.
+
+    Raises:
+        ShardwrightError: a name has a control character.
+    """
+    buffer = io.BytesIO()
+    nx.write_graphml_xml(flat_graph(graph), buffer)
+    text = buffer.getvalue().decode() + "\n"
+    if found := re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", text):
+        raise ShardwrightError(f"a name has the control character {found[0]!r}, which GraphML cannot hold: rename it")
+    return text
 
 
 def flat_graph(graph: nx.DiGraph[str]) -> nx.DiGraph[str]:

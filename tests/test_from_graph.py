@@ -94,6 +94,35 @@ def test_bytes_and_outputs_stand_for_each_other():
     assert (profile.nodes[0].param_bytes, profile.nodes[0].static_bytes) == (0, 100)
 
 
+def test_no_gradient_flows_back_to_inputs_and_parameters():
+    """By default only units and glue get a gradient of what they made."""
+    graph = nx.DiGraph(devices=["a"])
+    kinds = ["input", "parameter", "unit", "glue"]
+    for kind in kinds:
+        graph.add_node(kind, kind=kind, **({"forward_s": 1.0, "backward_s": 1.0} if kind in ("unit", "glue") else {}))
+        graph.add_edge(kind, "outputs", bytes=4)
+    graph.nodes["outputs"]["kind"] = "output"
+    tensors = profile_from_graph(graph).graph().edges(data="tensors")
+    assert {source: tensors_[source] for source, _, tensors_ in tensors} == {
+        "input": (4, 0),
+        "parameter": (4, 0),
+        "unit": (4, 4),
+        "glue": (4, 4),
+    }
+
+
+@pytest.mark.parametrize("type_", [None, "parameter", "buffer", "constant"])
+@pytest.mark.parametrize("copied", [None, True, False])
+def test_what_is_copied_stays_so(type_, copied):
+    """A buffer or constant is copied unless it is said not to be, whatever the type is called."""
+    graph = five_lines()
+    given_ = {key: value for key, value in (("type", type_), ("copied", copied)) if value is not None}
+    graph.add_node("p", kind="parameter", **given_)
+    graph.add_edge("p", "head")
+    expected = type_ in ("buffer", "constant") if copied is None else copied
+    assert profile_from_graph(graph).graph(8).nodes["p"]["copied"] == expected
+
+
 def test_nodes_are_taken_in_the_order_of_the_forward():
     """Edges may be added before their nodes, and in any order."""
     graph = nx.DiGraph([("b", "c"), ("a", "b")], devices=["x", "y"], train=False)

@@ -77,13 +77,21 @@ def test_several_tensors_on_an_edge_have_keys_of_their_own():
     flat = profile_from_graph(graph).graph(1, flat=True)
     assert flat.edges["a", "b"] == {"bytes:a:0": 8, "gradient_bytes:a:0": 8, "bytes:a:1": 4, "gradient_bytes:a:1": 0}
     assert sw.plan(flat) == whole
+    graph.edges["a", "b"]["tensors"] = {"hidden": (8, 0)}
+    assert profile_from_graph(graph).graph(1, flat=True).edges["a", "b"] == {
+        "bytes:hidden": 8,
+        "gradient_bytes:hidden": 0,
+    }
 
 
 def test_text_and_back_loses_nothing(make_profile):
     """What networkx reads back, nested again, is the cost graph, in its order."""
-    graph = rich_profile(make_profile).graph(4)
+    profile = rich_profile(make_profile)
+    graph = profile.graph(4)
     back = nested_graph(nx.parse_graphml(graphml(graph)))
     assert sw.plan(back) == sw.plan(graph)
+    assert profile_from_graph(back).variations == profile.variations
+    assert sw.plan(back, microbatches=4).predicted == sw.plan(profile, microbatches=4).predicted
     for key in ("devices", "links", "name", "microbatches", "train", "host_bytes", "disk_bytes_per_s"):
         for device in graph.graph["devices"].values():  # JSON has lists
             device["variation"] = list(device["variation"])
@@ -114,6 +122,16 @@ def test_a_key_that_is_not_as_documented(attributes, says):
     with pytest.raises(ShardwrightError) as caught:
         sw.plan(graph)
     assert says in str(caught.value)
+
+
+def test_a_name_that_xml_cannot_hold(make_profile):
+    """A control character in a name would make a file that nothing reads: it is refused."""
+    for character in "\x01\x0b\x1c":
+        graph = make_profile({f"a{character}": ["x"]}, microbatches=(1,)).graph()
+        with pytest.raises(ShardwrightError, match=r"a name has the control character .*, which GraphML cannot hold"):
+            graphml(graph)
+    odd = make_profile({'ä b\n<&">': ["x"]}, microbatches=(1,)).graph()
+    assert list(nx.parse_graphml(graphml(odd))) == ["x", 'ä b\n<&">', "outputs"]
 
 
 def test_flat_graph_leaves_its_argument(make_profile):
