@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shardwright.errors import ShardwrightError
     from shardwright.profiler.collect import profile
+    from shardwright.profiler.costs import Costs
     from shardwright.profiler.profile import Profile
     from shardwright.sharder.planning.plan import Plan
     from shardwright.sharder.planning.planner import plan
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Check",
+    "Costs",
     "Plan",
     "Profile",
     "Run",
@@ -37,6 +39,7 @@ __all__ = [
 # Resolved on first use, so that planning from a file does not pay for importing torch.
 _HOMES = {
     "Check": "sharder.runtime.verify",
+    "Costs": "profiler.costs",
     "Plan": "sharder.planning.plan",
     "Profile": "profiler.profile",
     "Run": "sharder.runtime.record",

@@ -17,6 +17,7 @@ from shardwright.errors import ShardwrightError
 
 if TYPE_CHECKING:
     from shardwright.profiler.capture import Progress
+    from shardwright.profiler.profile import Profile
     from shardwright.sharder.planning.problem import Schedule
 
 app = typer.Typer(
@@ -54,6 +55,20 @@ DevicesOption = Annotated[
         "--devices",
         metavar="LIST",
         help="cuda:0,cuda:1 or CPU workers cpu:0,cpu:1; default all GPUs, else two CPU workers.",
+    ),
+]
+CsvOption = Annotated[
+    Path | None, typer.Option("--csv", metavar="FILE", help="Also write the measurements as a table.")
+]
+ParquetOption = Annotated[
+    Path | None, typer.Option("--parquet", metavar="FILE", help="Likewise, as Parquet; needs pyarrow.")
+]
+GraphmlOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--graphml",
+        metavar="FILE",
+        help="Also write the cost graph at the largest number of micro-batches.",
     ),
 ]
 
@@ -108,6 +123,9 @@ def profile(
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Measure again what earlier profiles have measured.")
     ] = False,
+    csv: CsvOption = None,
+    parquet: ParquetOption = None,
+    graphml: GraphmlOption = None,
     settings: SetOption = None,
     inputs: InputsOption = None,
     input_specs: InputOption = None,
@@ -115,6 +133,7 @@ def profile(
     """Time and weigh every unit of a model on every device."""
     counts = _numbers(microbatches) if microbatches is not None else None
     path = _checked_folder(_out_path(out_path, target, "profile"))
+    _check_exports(csv, parquet, graphml)
     known = (0, 0)
     with _progress() as tell:
 
@@ -158,13 +177,24 @@ def profile(
             highlight=False,
         )
     out.print(f"\nWrote {path}. Next: shard {target} --profile {path}", highlight=False, soft_wrap=True)
+    _export(made, csv, parquet, graphml)
 
 
 @app.command()
 def shard(
-    target: TargetArgument,
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="TARGET",
+            show_default=False,
+            help="The model: file.py:Name or package.module:Name. Planning alone needs none: --profile FILE is enough.",
+        ),
+    ] = None,
     profile_path: Annotated[
-        Path | None, typer.Option("--profile", metavar="FILE", help="The profile; default NAME.profile.json.")
+        Path | None,
+        typer.Option(
+            "--profile", metavar="FILE", help="The profile, or costs written by hand; default NAME.profile.json."
+        ),
     ] = None,
     out_path: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Where to write the plan; default NAME.plan.json.")
@@ -199,19 +229,20 @@ def shard(
     input_specs: InputOption = None,
 ) -> None:
     """Split a profiled model over its devices, and with --run, run the split."""
-    from shardwright.profiler.profile import Profile
     from shardwright.reports.plan_report import PlanReport
     from shardwright.sharder.planning.planner import plan as make_plan
 
-    path = _checked_folder(_out_path(out_path, target, "plan"))
+    source = _profile_path(profile_path, target)
+    path = _checked_folder(_out_path(out_path, target, "plan") if target else out_path or _plan_path(source))
     if run_out is not None:
         _checked_folder(run_out)
         run = True
-    source = profile_path or _out_path(None, target, "profile")
-    if not source.exists():
-        raise ShardwrightError(f"there is no {source}: make it with `profile {target} --out {source}`")
-    made = Profile.load(source)
-    _check_same_model(target, made.model, source)
+    made = _load_profile(source)
+    if target is not None:
+        _check_same_model(target, made.model, source)
+    if run and (target is None or not made.of_model):
+        what = "--run needs the model" if made.of_model else f"{source} holds costs, with no model that --run could run"
+        raise ShardwrightError(f"{what}: give TARGET and its profile, or leave --run out")
     counts = [] if microbatches == "auto" else _numbers(microbatches)
     if len(counts) > 1:
         raise ShardwrightError(
@@ -242,7 +273,7 @@ def shard(
         from shardwright.sharder.runtime.run import run as run_plan
 
         model, (args, kwargs) = load_target(
-            target, settings=_settings(settings), inputs=inputs, input_specs=input_specs or ()
+            str(target), settings=_settings(settings), inputs=inputs, input_specs=input_specs or ()
         )
         progress("load the model", 1, 1)
         measured = run_plan(model, plan, args, kwargs, steps=steps, progress=progress)
@@ -284,14 +315,26 @@ def verify(
 
 @app.command()
 def report(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="A profile, a plan or a run.")],
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A profile, costs, a plan or a run.")],
+    csv: CsvOption = None,
+    parquet: ParquetOption = None,
+    graphml: GraphmlOption = None,
+    microbatches: Annotated[
+        int | None, typer.Option("--microbatches", metavar="N", help="With --graphml: another of the profiled numbers.")
+    ] = None,
 ) -> None:
-    """Show a saved profile, plan or run again."""
-    from shardwright.profiler.profile import Profile
+    """Show a saved profile, plan or run again, or export a profile."""
     from shardwright.sharder.planning.plan import Plan
     from shardwright.sharder.runtime.record import Run
 
+    _check_exports(csv, parquet, graphml)
+    if microbatches is not None and graphml is None:
+        raise ShardwrightError(f"--microbatches {microbatches} is for the graph: give --graphml FILE too")
     kind = _format_of(path)
+    if kind in (Plan.kind, Run.kind) and (csv or parquet or graphml):
+        raise ShardwrightError(
+            f"{path} is a {kind.rpartition('.')[2]}; --csv, --parquet and --graphml are for a profile"
+        )
     if kind == Plan.kind:
         from shardwright.reports.plan_report import PlanReport
 
@@ -303,19 +346,22 @@ def report(
     else:
         from shardwright.reports.profile_report import ProfileReport
 
-        out.print(ProfileReport(Profile.load(path)))
+        made = _load_profile(path)
+        out.print(ProfileReport(made))
+        _export(made, csv, parquet, graphml, microbatches)
 
 
 @app.command()
 def schema(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="profile, plan or run.")],
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="costs, profile, plan or run.")],
 ) -> None:
     """Print the JSON schema of a file."""
+    from shardwright.profiler.costs import Costs
     from shardwright.profiler.profile import Profile
     from shardwright.sharder.planning.plan import Plan
     from shardwright.sharder.runtime.record import Run
 
-    documents = {document.kind.rpartition(".")[2]: document for document in (Profile, Plan, Run)}
+    documents = {document.kind.rpartition(".")[2]: document for document in (Costs, Profile, Plan, Run)}
     if kind not in documents:
         raise ShardwrightError(f"{kind!r} is not a kind of file; the kinds are {', '.join(documents)}")
     out.print(json.dumps(documents[kind].model_json_schema(), indent=2), highlight=False, soft_wrap=True, markup=False)
@@ -328,6 +374,56 @@ def _format_of(path: Path) -> str:
     except (OSError, ValueError):
         return ""
     return str(content.get("format", "")) if isinstance(content, dict) else ""
+
+
+def _load_profile(path: Path) -> Profile:
+    """A saved profile, or costs as one."""
+    from shardwright.profiler.costs import Costs
+    from shardwright.profiler.profile import Profile
+
+    return Costs.load(path).profile() if _format_of(path) == Costs.kind else Profile.load(path)
+
+
+def _profile_path(given: Path | None, target: str | None) -> Path:
+    """The profile to plan from, which has to be there."""
+    if given is None and target is None:
+        raise ShardwrightError("nothing to plan: give TARGET, or --profile FILE with a profile or costs")
+    source = given or _out_path(None, str(target), "profile")
+    if not source.exists():
+        remedy = f"make it with `profile {target} --out {source}`" if target else "give a profile or costs"
+        raise ShardwrightError(f"there is no {source}: {remedy}")
+    return source
+
+
+def _plan_path(source: Path) -> Path:
+    """Where the plan of a profile or costs goes when no target names it: ``costs.plan.json`` in this folder."""
+    return Path(f"{source.name.removesuffix('.json').removesuffix('.profile')}.plan.json")
+
+
+def _check_exports(csv: Path | None, parquet: Path | None, graphml: Path | None) -> None:
+    """Refuse what cannot be written later."""
+    for path in filter(None, (csv, parquet, graphml)):
+        _checked_folder(path)
+    if parquet is not None:
+        from shardwright.profiler.export import check_parquet
+
+        check_parquet()
+
+
+def _export(
+    made: Profile, csv: Path | None, parquet: Path | None, graphml: Path | None, microbatches: int | None = None
+) -> None:
+    """Write the profile for other tools, and say where."""
+    from shardwright.profiler.export import write_csv, write_graphml, write_parquet
+
+    if csv is not None:
+        write_csv(made, csv)
+    if parquet is not None:
+        write_parquet(made, parquet)
+    if graphml is not None:
+        write_graphml(made, graphml, microbatches)
+    if written := [str(path) for path in (csv, parquet, graphml) if path is not None]:
+        out.print(f"Wrote {', '.join(written)}.", highlight=False, soft_wrap=True)
 
 
 def _out_path(given: Path | None, target: str, kind: str) -> Path:

@@ -13,16 +13,21 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shardwright.errors import ShardwrightError
 
-__all__ = ["Document", "Record", "write_text"]
+__all__ = ["Document", "Record", "write_bytes", "write_text"]
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write ``text`` to ``path``: beside it first, then renamed, so that a reader sees the old file or the new one."""
+    """Write ``text`` as UTF-8 to ``path``; see :func:`write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write to ``path``: beside it first, then renamed, so that a reader sees the old file or the new one."""
     path = Path(path)
     beside = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
-        with beside.open("x", encoding="utf-8") as stream:
-            stream.write(text)
+        with beside.open("xb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         beside.replace(path)
@@ -47,6 +52,8 @@ class Document(Record):
     """What the file's ``format`` field says, such as ``shardwright.profile``."""
     current_version: ClassVar[int]
     """The version that this release writes; it reads no newer one."""
+    remedy: ClassVar[str] = ""
+    """What to do about a file that is wrong; by default, make it again."""
 
     format: str
     version: int
@@ -73,10 +80,11 @@ class Document(Record):
     def parse(cls, text: str, *, source: str) -> Self:
         """Make a document from JSON ``text``; ``source`` names it in errors."""
         noun = cls.kind.rpartition(".")[2]
+        again = cls.remedy or f"make the {noun} again"
         try:
             content: Any = json.loads(text)
         except ValueError as error:
-            raise ShardwrightError(f"{source} is not complete JSON ({error}); make the {noun} again") from error
+            raise ShardwrightError(f"{source} is not complete JSON ({error}); {again}") from error
         found = content.get("format") if isinstance(content, dict) else None
         if found != cls.kind:
             raise ShardwrightError(f"{source} is not a {noun}: its format is {found!r}, expected {cls.kind!r}")
@@ -84,11 +92,16 @@ class Document(Record):
         if not isinstance(version, int) or version > cls.current_version:
             raise ShardwrightError(
                 f"{source} has {noun} version {version!r}; this shardwright reads up to {cls.current_version}: "
-                f"upgrade shardwright, or make the {noun} again"
+                f"upgrade shardwright, or {again}"
             )
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "(top level)"
-            raise ShardwrightError(f"{source} is a damaged {noun}: {where}: {first['msg']}; make it again") from error
+            raise ShardwrightError(f"{source} {cls.fault(error, content)}") from error
+
+    @classmethod
+    def fault(cls, error: ValidationError, content: Any) -> str:  # noqa: ARG003  # a subclass may look into it
+        """The first thing that is wrong with a file's ``content``, as the end of a sentence about the file."""
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "(top level)"
+        return f"is a damaged {cls.kind.rpartition('.')[2]}: {where}: {first['msg']}; make it again"

@@ -24,7 +24,7 @@ def main() -> None:
         shown = shardwright(*filter(None, [command]), "--help").strip()
         pages.append(f"## {title}\n\n```text\n{shown}\n```\n")
     (DOCS / "commands.md").write_text("\n".join(pages), encoding="utf-8")
-    for kind in ("profile", "plan", "run"):
+    for kind in ("costs", "profile", "plan", "run"):
         (DOCS / "schema" / f"{kind}.schema.json").write_text(shardwright("schema", kind), encoding="utf-8")
 
 

@@ -35,7 +35,8 @@ class Device(Record):
     """A place where units run: ``cuda:0``, or ``cpu:0`` = a worker process pinned to its own cores."""
 
     name: str
-    kind: Literal["cpu", "cuda"]
+    kind: Literal["cpu", "cuda", "other"]
+    """``"other"``: of costs given for a device that shardwright does not run on."""
     description: str
     memory_bytes: PositiveInt
     """What a plan may use there by default."""
@@ -180,7 +181,8 @@ class Profile(Document):
     model: str
     """The target that was profiled, or the class of the model."""
     structure: str
-    """Digest of the units' names, classes, parameter shapes and dtypes: a plan is for models that share it."""
+    """Digest of the units' names, classes, parameter shapes and dtypes: a plan is for models that share it; empty for
+    costs from elsewhere, with no model behind them."""
     inputs: tuple[TensorSpec, ...]
     batch: PositiveInt
     train: bool
@@ -231,6 +233,11 @@ class Profile(Document):
                 raise ValueError(f"{noun} {min(used - defined)!r} is used but not listed")
         return self
 
+    @property
+    def of_model(self) -> bool:
+        """Whether it was measured on a model; else its costs are from elsewhere, and a plan of them places nothing."""
+        return bool(self.structure)
+
     @cached_property
     def _measured(self) -> dict[tuple[str, str, int], Measurement]:
         return {(m.node, m.device, m.microbatches): m for m in self.measurements}
@@ -271,10 +278,21 @@ class Profile(Document):
                     "saved_bytes": node.saved_bytes.get(m.microbatches, 0),
                 }
             )
-        return pandas.DataFrame(rows)
+        frame = pandas.DataFrame(rows)
+        # Whole numbers, also where some are missing; and numbers, also where all are.
+        if rows:
+            frame["peak_bytes"] = frame["peak_bytes"].astype("Int64")
+            frame[["recompute_s", "median_error"]] = frame[["recompute_s", "median_error"]].astype(float)
+        return frame
 
-    def graph(self, microbatches: int = 1) -> networkx.DiGraph[str]:
-        """The cost graph at ``microbatches``; see :func:`shardwright.profiler.graph.cost_graph`."""
+    def graph(self, microbatches: int = 1, *, flat: bool = False) -> networkx.DiGraph[str]:
+        """The cost graph at ``microbatches``; see :mod:`shardwright.profiler.graph` for its attributes.
+
+        With ``flat``, every attribute is a number or a text, as GraphML needs: ``forward_s:cuda:0``; see
+        :mod:`shardwright.profiler.graphml`. ``sw.plan`` takes both.
+        """
         from shardwright.profiler.graph import cost_graph
+        from shardwright.profiler.graphml import flat_graph
 
-        return cost_graph(self, microbatches)
+        graph = cost_graph(self, microbatches)
+        return flat_graph(graph) if flat else graph

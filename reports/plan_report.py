@@ -57,8 +57,9 @@ def verdict(plan: Plan) -> Verdict:
             f"Shard this {split}: no single device holds it, sharding is what makes it fit. Expect {step} a step.",
         )
     alone = f"{predicted.baseline_device} alone"
-    if predicted.baseline_microbatches > 1:
-        alone += f" (which needs {count(predicted.baseline_microbatches, 'micro-batch')} to fit)"
+    if predicted.baseline_microbatches > 1:  # costs are of one number, whatever would fit
+        why = "which needs {} to fit" if plan.of_model else "also in {}"
+        alone += f" ({why.format(count(predicted.baseline_microbatches, 'micro-batch'))})"
     steps = f"{step} a step instead of {seconds(predicted.baseline_s)}"
     if predicted.speedup < WORTHWHILE:
         return Verdict(
@@ -88,8 +89,9 @@ class PlanReport:
     def _verdict(self) -> Iterator[RenderableType]:
         plan, (shard, text) = self.plan, verdict(self.plan)
         work = f"training with {plan.optimizer}" if plan.train else "inference"
+        of_costs = f"{plan.model}, {'training' if plan.train else 'inference'}, by costs as given"
         yield Text(text, style="bold green" if shard else "bold yellow")
-        yield Text(f"{plan.model}, {work}, batch {plan.batch}", style="dim")
+        yield Text(f"{plan.model}, {work}, batch {plan.batch}" if plan.of_model else of_costs, style="dim")
 
     def _names(self) -> Column:
         return Column("stage", [f"{stage.index}  {stage.device}" for stage in self.plan.stages], "left")
@@ -108,7 +110,9 @@ class PlanReport:
         schedule = {"1f1b": "1F1B", "gpipe": "GPipe"}[plan.schedule]
         note = "times of the whole batch; load of a step, with the optimizer's update" if plan.train else ""
         if plan.microbatches > 1:
-            part = f"one micro-batch ({plan.batch / plan.microbatches:.3g} of {plan.batch} samples)"
+            part = f"one of {plan.microbatches} micro-batches"
+            if plan.of_model:
+                part = f"one micro-batch ({plan.batch / plan.microbatches:.3g} of {plan.batch} samples)"
             note = f"compute and transfers of {part}; load of a whole step, {schedule}"
         yield section("Stages", note)
         yield from tables(

@@ -59,10 +59,14 @@ class ProfileReport:
         work = f"training with {profile.optimizer}" if profile.train else "inference"
         inputs = [str(spec) if len(profile.inputs) == 1 else f"{spec.name} {spec}" for spec in profile.inputs]
         yield Text(profile.model, style="bold")
+        measured = [
+            ("step", f"{work}, batch {profile.batch}, torch {profile.torch_version}"),
+            ("inputs", ", ".join(inputs)),
+        ]
+        given = [("step", f"{'training' if profile.train else 'inference'}, costs as given, of no model")]
         yield facts(
             [
-                ("step", f"{work}, batch {profile.batch}, torch {profile.torch_version}"),
-                ("inputs", ", ".join(inputs)),
+                *(measured if profile.of_model else given),
                 *((device.name, _describe(device, glyphs)) for device in profile.devices),
             ]
         )
@@ -120,7 +124,7 @@ class ProfileReport:
             Column("", [*bars, ""], "left", "cyan", drop=5, tight=True),
         ]
         batch = "the whole batch" if self.microbatches == 1 else f"one of {count(self.microbatches, 'micro-batch')}"
-        yield section("Units", f"{batch}; times are medians")
+        yield section("Units", f"{batch}; times are medians" if self.profile.of_model else batch)
         yield from tables(
             Column("unit", [row.label for row in rows], "left"),
             columns,
@@ -142,6 +146,8 @@ class ProfileReport:
         for direction in directions:
             medians = [seconds(sum(getattr(m, f"{direction}_s") for m in row)) if row else glyphs.none for row in times]
             columns.append(Column(f"{'' if columns else device}\n{direction}", medians))
+        if not self.profile.of_model:
+            return columns
         spreads = []
         for row in times[:-1]:
             deviation = sum(m.forward_spread_s + m.backward_spread_s for m in row)
@@ -168,7 +174,11 @@ class ProfileReport:
         """What the model holds on one device, in one line."""
         whole = _Row("", "", self.profile.nodes)
         parts = [("param_bytes", "parameters"), ("buffer_bytes", "buffers")]
-        if self.profile.train:
+        if not self.profile.of_model:  # which does not tell the rest apart
+            rest = "gradients and optimizer state" if self.profile.train else "buffers"
+            parts = [("param_bytes", "parameters"), ("optimizer_bytes", rest), ("buffer_bytes", rest)]
+            parts += [("saved_bytes", "saved for backward")]
+        elif self.profile.train:
             parts += [("grad_bytes", "gradients"), ("optimizer_bytes", "optimizer state")]
             parts += [("saved_bytes", "saved for backward")]
         sizes = [(whole.memory(quantity, self.microbatches), name) for quantity, name in parts]
@@ -199,7 +209,7 @@ class ProfileReport:
         yield section("One device alone", f"the whole batch in micro-batches: {update}")
         yield from tables(
             Column("micro-batches", [str(c) for c in counts], "right"),
-            [Column("samples each", [f"{profile.batch / c:.3g}" for c in counts])],
+            [Column("samples each", [f"{profile.batch / c:.3g}" for c in counts])] if profile.of_model else [],
             groups,
             options=options,
         )
@@ -259,4 +269,5 @@ def _under(holders: Sequence[str], path: str) -> str:
 def _describe(device: Device, glyphs: Glyphs) -> str:
     """What the device is, its cores and its memory."""
     cores = [f"{'cores' if len(device.cores) > 1 else 'core'} {name_ranges([*map(str, device.cores)], glyphs.dots)}"]
-    return ", ".join([device.description, *(cores if device.cores else []), number_of_bytes(device.memory_bytes)])
+    description = [device.description] if device.description else []
+    return ", ".join([*description, *(cores if device.cores else []), number_of_bytes(device.memory_bytes)])

@@ -7,7 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import networkx as nx
+import pandas
 import pytest
+
+import shardwright as sw
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,7 +48,8 @@ def profiled(folder, run_cli):
     """The folder after `profile` has run in it."""
     done = run_cli(
         "profile", "nets.py:Small", "--devices", "cpu:0,cpu:1", "--out", "small.profile.json", "--microbatches", "1,4",
-        "--rounds", "2", cwd=folder, timeout=120,
+        "--rounds", "2", "--csv", "small.csv", "--parquet", "small.parquet", "--graphml", "small.graphml",
+        cwd=folder, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "nets.py:Small" in done.stdout
@@ -84,6 +89,68 @@ def test_shard_plans_runs_and_reports(profiled, run_cli):
     checked = run_cli("verify", "nets.py:Small", "--plan", "small.plan.json", cwd=profiled)
     assert checked.returncode == 0, checked.stderr
     assert "verified" in checked.stdout
+
+
+COSTS = {
+    "format": "shardwright.costs",
+    "version": 1,
+    "microbatches": 8,
+    "devices": {"cuda:0": {}, "cuda:1": {}},
+    "units": [{"name": name, "forward_s": 1e-3, "backward_s": 2e-3} for name in ("body", "head")],
+}
+
+
+def test_a_profile_is_exported_when_it_is_made_and_later(profiled, run_cli):
+    """The tables and the graph that `profile` wrote are those that `report` makes of its file, without the model."""
+    names = ("small.csv", "small.parquet", "small.graphml")
+    again = {name: f"again.{name}" for name in names}
+    options = [part for name in names for part in (f"--{name.rpartition('.')[2]}", again[name])]
+    done = run_cli("report", "small.profile.json", *options, cwd=profiled, in_process=True)
+    assert done.returncode == 0, done.stderr
+    assert "Wrote again.small.csv, again.small.parquet, again.small.graphml." in done.stdout
+    for name in names:
+        assert (profiled / name).read_bytes() == (profiled / again[name]).read_bytes()
+    frame = pandas.read_csv(profiled / "small.csv")
+    assert set(frame.microbatches) == {1, 4}
+    graph = nx.read_graphml(profiled / "small.graphml")
+    assert graph.graph["microbatches"] == 4
+    expected = sw.plan(sw.Profile.load(profiled / "small.profile.json"), microbatches=4)
+    assert sw.plan(graph, microbatches=4).stages == expected.stages
+
+
+def test_a_saved_profile_is_planned_without_its_model(profiled, run_cli):
+    """Planning needs no target: the plan is the same, and is named after the profile."""
+    for arguments in (["nets.py:Small"], []):
+        done = run_cli("shard", *arguments, "--profile", "small.profile.json", cwd=profiled, in_process=True)
+        assert done.returncode == 0, done.stderr
+        assert "Wrote small.plan.json." in done.stdout
+        plan = sw.Plan.load(profiled / "small.plan.json")
+        assert (plan.model, plan.of_model) == ("nets.py:Small", True)
+        (profiled / "small.plan.json").unlink()
+
+
+def test_costs_are_planned_shown_and_exported(profiled, run_cli):
+    """Costs by hand are taken wherever a profile is."""
+    (profiled / "costs.json").write_text(json.dumps(COSTS))
+    planned = run_cli("shard", "--profile", "costs.json", "--out", "by-hand.plan.json", cwd=profiled, in_process=True)
+    assert planned.returncode == 0, planned.stderr
+    assert sw.Plan.load(profiled / "by-hand.plan.json").placement() == {"body": "cuda:0", "head": "cuda:1"}
+    shown = run_cli("report", "costs.json", "--graphml", "costs.graphml", cwd=profiled, in_process=True)
+    assert "costs as given, of no model" in shown.stdout
+    assert sw.plan(nx.read_graphml(profiled / "costs.graphml")).devices == ("cuda:0", "cuda:1")
+    refused = run_cli("report", "by-hand.plan.json", "--csv", "t.csv", cwd=profiled, in_process=True)
+    assert refused.returncode == 2
+    assert "by-hand.plan.json is a plan; --csv, --parquet and --graphml are for a profile" in refused.stderr
+
+
+def test_missing_pyarrow_is_told_before_the_measurement(folder, run_cli, monkeypatch):
+    """Nothing is measured for a table that could not be written."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    arguments = ["profile", "nets.py:Small", "--parquet", "t.parquet", "--out", "never.json"]
+    done = run_cli(*arguments, cwd=folder, in_process=True)
+    assert done.returncode == 2
+    assert "Parquet needs pyarrow" in done.stderr
+    assert not (folder / "never.json").exists()
 
 
 SPLIT = ["shard", "nets.py:Small", "--profile", "small.profile.json", "--microbatches", "4"]
@@ -128,6 +195,16 @@ MISTAKES = [
     ),
     (["verify", "nets.py:Small", "--plan", "small.profile.json"], "is not a plan: its format is 'shardwright.profile'"),
     (["report", "absent.json"], "cannot read absent.json: No such file"),
+    (["shard"], "nothing to plan: give TARGET, or --profile FILE with a profile or costs"),
+    (["shard", "--profile", "absent.json"], "there is no absent.json: give a profile or costs"),
+    (["shard", "--profile", "costs.json", "--run"], "costs.json holds costs, with no model that --run could run"),
+    (["shard", "nets.py:Small", "--profile", "costs.json"], "is of costs, not of nets.py:Small"),
+    (["shard", "--profile", "costs.json", "--microbatches", "4"], "are of 8 micro-batches, not of 4: give"),
+    (["shard", "--profile", "small.profile.json", "--run"], "--run needs the model: give TARGET and its profile"),
+    (["report", "small.profile.json", "--csv", "no/such/t.csv"], "cannot write no/such/t.csv"),
+    (["report", "small.profile.json", "--graphml", "g.graphml", "--microbatches", "3"], "no times at 3 micro-batches"),
+    (["report", "small.profile.json", "--microbatches", "4"], "--microbatches 4 is for the graph: give --graphml"),
+    (["profile", "nets.py:Small", "--parquet", "no/such/t.parquet"], "cannot write no/such/t.parquet"),
     (["schema", "graph"], "'graph' is not a kind of file"),
 ]
 # fmt: on
@@ -140,6 +217,7 @@ def test_a_mistake_is_one_clear_line(profiled, run_cli, arguments, message):
     (profiled / "half.json").write_text(text[: len(text) // 2])
     (profiled / "newer.json").write_text(text.replace('"version": 1', '"version": 99', 1))
     (profiled / "other.json").write_text("{}")
+    (profiled / "costs.json").write_text(json.dumps(COSTS))
     done = run_cli(*arguments, cwd=profiled, in_process=True)
     assert done.returncode == 2
     assert message in done.stderr

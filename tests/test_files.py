@@ -94,6 +94,15 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_reader_keeps_the_file_that_it_opened(tmp_path):
+    """A file is replaced, not written over: who reads the old one while it is written reads it whole."""
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with path.open() as reader:
+        write_text(path, "new")
+        assert (reader.read(), path.read_text()) == ("old", "new")
+
+
 def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     """Ctrl-C in the middle of writing passes through, and the old file stays as it was."""
     path = tmp_path / "a.json"

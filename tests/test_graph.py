@@ -16,17 +16,27 @@ def test_attributes_at_a_number_of_microbatches(make_profile):
     profile = make_profile({"a": ["x"], "b": ["a", "x"]}, colocate=[("a", "b")])
     graph = cost_graph(profile, 2)
     assert graph.graph == {
+        "name": "nets.py:Net",
         "microbatches": 2,
         "train": True,
-        "devices": {d: {"kind": "cpu", "memory_bytes": 10**9} for d in ("cpu:0", "cpu:1")},
+        "devices": {
+            d: {"kind": "cpu", "memory_bytes": 10**9, "fetch_bytes_per_s": None, "variation": ()}
+            for d in ("cpu:0", "cpu:1")
+        },
         "links": {("cpu:0", "cpu:1"): (1e-6, 1e9), ("cpu:1", "cpu:0"): (1e-6, 1e9)},
         "colocate": (("a", "b"),),
         "ties": (),
+        "obstacles": (),
+        "host_bytes": 0,
+        "disk_bytes_per_s": None,
     }
     assert list(graph) == ["x", "a", "b", "outputs"]
     assert graph.nodes["a"] == {
         "kind": "unit",
+        "type": "Linear",
         "unit": "net.a",
+        "site": "",
+        "unfit": (),
         "copied": False,
         "forward_s": {"cpu:0": 0.5, "cpu:1": 0.5},
         "backward_s": {"cpu:0": 1.0, "cpu:1": 1.0},

@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.profile import Profile, Tie, Variation
+from shardwright.profiler.profile import Misfit, Profile, Tie, Variation
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.planning.planner import plan
@@ -391,3 +391,21 @@ def test_devices_that_differ_by_noise_count_as_equal(make_profile):
     assert plan(profile).predicted.baseline_device == "cpu:1"
     shaky = tuple(Variation(device=d, relative=(0.8, 0.9, 1.0, 1.1, 1.2)) for d in ("cpu:0", "cpu:1"))
     assert plan(profile.model_copy(update={"variations": shaky})).predicted.baseline_device == "cpu:0"
+
+
+def test_a_unit_is_not_put_where_it_does_not_fit(make_profile):
+    """What did not fit on a device, even alone, goes to another; with none left the unit is named."""
+    profile = make_profile({"a": ["x"], "b": ["a"], "c": ["b"]}, microbatches=(1,))
+
+    def without(*cases):
+        lacking = {(node, device) for node, device in cases}
+        rows = tuple(m for m in profile.measurements if (m.node, m.device) not in lacking)
+        misfits = tuple(
+            Misfit(node=node, device=device, microbatches=1, reason="out of memory") for node, device in cases
+        )
+        return profile.model_copy(update={"measurements": rows, "misfits": misfits})
+
+    placement = plan(without(("b", "cpu:0"))).placement()
+    assert placement["net.b"] == "cpu:1"
+    with pytest.raises(ShardwrightError, match=r"net\.b fits on none of cpu:0, cpu:1, not even alone"):
+        plan(without(("b", "cpu:0"), ("b", "cpu:1")))

@@ -13,11 +13,13 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from shardwright.profiler.costs import Costs
 from shardwright.profiler.profile import Device, Link, Measurement, Node, Profile, TensorSpec
 from shardwright.reports.plan_report import PlanReport, verdict
 from shardwright.reports.profile_report import ProfileReport
 from shardwright.reports.run_report import RunReport, conclusion, equality
 from shardwright.sharder.planning.plan import Candidate, Certificate, Placement, Plan, Prediction, Stage
+from shardwright.sharder.planning.planner import plan
 from shardwright.sharder.runtime.record import Equality, Run, Timed
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -202,18 +204,40 @@ def a_run(measured=0.333, predicted=0.331, baseline=True, difference=3.1e-7):
     )
 
 
+def the_costs():
+    """The costs in examples/costs.json, which are of no model."""
+    return Costs.load(GOLDEN.parents[1] / "examples" / "costs.json").profile()
+
+
 REPORTS = {
     "profile": lambda: ProfileReport(a_profile()),
     "profile-inference": lambda: ProfileReport(a_profile(LLAMA, [f"cuda:{i}" for i in range(4)], False, (2, 4))),
+    "profile-costs": lambda: ProfileReport(the_costs()),
     "plan": lambda: PlanReport(a_plan()),
     "plan-one-device": lambda: PlanReport(a_plan(stages=1, speedup=0.97)),
     "plan-too-large": lambda: PlanReport(a_plan(baseline=None, exact=False)),
+    "plan-costs": lambda: PlanReport(plan(the_costs())),
     "run": lambda: RunReport(a_run()),
     "run-slower": lambda: RunReport(a_run(measured=0.61)),
 }
 KEY_NUMBERS = {
     "profile": ["downsample11", "19.2 ms", "41.1 ms", "159 ms", "3.31 MiB", "85.0 us", "3.20 GB/s", "10.0 GiB"],
     "profile-inference": ["feed_forward_network", "cuda:3", "6.21 ms", "200 MiB", "80.0 GiB"],
+    "profile-costs": [
+        "costs as given, of no model",
+        "14.6 ms",
+        "22.4 GiB",
+        "gradients and optimizer state",
+        "50.0 GB/s",
+    ],
+    "plan-costs": [
+        "also in 8 micro-batches",
+        "costs as given",
+        "one of 8 micro-batches",
+        "1.83x",
+        "image",
+        "stem, body",
+    ],
     "plan": [
         "1.53x",
         "331 ms",
@@ -259,6 +283,13 @@ def test_needs_neither_colour_nor_unicode(name):
     """Colour adds nothing but colour, and a terminal that has only ASCII gets a report of ASCII."""
     assert "\x1b[" in text_of(REPORTS[name](), 100, colour="standard")
     assert text_of(REPORTS[name](), 100, encoding="ascii").isascii()
+
+
+@pytest.mark.parametrize("name", ["profile-costs", "plan-costs"])
+def test_costs_are_not_called_measured(name):
+    """A report of costs from elsewhere says nothing of samples, spreads, optimizers or torch."""
+    text = text_of(REPORTS[name](), 100)
+    assert [word for word in ("sample", "median", "spread", "adam", "none,", "torch", "±") if word in text] == []
 
 
 @pytest.mark.parametrize("name", REPORTS)

@@ -122,7 +122,7 @@ def _blocks(graph: nx.DiGraph[str]) -> tuple[list[tuple[str, ...]], list[set[int
 def _allowed(
     graph: nx.DiGraph[str], nodes: tuple[str, ...], devices: tuple[str, ...], pins: Mapping[str, str]
 ) -> tuple[bool, ...]:
-    """Which devices the pins leave for a block of ``nodes``."""
+    """Which devices the pins leave for a block of ``nodes``, and each of them fits on."""
     wanted = {
         device: name
         for pattern, device in pins.items()
@@ -136,7 +136,8 @@ def _allowed(
         raise ShardwrightError(
             f"pins put {a} on {one} and {b} on {other}, but the two must share a device; pin them alike"
         )
-    return tuple(not wanted or device in wanted for device in devices)
+    unfit = {device for node in nodes for device in graph.nodes[node].get("unfit", ())}
+    return tuple((not wanted or device in wanted) and device not in unfit for device in devices)
 
 
 def _check_pins(graph: nx.DiGraph[str], devices: tuple[str, ...], pins: Mapping[str, str]) -> None:
@@ -166,7 +167,14 @@ def _check(graph: nx.DiGraph[str], devices: tuple[str, ...]) -> None:
         if (a, b) not in graph.graph["links"]:
             raise ShardwrightError(f"the profile has no link from {a} to {b}; profile with both devices")
     for node, times in graph.nodes(data="forward_s"):
-        missing = [device for device in devices if times and device not in times]
+        unfit = graph.nodes[node].get("unfit", ())
+        if unfit and all(device in unfit for device in devices):
+            name = graph.nodes[node].get("unit") or node
+            raise ShardwrightError(
+                f"{name} fits on none of {', '.join(devices)}, not even alone, at {graph.graph['microbatches']} "
+                "micro-batches: divide the batch further, or use a device with more memory"
+            )
+        missing = [device for device in devices if times and device not in times and device not in unfit]
         if missing:
             raise ShardwrightError(f"the profile has no time of {node} on {missing[0]}; profile again with that device")
 

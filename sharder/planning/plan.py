@@ -137,6 +137,11 @@ class Plan(Document):
     candidates: tuple[Candidate, ...]
 
     @property
+    def of_model(self) -> bool:
+        """Whether it is the plan of a model, which can be placed, and not of costs from elsewhere."""
+        return bool(self.structure)
+
+    @property
     def devices(self) -> tuple[str, ...]:
         """The devices used, in the order of the stages."""
         return tuple(stage.device for stage in self.stages)

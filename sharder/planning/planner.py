@@ -7,9 +7,10 @@ import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.from_graph import profile_from_graph
 from shardwright.profiler.graph import cost_graph
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.blocks import problem_from_graph
@@ -20,6 +21,9 @@ from shardwright.sharder.planning.plan import Candidate, Certificate, Placement,
 from shardwright.sharder.planning.problem import Block, Problem, Schedule, bits, in_flight
 from shardwright.sharder.planning.schedule import StageCost, Timeline, expected_step_s, simulate
 from shardwright.sharder.planning.search import simple_bound_s
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 __all__ = ["plan"]
 
@@ -45,7 +49,7 @@ class _Option:
 
 
 def plan(
-    profile: Profile,
+    profile: Profile | nx.DiGraph[Any],
     *,
     objective: Literal["throughput"] = "throughput",
     microbatches: int | Literal["auto"] = "auto",
@@ -63,7 +67,8 @@ def plan(
     when no split is faster.
 
     Args:
-        profile: times and sizes, as measured or loaded.
+        profile: times and sizes, as measured or loaded; or a graph of costs from anywhere, with the attributes that
+            :mod:`shardwright.profiler.graph` lists. A plan of such costs has no model to be placed.
         objective: ``"throughput"``, the steady state of a pipeline.
         microbatches: one of the profiled numbers, or ``"auto"``.
         memory: caps by device, in bytes or as text (``"10GiB"``), that replace the devices' own.
@@ -75,8 +80,11 @@ def plan(
         time_limit_s: seconds for the whole search; after it, the best so far with an honest gap.
 
     Raises:
-        ShardwrightError: nothing fits the memory, or an argument names what the profile does not have.
+        ShardwrightError: nothing fits the memory, an argument names what the profile does not have, or a graph's
+            attribute is missing or wrong.
     """
+    if not isinstance(profile, Profile):
+        profile = profile_from_graph(profile)
     if objective != "throughput":
         raise ShardwrightError(f"objective {objective!r} is not known; the planner has: throughput")
     if schedule not in ("1f1b", "gpipe"):
@@ -381,7 +389,8 @@ def _relaxations(problem: Problem) -> Iterator[tuple[str, Problem, float]]:
 def _name(block: Block) -> str:
     """A block in words: its first unit, and how many nodes stay with it."""
     first = block.units[0] if block.units else block.nodes[0]
-    return first if len(block.nodes) == 1 else f"{first} and {len(block.nodes) - 1} nodes that stay with it"
+    others = len(block.nodes) - 1
+    return f"{first} and {others} node{'s that stay' if others > 1 else ' that stays'} with it" if others else first
 
 
 def _size(count: int) -> str:

@@ -20,13 +20,19 @@ def check_model(plan: Plan, model: nn.Module) -> None:
     """Refuse a model that ``plan`` was not made for.
 
     Raises:
-        ShardwrightError: units, their classes, or parameter shapes differ; or one of the two is something else.
+        ShardwrightError: units, their classes, or parameter shapes differ, the plan is of costs and no model, or one of
+            the two is something else.
     """
     if not isinstance(model, nn.Module):
         raise ShardwrightError(f"the model is a {type(model).__name__}; give the nn.Module that was profiled")
     if not isinstance(plan, Plan):
         raise ShardwrightError(
             f"the plan is a {type(plan).__name__}; give a Plan, such as shardwright.Plan.load(file) reads"
+        )
+    if not plan.of_model:
+        raise ShardwrightError(
+            f"the plan was made from costs ({plan.model}), not from a model's profile, so it cannot be placed or run: "
+            f"profile this {type(model).__name__} and plan that profile"
         )
     units_of(plan, model)
     if structure_digest(model) != plan.structure:
