@@ -25,7 +25,7 @@ from shardwright.profiler.inputs import (
     microbatch,
     outputs_of,
 )
-from shardwright.profiler.links import disk_rate, fetch_rates, measure_links
+from shardwright.profiler.links import disk_rate, fetch_rates, measure_links, warn_of_corrupt
 from shardwright.profiler.measure import (
     OPTIMIZERS,
     Samples,
@@ -132,6 +132,7 @@ def profile(
         )
         tell("links", 0, 1)
         links = measure_links(pool, found)
+        warn_of_corrupt(links)
         rates = {} if train else fetch_rates(pool, found)
         tell("links", 1, 1)
     whole = captures[1]
