@@ -4,7 +4,7 @@ Graph attributes
     microbatches   int
     train          bool
     devices        {name: {"kind": str, "memory_bytes": int}}
-    links          {(source, target): (latency in s, bandwidth in bytes/s)}
+    links          {(source, target): (latency in s, bandwidth in bytes/s)}; a corrupt link has infinite latency
     colocate       tuple of groups of node names
     ties           tuple of (parameter, names of its users, bytes of a copy, bytes of gradient summed once a step)
 Node attributes
@@ -23,6 +23,8 @@ Edge attributes
 """
 
 from __future__ import annotations
+
+import math
 
 import networkx as nx
 
@@ -47,7 +49,10 @@ def cost_graph(profile: Profile, microbatches: int) -> nx.DiGraph[str]:
         microbatches=microbatches,
         train=profile.train,
         devices={d.name: {"kind": d.kind, "memory_bytes": d.memory_bytes} for d in profile.devices},
-        links={(li.source, li.target): (li.latency_s, li.bandwidth_bytes_per_s) for li in profile.links},
+        links={
+            (li.source, li.target): (math.inf if li.corrupt else li.latency_s, li.bandwidth_bytes_per_s)
+            for li in profile.links
+        },
         colocate=profile.colocate,
         ties=tuple((tie.name, tie.nodes, tie.copy_bytes, tie.gradient_bytes) for tie in profile.ties),
     )

@@ -65,7 +65,7 @@ class Clock:
 
 @st.composite
 def problems(draw):
-    """Small DAGs over mixed devices, unequal links, ties, caps that sometimes bind, pins, both schedules."""
+    """Small DAGs over mixed devices, unequal and unusable links, ties, caps that may bind, pins, both schedules."""
     count, devices = draw(st.integers(1, 7)), draw(st.integers(2, 4))
     time = st.integers(0, 9).map(float)
     times = st.tuples(*[time] * devices)
@@ -106,7 +106,8 @@ def problems(draw):
             mask, first = ties[-1].users, ties[-1].first
         # Without a gradient it is a constant of which every reader has a copy.
         ties.append(Tie(f"p{name}", mask, first, draw(size), draw(st.sampled_from([0, 1, 3, 9, 90]))))
-    one_link = st.tuples(st.integers(0, 2).map(float), st.sampled_from([1.0, 4.0, 100.0]))
+    latency = st.sampled_from([0.0, 1.0, 2.0] * 4 + [math.inf])  # infinite: nothing may be sent over it
+    one_link = st.tuples(latency, st.sampled_from([1.0, 4.0, 100.0]))
     same_link = draw(one_link) if alike else None
     links = tuple(tuple(same_link or draw(one_link) for _ in range(devices)) for _ in range(devices))
     caps = draw(st.one_of(st.just((10**6,) * devices), st.tuples(*[st.integers(10, 120)] * devices)))
