@@ -376,7 +376,11 @@ def _relaxations(problem: Problem) -> Iterator[tuple[str, Problem, float]]:
         caps = (whole * len(problem.devices),) * len(problem.devices)
         yield "the memory caps", dataclasses.replace(problem, caps=caps), 0.999
     if problem.unusable:
-        yield f"corrupt links, which are not used ({_links_in_words(problem)})", _all_usable(problem), 0.999
+        yield (
+            f"the faults of corrupt links, which are not used ({_links_in_words(problem)})",
+            _all_usable(problem),
+            0.999,
+        )
     if problem.ties:
         dearest = max(problem.ties, key=lambda tie: (tie.gradient_bytes, tie.copy_bytes)).name
         more = f" and {len(problem.ties) - 1} more" if len(problem.ties) > 1 else ""
