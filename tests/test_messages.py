@@ -1,11 +1,14 @@
 """What runs in the workers on a link, in one process: patterns, copies, and what is counted as wrong."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwright.profiler import messages
+from shardwright.profiler.links import fit, one_way
 from shardwright.profiler.messages import (
     CASES,
     REPEATS,
@@ -13,10 +16,54 @@ from shardwright.profiler.messages import (
     check_copies,
     copies_at_once,
     copy_within,
+    exchange,
     has_peer_access,
     pattern,
+    ping_pong,
     probed_bytes,
 )
+
+
+class FakeWire:
+    """Messages that take ``latency + size / bandwidth`` of a clock that nothing else moves, the same at both ends."""
+
+    def __init__(self, sending, receiving):
+        self.lines = {"send": sending, "receive": receiving}
+        self.now = 100.0
+
+    def clock(self):
+        return self.now
+
+    def wait(self, operations):
+        """All of them at once: as long as the longest."""
+        self.now += max(self.lines[way][0] + len(buffer) / self.lines[way][1] for way, buffer, _ in operations)
+
+
+def on_wire(monkeypatch, wire):
+    monkeypatch.setattr(messages, "_wait", wire.wait)
+    fake = SimpleNamespace(P2POp=lambda *operation: operation, isend="send", irecv="receive")
+    monkeypatch.setattr(messages, "dist", fake)
+
+
+def test_a_ping_pong_tells_the_directions_apart(monkeypatch):
+    """Of a link that is slow one way only, each way's latency and bandwidth are found exactly."""
+    there, back = (1e-4, 1e9), (3e-3, 2e8)
+    turns = []
+    for first, wire in ((True, FakeWire(there, back)), (False, FakeWire(back, there))):
+        on_wire(monkeypatch, wire)
+        turns.append(ping_pong(1, first, wire.clock))
+    assert all(len(t.sent) == len(t.arrived) == REPEATS for end in turns for t in end.values())
+    assert fit(one_way(turns[0], turns[1])) == pytest.approx(there, rel=1e-6)
+    assert fit(one_way(turns[1], turns[0])) == pytest.approx(back, rel=1e-6)
+
+
+def test_an_exchange_takes_until_both_messages_are_done(monkeypatch):
+    """Sending and receiving go on together, and the slower of them counts."""
+    wire = FakeWire((1e-4, 1e9), (3e-3, 2e8))
+    on_wire(monkeypatch, wire)
+    seconds = exchange(1, 2, wire.clock)
+    assert {size: len(each) for size, each in seconds.items()} == dict.fromkeys(SIZES, REPEATS)
+    assert fit(seconds) == pytest.approx((3e-3, 2e8), rel=1e-6)
 
 
 def pcg(number):
