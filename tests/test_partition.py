@@ -271,6 +271,34 @@ def test_slow_way_into_a_stage_does_not_rule_out_a_faster_one():
     assert (found.value_s, found.exact) == (4 * 5, True)
 
 
+UNUSABLE = (math.inf, 1.0)
+
+
+def test_parts_that_exchange_nothing_need_no_link():
+    """Blocks side by side are evened out over devices that cannot talk, as nothing crosses between them."""
+    whole = chain([3, 3, 1, 1])
+    problem = dataclasses.replace(whole, predecessors=(0,) * 4, crossings=(), links=((UNUSABLE,) * 2,) * 2)
+    found = partition(problem)
+    assert found is not None
+    assert (found.value_s, found.exact) == (4 * 4, True)
+
+
+def test_what_has_no_gradient_needs_no_way_back():
+    """Tensors without gradients go over the one direction that is usable, and over that one only."""
+    whole = chain([3, 3, 1, 1])
+    sent = Crossing("t", 0, 0b10, 1, 0)
+    links = (((0.0, 1.0), (0.0, math.inf)), (UNUSABLE, (0.0, 1.0)))
+    found = partition(dataclasses.replace(whole, predecessors=(0, 1, 0, 0), crossings=(sent,), links=links))
+    assert found is not None
+    assert [device for device, _ in found.stages] == [0, 1]
+    assert (found.value_s, found.exact) == (4 * 4, True)
+    trained = dataclasses.replace(sent, backward_bytes=1)
+    alone = partition(dataclasses.replace(whole, predecessors=(0, 1, 0, 0), crossings=(trained,), links=links))
+    assert alone is not None
+    assert math.isfinite(alone.value_s)
+    assert not any(members >> 0 & 1 != members >> 1 & 1 for _, members in alone.stages)
+
+
 def test_roomier_device_takes_the_end_where_the_weights_are():
     """Of two devices that are alike but for their memory, the small one comes first when the first blocks are small."""
     problem = dataclasses.replace(chain([1] * 4), caps=(100, 10))
