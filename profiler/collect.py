@@ -18,7 +18,7 @@ from shardwright.profiler.campaign import Workers, investigate
 from shardwright.profiler.capture import Progress, captures_of, silent
 from shardwright.profiler.devices import find_devices, spare_host_bytes
 from shardwright.profiler.inputs import batch_size, default_counts, input_specs
-from shardwright.profiler.links import disk_rate, fetch_rates, measure_links
+from shardwright.profiler.links import disk_rate, fetch_rates, measure_links, warn_of_corrupt
 from shardwright.profiler.measure import OPTIMIZERS, Goal
 from shardwright.profiler.profile import Device, Link, Profile
 from shardwright.profiler.records import measurements_of, nodes_of, tensors_of, ties_of
@@ -159,6 +159,7 @@ def _surroundings(
     key = f"links {' | '.join(names)} {torch.__version__} {'' if train else tempfile.gettempdir()}"
     known = cache.get(key, _Surroundings)
     if known is not None:
+        warn_of_corrupt(known.links)
         return known
     tell("links", 0, 1)
     made = _Surroundings(
@@ -166,6 +167,7 @@ def _surroundings(
         fetch_bytes_per_s={} if train else fetch_rates(workers.pool, devices),
         disk_bytes_per_s=None if train else disk_rate(Path(tempfile.gettempdir())),
     )
+    warn_of_corrupt(made.links)
     cache.put(key, made)
     tell("links", 1, 1)
     return made

@@ -13,7 +13,7 @@ Graph attributes
                       "variation": the device's speed over time, as in a profile [()]}},
                       or a sequence of names [the devices in the nodes' times]
     links             {(source, target): (latency in s, bandwidth in bytes/s)} for every ordered pair, or one (latency,
-                      bandwidth) for all [transfers take no time]
+                      bandwidth) for all; a corrupt link has infinite latency [transfers take no time]
     colocate          groups of node names that must share a device [none]
     ties              (parameter, names of its users, bytes of a copy, bytes of gradient summed once a step) [none]
     obstacles         why the forward cannot be piped, as texts [none]
@@ -138,6 +138,9 @@ def _devices(profile: Profile) -> dict[str, dict[str, Any]]:
 def _links(profile: Profile) -> dict[tuple[str, str], tuple[float, float]]:
     """The profile's links; costs without a link are costs of free transfers, which no measured profile has."""
     if profile.links or profile.of_model:
-        return {(li.source, li.target): (li.latency_s, li.bandwidth_bytes_per_s) for li in profile.links}
+        return {
+            (li.source, li.target): (math.inf if li.corrupt else li.latency_s, li.bandwidth_bytes_per_s)
+            for li in profile.links
+        }
     names = [device.name for device in profile.devices]
     return dict.fromkeys(itertools.permutations(names, 2), (0.0, math.inf))

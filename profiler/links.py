@@ -1,7 +1,7 @@
-"""Links: latency and bandwidth of every ordered pair of devices, fitted to timed messages.
+"""Links: latency and bandwidth of every ordered pair of devices, and whether bytes arrive as they were sent.
 
-Two CPU workers talk as the pipeline engine lets them: through gloo on the loopback interface. A pair with a GPU in it
-is timed as a copy within one process.
+Each pair is timed by itself, and again while every device sends to one and receives from another, as the stages of a
+running pipeline do. What the workers do is in messages.py.
 """
 
 from __future__ import annotations
@@ -9,36 +9,65 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
-from shardwright.profiler.measure import cuda_timer
-from shardwright.profiler.pool import Pool
+from shardwright.errors import ShardwrightError
+from shardwright.profiler.messages import (
+    SIZES,
+    Turns,
+    check_copies,
+    check_received,
+    copies_at_once,
+    copy_within,
+    exchange,
+    has_peer_access,
+    ping_pong,
+    probed_bytes,
+    send_patterns,
+)
+from shardwright.profiler.pool import Pool, WorkerError
 from shardwright.profiler.profile import Device, Link
 from shardwright.profiler.worker import resident
 
-__all__ = ["SIZES", "disk_rate", "fetch_rates", "fit", "measure_links"]
+__all__ = [
+    "disk_rate",
+    "fetch_rates",
+    "fit",
+    "join",
+    "leave",
+    "measure_links",
+    "one_way",
+    "rounds_of",
+    "warn_of_corrupt",
+]
 
-SIZES = (1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
-"""Bytes of the messages: from a token's activations to a batch of feature maps."""
-REPEATS = 12
 LIMIT_S = 60.0
 
+Pair = tuple[str, str]
+"""Names of the source and the target."""
+Samples = Mapping[int, Sequence[float]]
+"""Seconds of every message, by its size in bytes."""
 
-def fit(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
-    """Latency in s and bandwidth in bytes/s of the line through the timed messages.
+
+def fit(samples: Samples) -> tuple[float, float]:
+    """Latency in s and bandwidth in bytes/s of the line through the medians of the timed messages.
 
     Least squares of the relative errors, so that small messages count as much as large ones; a latency below zero
     or a bandwidth without limit, which noise can give, is set to the nearest possible value.
     """
-    x, y = np.asarray(sizes, float), np.asarray(seconds, float)
+    x = np.asarray(list(samples), float)
+    y = np.asarray([np.median(seconds) for seconds in samples.values()])
     design = np.stack([np.ones_like(x), x], axis=1) / y[:, None]
     latency, per_byte = np.linalg.lstsq(design, np.ones_like(y), rcond=None)[0]
     if per_byte <= 0:
@@ -49,37 +78,160 @@ def fit(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
     return float(latency), float(1.0 / per_byte)
 
 
+@dataclass
+class _Found:
+    """What was measured of one pair."""
+
+    idle: dict[int, list[float]] = field(default_factory=dict)
+    busy: dict[int, list[float]] = field(default_factory=dict)
+    peer: bool | None = None
+    wrong_bytes: int = 0
+
+
 def measure_links(pool: Pool, devices: Sequence[Device]) -> tuple[Link, ...]:
-    """Time messages between every ordered pair of the pool's devices."""
-    timed: dict[tuple[str, str], list[float]] = {}
+    """Time messages between every ordered pair of the pool's devices, one at a time and all at once, and check them.
+
+    Raises:
+        ShardwrightError: a worker fails or does not answer; the pair is named.
+    """
+    found = {pair: _Found() for pair in permutations([device.name for device in devices], 2)}
     workers = [device.name for device in devices if device.kind == "cpu"]
     if len(workers) > 1:
-        with tempfile.TemporaryDirectory() as folder:
-            store = str(Path(folder) / "store")
-            pool.call({name: (join, (i, len(workers), store)) for i, name in enumerate(workers)}, limit_s=LIMIT_S)
-            for a, b in permutations(range(len(workers)), 2):
-                answers = pool.call({workers[a]: (lead, (b,)), workers[b]: (follow, (a,))}, limit_s=LIMIT_S)
-                timed[workers[a], workers[b]] = answers[workers[a]]
-            pool.call(dict.fromkeys(workers, (leave, ())), limit_s=LIMIT_S)
-    for source, target in permutations(devices, 2):
-        if "cuda" in (source.kind, target.kind):
-            runner = source if source.kind == "cuda" else target
-            names = [d.name if d.kind == "cuda" else "cpu" for d in (source, target)]
-            timed[source.name, target.name] = pool.call({runner.name: (copy_within, tuple(names))}, limit_s=LIMIT_S)[
-                runner.name
-            ]
+        with _group(pool, workers):
+            _messages(pool, workers, found)
+    _copies(pool, devices, found)
     links = []
-    for (a_name, b_name), seconds in timed.items():
-        latency, bandwidth = fit(SIZES, seconds)
-        links.append(Link(source=a_name, target=b_name, latency_s=latency, bandwidth_bytes_per_s=bandwidth))
+    for (source, target), pair in found.items():
+        latency, bandwidth = fit(pair.idle)
+        busy_latency, busy_bandwidth = fit(pair.busy)
+        links.append(
+            Link(
+                source=source,
+                target=target,
+                latency_s=latency,
+                bandwidth_bytes_per_s=bandwidth,
+                busy_latency_s=busy_latency,
+                busy_bandwidth_bytes_per_s=busy_bandwidth,
+                peer=pair.peer,
+                probed_bytes=probed_bytes(),
+                wrong_bytes=pair.wrong_bytes,
+            )
+        )
     return tuple(links)
+
+
+def warn_of_corrupt(links: Sequence[Link]) -> None:
+    """One line about each link that changes what it carries."""
+    for link in links:
+        if link.corrupt:
+            warnings.warn(
+                f"the link {link.source} -> {link.target} changed {link.wrong_bytes} of {link.probed_bytes} bytes that "
+                "were sent to test it: no plan will use it; the profile's report says what can be done",
+                stacklevel=3,
+            )
+
+
+def rounds_of(names: Sequence[str]) -> Iterator[list[Pair]]:
+    """Rounds in which each device sends to one and receives from one; together they hold every ordered pair once."""
+    for shift in range(1, len(names)):
+        yield [(name, names[(position + shift) % len(names)]) for position, name in enumerate(names)]
+
+
+def one_way(sender: Mapping[int, Turns], receiver: Mapping[int, Turns]) -> dict[int, list[float]]:
+    """Seconds from the begin of each message at its sender to its arrival at its receiver, by size."""
+    return {
+        size: [arrived - sent for sent, arrived in zip(sender[size].sent, receiver[size].arrived, strict=True)]
+        for size in sender
+    }
+
+
+def _seed(pair: Pair) -> int:
+    return zlib.crc32(" ".join(pair).encode())
+
+
+def _messages(pool: Pool, workers: Sequence[str], found: Mapping[Pair, _Found]) -> None:
+    """Messages between CPU workers: in turn, checked, and all at once."""
+    rank = {name: i for i, name in enumerate(workers)}
+    for (a, b), pair in found.items():
+        if a not in rank or b not in rank:
+            continue
+        if rank[a] < rank[b]:
+            turns = _call(pool, (a, b), {a: (ping_pong, (rank[b], True)), b: (ping_pong, (rank[a], False))})
+            pair.idle = one_way(turns[a], turns[b])
+            found[b, a].idle = one_way(turns[b], turns[a])
+        seed = _seed((a, b))
+        pair.wrong_bytes = _call(
+            pool, (a, b), {a: (send_patterns, (rank[b], seed)), b: (check_received, (rank[a], seed))}
+        )[b]
+    for pairs in rounds_of(workers):
+        to = dict(pairs)
+        source = {b: a for a, b in pairs}
+        calls = {name: (exchange, (rank[to[name]], rank[source[name]])) for name in workers}
+        seconds = _call(pool, None, calls)
+        for a, b in pairs:
+            found[a, b].busy = seconds[b]
+
+
+def _copies(pool: Pool, devices: Sequence[Device], found: Mapping[Pair, _Found]) -> None:
+    """Copies of the pairs with a GPU in them, in that GPU's process: one at a time, checked, and all at once."""
+    kind = {device.name: device.kind for device in devices}
+
+    def ends(pair: Pair) -> Pair:
+        """The names by which PyTorch in the GPU's process knows the two."""
+        a, b = (name if kind[name] == "cuda" else "cpu" for name in pair)
+        return a, b
+
+    for pair, its in found.items():
+        runner = _runner(pair, kind)
+        if runner is not None:
+            its.peer = _call(pool, pair, {runner: (has_peer_access, ends(pair))})[runner]
+            its.idle = _call(pool, pair, {runner: (copy_within, ends(pair))})[runner]
+            its.wrong_bytes = _call(pool, pair, {runner: (check_copies, (*ends(pair), _seed(pair)))})[runner]
+    for pairs in rounds_of(list(kind)):
+        of_runner: dict[str, list[Pair]] = {}
+        for pair in pairs:
+            runner = _runner(pair, kind)
+            if runner is not None:
+                of_runner.setdefault(runner, []).append(pair)
+        for size in SIZES if of_runner else ():
+            calls = {runner: (copies_at_once, ([ends(p) for p in its], size)) for runner, its in of_runner.items()}
+            answers = _call(pool, None, calls)
+            for runner, its_pairs in of_runner.items():
+                for pair, seconds in zip(its_pairs, answers[runner], strict=True):
+                    found[pair].busy[size] = seconds
+
+
+def _runner(pair: Pair, kind: Mapping[str, str]) -> str | None:
+    """The device whose process copies over ``pair``: the first GPU of the two."""
+    return next((name for name in pair if kind[name] == "cuda"), None)
+
+
+def _call(pool: Pool, pair: Pair | None, calls: Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]]) -> Any:
+    """The workers' answers, an error with the name of the link that it happened on."""
+    try:
+        return pool.call(calls, limit_s=LIMIT_S)
+    except WorkerError as error:
+        what = f"the link {pair[0]} -> {pair[1]}" if pair else f"the links of {error.device}, all links at once"
+        raise ShardwrightError(
+            f"{what} could not be measured: {error}; try again, or leave {error.device} out with --devices"
+        ) from error
+
+
+@contextmanager
+def _group(pool: Pool, workers: Sequence[str]) -> Iterator[None]:
+    """A group in which the workers talk to each other, left at the end unless something failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        _call(pool, None, {name: (join, (i, len(workers), store)) for i, name in enumerate(workers)})
+        yield
+        _call(pool, None, dict.fromkeys(workers, (leave, ())))
 
 
 def fetch_rates(pool: Pool, devices: Sequence[Device]) -> dict[str, float]:
     """Bytes a second from the host's memory onto each GPU."""
     calls = {d.name: (copy_within, ("cpu", d.name)) for d in devices if d.kind == "cuda"}
     timed = pool.call(calls, limit_s=LIMIT_S) if calls else {}
-    return {name: fit(SIZES, seconds)[1] for name, seconds in timed.items()}
+    return {name: fit(samples)[1] for name, samples in timed.items()}
 
 
 def disk_rate(folder: Path) -> float | None:
@@ -111,38 +263,3 @@ def join(rank: int, size: int, store: str) -> None:
 def leave() -> None:
     """Leave the group."""
     dist.destroy_process_group()
-
-
-def lead(peer: int) -> list[float]:
-    """Send each size to ``peer`` and back; half the round trip's median seconds."""
-    return [_ping_pong(size, peer, first=True) for size in SIZES]
-
-
-def follow(peer: int) -> None:
-    """Answer :func:`lead`."""
-    for size in SIZES:
-        _ping_pong(size, peer, first=False)
-
-
-def _ping_pong(size: int, peer: int, *, first: bool) -> float:
-    buffer = torch.zeros(size, dtype=torch.uint8)
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        for turn in (first, not first):
-            operation = dist.P2POp(dist.isend if turn else dist.irecv, buffer, peer)
-            for work in dist.batch_isend_irecv([operation]):
-                work.wait()
-        seconds.append((time.perf_counter() - start) / 2)
-    return float(np.median(seconds[2:]))
-
-
-def copy_within(source: str, target: str) -> list[float]:
-    """Copy each size from ``source`` to ``target`` in this process; median seconds."""
-    timer = cuda_timer(torch.device(source if source.startswith("cuda") else target))
-    medians = []
-    for size in SIZES:
-        buffer = torch.zeros(size, dtype=torch.uint8, device=source)
-        seconds = [timer(partial(buffer.to, target))[1] for _ in range(REPEATS)]
-        medians.append(float(np.median(seconds[2:])))
-    return medians

@@ -32,7 +32,9 @@ __all__ = [
     "HostStopwatch",
     "Stopwatch",
     "Subject",
+    "Timer",
     "cuda_timer",
+    "host_timer",
     "is_out_of_memory",
     "make_optimizer",
     "measure",
@@ -129,8 +131,22 @@ class CudaStopwatch:
         torch.cuda.synchronize(self.device)
 
 
-def cuda_timer(device: torch.device) -> Callable[[Callable[[], Any]], tuple[Any, float]]:
-    """A function that times one call on its own, the queue drained before and after: its result and its seconds."""
+Timer = Callable[[Callable[[], Any]], tuple[Any, float]]
+"""Calls a function on its own; its result and its seconds."""
+
+
+def host_timer(clock: Callable[[], float] = time.perf_counter) -> Timer:
+    """A timer for work that is done when the call returns, as on a CPU."""
+
+    def timer(function: Callable[[], Any]) -> tuple[Any, float]:
+        result, reading = HostStopwatch(clock).time(function)
+        return result, reading()
+
+    return timer
+
+
+def cuda_timer(device: torch.device) -> Timer:
+    """A timer for work on a GPU, the queue drained before and after."""
     stopwatch = CudaStopwatch(device)
 
     def timer(function: Callable[[], Any]) -> tuple[Any, float]:

@@ -53,6 +53,20 @@ class Link(Record):
     target: str
     latency_s: NonNegativeFloat
     bandwidth_bytes_per_s: PositiveFloat
+    busy_latency_s: NonNegativeFloat | None = None
+    """While every device sends to one and receives from another; None where only one at a time was timed."""
+    busy_bandwidth_bytes_per_s: PositiveFloat | None = None
+    peer: bool | None = None
+    """Between GPUs: whether one reaches the other's memory; otherwise copies are staged through the host's."""
+    probed_bytes: NonNegativeInt = 0
+    """How many bytes were sent to be compared; 0 for a profile made before links were."""
+    wrong_bytes: NonNegativeInt = 0
+    """How many of them arrived changed, or not at all."""
+
+    @property
+    def corrupt(self) -> bool:
+        """Whether it changes what it carries, so that nothing may be sent over it."""
+        return self.wrong_bytes > 0
 
 
 class TensorSpec(Record):

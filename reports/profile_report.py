@@ -10,7 +10,8 @@ from rich.text import Text
 
 from shardwright.profiler.profile import Device, Measurement, Node, Profile
 from shardwright.reports.layout import Column, Glyphs, bar, facts, indented, name_ranges, section, tables
-from shardwright.reports.quantities import bandwidth, count, number_of_bytes, percent, seconds, share, spread
+from shardwright.reports.link_report import link_section
+from shardwright.reports.quantities import count, number_of_bytes, percent, seconds, share, spread
 
 __all__ = ["ProfileReport"]
 
@@ -52,7 +53,7 @@ class ProfileReport:
         yield from self._faithful()
         yield from self._memory()
         yield from self._steps(options, glyphs)
-        yield from self._links(options, glyphs)
+        yield from link_section(self.profile.links, options)
 
     def _header(self, glyphs: Glyphs) -> Iterator[RenderableType]:
         profile = self.profile
@@ -211,20 +212,6 @@ class ProfileReport:
             Column("micro-batches", [str(c) for c in counts], "right"),
             [Column("samples each", [f"{profile.batch / c:.3g}" for c in counts])] if profile.of_model else [],
             groups,
-            options=options,
-        )
-
-    def _links(self, options: ConsoleOptions, glyphs: Glyphs) -> Iterator[RenderableType]:
-        links = self.profile.links
-        if not links:
-            return
-        yield section("Links")
-        yield from tables(
-            Column("link", [f"{link.source} {glyphs.arrow} {link.target}" for link in links], "left"),
-            [
-                Column("latency", [seconds(link.latency_s) for link in links]),
-                Column("bandwidth", [bandwidth(link.bandwidth_bytes_per_s) for link in links]),
-            ],
             options=options,
         )
 

@@ -65,7 +65,7 @@ class Clock:
 
 @st.composite
 def problems(draw):
-    """Small DAGs over mixed devices, unequal links, ties, caps that sometimes bind, pins, both schedules."""
+    """Small DAGs over mixed devices, unequal and unusable links, ties, caps that may bind, pins, both schedules."""
     count, devices = draw(st.integers(1, 7)), draw(st.integers(2, 4))
     time = st.integers(0, 9).map(float)
     times = st.tuples(*[time] * devices)
@@ -106,7 +106,8 @@ def problems(draw):
             mask, first = ties[-1].users, ties[-1].first
         # Without a gradient it is a constant of which every reader has a copy.
         ties.append(Tie(f"p{name}", mask, first, draw(size), draw(st.sampled_from([0, 1, 3, 9, 90]))))
-    one_link = st.tuples(st.integers(0, 2).map(float), st.sampled_from([1.0, 4.0, 100.0]))
+    latency = st.sampled_from([0.0, 1.0, 2.0] * 4 + [math.inf])  # infinite: nothing may be sent over it
+    one_link = st.tuples(latency, st.sampled_from([1.0, 4.0, 100.0]))
     same_link = draw(one_link) if alike else None
     links = tuple(tuple(same_link or draw(one_link) for _ in range(devices)) for _ in range(devices))
     caps = draw(st.one_of(st.just((10**6,) * devices), st.tuples(*[st.integers(10, 120)] * devices)))
@@ -268,6 +269,34 @@ def test_slow_way_into_a_stage_does_not_rule_out_a_faster_one():
     assert found is not None
     assert found.stages == ((1, 0b001), (0, 0b010), (2, 0b100))
     assert (found.value_s, found.exact) == (4 * 5, True)
+
+
+UNUSABLE = (math.inf, 1.0)
+
+
+def test_parts_that_exchange_nothing_need_no_link():
+    """Blocks side by side are evened out over devices that cannot talk, as nothing crosses between them."""
+    whole = chain([3, 3, 1, 1])
+    problem = dataclasses.replace(whole, predecessors=(0,) * 4, crossings=(), links=((UNUSABLE,) * 2,) * 2)
+    found = partition(problem)
+    assert found is not None
+    assert (found.value_s, found.exact) == (4 * 4, True)
+
+
+def test_what_has_no_gradient_needs_no_way_back():
+    """Tensors without gradients go over the one direction that is usable, and over that one only."""
+    whole = chain([3, 3, 1, 1])
+    sent = Crossing("t", 0, 0b10, 1, 0)
+    links = (((0.0, 1.0), (0.0, math.inf)), (UNUSABLE, (0.0, 1.0)))
+    found = partition(dataclasses.replace(whole, predecessors=(0, 1, 0, 0), crossings=(sent,), links=links))
+    assert found is not None
+    assert [device for device, _ in found.stages] == [0, 1]
+    assert (found.value_s, found.exact) == (4 * 4, True)
+    trained = dataclasses.replace(sent, backward_bytes=1)
+    alone = partition(dataclasses.replace(whole, predecessors=(0, 1, 0, 0), crossings=(trained,), links=links))
+    assert alone is not None
+    assert math.isfinite(alone.value_s)
+    assert not any(members >> 0 & 1 != members >> 1 & 1 for _, members in alone.stages)
 
 
 def test_roomier_device_takes_the_end_where_the_weights_are():

@@ -409,3 +409,45 @@ def test_a_unit_is_not_put_where_it_does_not_fit(make_profile):
     assert placement["net.b"] == "cpu:1"
     with pytest.raises(ShardwrightError, match=r"net\.b fits on none of cpu:0, cpu:1, not even alone"):
         plan(without(("b", "cpu:0"), ("b", "cpu:1")))
+
+
+def corrupt(profile, *pairs):
+    """The profile with links over which bytes were found to change."""
+    links = (
+        link.model_copy(update={"probed_bytes": 99, "wrong_bytes": 3}) if (link.source, link.target) in pairs else link
+        for link in profile.links
+    )
+    return profile.model_copy(update={"links": tuple(links)})
+
+
+@pytest.mark.parametrize("pair", [("cpu:0", "cpu:1"), ("cpu:1", "cpu:0")])
+def test_a_corrupt_link_is_not_used_in_either_direction(chain_profile, pair):
+    """In training activations go one way and gradients the other: with either spoilt, the two devices share nothing."""
+    profile = chain_profile(8)
+    assert len(plan(profile).stages) == 2
+    result = plan(corrupt(profile, pair))
+    assert len(result.stages) == 1
+    assert f"corrupt links, which are not used ({pair[0]} -> {pair[1]})" in result.certificate.binds
+
+
+def test_inference_may_still_use_the_other_direction(chain_profile):
+    """Without gradients a pair with one corrupt direction is used in the other."""
+    result = plan(corrupt(chain_profile(8, train=False), ("cpu:0", "cpu:1")), microbatches=4)
+    assert result.devices == ("cpu:1", "cpu:0")
+
+
+def test_stages_go_around_a_corrupt_link(chain_profile):
+    """Of three devices all are used, in an order in which the corrupt pair are not neighbours."""
+    speed = {"cpu:0": 1.0, "cpu:1": 1.0, "cpu:2": 1.0}
+    result = plan(corrupt(chain_profile(9, speed=speed), ("cpu:0", "cpu:1")), microbatches=4)
+    assert len(result.stages) == 3
+    assert result.devices[1] == "cpu:2"
+
+
+def test_what_only_a_corrupt_link_could_do_is_refused_by_its_name(chain_profile):
+    """A model that no device holds alone, over two devices that cannot talk, is refused with the link and a remedy."""
+    profile = chain_profile(8, memory_bytes=13_000)
+    assert len(plan(profile).stages) == 2
+    with pytest.raises(ShardwrightError, match=r"no split fits without corrupt links \(cpu:0 -> cpu:1\)") as caught:
+        plan(corrupt(profile, ("cpu:0", "cpu:1")))
+    assert "\n" not in str(caught.value)

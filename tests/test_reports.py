@@ -98,7 +98,16 @@ def a_profile(rows=NETDICT, devices=("cpu:0", "cpu:1"), train=True, microbatches
             for at, device in enumerate(devices)
         ),
         links=tuple(
-            Link(source=a, target=b, latency_s=85e-6, bandwidth_bytes_per_s=3.2e9)
+            Link(
+                source=a,
+                target=b,
+                latency_s=85e-6,
+                bandwidth_bytes_per_s=3.2e9,
+                busy_latency_s=97e-6,
+                busy_bandwidth_bytes_per_s=1.6e9,
+                peer=None if cpu else True,
+                probed_bytes=6_361_103,
+            )
             for a in devices
             for b in devices
             if a != b
@@ -420,3 +429,48 @@ def test_what_stands_against_piping_is_said():
     text = " ".join(text_of(ProfileReport(profile), 100).split())
     assert f"cannot be piped {obstacle}" in text
     assert "piped while all at net.py:9 is True" in text
+
+
+def some_links(**changes):
+    """Both directions between two GPUs, the second changed."""
+    known = {"latency_s": 9e-6, "bandwidth_bytes_per_s": 22e9, "busy_latency_s": 12e-6, "probed_bytes": 6_361_103}
+    known |= {"busy_bandwidth_bytes_per_s": 18e9, "peer": True}
+    pairs = [("cuda:0", "cuda:1", {}), ("cuda:1", "cuda:0", changes)]
+    return tuple(Link(**(known | {"source": a, "target": b} | more)) for a, b, more in pairs)
+
+
+def links_text(links, width=100):
+    return text_of(ProfileReport(a_profile(devices=("cuda:0", "cuda:1")).model_copy(update={"links": links})), width)
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_links_are_shown_alone_and_all_at_once(width):
+    """Each link has both of its times, the way that it goes, and that its bytes arrive."""
+    text = links_text(some_links(peer=False), width).partition("Links")[2]
+    assert max(map(cell_len, text.splitlines())) <= width
+    for words in ("9.00 us", "22.0 GB/s", "all at once", "12.0 us", "18.0 GB/s", "peer", "staged", "clean"):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"peer": True}, "NCCL_P2P_DISABLE=1"),
+        ({"peer": False}, "leave one of the two out"),
+        ({"peer": None}, "--devices"),
+    ],
+)
+def test_a_corrupt_link_is_said_in_words(changes, remedy):
+    """Below the table: which link, how many bytes of how many, that no plan uses it, and what to do."""
+    text = " ".join(links_text(some_links(wrong_bytes=17, **changes)).partition("Links")[2].split())
+    assert "cuda:1 → cuda:0 changes what it carries: of 6.07 MiB sent, 17 bytes arrived wrong. No plan uses it." in text
+    assert remedy in text
+    assert text.count("corrupt") == 1
+
+
+def test_links_of_an_older_profile():
+    """A profile from before links were checked shows what it has, and claims nothing."""
+    plain = {"busy_latency_s": None, "busy_bandwidth_bytes_per_s": None, "peer": None, "probed_bytes": 0}
+    text = links_text(tuple(link.model_copy(update=plain) for link in some_links())).partition("Links")[2]
+    assert "9.00 us" in text
+    assert not any(word in text for word in ("all at once", "clean", "corrupt", "peer"))

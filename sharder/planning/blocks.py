@@ -136,8 +136,14 @@ def _allowed(
         raise ShardwrightError(
             f"pins put {a} on {one} and {b} on {other}, but the two must share a device; pin them alike"
         )
-    unfit = {device for node in nodes for device in graph.nodes[node].get("unfit", ())}
-    return tuple((not wanted or device in wanted) and device not in unfit for device in devices)
+    unfit = _unfit(graph, nodes, devices)
+    return tuple((not wanted or device in wanted) and not lacks for device, lacks in zip(devices, unfit, strict=True))
+
+
+def _unfit(graph: nx.DiGraph[str], nodes: tuple[str, ...], devices: tuple[str, ...]) -> tuple[bool, ...]:
+    """Which devices one of ``nodes`` did not fit on, even alone."""
+    found = {device for node in nodes for device in graph.nodes[node].get("unfit", ())}
+    return tuple(device in found for device in devices)
 
 
 def _check_pins(graph: nx.DiGraph[str], devices: tuple[str, ...], pins: Mapping[str, str]) -> None:
@@ -226,6 +232,7 @@ def problem_from_graph(
             output_bytes=max(data[n]["output_bytes"] for n in nodes),
             units=tuple(data[n].get("unit") or n for n in nodes if data[n]["kind"] == "unit"),
             allowed=_allowed(graph, nodes, names, pins),
+            unfit=_unfit(graph, nodes, names),
         )
         for nodes in members
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -193,6 +194,8 @@ def _baseline(problems: Iterable[Problem], profile: Profile) -> _Option | None:
         best: _Option | None = None
         for device in range(len(problem.devices)):
             alone = problem.alone(device)
+            if not all(block.allowed[0] for block in alone.blocks):
+                continue
             whole = ((0, (1 << len(alone.blocks)) - 1),)
             loads = stage_loads(alone, whole)
             if loads is None:
@@ -324,13 +327,16 @@ def _certify(chosen: _Option, options: list[_Option], baseline: _Option | None, 
         same = [option for option in options if option.problem.microbatches == chosen.problem.microbatches]
         bound_s = min([split.value_s, *(option.split.bound_s for option in same)]) if same else 0.0
         fastest_s = min(option.step_s for option in options)
+        barred = [option for option in options if option.problem.unusable]
         return Certificate(
             value_s=split.value_s,
             bound_s=bound_s,
             gap_percent=_gap_percent(split.value_s, bound_s),
             exact=bound_s == split.value_s,
             binds=(
-                f"filling and draining: a step of the best split takes {fastest_s / split.value_s:.2f}x this"
+                _what_binds(max(barred, key=lambda option: option.problem.microbatches), deadline_s)
+                if barred
+                else f"filling and draining: a step of the best split takes {fastest_s / split.value_s:.2f}x this"
                 if fastest_s > split.value_s
                 else _what_binds(chosen, deadline_s)
             ),
@@ -379,11 +385,34 @@ def _relaxations(problem: Problem) -> Iterator[tuple[str, Problem, float]]:
     if whole > min(problem.caps):
         caps = (whole * len(problem.devices),) * len(problem.devices)
         yield "the memory caps", dataclasses.replace(problem, caps=caps), 0.999
+    if problem.unusable:
+        yield (
+            f"the faults of corrupt links, which are not used ({_links_in_words(problem)})",
+            _all_usable(problem),
+            0.999,
+        )
     if problem.ties:
         dearest = max(problem.ties, key=lambda tie: (tie.gradient_bytes, tie.copy_bytes)).name
         more = f" and {len(problem.ties) - 1} more" if len(problem.ties) > 1 else ""
         # Every split of a tied parameter pays something: it is worth naming when that is a good part.
         yield f"the copies of {dearest}{more}", dataclasses.replace(problem, ties=()), 0.95
+
+
+def _all_usable(problem: Problem) -> Problem:
+    """The problem with corrupt links that cost nothing but their bandwidth: no worse than if they were mended."""
+    links = tuple(tuple((0.0 if math.isinf(s) else s, rate) for s, rate in row) for row in problem.links)
+    return dataclasses.replace(problem, links=links)
+
+
+def _links_in_words(problem: Problem) -> str:
+    return ", ".join(f"{source} -> {target}" for source, target in problem.unusable)
+
+
+def _fits(problem: Problem, deadline_s: float) -> bool:
+    """Whether some split of ``problem`` was found in the time that is left."""
+    with contextlib.suppress(ShardwrightError):
+        return partition(problem, time_limit_s=max(0.0, min(5.0, deadline_s - time.monotonic()))) is not None
+    return False
 
 
 def _name(block: Block) -> str:
@@ -404,23 +433,32 @@ def _why_nothing_fits(problems: list[Problem], deadline_s: float) -> str:
     problem = max(problems, key=lambda p: p.microbatches)
     for v, block in enumerate(problem.blocks):
         need = problem.least_bytes(v)
-        room, device = max((problem.caps[d], name) for d, name in enumerate(problem.devices) if block.allowed[d])
+        rooms = [(problem.caps[d], name) for d, name in enumerate(problem.devices) if block.allowed[d]]
+        if not rooms:
+            return f"{_name(block)} is pinned to where it does not fit, not even alone: remove the pin"
+        room, device = max(rooms)
         if need > room:
             which = "the roomiest device" if all(block.allowed) else "where it is pinned"
             return (
                 f"{_name(block)} needs {_size(need)} at {problem.microbatches} micro-batches; {device}, {which}, has "
                 f"{_size(room)}: profile more micro-batches, or use a larger device"
             )
+    if problem.unusable and _fits(_all_usable(problem), deadline_s):
+        return (
+            f"no split fits without corrupt links ({_links_in_words(problem)}), which change what they carry: give the "
+            "devices more memory with --memory, or mend the links; `report` on the profile says how"
+        )
     if not all(all(block.allowed) for block in problem.blocks):
-        everywhere = (True,) * len(problem.devices)
-        blocks = tuple(dataclasses.replace(block, allowed=everywhere) for block in problem.blocks)
+        every = range(len(problem.devices))
+        blocks = tuple(
+            dataclasses.replace(block, allowed=tuple(block.fits_on(d) for d in every)) for block in problem.blocks
+        )
         unpinned = dataclasses.replace(problem, blocks=blocks)
-        with contextlib.suppress(ShardwrightError):
-            if partition(unpinned, time_limit_s=max(0.0, min(5.0, deadline_s - time.monotonic()))) is not None:
-                return (
-                    "no split obeys the pins, though one without them fits: each device takes one piece of the "
-                    "forward, in its order; pin neighbours alike, or remove a pin"
-                )
+        if _fits(unpinned, deadline_s):
+            return (
+                "no split obeys the pins, though one without them fits: each device takes one piece of the forward, in "
+                "its order; pin neighbours alike, or remove a pin"
+            )
     static = sum(block.static_bytes for block in problem.blocks)
     whole = problem.memory_bytes((1 << len(problem.blocks)) - 1, (), 0)
     caps = ", ".join(f"{device} {_size(cap)}" for device, cap in zip(problem.devices, problem.caps, strict=True))

@@ -20,12 +20,14 @@ A step ends with one sum of the gradients over the copies. A ring sends and rece
 each of them, however many they are (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
 workstations", JPDC 2009). Which links the ring takes is known only with the whole split, so each holder pays for the
 slowest link, either way, between its device and any other of the problem: a stage's price depends on that stage alone.
+If one of those links is not to be used, the price is infinite, since the ring might take it.
 The latencies of further rounds, which a ring of more than two copies has, are left out.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -63,7 +65,13 @@ class Block:
     units: tuple[str, ...]
     """Module paths of the units among the nodes; a stage has at least one."""
     allowed: tuple[bool, ...]
-    """By device: False where a pin forbids it."""
+    """By device: whether pins leave it, and the block fits on it."""
+    unfit: tuple[bool, ...] = ()
+    """By device: whether the block was tried there and did not fit, even alone; nothing = nowhere."""
+
+    def fits_on(self, device: int) -> bool:
+        """Whether the block may be there by its size."""
+        return not self.unfit or not self.unfit[device]
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,11 @@ class Problem:
     devices: tuple[str, ...]
     caps: tuple[int, ...]
     links: tuple[tuple[tuple[float, float], ...], ...]
-    """``links[a][b]`` = (latency in s, bandwidth in bytes/s)."""
+    """``links[a][b]`` = (latency in s, bandwidth in bytes/s).
+
+    The latency is infinite where nothing may be sent, because the link changes what it carries: no split with a finite
+    load uses it.
+    """
     microbatches: int
     schedule: Schedule = "1f1b"
     ties: tuple[Tie, ...] = ()
@@ -153,6 +165,16 @@ class Problem:
         """Seconds of a step that ties cost a stage of the blocks in ``members`` on ``device``."""
         return sum(self.sum_s(tie, device) for tie in self.ties if tie.held(members))
 
+    @property
+    def unusable(self) -> tuple[tuple[str, str], ...]:
+        """Source and target of each link that nothing may be sent over."""
+        return tuple(
+            (self.devices[a], self.devices[b])
+            for a, row in enumerate(self.links)
+            for b, (latency, _) in enumerate(row)
+            if math.isinf(latency)
+        )
+
     def alone(self, device: int) -> Problem:
         """The same work on one device and no other, pins lifted."""
         blocks = (
@@ -161,7 +183,8 @@ class Problem:
                 forward_s=(b.forward_s[device],),
                 backward_s=(b.backward_s[device],),
                 update_s=(b.update_s[device],),
-                allowed=(True,),
+                allowed=(b.fits_on(device),),
+                unfit=(),
             )
             for b in self.blocks
         )

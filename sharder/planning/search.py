@@ -319,8 +319,10 @@ class Search:
         """Seconds a step spends moving everything that crosses the cut behind ``cut``, both ways."""
         done = self.sums[cut]
         (there_s, there), (back_s, back) = self.problem.links[source][target], self.problem.links[target][source]
-        forward_s = done.tensors * there_s + done.forward_bytes / there
-        return self.problem.microbatches * (forward_s + done.gradients * back_s + done.backward_bytes / back)
+        # Where nothing is sent nothing is paid, on a link of infinite latency too.
+        forward_s = done.tensors * there_s + done.forward_bytes / there if done.tensors else 0.0
+        backward_s = done.gradients * back_s + done.backward_bytes / back if done.gradients else 0.0
+        return self.problem.microbatches * (forward_s + backward_s)
 
     def fits(self, start: int, end: int, device: int, after: int) -> bool:
         """Whether the stage of the blocks in ``end`` and not in ``start`` fits ``device``."""

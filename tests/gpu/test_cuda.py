@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import shardwright as sw
+from shardwright.profiler.messages import pattern
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,6 +38,26 @@ def test_a_gpu_is_measured(containers):
     assert all(m.forward_s > 0 and m.peak_bytes is not None for m in rows)
     assert {(link.source, link.target) for link in profile.links} == {("cuda:0", "cpu:0"), ("cpu:0", "cuda:0")}
     assert all(link.bandwidth_bytes_per_s > 1e8 for link in profile.links)
+    assert all(link.busy_bandwidth_bytes_per_s > 1e8 for link in profile.links)
+    assert all(link.probed_bytes and not link.corrupt and link.peer is None for link in profile.links)
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cpu"])
+def test_a_pattern_is_the_same_on_every_device(device):
+    """The GPU makes the bytes that the host makes, so that neither has to send them for the comparison."""
+    assert torch.equal(pattern(2**31 - 5, 100_000, device).cpu(), pattern(2**31 - 5, 100_000))
+
+
+@pytest.mark.parametrize("disabled", ["0", "1"])
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_are_linked(monkeypatch, disabled):
+    """Both directions, straight where the GPUs can and NCCL may, and staged in the host's memory otherwise."""
+    monkeypatch.setenv("NCCL_P2P_DISABLE", disabled)
+    model, x = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)]), torch.randn(8, 64)
+    profile = sw.profile(model, (x,), devices=["cuda:0", "cuda:1"], rounds=2)
+    possible = torch.cuda.can_device_access_peer(0, 1) and torch.cuda.can_device_access_peer(1, 0)
+    assert [link.peer for link in profile.links] == [possible and disabled == "0"] * 2
+    assert all(link.probed_bytes and link.busy_bandwidth_bytes_per_s > 1e8 for link in profile.links)
 
 
 @pytest.mark.parametrize("name", ["Net", "NetList", "NetDict"])
