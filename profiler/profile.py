@@ -14,9 +14,23 @@ if TYPE_CHECKING:
     import networkx
     import pandas
 
-__all__ = ["Device", "Link", "Measurement", "Node", "Profile", "Tensor", "TensorSpec", "Tie", "Variation"]
+__all__ = [
+    "Device",
+    "Estimate",
+    "Link",
+    "Measurement",
+    "Node",
+    "Origin",
+    "Profile",
+    "Tensor",
+    "TensorSpec",
+    "Tie",
+    "Variation",
+]
 
 NodeKind = Literal["input", "parameter", "unit", "glue", "output"]
+Origin = Literal["measured", "scaled", "estimated"]
+"""Timed there; measured on another device of the same model; or computed from what the device can do at most."""
 
 
 class Device(Record):
@@ -31,6 +45,12 @@ class Device(Record):
     """CPU workers only: the cores that the worker is pinned to."""
     fetch_bytes_per_s: PositiveFloat | None = None
     """CUDA only: how fast weights come from the host's memory."""
+    node: str = ""
+    """The host, where a cluster was declared that has several."""
+    model: str = ""
+    """The catalogue's name of it, where it has one."""
+    declared: bool = False
+    """It is known from a cluster file only: nothing was measured on it."""
 
 
 class Link(Record):
@@ -40,6 +60,7 @@ class Link(Record):
     target: str
     latency_s: NonNegativeFloat
     bandwidth_bytes_per_s: PositiveFloat
+    origin: Origin = "measured"
 
 
 class TensorSpec(Record):
@@ -119,7 +140,8 @@ class Measurement(Record):
     node: str
     device: str
     microbatches: PositiveInt
-    repeats: PositiveInt
+    repeats: NonNegativeInt
+    """0 where nothing was timed."""
     forward_s: NonNegativeFloat
     forward_spread_s: NonNegativeFloat
     backward_s: NonNegativeFloat
@@ -128,6 +150,22 @@ class Measurement(Record):
     """One optimizer step over the node's parameters (once a batch, whatever the number of micro-batches)."""
     peak_bytes: NonNegativeInt | None = None
     """CUDA only: the allocator's peak during forward, backward and update, beyond what was held before."""
+    source: Origin = "measured"
+    """Where the times come from; see :data:`Origin`."""
+
+
+class Estimate(Record):
+    """How the times of a declared device were estimated: the share of its peak rates that was counted on."""
+
+    device: str
+    compute_efficiency: PositiveFloat
+    memory_efficiency: PositiveFloat
+    operation_s: NonNegativeFloat
+    """What each operator takes beside its arithmetic and its bytes."""
+    fitted_to: str = ""
+    """The device whose measurements gave these figures; without one they are assumed."""
+    median_error: NonNegativeFloat | None = None
+    """Of the fit on that device's own times, relative."""
 
 
 class Variation(Record):
@@ -175,6 +213,8 @@ class Profile(Document):
     disk_bytes_per_s: PositiveFloat | None = None
     """How fast weights come from the host's disk."""
     measurements: tuple[Measurement, ...]
+    estimates: tuple[Estimate, ...] = ()
+    """One for each device whose times are estimated."""
     variations: tuple[Variation, ...] = ()
     """Devices without one are taken as steady."""
 
@@ -191,6 +231,7 @@ class Profile(Document):
             ("node", {m.node for m in self.measurements}, nodes),
             ("tensor", {name for node in self.nodes for name in node.inputs}, tensors),
             ("device", {m.device for m in self.measurements}, devices),
+            ("device", {estimate.device for estimate in self.estimates}, devices),
             ("device", {end for link in self.links for end in (link.source, link.target)}, devices),
         ):
             if used - defined:

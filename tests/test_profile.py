@@ -100,6 +100,7 @@ def test_frame_has_a_row_for_each_measurement(chain_profile):
         "backward_spread_s",
         "update_s",
         "peak_bytes",
+        "source",
         "kind",
         "type",
         "param_bytes",
