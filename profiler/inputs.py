@@ -23,6 +23,7 @@ __all__ = [
     "microbatch",
     "other_values",
     "outputs_of",
+    "same_values",
 ]
 
 FEW_VALUES = 3
@@ -123,7 +124,7 @@ def other_values(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[t
             return change(tensor.detach()).requires_grad_(tensor.requires_grad)
 
         other = map_tensors(changed, (args, dict(kwargs)))
-        if all(map(_same_values, outputs_of(other), outputs_of((args, dict(kwargs))))):
+        if all(map(same_values, outputs_of(other), outputs_of((args, dict(kwargs))))):
             other = map_tensors(_shifted, other)
         yield other
 
@@ -139,7 +140,8 @@ def is_mask(tensor: Tensor) -> bool:
     return len(tensor.unique()) <= FEW_VALUES
 
 
-def _same_values(one: Tensor, other: Tensor) -> bool:
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape are equal; tensors without values, fake or meta, are not known to be."""
     return not isinstance(one, FakeTensor) and not one.is_meta and torch.equal(one, other)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.equality import relative_difference, tolerance
-from shardwright.profiler.inputs import other_values, outputs_of
+from shardwright.profiler.inputs import other_values, outputs_of, same_values
 from shardwright.profiler.recorder import Recorder, SavedTensorsUncountedError
 from shardwright.profiler.unitgraph import UnitGraph, mean_square_loss
 from shardwright.profiler.units import find_units
@@ -235,10 +235,10 @@ def _state_kept(model: nn.Module) -> Iterator[None]:
             module.training = training
         with torch.no_grad():
             for parameter, values in kept:
-                if not parameter.is_meta and not torch.equal(parameter, values):
+                if not same_values(parameter, values):
                     parameter.data.copy_(values)
             for name, (buffer, before) in held.items():
-                if buffer.shape == before.shape and not torch.equal(buffer, before):
+                if buffer.shape == before.shape and not same_values(buffer, before):
                     buffer.copy_(before)
                 holder, _, own = name.rpartition(".")
                 model.get_submodule(holder)._buffers[own] = buffer

@@ -1,0 +1,168 @@
+"""Workloads: the operators of one step's forward, backward and update, found out without running them.
+
+The step runs as it is measured (see :mod:`shardwright.profiler.measure`), but on fake tensors, which have shapes and no
+values. A step that needs values runs on copies of the real ones instead.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from shardwright.errors import ShardwrightError
+from shardwright.profiler.measure import make_optimizer
+from shardwright.profiler.operations import Operation, OperationRecorder
+from shardwright.profiler.structure import map_tensors, tensors_in
+from shardwright.profiler.unitgraph import Call
+
+__all__ = ["Mode", "Workload", "workload_of"]
+
+HOST_ONLY = "aten._local_scalar_dense.default"
+"""Optimizers read their step count, which lies on the host, with it."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a step is run."""
+
+    train: bool
+    optimizer: str = ""
+    """Its name; empty where nothing is updated."""
+    accumulate: bool = False
+    """Gradients are added to what is there, as from the second micro-batch on."""
+    foreach: bool = False
+    """The optimizer handles all parameters in one call, as it does on GPUs."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The operators that do something, in order."""
+
+    forward: tuple[Operation, ...]
+    backward: tuple[Operation, ...] = ()
+    update: tuple[Operation, ...] = ()
+
+
+def workload_of(call: Call, mode: Mode) -> Workload:
+    """The operators of one step of ``call``; neither its module nor its tensors are changed.
+
+    Raises:
+        ShardwrightError: the step cannot be copied, or fails, as one does whose path depends on values that are not
+            there.
+    """
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            return _run(_copied(call, _fake_like), mode)
+    except Exception as error:
+        if _is_without_values(call):
+            raise ShardwrightError(
+                f"a step depends on values, which are not there: {_line(error)}; build the model with its weights, or "
+                "profile it where it runs"
+            ) from error
+        del fake
+    try:
+        return _run(_copied(call, _real_copy), mode)
+    except Exception as error:
+        raise ShardwrightError(f"a step cannot be run to see its operators: {_line(error)}") from error
+
+
+def _run(call: Call, mode: Mode) -> Workload:
+    """Run a step once, recorded."""
+    parameters: list[nn.Parameter] = []
+    if isinstance(call.function, nn.Module):
+        call.function.train(mode.train)
+        parameters = [p for p in call.function.parameters() if p.requires_grad]
+    optimizer = _optimizer(parameters, mode)
+    args, kwargs = map_tensors(Tensor.clone, (call.args, call.kwargs))
+    with torch.set_grad_enabled(mode.train):
+        if call.context is None:
+            forward, output = _recorded(partial(call.function, *args, **kwargs))
+        else:
+            forward, output = _recorded(partial(call.context.run, call.function, args, kwargs))
+    outputs = [t for _, t in tensors_in(output) if t.requires_grad] if mode.train else []
+    if not outputs:
+        return Workload(forward)
+    grads = [torch.empty_like(t) for t in outputs]
+    backward, _ = _recorded(lambda: torch.autograd.backward(outputs, grads))
+    update = _recorded(optimizer.step)[0] if optimizer is not None else ()
+    return Workload(forward, backward, tuple(operation for operation in update if operation.name != HOST_ONLY))
+
+
+def _optimizer(parameters: list[nn.Parameter], mode: Mode) -> torch.optim.Optimizer | None:
+    """The optimizer with its state, and gradients as the step finds them; made before the forward uses the weights."""
+    if not mode.train or not parameters:
+        return None
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = make_optimizer(mode.optimizer, parameters) if mode.optimizer else None
+    if optimizer is not None:
+        for group in optimizer.param_groups:
+            group["foreach"] = mode.foreach
+        optimizer.step()
+    if not mode.accumulate:
+        for parameter in parameters:
+            parameter.grad = None
+    return optimizer
+
+
+def _recorded(function: Callable[[], Any]) -> tuple[tuple[Operation, ...], Any]:
+    """The operators of a call that move or compute anything, and its result."""
+    operations: list[Operation] = []
+    with OperationRecorder(operations.append):
+        result = function()
+    return tuple(operation for operation in operations if operation.bytes or operation.flops), result
+
+
+# Copies
+
+
+def _copied(call: Call, replace: Callable[[Tensor], Tensor]) -> Call:
+    """The call with ``replace(tensor)`` for every tensor in its arguments and, in a copy, for its module's."""
+    function = call.function
+    if isinstance(function, nn.Module):
+        memo: dict[int, Any] = {}
+        for module in function.modules():
+            for _, tensor in tensors_in({name: value for name, value in vars(module).items() if name != "_modules"}):
+                if id(tensor) not in memo:
+                    memo[id(tensor)] = _replaced(tensor, replace)
+        function = copy.deepcopy(function, memo)
+    args, kwargs = map_tensors(partial(_replaced, replace=replace), (call.args, call.kwargs))
+    return Call(function, args, kwargs, call.context)
+
+
+def _replaced(tensor: Tensor, replace: Callable[[Tensor], Tensor]) -> Tensor:
+    with torch.no_grad():
+        made = replace(tensor)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(made, tensor.requires_grad)
+    return made.requires_grad_(tensor.requires_grad)
+
+
+def _fake_like(tensor: Tensor) -> Tensor:
+    """A tensor of the same form, on the CPU; under the mode that makes it fake."""
+    if tensor.layout is not torch.strided:
+        return tensor.detach().clone()
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+
+def _real_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _is_without_values(call: Call) -> bool:
+    """Whether some tensor of the call has a shape only."""
+    parts: list[Any] = [call.args, call.kwargs]
+    if isinstance(call.function, nn.Module):
+        parts += [*call.function.parameters(), *call.function.buffers()]
+    return any(isinstance(t, FakeTensor) or t.is_meta for _, t in tensors_in(parts))
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
