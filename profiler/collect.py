@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.devices import find_devices, spare_host_bytes
+from shardwright.profiler.declared import find_site
+from shardwright.profiler.devices import spare_host_bytes
 from shardwright.profiler.equality import relative_difference
 from shardwright.profiler.inputs import (
     all_microbatches,
@@ -38,6 +39,7 @@ from shardwright.profiler.measure import (
 from shardwright.profiler.pool import Pool
 from shardwright.profiler.profile import Device, Measurement, Node, Profile, Tie, Variation
 from shardwright.profiler.profile import Tensor as TensorRecord
+from shardwright.profiler.shapes import has_values, shapes_only
 from shardwright.profiler.trace import CaptureError, checked_trace, evaluating, trace
 from shardwright.profiler.unitgraph import Step, UnitGraph, nbytes
 from shardwright.profiler.units import choose_units, find_units, structure_digest
@@ -70,6 +72,7 @@ def profile(
     kwargs: Mapping[str, Any] | None = None,
     *,
     devices: Sequence[str] | None = None,
+    cluster: str | Path | None = None,
     train: bool = True,
     optimizer: str = "adam",
     microbatches: Sequence[int] | None = None,
@@ -88,6 +91,8 @@ def profile(
         args: a batch, as the model is called.
         kwargs: likewise.
         devices: ``["cuda:0", "cpu:0"]``; all CUDA devices by default, or two CPU workers where there is none.
+        cluster: a file that declares devices and links instead (see :mod:`shardwright.profiler.cluster`). What is not
+            on this machine is estimated; where nothing is, the model needs no values (``sw.empty_weights()``).
         train: measure backward and update too.
         optimizer: ``"sgd"``, ``"momentum"``, ``"adam"`` or ``"adamw"``.
         microbatches: into how many micro-batches the batch is to be divided; 1, 2, 4 and 8 by default.
@@ -112,20 +117,22 @@ def profile(
         raise ShardwrightError(f"{rounds} rounds measure nothing; use 3 or more")
     batch = batch_size(args, kwargs)
     counts = tuple(sorted({1, *(microbatches if microbatches is not None else default_counts(batch))}))
-    found = find_devices(devices)
+    site = find_site(cluster, devices)
+    found = site.found
+    site.check_values(model)
 
-    captures, undivided = captures_of(
-        model,
-        args,
-        kwargs,
-        counts,
-        devices=len(found),
-        depth=depth,
-        units=units,
-        train=train,
-        strict=microbatches is not None,
-        tell=tell,
-    )
+    with shapes_only(model, args, kwargs) as inputs:
+        captures, undivided = captures_of(
+            model,
+            *inputs,
+            counts,
+            devices=len(site.devices),
+            depth=depth,
+            units=units,
+            train=train,
+            strict=microbatches is not None,
+            tell=tell,
+        )
     with Pool(found) as pool:
         samples = _measure(
             pool, found, captures, train=train, optimizer=optimizer, rounds=rounds, budget_s=budget_s, tell=tell
@@ -135,6 +142,8 @@ def profile(
         rates = {} if train else fetch_rates(pool, found)
         tell("links", 1, 1)
     whole = captures[1]
+    measured = measurements_of([step.name for step in whole.steps], samples)
+    declared = site.declared_times(captures, measured, train=train, optimizer=optimizer, tell=tell)
     return Profile(
         model=name or type(model).__name__,
         structure=structure_digest(model),
@@ -144,8 +153,10 @@ def profile(
         optimizer=optimizer if train else "none",
         torch_version=torch.__version__,
         microbatches=tuple(captures),
-        devices=tuple(d.model_copy(update={"fetch_bytes_per_s": rates.get(d.name)}) for d in found),
-        links=links,
+        devices=tuple(
+            d if d.declared else d.model_copy(update={"fetch_bytes_per_s": rates.get(d.name)}) for d in site.devices
+        ),
+        links=site.links(links),
         nodes=nodes_of(captures, train=train, optimizer=optimizer),
         tensors=tensors_of(captures),
         colocate=tuple(whole.colocate),
@@ -153,9 +164,10 @@ def profile(
         obstacles=tuple(whole.obstacles),
         guards=tuple(whole.guards),
         undivided=undivided,
-        host_bytes=0 if train else spare_host_bytes(found),
-        disk_bytes_per_s=None if train else disk_rate(Path(tempfile.gettempdir())),
-        measurements=measurements_of([step.name for step in whole.steps], samples),
+        host_bytes=0 if train or declared.measurements else spare_host_bytes(found),
+        disk_bytes_per_s=None if train or declared.measurements else disk_rate(Path(tempfile.gettempdir())),
+        measurements=_in_order(whole, (*measured, *declared.measurements)),
+        estimates=declared.estimates,
         variations=tuple(variation_of(device, taken.values()) for device, taken in samples.items()),
     )
 
@@ -233,7 +245,7 @@ def _captures(
                 break
         else:
             _same_path(captures)
-            if len(counts) > 1:
+            if len(counts) > 1 and has_values(model):
                 check_divisible(model, args, kwargs, counts[-1])
             return {count: captures[count] for count in counts}, ""
         reason = captures[count].obstacles[0]
@@ -258,7 +270,7 @@ def _capture(
 ) -> UnitGraph:
     try:
         piece = microbatch(args, kwargs, count)
-        if not check:
+        if not check or not has_values(model):
             return trace(model, *piece, train=train, units=units)
         try:
             return checked_trace(model, *piece, train=train, units=units)
@@ -442,6 +454,12 @@ def variation_of(device: str, taken: Iterable[Samples]) -> Variation:
     """The time of each round over everything that was timed, relative to the median round."""
     rounds = np.sum([np.add(samples.forward_s, samples.backward_s) for samples in taken], axis=0)
     return Variation(device=device, relative=tuple(float(r) for r in rounds / np.median(rounds)))
+
+
+def _in_order(capture: UnitGraph, measurements: Iterable[Measurement]) -> tuple[Measurement, ...]:
+    """In the order of the forward, then of the micro-batches."""
+    order = {step.name: position for position, step in enumerate(capture.steps)}
+    return tuple(sorted(measurements, key=lambda m: (order[m.node], m.microbatches)))
 
 
 class _Weights:

@@ -7,7 +7,7 @@ values. A step that needs values runs on copies of the real ones instead.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,10 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.measure import make_optimizer
 from shardwright.profiler.operations import Operation, OperationRecorder
+from shardwright.profiler.shapes import fake_like
 from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.unitgraph import Call
 
-__all__ = ["Mode", "Workload", "workload_of"]
+__all__ = ["Mode", "Workload", "Workloads"]
 
 HOST_ONLY = "aten._local_scalar_dense.default"
 """Optimizers read their step count, which lies on the host, with it."""
@@ -50,66 +51,88 @@ class Workload:
     update: tuple[Operation, ...] = ()
 
 
-def workload_of(call: Call, mode: Mode) -> Workload:
-    """The operators of one step of ``call``; neither its module nor its tensors are changed.
+class Workloads:
+    """Finds out workloads; calls whose forwards are equal share one, as the layers of a stack do.
 
-    Raises:
-        ShardwrightError: the step cannot be copied, or fails, as one does whose path depends on values that are not
-            there.
+    Equal are forwards with the same operators on tensors of the same forms and the same graph for the backward.
     """
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            return _run(_copied(call, _fake_like), mode)
-    except Exception as error:
-        if _is_without_values(call):
-            raise ShardwrightError(
-                f"a step depends on values, which are not there: {_line(error)}; build the model with its weights, or "
-                "profile it where it runs"
-            ) from error
-        del fake
-    try:
-        return _run(_copied(call, _real_copy), mode)
-    except Exception as error:
-        raise ShardwrightError(f"a step cannot be run to see its operators: {_line(error)}") from error
+
+    def __init__(self) -> None:
+        self.known: dict[Hashable, Workload] = {}
+
+    def of(self, call: Call, mode: Mode) -> Workload:
+        """The operators of one step of ``call``; neither its module nor its tensors are changed.
+
+        Raises:
+            ShardwrightError: the step cannot be copied, or fails, as one does whose path depends on values that are
+                not there.
+        """
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                return self._run(_copied(call, fake_like), mode)
+        except Exception as error:
+            if _is_without_values(call):
+                raise ShardwrightError(
+                    f"a step depends on values, which are not there: {_line(error)}; build the model with its weights, "
+                    "or profile it where it runs"
+                ) from error
+        try:
+            return self._run(_copied(call, _real_copy), mode)
+        except Exception as error:
+            raise ShardwrightError(f"a step cannot be run to see its operators: {_line(error)}") from error
+
+    def _run(self, call: Call, mode: Mode) -> Workload:
+        """Run a step once, recorded; its backward and update only if no equal forward is known."""
+        parameters: list[nn.Parameter] = []
+        if isinstance(call.function, nn.Module):
+            call.function.train(mode.train)
+            parameters = [p for p in call.function.parameters() if p.requires_grad]
+        if mode.train and mode.accumulate:
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+        args, kwargs = map_tensors(Tensor.clone, (call.args, call.kwargs))
+        with torch.set_grad_enabled(mode.train):
+            if call.context is None:
+                forward, output = _recorded(partial(call.function, *args, **kwargs))
+            else:
+                forward, output = _recorded(partial(call.context.run, call.function, args, kwargs))
+        outputs = [t for _, t in tensors_in(output) if t.requires_grad] if mode.train else []
+        if not outputs:
+            return Workload(forward)
+        forms = tuple((p.shape, p.dtype) for p in parameters)
+        key = mode, forms, tuple(o.text for o in forward), tuple(_graph(outputs))
+        if key not in self.known:
+            grads = [torch.empty_like(t) for t in outputs]
+            backward, _ = _recorded(lambda: torch.autograd.backward(outputs, grads))
+            self.known[key] = Workload(forward, backward, _update(parameters, mode))
+        return self.known[key]
 
 
-def _run(call: Call, mode: Mode) -> Workload:
-    """Run a step once, recorded."""
-    parameters: list[nn.Parameter] = []
-    if isinstance(call.function, nn.Module):
-        call.function.train(mode.train)
-        parameters = [p for p in call.function.parameters() if p.requires_grad]
-    optimizer = _optimizer(parameters, mode)
-    args, kwargs = map_tensors(Tensor.clone, (call.args, call.kwargs))
-    with torch.set_grad_enabled(mode.train):
-        if call.context is None:
-            forward, output = _recorded(partial(call.function, *args, **kwargs))
-        else:
-            forward, output = _recorded(partial(call.context.run, call.function, args, kwargs))
-    outputs = [t for _, t in tensors_in(output) if t.requires_grad] if mode.train else []
-    if not outputs:
-        return Workload(forward)
-    grads = [torch.empty_like(t) for t in outputs]
-    backward, _ = _recorded(lambda: torch.autograd.backward(outputs, grads))
-    update = _recorded(optimizer.step)[0] if optimizer is not None else ()
-    return Workload(forward, backward, tuple(operation for operation in update if operation.name != HOST_ONLY))
+def _graph(outputs: Iterable[Tensor]) -> Iterator[str]:
+    """The names of the functions that a backward calls, each with those that it hands on to."""
+    waiting = [t.grad_fn for t in outputs]
+    number: dict[Any, int] = {}
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in number:
+            number[node] = len(number)
+            following = [following for following, _ in node.next_functions]
+            yield f"{node.name()} {[number.get(f, -1) if f is not None else None for f in following]}"
+            waiting += following
 
 
-def _optimizer(parameters: list[nn.Parameter], mode: Mode) -> torch.optim.Optimizer | None:
-    """The optimizer with its state, and gradients as the step finds them; made before the forward uses the weights."""
-    if not mode.train or not parameters:
-        return None
-    for parameter in parameters:
+def _update(parameters: Sequence[nn.Parameter], mode: Mode) -> tuple[Operation, ...]:
+    """The operators of an optimizer's step, on stand-ins of the parameters, when it has its state already."""
+    stand_ins = [nn.Parameter(torch.zeros_like(parameter)) for parameter in parameters]
+    optimizer = make_optimizer(mode.optimizer, stand_ins) if mode.optimizer else None
+    if optimizer is None:
+        return ()
+    for parameter in stand_ins:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer = make_optimizer(mode.optimizer, parameters) if mode.optimizer else None
-    if optimizer is not None:
-        for group in optimizer.param_groups:
-            group["foreach"] = mode.foreach
-        optimizer.step()
-    if not mode.accumulate:
-        for parameter in parameters:
-            parameter.grad = None
-    return optimizer
+    for group in optimizer.param_groups:
+        group["foreach"] = mode.foreach
+    optimizer.step()
+    return tuple(operation for operation in _recorded(optimizer.step)[0] if operation.name != HOST_ONLY)
 
 
 def _recorded(function: Callable[[], Any]) -> tuple[tuple[Operation, ...], Any]:
@@ -131,29 +154,17 @@ def _copied(call: Call, replace: Callable[[Tensor], Tensor]) -> Call:
         for module in function.modules():
             for _, tensor in tensors_in({name: value for name, value in vars(module).items() if name != "_modules"}):
                 if id(tensor) not in memo:
-                    memo[id(tensor)] = _replaced(tensor, replace)
+                    memo[id(tensor)] = replace(tensor)
         function = copy.deepcopy(function, memo)
-    args, kwargs = map_tensors(partial(_replaced, replace=replace), (call.args, call.kwargs))
+    args, kwargs = map_tensors(replace, (call.args, call.kwargs))
     return Call(function, args, kwargs, call.context)
 
 
-def _replaced(tensor: Tensor, replace: Callable[[Tensor], Tensor]) -> Tensor:
-    with torch.no_grad():
-        made = replace(tensor)
+def _real_copy(tensor: Tensor) -> Tensor:
+    made = tensor.detach().clone()
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(made, tensor.requires_grad)
     return made.requires_grad_(tensor.requires_grad)
-
-
-def _fake_like(tensor: Tensor) -> Tensor:
-    """A tensor of the same form, on the CPU; under the mode that makes it fake."""
-    if tensor.layout is not torch.strided:
-        return tensor.detach().clone()
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-
-
-def _real_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()
 
 
 def _is_without_values(call: Call) -> bool:

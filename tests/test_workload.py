@@ -9,7 +9,11 @@ from shardwright.errors import ShardwrightError
 from shardwright.profiler.measure import Subject
 from shardwright.profiler.operations import OperationRecorder
 from shardwright.profiler.unitgraph import Call, Context
-from shardwright.profiler.workload import HOST_ONLY, Mode, workload_of
+from shardwright.profiler.workload import HOST_ONLY, Mode, Workloads
+
+
+def workload_of(call, mode):
+    return Workloads().of(call, mode)
 
 
 class Block(nn.Module):
@@ -127,3 +131,35 @@ def test_gpus_update_all_parameters_at_once():
     one, all_ = (workload_of(call, Mode(train=True, optimizer="momentum", foreach=f)).update for f in (False, True))
     assert len(all_) < len(one) / 5
     assert sum(o.bytes for o in all_) == sum(o.bytes for o in one)
+
+
+def test_equal_steps_share_a_workload():
+    """Layers of a stack are looked at once, but not another shape, a frozen weight or another backward."""
+    workloads = Workloads()
+    mode = Mode(train=True, optimizer="adam")
+
+    def of(layer, rows=4):
+        return workloads.of(Call(layer, (torch.randn(rows, 8, requires_grad=True),), {}), mode)
+
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(_, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(_, grad):
+            return grad / 2
+
+    class Custom(nn.Linear):
+        def forward(self, x):
+            return Halved.apply(super().forward(x))
+
+    class Plain(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).clone()
+
+    first = of(Plain(8, 8))
+    assert of(Plain(8, 8)) is first
+    for other in (of(Plain(8, 8), rows=5), of(Plain(8, 8).requires_grad_(False)), of(Custom(8, 8))):
+        assert other is not first
+        assert texts(other) != texts(first)
