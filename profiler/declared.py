@@ -236,6 +236,7 @@ def _estimate(device: str, reference: _Reference | None) -> Estimate:
         memory_efficiency=efficiency.memory,
         operation_s=efficiency.operation_s,
         fitted_to=reference.device.name if reference is not None else "",
+        efficiencies_fitted=reference is not None and reference.rates is not None,
         median_error=reference.fit.median_error if reference is not None else None,
     )
 

@@ -163,7 +163,9 @@ class Estimate(Record):
     operation_s: NonNegativeFloat
     """What each operator takes beside its arithmetic and its bytes."""
     fitted_to: str = ""
-    """The device whose measurements gave these figures; without one they are assumed."""
+    """The device whose measurements gave ``operation_s``; without one all figures are assumed."""
+    efficiencies_fitted: bool = False
+    """Whether they gave the efficiencies too, as they do where that device's peak rates are known."""
     median_error: NonNegativeFloat | None = None
     """Of the fit on that device's own times, relative."""
 

@@ -90,6 +90,9 @@ class PlanReport:
         work = f"training with {plan.optimizer}" if plan.train else "inference"
         yield Text(text, style="bold green" if shard else "bold yellow")
         yield Text(f"{plan.model}, {work}, batch {plan.batch}", style="dim")
+        declared = [device for device in plan.devices if device in plan.declared_devices]
+        if declared:
+            yield Text(f"Nothing was measured on {_joined(declared)}: the times there are estimates.", style="yellow")
 
     def _names(self) -> Column:
         return Column("stage", [f"{stage.index}  {stage.device}" for stage in self.plan.stages], "left")

@@ -1,5 +1,7 @@
 """Declared clusters: what the catalogue holds, what a file may say, and what is wrong with one."""
 
+from pathlib import Path
+
 import pytest
 
 from shardwright.errors import ShardwrightError
@@ -133,6 +135,16 @@ def test_a_device_may_have_figures_of_its_own(load):
     assert cluster.devices[0].memory_bytes == 1_000_000
     assert cluster.here == ()
     assert load(OWN.replace("cuda", "cpu")).devices[0].kind == "cpu"
+
+
+def test_the_example_is_a_cluster():
+    """The file in examples/ is read, with all three ways to give a device and a link."""
+    cluster = load_cluster(Path(__file__).parents[1] / "examples" / "cluster.toml")
+    assert len(cluster.devices) == 7
+    links = {(link.source, link.target): link for link in cluster.links}
+    assert links["cuda:6", "cuda:5"].latency_s == 20e-6
+    assert links["cuda:6", "cuda:5"].bandwidth_bytes_per_s == catalogue().link("PCIe 4").bandwidth_bytes_per_s
+    assert links["cuda:0", "cuda:6"].bandwidth_bytes_per_s == 50e9
 
 
 # What is wrong with one

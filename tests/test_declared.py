@@ -12,6 +12,7 @@ from shardwright.profiler.declared import Site, find_site
 from shardwright.profiler.estimate import ASSUMED
 from shardwright.profiler.profile import Device, Link, Measurement
 from shardwright.profiler.shapes import shapes_only
+from shardwright.profiler.workload import Mode, Workloads
 
 FOUR = """
 [[devices]]
@@ -156,19 +157,20 @@ def test_a_bandwidth_bound_step_is_scaled_by_the_bandwidths(cluster, with_gpus):
     with_gpus("NVIDIA H100 80GB HBM3")
     site = find_site(cluster(), None)
     with torch.device("meta"):
-        model = nn.Sequential(nn.Sequential(nn.Tanh(), nn.Tanh()), nn.Sequential(nn.Tanh()), nn.Linear(4, 4))
+        model = nn.Sequential(nn.Tanh(), nn.Linear(4, 8), nn.Sequential(nn.Tanh(), nn.Softmax(1)), nn.Linear(8, 4))
         x = torch.empty(2**26, 4)
     with shapes_only(model, (x,), {}) as inputs:
         captures, _ = captures_of(model, *inputs, [1], devices=2, depth=1, train=False)
-    rates = {name: catalogue().device(name) for name in ("H100 SXM", "L4")}
-    moved = {"0": 4, "1": 2, "2": 2}
+    bandwidth = {name: catalogue().device(name).memory_bytes_per_s for name in ("H100 SXM", "L4")}
     timed = [
         Measurement(
             node=step.name,
             device="cuda:0",
             microbatches=1,
             repeats=3,
-            forward_s=moved[step.unit[0]] * 2**30 / rates["H100 SXM"].memory_bytes_per_s / 0.8,
+            forward_s=sum(o.bytes for o in Workloads().of(step.call, Mode(False)).forward)
+            / bandwidth["H100 SXM"]
+            / 0.8,
             forward_spread_s=0.0,
             backward_s=0.0,
             backward_spread_s=0.0,
@@ -179,9 +181,8 @@ def test_a_bandwidth_bound_step_is_scaled_by_the_bandwidths(cluster, with_gpus):
     ]
     made = site.declared_times(captures, timed, train=False, optimizer="none", tell=quiet)
     slower = {m.node: m.forward_s for m in made.measurements if m.device == "cuda:3"}
-    ratio = rates["H100 SXM"].memory_bytes_per_s / rates["L4"].memory_bytes_per_s
     for row in timed:
-        assert slower[row.node] == pytest.approx(row.forward_s * ratio, rel=0.02)
+        assert slower[row.node] == pytest.approx(row.forward_s * bandwidth["H100 SXM"] / bandwidth["L4"], rel=0.02)
     assert made.estimates[0].memory_efficiency == pytest.approx(0.8, rel=0.02)
 
 
@@ -222,7 +223,10 @@ def test_a_profile_and_plan_without_hardware(cluster):
     assert sw.Profile.parse(profile.model_dump_json(), source="test") == profile
     plan = sw.plan(profile, memory=dict.fromkeys(["cuda:0", "cuda:1", "cuda:2", "cuda:3"], "3MiB"))
     assert len(plan.devices) > 1
+    assert plan.declared_devices == ("cuda:0", "cuda:1", "cuda:2", "cuda:3")
     assert sw.verify(model, plan, (x,))
+    with pytest.raises(sw.ShardwrightError, match=r"of a cluster file, which are not here: there is no cuda:0.*verify"):
+        sw.run(model, plan, (x,))
 
 
 def test_a_model_without_values_is_profiled(cluster):
@@ -263,3 +267,21 @@ def test_a_site_without_a_cluster_has_nothing_to_estimate():
     device = Device(name="cpu:0", kind="cpu", description="", memory_bytes=1)
     made = Site((device,)).declared_times({}, [], train=True, optimizer="adam", tell=quiet)
     assert made.measurements == made.estimates == ()
+
+
+def test_the_command_line_plans_for_a_cluster(cluster, run_cli, tmp_path):
+    """`profile --cluster` writes a profile that `shard` plans and `report` shows; `--run` refuses in one line."""
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\n"
+        "def net(): return nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(4)])\n"
+    )
+    target, files = "nets.py:net", ("--profile", "net.profile.json")
+    profiled = run_cli("profile", target, "--input", "8x64", "--cluster", str(cluster()), cwd=tmp_path)
+    assert profiled.returncode == 0, profiled.stderr
+    assert "all assumed" in profiled.stdout
+    sharded = run_cli("shard", target, *files, "--memory", "cuda:0=60KiB", "--devices", "cuda:0,cuda:1", cwd=tmp_path)
+    assert sharded.returncode == 0, sharded.stderr
+    assert "estimates" in sharded.stdout
+    refused = run_cli("profile", target, "--input", "8x64", "--cluster", "no.toml", cwd=tmp_path, in_process=True)
+    assert refused.returncode == 2
+    assert "cannot read no.toml" in refused.stderr
