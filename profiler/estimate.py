@@ -35,6 +35,8 @@ _KEYS: dict[str, Dtype] = {
 }
 _ROUNDS = 20
 """Which operators are bound by what settles after a few."""
+_LEAST = 1e-3
+"""A prediction so much below the time is no worse than this part of it: weights stay finite."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,10 @@ class Fit:
 def fit(demands: Sequence[Demand], seconds: Sequence[float], rates: Rates) -> Fit:
     """The efficiencies with which the roofline comes nearest to the measured ``seconds``.
 
-    Least squares of the relative errors, with no negative time for anything. For a given choice of what binds each
-    operator the roofline is linear, so the choice and the efficiencies are found in turn, from several starts.
+    Least squares of the errors relative to the mean of both, so that half the time counts like twice the time (plain
+    relative errors would favour times that are too short), and no negative time for anything. For a given choice of
+    what binds each operator the roofline is linear; the choice, the weights and the efficiencies are found in turn,
+    from several starts.
 
     Raises:
         ShardwrightError: there is nothing to fit to.
@@ -153,9 +157,12 @@ def fit(demands: Sequence[Demand], seconds: Sequence[float], rates: Rates) -> Fi
     least = float("inf")
     for ratio in (0.03, 0.3, 1.0, 3.0, 30.0):
         slowness = np.array([ratio, 1.0, 0.0])
+        scale = times
         for _ in range(_ROUNDS):
-            slowness = _non_negative(table.features(slowness) / times[:, None])
-            loss = float(np.sum((table.seconds(slowness) / times - 1) ** 2))
+            slowness = _non_negative(table.features(slowness) / scale[:, None], times / scale)
+            predicted = table.seconds(slowness)
+            scale = np.sqrt(times * np.maximum(predicted, times * _LEAST))
+            loss = float(np.sum(((predicted - times) / scale) ** 2))
             if loss < least:
                 least, best = loss, slowness
     return Fit(
@@ -206,8 +213,8 @@ class _Table:
         return np.bincount(self.step, weights=longest + self.count * slowness[2]).astype(float)
 
 
-def _non_negative(design: _Array) -> _Array:
-    """The least squares solution of ``design @ x = 1`` with no ``x`` below 0, by trying which of them are 0.
+def _non_negative(design: _Array, target: _Array) -> _Array:
+    """The least squares solution of ``design @ x = target`` with no ``x`` below 0, by trying which of them are 0.
 
     The minimum over a set of free variables is the answer if it is feasible and no other feasible one is lower; with
     three variables there are seven sets.
@@ -216,8 +223,8 @@ def _non_negative(design: _Array) -> _Array:
     for size in range(1, design.shape[1] + 1):
         for free in itertools.combinations(range(design.shape[1]), size):
             columns = design[:, free]
-            found = np.linalg.lstsq(columns, np.ones(len(design)), rcond=None)[0]
-            loss = float(np.sum((columns @ found - 1) ** 2))
+            found = np.linalg.lstsq(columns, target, rcond=None)[0]
+            loss = float(np.sum((columns @ found - target) ** 2))
             if found.min() >= 0 and loss < least:
                 least = loss
                 best = np.zeros(design.shape[1])

@@ -105,7 +105,7 @@ def test_the_non_negative_solution_is_the_least(rows):
     """No point of a grid over the positive octant comes nearer."""
     design = np.array(rows)
     assume(np.abs(design).max() > 1e-3)
-    found = _non_negative(design)
+    found = _non_negative(design, np.ones(len(design)))
     least = np.sum((design @ found - 1) ** 2)
     assert found.min() >= 0
     grid = np.array(np.meshgrid(*[[0, 0.03, 0.1, 0.3, 1, 3]] * 3)).reshape(3, -1)
