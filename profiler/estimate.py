@@ -48,8 +48,9 @@ class Efficiency:
     operation_s: float
 
 
-ASSUMED = Efficiency(compute=0.6, memory=0.75, operation_s=6e-6)
-"""Until something is measured: what large products and large element-wise operators reach, and a launch takes."""
+ASSUMED = Efficiency(compute=0.6, memory=0.75, operation_s=1e-5)
+"""Until something is measured: a guess of what large products and large element-wise operators reach on GPUs. The time
+of an operator is what benchmarks/roofline.py finds on a CPU core, 7 to 12 us, which is mostly the host's own work."""
 
 NOMINAL = Rates(
     peak_flops=dict.fromkeys(("float64", "float32", "tf32", "float16", "bfloat16", "float8", "int8"), 1e12),

@@ -243,6 +243,36 @@ def test_a_model_without_values_is_profiled(cluster):
     assert profile == full
 
 
+class Tied(nn.Module):
+    """Buffers, a tied weight, and a parameter that glue uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.last.weight = self.first.weight
+        self.blocks = nn.ModuleList([nn.BatchNorm1d(16), nn.Dropout(0.1), nn.Linear(16, 16)])
+        self.scale = nn.Parameter(torch.ones(16))
+        self.register_buffer("shift", torch.ones(16))
+
+    def forward(self, x, *, mask):
+        x = self.first(x) * self.scale + self.shift
+        for block in self.blocks:
+            x = block(x) * mask
+        return {"out": self.last(x)}
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_model_without_values_keeps_its_ties_and_buffers(cluster, train):
+    """Its profile is that of the model with values also where glue, buffers and shared weights are concerned."""
+    with sw.empty_weights():
+        empty = Tied()
+    inputs = {"args": (torch.randn(8, 16),), "kwargs": {"mask": torch.rand(8, 16)}, "microbatches": [1, 2]}
+    profile = sw.profile(empty, **inputs, cluster=cluster(), train=train)
+    assert len(profile.ties) == 1
+    assert profile == sw.profile(Tied(), **inputs, cluster=cluster(), train=train)
+    assert empty.shift.tolist() == [1] * 16
+
+
 def test_a_model_without_values_is_not_measured():
     """Where a device is here, that is said before anything is started."""
     with sw.empty_weights():

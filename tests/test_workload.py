@@ -112,12 +112,13 @@ def test_no_values_are_needed(without):
     assert texts(workload_of(call, Mode(train=True, optimizer="adam"))) == texts(real)
 
 
-def test_a_step_that_follows_values_runs_on_copies():
+def test_a_step_that_follows_values_runs_on_copies(caplog):
     """Where there are values it is run with them; where there are none that is an error in one line."""
     x = torch.tensor([[1.0, 2, 3, 4], [-1, 2, 3, 4], [5, 2, 3, 4]])
     call = Call(Counted(), (x,), {})
     workload = workload_of(call, Mode(train=True, optimizer="sgd"))
     assert next(o.flops for o in workload.forward if o.flops) == 2 * 2 * 4 * 4
+    assert not caplog.records
     with torch.device("meta"):
         empty = Call(Counted(), (torch.randn(3, 4),), {})
     with pytest.raises(ShardwrightError, match="depends on values, which are not there: Dynamic") as error:
