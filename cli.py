@@ -95,6 +95,12 @@ def _options(
 def profile(
     target: TargetArgument,
     devices: DevicesOption = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(
+            "--cluster", metavar="FILE", help="Devices and links declared in a file; what is not here is estimated."
+        ),
+    ] = None,
     out_path: Annotated[
         Path | None,
         typer.Option("--out", metavar="FILE", help="Where to write the profile; default NAME.profile.json."),
@@ -155,6 +161,7 @@ def profile(
             args,
             kwargs,
             devices=_names(devices),
+            cluster=cluster,
             train=not inference,
             optimizer=optimizer,
             microbatches=counts,

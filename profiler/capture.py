@@ -12,6 +12,7 @@ from torch import nn
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.equality import relative_difference, same_values
 from shardwright.profiler.inputs import all_microbatches, batch_size, input_specs, is_batched, microbatch, outputs_of
+from shardwright.profiler.shapes import has_values
 from shardwright.profiler.trace import CaptureError, checked_trace, evaluating, trace
 from shardwright.profiler.unitgraph import UnitGraph
 from shardwright.profiler.units import choose_units, find_units
@@ -98,7 +99,7 @@ def _captures(
             other = _other_path(captures)
             if other:
                 raise ShardwrightError(other)
-            if len(counts) > 1:
+            if len(counts) > 1 and has_values(model):
                 check_divisible(model, args, kwargs, counts[-1])
             return {count: captures[count] for count in counts}, ""
         reason = obstacles[0]
@@ -147,7 +148,7 @@ def _capture(
 ) -> UnitGraph:
     try:
         piece = microbatch(args, kwargs, count)
-        if not check:
+        if not check or not has_values(model):
             return trace(model, *piece, train=train, units=units)
         try:
             return checked_trace(model, *piece, train=train, units=units)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,16 @@ from shardwright.files import Record
 from shardwright.profiler.cache import Cache
 from shardwright.profiler.campaign import Workers, investigate
 from shardwright.profiler.capture import Progress, captures_of, silent
-from shardwright.profiler.devices import find_devices, spare_host_bytes
+from shardwright.profiler.declared import find_site
+from shardwright.profiler.devices import spare_host_bytes
 from shardwright.profiler.inputs import batch_size, default_counts, input_specs
 from shardwright.profiler.links import disk_rate, fetch_rates, measure_links, warn_of_corrupt
 from shardwright.profiler.measure import OPTIMIZERS, Goal
-from shardwright.profiler.profile import Device, Link, Profile
+from shardwright.profiler.profile import Device, Link, Measurement, Profile
 from shardwright.profiler.records import measurements_of, nodes_of, tensors_of, ties_of
+from shardwright.profiler.shapes import shapes_only
 from shardwright.profiler.signature import device_key
+from shardwright.profiler.unitgraph import UnitGraph
 from shardwright.profiler.units import structure_digest
 
 __all__ = ["profile"]
@@ -34,6 +37,7 @@ def profile(
     kwargs: Mapping[str, Any] | None = None,
     *,
     devices: Sequence[str] | None = None,
+    cluster: str | Path | None = None,
     train: bool = True,
     optimizer: str = "adam",
     microbatches: Sequence[int] | None = None,
@@ -55,6 +59,8 @@ def profile(
         args: a batch, as the model is called.
         kwargs: likewise.
         devices: ``["cuda:0", "cpu:0"]``; all CUDA devices by default, or two CPU workers where there is none.
+        cluster: a file that declares devices and links instead (see :mod:`shardwright.profiler.cluster`). What is not
+            on this machine is estimated; where nothing is, the model needs no values (``sw.empty_weights()``).
         train: measure backward and update too.
         optimizer: ``"sgd"``, ``"momentum"``, ``"adam"`` or ``"adamw"``.
         microbatches: into how many micro-batches the batch is to be divided; 1, 2, 4 and 8 by default.
@@ -78,20 +84,22 @@ def profile(
     _check_options(model, train=train, optimizer=optimizer, microbatches=microbatches, depth=depth, rounds=rounds)
     batch = batch_size(args, kwargs)
     counts = tuple(sorted({1, *(microbatches if microbatches is not None else default_counts(batch))}))
-    found = find_devices(devices)
+    site = find_site(cluster, devices)
+    found = site.found
+    site.check_values(model)
 
-    captures, undivided = captures_of(
-        model,
-        args,
-        kwargs,
-        counts,
-        devices=len(found),
-        depth=depth,
-        units=units,
-        train=train,
-        strict=microbatches is not None,
-        tell=tell,
-    )
+    with shapes_only(model, args, kwargs) as inputs:
+        captures, undivided = captures_of(
+            model,
+            *inputs,
+            counts,
+            devices=len(site.devices),
+            depth=depth,
+            units=units,
+            train=train,
+            strict=microbatches is not None,
+            tell=tell,
+        )
     goal = Goal(precision=precision, repeats=rounds, budget_s=budget_s)
     cache = Cache(refresh=refresh)
     with Workers(found, tell) as workers:
@@ -100,6 +108,8 @@ def profile(
         )
         around = _surroundings(workers, found, cache, train=train, tell=tell)
     whole = captures[1]
+    measured = measurements_of([step.name for step in whole.steps], findings.timings)
+    declared = site.declared_times(captures, measured, train=train, optimizer=optimizer, tell=tell)
     return Profile(
         model=name or type(model).__name__,
         structure=structure_digest(model),
@@ -109,8 +119,11 @@ def profile(
         optimizer=optimizer if train else "none",
         torch_version=torch.__version__,
         microbatches=tuple(captures),
-        devices=tuple(d.model_copy(update={"fetch_bytes_per_s": around.fetch_bytes_per_s.get(d.name)}) for d in found),
-        links=around.links,
+        devices=tuple(
+            d if d.declared else d.model_copy(update={"fetch_bytes_per_s": around.fetch_bytes_per_s.get(d.name)})
+            for d in site.devices
+        ),
+        links=site.links(around.links),
         nodes=nodes_of(captures, train=train, optimizer=optimizer),
         tensors=tensors_of(captures),
         colocate=tuple(whole.colocate),
@@ -118,9 +131,10 @@ def profile(
         obstacles=tuple(whole.obstacles),
         guards=tuple(whole.guards),
         undivided=undivided,
-        host_bytes=0 if train else spare_host_bytes(found),
-        disk_bytes_per_s=around.disk_bytes_per_s,
-        measurements=measurements_of([step.name for step in whole.steps], findings.timings),
+        host_bytes=0 if train or declared.measurements else spare_host_bytes(found),
+        disk_bytes_per_s=None if declared.measurements else around.disk_bytes_per_s,
+        measurements=_in_order(whole, (*measured, *declared.measurements)),
+        estimates=declared.estimates,
         misfits=tuple(findings.misfits),
         variations=tuple(findings.variations),
     )
@@ -141,6 +155,12 @@ def _check_options(
         raise ShardwrightError(f"a depth of {depth} holds no unit; 1 = the model's own children")
     if rounds < 1:
         raise ShardwrightError(f"{rounds} rounds measure nothing; use 6 or more")
+
+
+def _in_order(capture: UnitGraph, measurements: Iterable[Measurement]) -> tuple[Measurement, ...]:
+    """In the order of the forward, then of the micro-batches."""
+    order = {step.name: position for position, step in enumerate(capture.steps)}
+    return tuple(sorted(measurements, key=lambda m: (order[m.node], m.microbatches)))
 
 
 class _Surroundings(Record):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from shardwright.profiler.structure import dense_parts
 
@@ -19,7 +20,12 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def same_values(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors, dense or sparse, are of one shape and hold the same numbers."""
+    """Whether two tensors, dense or sparse, are of one shape and hold the same numbers.
+
+    Tensors without values, fake or meta, are not known to.
+    """
+    if isinstance(one, FakeTensor) or one.is_meta or isinstance(other, FakeTensor) or other.is_meta:
+        return False
     if one.shape != other.shape or one.layout != other.layout:
         return False
     if one.layout == torch.strided:

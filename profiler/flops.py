@@ -53,6 +53,12 @@ def _encoder_layer(source: Tensor, width: int, heads: int, *weights: Any, **_: A
     return _multi_head(source, source, source, width, heads) + 2 * (source.numel() // width) * ffn
 
 
+def _grouped_product(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    """Products by group: with three dimensions each, group by group; else the groups share one dimension."""
+    groups = a.shape[0] if a.dim() == b.dim() == 3 else 1
+    return 2 * groups * a.shape[-2] * a.shape[-1] * b.shape[-1]
+
+
 def _convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, _bias: Any, _stride: Any, _padding: Any, _dilation: Any, *rest: Any
 ) -> int:
@@ -91,6 +97,10 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "_scaled_dot_product_fused_attention_overrideable_backward": _attention_backward,
     "_native_multi_head_attention": _multi_head,
     "_transformer_encoder_layer_fwd": _encoder_layer,
+    "_grouped_mm": _grouped_product,
+    "_scaled_grouped_mm": _grouped_product,
+    "_int_mm": lambda a, b, **_: 2 * a.numel() * b.shape[1],
+    "_addmm_activation": lambda _, a, b, **__: 2 * a.numel() * b.shape[1],
     "convolution_backward": _convolution_backward,
     "mkldnn_rnn_layer": _recurrent,
     "mkldnn_rnn_layer_backward": lambda *args, **_: 2 * _recurrent(*args),

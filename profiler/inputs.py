@@ -126,7 +126,7 @@ def other_values(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[t
             return change(tensor.detach()).requires_grad_(tensor.requires_grad)
 
         other = map_tensors(changed, (args, dict(kwargs)))
-        if all(map(_same_values, outputs_of(other), outputs_of((args, dict(kwargs))))):
+        if all(map(same_values, outputs_of(other), outputs_of((args, dict(kwargs))))):
             other = map_tensors(_shifted, other)
         yield other
 
@@ -145,10 +145,6 @@ def is_mask(tensor: Tensor) -> bool:
     ):
         return False
     return len(tensor.unique()) <= FEW_VALUES
-
-
-def _same_values(one: Tensor, other: Tensor) -> bool:
-    return not isinstance(one, FakeTensor) and not one.is_meta and same_values(one, other)
 
 
 def _shifted(tensor: Tensor) -> Tensor:

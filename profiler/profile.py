@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Device",
+    "Estimate",
     "Link",
     "Measurement",
     "Misfit",
     "Node",
+    "Origin",
     "Profile",
     "Tensor",
     "TensorSpec",
@@ -29,6 +31,8 @@ __all__ = [
 ]
 
 NodeKind = Literal["input", "parameter", "unit", "glue", "output"]
+Origin = Literal["measured", "scaled", "estimated"]
+"""Timed there; measured on another device of the same model; or computed from what the device can do at most."""
 
 
 class Device(Record):
@@ -44,6 +48,12 @@ class Device(Record):
     """CPU workers only: the cores that the worker is pinned to."""
     fetch_bytes_per_s: PositiveFloat | None = None
     """CUDA only: how fast weights come from the host's memory."""
+    node: str = ""
+    """The host, where a cluster was declared that has several."""
+    model: str = ""
+    """The catalogue's name of it, where it has one."""
+    declared: bool = False
+    """It is known from a cluster file only: nothing was measured on it."""
 
 
 class Link(Record):
@@ -62,6 +72,8 @@ class Link(Record):
     """How many bytes were sent to be compared; 0 for a profile made before links were."""
     wrong_bytes: NonNegativeInt = 0
     """How many of them arrived changed, or not at all."""
+
+    origin: Origin = "measured"
 
     @property
     def corrupt(self) -> bool:
@@ -140,7 +152,8 @@ class Tie(Record):
 class Timing(Record):
     """Times of one piece of work on one device: medians and their spread, the interquartile range of the repeats."""
 
-    repeats: PositiveInt
+    repeats: NonNegativeInt
+    """0 where nothing was timed."""
     forward_s: NonNegativeFloat
     forward_spread_s: NonNegativeFloat
     backward_s: NonNegativeFloat
@@ -157,6 +170,24 @@ class Timing(Record):
     """Repeats more than three interquartile ranges outside the quartiles; they are part of all figures."""
     peak_bytes: NonNegativeInt | None = None
     """CUDA only: the allocator's peak during forward, backward and update, beyond what was held before."""
+    source: Origin = "measured"
+    """Where the times come from; see :data:`Origin`."""
+
+
+class Estimate(Record):
+    """How the times of a declared device were estimated: the share of its peak rates that was counted on."""
+
+    device: str
+    compute_efficiency: PositiveFloat
+    memory_efficiency: PositiveFloat
+    operation_s: NonNegativeFloat
+    """What each operator takes beside its arithmetic and its bytes."""
+    fitted_to: str = ""
+    """The device whose measurements gave ``operation_s``; without one all figures are assumed."""
+    efficiencies_fitted: bool = False
+    """Whether they gave the efficiencies too, as they do where that device's peak rates are known."""
+    median_error: NonNegativeFloat | None = None
+    """Of the fit on that device's own times, relative."""
 
 
 class Case(Record):
@@ -223,6 +254,8 @@ class Profile(Document):
     disk_bytes_per_s: PositiveFloat | None = None
     """How fast weights come from the host's disk."""
     measurements: tuple[Measurement, ...]
+    estimates: tuple[Estimate, ...] = ()
+    """One for each device whose times are estimated."""
     misfits: tuple[Misfit, ...] = ()
     """What was tried on a device and did not fit: no measurement there, and no plan puts it there."""
     variations: tuple[Variation, ...] = ()
@@ -241,6 +274,7 @@ class Profile(Document):
             ("node", {m.node for m in (*self.measurements, *self.misfits)}, nodes),
             ("tensor", {name for node in self.nodes for name in node.inputs}, tensors),
             ("device", {m.device for m in (*self.measurements, *self.misfits)}, devices),
+            ("device", {estimate.device for estimate in self.estimates}, devices),
             ("device", {end for link in self.links for end in (link.source, link.target)}, devices),
         ):
             if used - defined:

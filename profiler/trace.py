@@ -246,7 +246,7 @@ def _state_kept(model: nn.Module) -> Iterator[None]:
             module.training = training
         with torch.no_grad():
             for parameter, values in kept:
-                if not parameter.is_meta and not same_values(parameter, values):
+                if not same_values(parameter, values):
                     parameter.data.copy_(values)
             for name, (buffer, before) in held.items():
                 if buffer.shape == before.shape and not same_values(buffer, before):

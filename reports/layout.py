@@ -55,6 +55,8 @@ class Glyphs:
     chosen: str
     rule: str
     arrow: str
+    scaled: str
+    estimated: str = "~"
 
     @classmethod
     def of(cls, options: ConsoleOptions) -> Glyphs:
@@ -67,8 +69,8 @@ class Glyphs:
         return Box("".join(line.format(self.rule) + "\n" for line in _BOX_LINES), ascii=self.rule == "-")
 
 
-_UNICODE = Glyphs("±", "…", "–", "█", "░", "▏▎▍▌▋▊▉", "◀", "─", "→")  # noqa: RUF001  the dash is meant
-_ASCII = Glyphs("+-", "...", "-", "#", ".", "", "<", "-", "->")
+_UNICODE = Glyphs("±", "…", "–", "█", "░", "▏▎▍▌▋▊▉", "◀", "─", "→", "≈")  # noqa: RUF001  the dash is meant
+_ASCII = Glyphs("+-", "...", "-", "#", ".", "", "<", "-", "->", "=")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from shardwright.profiler.profile import Link
 from shardwright.reports.layout import Column, Glyphs, indented, section, tables
+from shardwright.reports.origins import mark
 from shardwright.reports.quantities import bandwidth, count, number_of_bytes, seconds
 
 __all__ = ["link_section", "remedy"]
@@ -45,8 +46,10 @@ def _groups(links: Sequence[Link], glyphs: Glyphs) -> list[list[Column]]:
     """Times by themselves; times all at once, the way, and the check, where some link has them."""
     groups = [
         [
-            Column("latency", [seconds(link.latency_s) for link in links]),
-            Column("bandwidth", [bandwidth(link.bandwidth_bytes_per_s) for link in links]),
+            Column("latency", [mark([link.origin], glyphs) + seconds(link.latency_s) for link in links]),
+            Column(
+                "bandwidth", [mark([link.origin], glyphs) + bandwidth(link.bandwidth_bytes_per_s) for link in links]
+            ),
         ]
     ]
     if any(link.busy_latency_s is not None for link in links):

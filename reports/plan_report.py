@@ -92,6 +92,9 @@ class PlanReport:
         of_costs = f"{plan.model}, {'training' if plan.train else 'inference'}, by costs as given"
         yield Text(text, style="bold green" if shard else "bold yellow")
         yield Text(f"{plan.model}, {work}, batch {plan.batch}" if plan.of_model else of_costs, style="dim")
+        declared = [device for device in plan.devices if device in plan.declared_devices]
+        if declared:
+            yield Text(f"Nothing was measured on {_joined(declared)}: the times there are estimates.", style="yellow")
 
     def _names(self) -> Column:
         return Column("stage", [f"{stage.index}  {stage.device}" for stage in self.plan.stages], "left")

@@ -11,6 +11,7 @@ from rich.text import Text
 from shardwright.profiler.profile import Device, Measurement, Node, Profile
 from shardwright.reports.layout import Column, Glyphs, bar, facts, indented, name_ranges, section, tables
 from shardwright.reports.link_report import link_section
+from shardwright.reports.origins import mark, not_measured
 from shardwright.reports.quantities import count, number_of_bytes, percent, seconds, share, spread
 
 __all__ = ["ProfileReport"]
@@ -71,6 +72,7 @@ class ProfileReport:
                 *((device.name, _describe(device, glyphs)) for device in profile.devices),
             ]
         )
+        yield from not_measured(profile, glyphs)
 
     def _times(self, row: _Row, device: str) -> list[Measurement]:
         found = (self.profile.measurement(node.name, device, self.microbatches) for node in row.nodes)
@@ -145,7 +147,12 @@ class ProfileReport:
         times = [self._times(row, device) for row in rows]
         columns: list[Column] = []
         for direction in directions:
-            medians = [seconds(sum(getattr(m, f"{direction}_s") for m in row)) if row else glyphs.none for row in times]
+            medians = [
+                mark([m.source for m in row], glyphs) + seconds(sum(getattr(m, f"{direction}_s") for m in row))
+                if row
+                else glyphs.none
+                for row in times
+            ]
             columns.append(Column(f"{'' if columns else device}\n{direction}", medians))
         if not self.profile.of_model:
             return columns
@@ -153,7 +160,10 @@ class ProfileReport:
         for row in times[:-1]:
             deviation = sum(m.forward_spread_s + m.backward_spread_s for m in row)
             median = sum(m.forward_s + m.backward_s for m in row)
-            spreads.append(f"{glyphs.plus_minus}{spread(deviation, median)}" if median else "")
+            timed = median and all(m.source == "measured" for m in row)
+            spreads.append(f"{glyphs.plus_minus}{spread(deviation, median)}" if timed else "")
+        if not any(spreads):
+            return columns
         return [*columns, Column(f"\n{glyphs.plus_minus}", [*spreads, ""], "right", "dim", drop=2, tight=True)]
 
     def _faithful(self) -> Iterator[RenderableType]:
@@ -200,9 +210,10 @@ class ProfileReport:
             changes = [
                 percent(100 * (step / reference - 1), signed=True) if step and reference else "" for step in steps
             ]
+            sign = mark([m.source for m in profile.measurements if m.device == device.name], glyphs)
             groups.append(
                 [
-                    Column(device.name, [glyphs.none if step is None else seconds(step) for step in steps]),
+                    Column(device.name, [glyphs.none if step is None else sign + seconds(step) for step in steps]),
                     Column("", ["", *changes[1:]], "right", "dim", drop=1, tight=True),
                 ]
             )
@@ -257,4 +268,5 @@ def _describe(device: Device, glyphs: Glyphs) -> str:
     """What the device is, its cores and its memory."""
     cores = [f"{'cores' if len(device.cores) > 1 else 'core'} {name_ranges([*map(str, device.cores)], glyphs.dots)}"]
     description = [device.description] if device.description else []
-    return ", ".join([*description, *(cores if device.cores else []), number_of_bytes(device.memory_bytes)])
+    node = [f"on {device.node}"] if device.node else []
+    return ", ".join([*description, *node, *(cores if device.cores else []), number_of_bytes(device.memory_bytes)])

@@ -171,6 +171,18 @@ def test_small_products_count():
     assert flops_of(lambda: nn.Bilinear(6, 6, 3)(A, A)) == 3 * 4 * 6 * 6 * 3
 
 
+def test_products_by_group_count_once():
+    """Experts that share the rows do as much as one of them would with all rows; whole batches do it each."""
+    with torch.device("meta"):
+        rows, experts = torch.empty(32, 16, dtype=torch.bfloat16), torch.empty(4, 16, 8, dtype=torch.bfloat16)
+        ends = torch.empty(4, dtype=torch.int32)
+        assert flops_of(lambda: torch._grouped_mm(rows, experts, offs=ends)) == 2 * 32 * 16 * 8
+        assert (
+            flops_of(lambda: torch._grouped_mm(torch.empty_like(experts).transpose(1, 2), experts))
+            == 2 * 4 * 8 * 16 * 8
+        )
+
+
 def test_the_dtype_is_that_of_the_arithmetic():
     """Of the first floating tensor: not of a mask or of indices, and under autocast of what it casts to."""
     where = operations_of(lambda: torch.where(A > 0, A.double(), 0.0))

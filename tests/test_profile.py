@@ -104,6 +104,7 @@ def test_frame_has_a_row_for_each_measurement(chain_profile):
         "median_error",
         "outliers",
         "peak_bytes",
+        "source",
         "kind",
         "type",
         "param_bytes",

@@ -14,7 +14,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from shardwright.profiler.costs import Costs
-from shardwright.profiler.profile import Device, Link, Measurement, Node, Profile, TensorSpec
+from shardwright.profiler.profile import Device, Estimate, Link, Measurement, Node, Profile, TensorSpec
 from shardwright.reports.plan_report import PlanReport, verdict
 from shardwright.reports.profile_report import ProfileReport
 from shardwright.reports.run_report import RunReport, conclusion, equality
@@ -115,6 +115,25 @@ def a_profile(rows=NETDICT, devices=("cpu:0", "cpu:1"), train=True, microbatches
         nodes=tuple(nodes),
         tensors=(),
         measurements=tuple(measurements),
+    )
+
+
+def a_cluster_profile():
+    """A profile of an H100 that was measured, one that takes its times, and two whose times are estimated."""
+    profile = a_profile(LLAMA, [f"cuda:{i}" for i in range(4)], False, (2, 4))
+    sources = {"cuda:1": "scaled", "cuda:2": "estimated", "cuda:3": "estimated"}
+    counted = {"compute_efficiency": 0.6, "memory_efficiency": 0.75, "operation_s": 6e-6}
+    return profile.model_copy(
+        update={
+            "devices": tuple(
+                d.model_copy(update={"declared": d.name in sources, "node": "a"}) for d in profile.devices
+            ),
+            "measurements": tuple(
+                m.model_copy(update={"source": sources.get(m.device, "measured")}) for m in profile.measurements
+            ),
+            "links": tuple(link.model_copy(update={"origin": "estimated"}) for link in profile.links),
+            "estimates": tuple(Estimate(device=name, **counted) for name in ("cuda:2", "cuda:3")),
+        }
     )
 
 
@@ -222,6 +241,7 @@ REPORTS = {
     "profile": lambda: ProfileReport(a_profile()),
     "profile-inference": lambda: ProfileReport(a_profile(LLAMA, [f"cuda:{i}" for i in range(4)], False, (2, 4))),
     "profile-costs": lambda: ProfileReport(the_costs()),
+    "profile-cluster": lambda: ProfileReport(a_cluster_profile()),
     "plan": lambda: PlanReport(a_plan()),
     "plan-one-device": lambda: PlanReport(a_plan(stages=1, speedup=0.97)),
     "plan-too-large": lambda: PlanReport(a_plan(baseline=None, exact=False)),
@@ -247,6 +267,7 @@ KEY_NUMBERS = {
         "image",
         "stem, body",
     ],
+    "profile-cluster": ["≈6.46 ms", "~6.71 ms", "~85.0 us", "~3.20 GB/s", "all assumed", "scaled: as a device"],
     "plan": [
         "1.53x",
         "331 ms",
@@ -474,3 +495,38 @@ def test_links_of_an_older_profile():
     text = links_text(tuple(link.model_copy(update=plain) for link in some_links())).partition("Links")[2]
     assert "9.00 us" in text
     assert not any(word in text for word in ("all at once", "clean", "corrupt", "peer"))
+
+
+def test_a_measured_number_has_no_mark():
+    """Estimated and scaled numbers are marked and explained; where all is measured there is neither mark nor legend."""
+    measured, cluster = text_of(ProfileReport(a_profile()), 100), text_of(ProfileReport(a_cluster_profile()), 200)
+    assert not {"~", "≈"} & set(measured)
+    assert "Not measured" not in measured
+    assert "Not measured  devices of a cluster file; ≈ scaled, ~ estimated" in cluster
+    row = next(line for line in cluster.splitlines() if "LlamaMLP" in line)
+    assert [row.count(sign) for sign in ("≈", "~", "±")] == [1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("estimate", "text"),
+    [
+        ({}, "60% of the peak arithmetic and 75% of the memory's bandwidth, 6.00 us an operator, all assumed"),
+        ({"fitted_to": "cpu:0"}, "bandwidth, assumed; 6.00 us an operator, fitted to cpu:0"),
+        (
+            {"fitted_to": "cuda:0", "efficiencies_fitted": True, "median_error": 0.08},
+            "bandwidth, 6.00 us an operator, fitted to cuda:0 (8.0% off there)",
+        ),
+    ],
+)
+def test_what_an_estimate_rests_on(estimate, text):
+    """Which figures were fitted to measurements, and which are assumed."""
+    profile = a_cluster_profile()
+    changed = tuple(e.model_copy(update=estimate) for e in profile.estimates)
+    shown = " ".join(text_of(ProfileReport(profile.model_copy(update={"estimates": changed})), 200).split())
+    assert text in shown
+
+
+def test_a_plan_for_declared_devices_says_so():
+    """The reader is told that its times are estimates."""
+    plan = a_plan().model_copy(update={"declared_devices": ("cpu:1",)})
+    assert "Nothing was measured on cpu:1: the times there are estimates." in text_of(PlanReport(plan), 100)

@@ -117,6 +117,8 @@ class Plan(Document):
     optimizer: str
     profiled_devices: tuple[str, ...] = ()
     """All devices of the profile: CPU workers share the cores among as many in a run."""
+    declared_devices: tuple[str, ...] = ()
+    """Those of them that nothing was measured on: the predictions rest on estimates there."""
     objective: Literal["throughput"]
     transfers: Literal["relayed"]
     """Tensors pass from neighbour to neighbour, as the pipeline engine sends them."""

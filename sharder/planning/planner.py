@@ -253,6 +253,7 @@ def _write(
         train=profile.train,
         optimizer=profile.optimizer,
         profiled_devices=tuple(device.name for device in profile.devices),
+        declared_devices=tuple(device.name for device in profile.devices if device.declared),
         objective="throughput",
         transfers="relayed",
         schedule=problem.schedule,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from shardwright.profiler.links import join
 from shardwright.profiler.measure import prepare
 from shardwright.profiler.placed import refuse_placed
 from shardwright.profiler.pool import Pool
+from shardwright.profiler.profile import Device
 from shardwright.profiler.target import load_target
 from shardwright.profiler.trace import trace
 from shardwright.sharder.planning.plan import Plan
@@ -88,7 +89,7 @@ def run(
     needed = {*plan.devices, *([baseline] if baseline else [])}
     # The cores are shared out as they were for the profile, or its times would not hold.
     others = [name for name in plan.profiled_devices if name in needed or name.startswith("cpu")]
-    devices = [device for device in find_devices(others or list(plan.devices)) if device.name in needed]
+    devices = [device for device in _found(plan, others or list(plan.devices)) if device.name in needed]
     if len({device.kind for device in devices if device.name in plan.devices}) > 1:
         raise ShardwrightError(
             f"the plan mixes CPU workers and GPUs ({', '.join(plan.devices)}), which the pipeline cannot do yet; "
@@ -155,6 +156,19 @@ def _job(plan: Plan, model: nn.Module, output_places: tuple[int, ...], schedule:
     """The job of the stages, or with no schedule that of the whole model."""
     ties = _shared(plan, model) if schedule else ()
     return Job(schedule, microbatches, len(plan.stages), plan.batch, plan.train, plan.optimizer, output_places, ties)
+
+
+def _found(plan: Plan, names: Sequence[str]) -> tuple[Device, ...]:
+    """The devices to run on; a plan for a cluster is run where the cluster is."""
+    try:
+        return find_devices(names)
+    except ShardwrightError as error:
+        if not plan.declared_devices:
+            raise
+        raise ShardwrightError(
+            f"the plan is for {', '.join(plan.declared_devices)} of a cluster file, which are not here: {error}; run "
+            "it where they are, or check it here with `verify`"
+        ) from error
 
 
 def _check_can_be_piped(plan: Plan, model: nn.Module) -> None:

@@ -1,0 +1,166 @@
+"""Workloads: a step's operators on fake tensors are those of the real step."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from shardwright.errors import ShardwrightError
+from shardwright.profiler.measure import Subject
+from shardwright.profiler.operations import OperationRecorder
+from shardwright.profiler.unitgraph import Call, Context
+from shardwright.profiler.workload import HOST_ONLY, Mode, Workloads
+
+
+def workload_of(call, mode):
+    return Workloads().of(call, mode)
+
+
+class Block(nn.Module):
+    """Norms, a buffer, a plain tensor attribute, dropout, and a frozen layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8).requires_grad_(False)
+        self.norm, self.drop = nn.BatchNorm1d(8), nn.Dropout(0.1)
+        self.scale = torch.full((8,), 2.0)
+
+    def forward(self, x):
+        return self.norm(x * self.scale + self.drop(self.down(self.up(x).relu())))
+
+
+class Counted(nn.Module):
+    """Its path follows its input's values."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x[x[:, 0] > 0])
+
+
+def measured(call, mode):
+    """What really happens in the step that the profiler times, second round."""
+    phases = []
+
+    def recording(function):
+        operations = []
+        with OperationRecorder(operations.append):
+            result = function()
+        phases.append([o.text for o in operations if (o.bytes or o.flops) and o.name != HOST_ONLY])
+        return result, 0.0
+
+    optimizer = mode.optimizer or None
+    subject = Subject(call, torch.device("cpu"), train=mode.train, optimizer=optimizer, accumulate=mode.accumulate)
+    for _ in range(2):
+        phases.clear()
+        subject.run(recording)
+    return [*phases, [], []][:3]
+
+
+def texts(workload):
+    return [[o.text for o in phase] for phase in (workload.forward, workload.backward, workload.update)]
+
+
+@pytest.mark.parametrize("optimizer", ["", "sgd", "momentum", "adam", "adamw"])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_a_workload_is_what_the_measured_step_does(optimizer, accumulate):
+    """Line for line: forward, backward with or without gradients to add to, and update."""
+    call = Call(Block(), (torch.randn(4, 8, requires_grad=True),), {})
+    mode = Mode(train=True, optimizer=optimizer, accumulate=accumulate)
+    assert texts(workload_of(call, mode)) == measured(call, mode)
+
+
+def test_inference_has_a_forward_only():
+    """As it is measured without training."""
+    call = Call(Block(), (torch.randn(4, 8),), {})
+    workload = workload_of(call, Mode(train=False))
+    assert texts(workload) == measured(call, Mode(train=False))
+    assert workload.forward
+    assert not workload.backward
+
+
+def test_glue_and_regions_count_as_they_run():
+    """A function is no module, and a region of autocast computes in its dtype."""
+    context = Context(grad=True, autocast=torch.bfloat16)
+    weight = torch.randn(8, 8, requires_grad=True)
+    workload = workload_of(Call(torch.matmul, (torch.randn(4, 8), weight), {}, context), Mode(train=True))
+    assert next(o.dtype for o in workload.forward if o.flops) is torch.bfloat16
+    assert workload.backward
+
+
+def test_the_model_is_left_alone():
+    """Parameters, gradients, buffers, training flags and inputs stay as they were."""
+    block = Block().eval()
+    x = torch.randn(4, 8, requires_grad=True)
+    before = {name: value.clone() for name, value in block.state_dict().items()}
+    workload_of(Call(block, (x,), {}), Mode(train=True, optimizer="adam"))
+    assert all(torch.equal(before[name], value) for name, value in block.state_dict().items())
+    assert not block.training
+    assert x.grad is None
+    assert all(p.grad is None for p in block.parameters())
+    assert type(block.scale) is torch.Tensor
+
+
+@pytest.mark.parametrize("without", ["meta", "fake"])
+def test_no_values_are_needed(without):
+    """A module without values has the workload of one with values."""
+    real = workload_of(Call(Block(), (torch.randn(4, 8),), {}), Mode(train=True, optimizer="adam"))
+    with torch.device("meta") if without == "meta" else FakeTensorMode():
+        call = Call(Block(), (torch.randn(4, 8),), {})
+    assert texts(workload_of(call, Mode(train=True, optimizer="adam"))) == texts(real)
+
+
+def test_a_step_that_follows_values_runs_on_copies(caplog):
+    """Where there are values it is run with them; where there are none that is an error in one line."""
+    x = torch.tensor([[1.0, 2, 3, 4], [-1, 2, 3, 4], [5, 2, 3, 4]])
+    call = Call(Counted(), (x,), {})
+    workload = workload_of(call, Mode(train=True, optimizer="sgd"))
+    assert next(o.flops for o in workload.forward if o.flops) == 2 * 2 * 4 * 4
+    assert not caplog.records
+    with torch.device("meta"):
+        empty = Call(Counted(), (torch.randn(3, 4),), {})
+    with pytest.raises(ShardwrightError, match="depends on values, which are not there: Dynamic") as error:
+        workload_of(empty, Mode(train=True))
+    assert "\n" not in str(error.value)
+
+
+def test_gpus_update_all_parameters_at_once():
+    """With foreach an update has fewer calls and moves as many bytes."""
+    call = Call(nn.Sequential(*[nn.Linear(8, 8) for _ in range(10)]), (torch.randn(4, 8),), {})
+    one, all_ = (workload_of(call, Mode(train=True, optimizer="momentum", foreach=f)).update for f in (False, True))
+    assert len(all_) < len(one) / 5
+    assert sum(o.bytes for o in all_) == sum(o.bytes for o in one)
+
+
+def test_equal_steps_share_a_workload():
+    """Layers of a stack are looked at once, but not another shape, a frozen weight or another backward."""
+    workloads = Workloads()
+    mode = Mode(train=True, optimizer="adam")
+
+    def of(layer, rows=4):
+        return workloads.of(Call(layer, (torch.randn(rows, 8, requires_grad=True),), {}), mode)
+
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(_, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(_, grad):
+            return grad / 2
+
+    class Custom(nn.Linear):
+        def forward(self, x):
+            return Halved.apply(super().forward(x))
+
+    class Plain(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).clone()
+
+    first = of(Plain(8, 8))
+    assert of(Plain(8, 8)) is first
+    for other in (of(Plain(8, 8), rows=5), of(Plain(8, 8).requires_grad_(False)), of(Custom(8, 8))):
+        assert other is not first
+        assert texts(other) != texts(first)
