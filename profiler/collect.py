@@ -27,18 +27,18 @@ from shardwright.profiler.inputs import (
 )
 from shardwright.profiler.links import disk_rate, fetch_rates, measure_links
 from shardwright.profiler.measure import (
-    OPTIMIZERS,
     Samples,
     add_subject,
     measure_all,
-    optimizer_state_bytes,
     prepare,
     summary,
 )
+from shardwright.profiler.memory import StepMemory, count_step
+from shardwright.profiler.optimizers import OptimizerLike, OptimizerMemory, optimizer_name
 from shardwright.profiler.pool import Pool
 from shardwright.profiler.profile import Device, Measurement, Node, Profile, Tie, Variation
 from shardwright.profiler.profile import Tensor as TensorRecord
-from shardwright.profiler.trace import CaptureError, checked_trace, evaluating, trace
+from shardwright.profiler.trace import CaptureError, as_found, attributes_kept, checked_trace, evaluating, trace
 from shardwright.profiler.unitgraph import Step, UnitGraph, nbytes
 from shardwright.profiler.units import choose_units, find_units, structure_digest
 
@@ -46,6 +46,7 @@ __all__ = [
     "START_LIMIT_S",
     "Progress",
     "captures_of",
+    "count_steps",
     "measurements_of",
     "nodes_of",
     "profile",
@@ -71,7 +72,8 @@ def profile(
     *,
     devices: Sequence[str] | None = None,
     train: bool = True,
-    optimizer: str = "adam",
+    optimizer: OptimizerLike = "adam",
+    master_weights: bool = False,
     microbatches: Sequence[int] | None = None,
     depth: int | None = None,
     units: Sequence[str] = (),
@@ -89,7 +91,10 @@ def profile(
         kwargs: likewise.
         devices: ``["cuda:0", "cpu:0"]``; all CUDA devices by default, or two CPU workers where there is none.
         train: measure backward and update too.
-        optimizer: ``"sgd"``, ``"momentum"``, ``"adam"`` or ``"adamw"``.
+        optimizer: one of ``torch.optim`` by its class's name (``"adamw"``, ``"sgd(momentum=0.9)"``), a class of
+            optimizers, or a ``functools.partial`` of one.
+        master_weights: parameters of lower precision have a copy in fp32 that the optimizer works on; its bytes are
+            counted, the copying is not timed.
         microbatches: into how many micro-batches the batch is to be divided; 1, 2, 4 and 8 by default.
         depth: units are the modules so deep in the model, 1 = its own children; by default the children of containers,
             opened where one does too much of the work.
@@ -104,8 +109,7 @@ def profile(
     """
     kwargs = dict(kwargs or {})
     tell = progress or silent
-    if train and optimizer not in OPTIMIZERS:
-        raise ShardwrightError(f"optimizer {optimizer!r} is not known; choose one of {', '.join(OPTIMIZERS)}")
+    weighed = OptimizerMemory(optimizer_name(optimizer), master_weights=master_weights) if train else None
     if train and not any(p.requires_grad for p in model.parameters()):
         raise ShardwrightError("no parameter requires a gradient: there is nothing to train; profile with --inference")
     if rounds < 1:
@@ -126,9 +130,17 @@ def profile(
         strict=microbatches is not None,
         tell=tell,
     )
+    counted = {count: count_steps(capture, train=train) for count, capture in captures.items()}
     with Pool(found) as pool:
         samples = _measure(
-            pool, found, captures, train=train, optimizer=optimizer, rounds=rounds, budget_s=budget_s, tell=tell
+            pool,
+            found,
+            captures,
+            train=train,
+            optimizer=weighed.name if weighed else "",
+            rounds=rounds,
+            budget_s=budget_s,
+            tell=tell,
         )
         tell("links", 0, 1)
         links = measure_links(pool, found)
@@ -141,15 +153,16 @@ def profile(
         inputs=input_specs(args, kwargs),
         batch=batch,
         train=train,
-        optimizer=optimizer if train else "none",
+        optimizer=weighed.name if weighed else "none",
+        master_weights=master_weights and train,
         torch_version=torch.__version__,
         microbatches=tuple(captures),
         devices=tuple(d.model_copy(update={"fetch_bytes_per_s": rates.get(d.name)}) for d in found),
         links=links,
-        nodes=nodes_of(captures, train=train, optimizer=optimizer),
+        nodes=nodes_of(captures, weighed, counted),
         tensors=tensors_of(captures),
         colocate=tuple(whole.colocate),
-        ties=ties_of(whole, train=train, optimizer=optimizer),
+        ties=ties_of(whole, weighed),
         obstacles=tuple(whole.obstacles),
         guards=tuple(whole.guards),
         undivided=undivided,
@@ -355,10 +368,45 @@ def _measure(
     )
 
 
-def nodes_of(captures: Mapping[int, UnitGraph], *, train: bool, optimizer: str) -> tuple[Node, ...]:
-    """The records of the captured steps, with their bytes at each number of micro-batches."""
+def count_steps(capture: UnitGraph, *, train: bool) -> dict[str, StepMemory]:
+    """What each step of ``capture`` takes when it runs alone, by name; the model is left as it was.
+
+    Raises:
+        ShardwrightError: a step fails.
+    """
+    counted = {}
+    last = {step.unit: step for step in capture.steps if step.kind == "unit"}
+    with attributes_kept(capture.model), as_found(capture.model, train=train):
+        for step in capture.steps:
+            try:
+                if step.call is not None and (train or step.kind != "output"):
+                    again = step.kind == "unit" and last[step.unit] is not step
+                    counted[step.name] = count_step(step.call, train=train, called_again=again)
+            except Exception as error:
+                raise ShardwrightError(
+                    f"{step.name} failed when it ran alone for its memory to be counted: "
+                    f"{type(error).__name__}: {' '.join(str(error).split())}"
+                ) from error
+    return counted
+
+
+def nodes_of(
+    captures: Mapping[int, UnitGraph],
+    optimizer: OptimizerMemory | None,
+    counted: Mapping[int, Mapping[str, StepMemory]] | None = None,
+) -> tuple[Node, ...]:
+    """The records of the captured steps, with their bytes at each number of micro-batches.
+
+    Args:
+        optimizer: counts what it takes; None for inference.
+        counted: by number of micro-batches and step, what :func:`count_steps` found.
+    """
     steps = {count: {step.name: step for step in capture.steps} for count, capture in captures.items()}
-    weights = _Weights(captures[1], train=train, optimizer=optimizer)
+    weights = _Weights(captures[1], optimizer)
+
+    def peaks(name: str, what: str) -> dict[int, int]:
+        return {count: getattr(found[name], what) for count, found in (counted or {}).items() if name in found}
+
     return tuple(
         Node(
             name=step.name,
@@ -369,21 +417,24 @@ def nodes_of(captures: Mapping[int, UnitGraph], *, train: bool, optimizer: str) 
             inputs=step.reads,
             **weights.of(step),
             output_bytes={count: steps[count][step.name].output_bytes for count in captures},
-            saved_bytes={count: steps[count][step.name].saved_bytes if train else 0 for count in captures},
+            saved_bytes={count: steps[count][step.name].saved_bytes if optimizer else 0 for count in captures},
+            forward_peak_bytes=peaks(step.name, "forward_peak_bytes"),
+            backward_peak_bytes=peaks(step.name, "backward_peak_bytes") if optimizer else {},
+            input_gradient_bytes=peaks(step.name, "gradient_bytes") if optimizer else {},
         )
         for step in captures[1].steps
     )
 
 
-def ties_of(capture: UnitGraph, *, train: bool, optimizer: str) -> tuple[Tie, ...]:
-    """The records of the parameters that several steps use."""
+def ties_of(capture: UnitGraph, optimizer: OptimizerMemory | None) -> tuple[Tie, ...]:
+    """The records of the parameters that several steps use; ``optimizer`` counts their state, None for inference."""
     parameters = dict(capture.model.named_parameters())
     made = []
     for name, steps in capture.ties:
         parameter = parameters[name]
-        trained = [parameter] if train and parameter.requires_grad else []
+        trained = [parameter] if optimizer and parameter.requires_grad else []
         gradient_bytes = sum(map(nbytes, trained))
-        state_bytes = optimizer_state_bytes(optimizer, trained) if trained else 0
+        state_bytes = optimizer.of(trained).state if optimizer else 0
         made.append(
             Tie(
                 name=name,
@@ -403,6 +454,9 @@ def tensors_of(captures: Mapping[int, UnitGraph]) -> tuple[TensorRecord, ...]:
             producer=value.producer,
             requires_grad=value.requires_grad,
             bytes={count: capture.values[value.name].bytes for count, capture in captures.items()},
+            storage=value.storage,
+            held_bytes={count: capture.values[value.name].held_bytes for count, capture in captures.items()},
+            saved_by=captures[1].saved_by.get(value.name, ""),
         )
         for value in captures[1].values.values()
     )
@@ -447,20 +501,23 @@ def variation_of(device: str, taken: Iterable[Samples]) -> Variation:
 class _Weights:
     """Bytes of parameters, buffers, gradients and optimizer state by step; a shared tensor counts at its first user."""
 
-    def __init__(self, capture: UnitGraph, *, train: bool, optimizer: str) -> None:
+    def __init__(self, capture: UnitGraph, optimizer: OptimizerMemory | None) -> None:
         self.capture = capture
-        self.train = train
         self.optimizer = optimizer
         self.counted: set[int] = set()
 
-    def of(self, step: Step) -> dict[str, int]:
+    def of(self, step: Step) -> dict[str, Any]:
         parameters, buffers = self._held(step)
-        trained = [p for p in parameters if p.requires_grad] if self.train else []
+        if self.optimizer is None:
+            return {"param_bytes": sum(map(nbytes, parameters)), "buffer_bytes": sum(map(nbytes, buffers))}
+        taken = self.optimizer.of(parameters)
         return {
-            "param_bytes": sum(nbytes(p) for p in parameters),
-            "buffer_bytes": sum(nbytes(b) for b in buffers),
-            "grad_bytes": sum(nbytes(p) for p in trained),
-            "optimizer_bytes": optimizer_state_bytes(self.optimizer, trained) if trained else 0,
+            "param_bytes": sum(map(nbytes, parameters)),
+            "buffer_bytes": sum(map(nbytes, buffers)),
+            "grad_bytes": sum(nbytes(p) for p in parameters if p.requires_grad),
+            "optimizer_bytes": taken.state,
+            "update_peak_bytes": {"cpu": taken.update, "cuda": taken.update_together},
+            "update_left_bytes": taken.update_left,
         }
 
     def _held(self, step: Step) -> tuple[list[nn.Parameter], list[Tensor]]:

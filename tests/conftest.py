@@ -166,8 +166,10 @@ def captured_profile() -> ProfileMaker:
         train: bool = True,
         optimizer: str = "adam",
         refined: bool = False,
+        counted: bool = False,
     ) -> Profile:
         from shardwright.profiler import collect, inputs
+        from shardwright.profiler.optimizers import OptimizerMemory
         from shardwright.profiler.trace import checked_trace
         from shardwright.profiler.units import structure_digest
 
@@ -177,6 +179,8 @@ def captured_profile() -> ProfileMaker:
             captures, _ = collect.captures_of(model, args, kwargs, microbatches, devices=len(devices), train=train)
         else:
             captures = {m: checked_trace(model, *inputs.microbatch(args, kwargs, m), train=train) for m in microbatches}
+        weighed = OptimizerMemory(optimizer) if train else None
+        peaks = {m: collect.count_steps(capture, train=train) for m, capture in captures.items()} if counted else None
         steps = [step for step in captures[1].steps if step.kind in ("unit", "glue")]
         return Profile(
             model=type(model).__name__,
@@ -197,10 +201,10 @@ def captured_profile() -> ProfileMaker:
                 for b in devices
                 if a != b
             ),
-            nodes=collect.nodes_of(captures, train=train, optimizer=optimizer),
+            nodes=collect.nodes_of(captures, weighed, peaks),
             tensors=collect.tensors_of(captures),
             colocate=tuple(captures[1].colocate),
-            ties=collect.ties_of(captures[1], train=train, optimizer=optimizer),
+            ties=collect.ties_of(captures[1], weighed),
             obstacles=tuple(captures[1].obstacles),
             guards=tuple(captures[1].guards),
             measurements=tuple(
