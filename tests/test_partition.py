@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.planning.partition import partition, stage_loads
 from shardwright.sharder.planning.memory import Gradient, Ledger, Step, Storage
+from shardwright.sharder.planning.partition import partition, stage_loads
 from shardwright.sharder.planning.problem import Block, Crossing, Problem, Tie, bits
 from shardwright.sharder.planning.search import closed_sets, simple_bound_s
 
@@ -297,7 +297,7 @@ def test_roomier_device_takes_the_end_where_the_weights_are():
 
 def test_tight_memory_is_met_by_every_device():
     """Where each device holds one block only, each gets one, however uneven the work is."""
-    found = partition(chain([1, 1, 6], devices=3, static_bytes=9, cap=11))
+    found = partition(dataclasses.replace(chain([1, 1, 6], devices=3, static_bytes=9, cap=11), crossings=()))
     assert found is not None
     assert [m for _, m in found.stages] == [0b001, 0b010, 0b100]
 
@@ -347,7 +347,7 @@ def test_no_time_and_nothing_found_is_an_error():
     """When the time ends before a split that fits is found, the error says so and what to do."""
     problem = chain([9, 1, 1, 1], cap=5)
     blocks = tuple(dataclasses.replace(b, static_bytes=s) for b, s in zip(problem.blocks, (1, 2, 1, 4), strict=True))
-    problem = dataclasses.replace(problem, blocks=blocks)
+    problem = dataclasses.replace(problem, blocks=blocks, crossings=())
     assert partition(problem) is not None
     with pytest.raises(ShardwrightError, match="in the time allowed; allow more with --time-limit"):
         partition(problem, time_limit_s=0.0)
@@ -376,7 +376,7 @@ def test_memory_is_refused_without_search():
 
 def test_activations_in_flight_bind_the_first_stage_most():
     """Under 1F1B the first of two stages holds two micro-batches: it gets the smaller share."""
-    found = partition(chain([1] * 6, saved_bytes=10, static_bytes=0, cap=46))
+    found = partition(dataclasses.replace(chain([1] * 6, saved_bytes=10, static_bytes=0, cap=46), crossings=()))
     assert found is not None
     assert [m.bit_count() for _, m in found.stages] == [2, 4]
     assert found.value_s == 4 * 4.0
