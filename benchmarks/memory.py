@@ -25,6 +25,7 @@ from shardwright.profiler.inputs import all_microbatches, outputs_of
 from shardwright.profiler.memory import MemoryCounter, total_bytes
 from shardwright.profiler.optimizers import make_optimizer
 from shardwright.profiler.structure import tensors_in
+from shardwright.profiler.trace import trace
 from shardwright.profiler.unitgraph import mean_square_loss
 
 WITHIN_PERCENT = 3.0
@@ -44,13 +45,14 @@ def load_zoo(batch):
 
 def counted_peak(model, args, kwargs, microbatches, optimizer):
     """Bytes live at most in a training step, and those that were live before it."""
+    places = trace(model, args, kwargs).output_places  # those that the profile's loss is taken over, caches left out
     model.train()
     updating = make_optimizer(optimizer, model.parameters())
 
     def step():
         for piece_args, piece_kwargs in all_microbatches(args, kwargs, microbatches):
             outputs = outputs_of(model(*piece_args, **piece_kwargs))
-            (mean_square_loss([t for t in outputs if t.requires_grad]) / microbatches).backward()
+            (mean_square_loss([outputs[place] for place in places]) / microbatches).backward()
             del outputs
         updating.step()
 
@@ -94,16 +96,19 @@ def main() -> None:
             model, args, kwargs = zoo[name].make()
         except ImportError:
             continue
-        try:
-            predicted = predicted_peak(copy.deepcopy(model), args, kwargs, counts, options.optimizer)
-        except sw.ShardwrightError as error:
-            print(f"| {name} | | | | | refused: {str(error)[:150]} |", flush=True)
-            continue
-        for count in counts:
+        predicted = {}
+        for tried in (counts, [1]):  # not every batch can be divided
+            try:
+                predicted = predicted or predicted_peak(copy.deepcopy(model), args, kwargs, tried, options.optimizer)
+            except sw.ShardwrightError as error:
+                print(f"| {name} | {tried} | | | | refused: {str(error)[:150]} |", flush=True)
+        for count in predicted:
             found, before = counted_peak(copy.deepcopy(model), args, kwargs, count, options.optimizer)
             percent = 100 * (predicted[count] / found - 1)
             errors.append((name, percent))
             print(f"| {name} | {count} | {before:,} | {found:,} | {predicted[count]:,} | {percent:+.2f}% |", flush=True)
+    if not errors:
+        sys.exit("none of these models could be compared: install their libraries with `make zoo`")
     within = {name for name, _ in errors} - {name for name, percent in errors if abs(percent) > WITHIN_PERCENT}
     print(
         f"\n{len(within)} of {len({name for name, _ in errors})} models within {WITHIN_PERCENT:g}% at every number of "

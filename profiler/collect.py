@@ -453,13 +453,17 @@ def tensors_of(captures: Mapping[int, UnitGraph]) -> tuple[TensorRecord, ...]:
             name=value.name,
             producer=value.producer,
             requires_grad=value.requires_grad,
-            bytes={count: capture.values[value.name].bytes for count, capture in captures.items()},
+            bytes=(sizes := {count: capture.values[value.name].bytes for count, capture in captures.items()}),
             storage=value.storage,
-            held_bytes={count: capture.values[value.name].held_bytes for count, capture in captures.items()},
+            held_bytes={} if (held := _held(value.name, captures)) == sizes else held,
             saved_by=captures[1].saved_by.get(value.name, ""),
         )
         for value in captures[1].values.values()
     )
+
+
+def _held(name: str, captures: Mapping[int, UnitGraph]) -> dict[int, int]:
+    return {count: capture.values[name].held_bytes for count, capture in captures.items()}
 
 
 def measurements_of(

@@ -74,6 +74,11 @@ def optimizer_name(optimizer: OptimizerLike) -> str:
         raise ShardwrightError(
             f"optimizer {optimizer!r} is neither a name nor a class of optimizers nor a functools.partial of one"
         )
+    if optimizer.__module__ == "__main__" or "<locals>" in optimizer.__qualname__:
+        raise ShardwrightError(
+            f"optimizer {optimizer.__qualname__} is defined where a worker cannot import it; move it to the top "
+            "of a module"
+        )
     known = _CLASSES.get(optimizer.__name__.lower()) is optimizer
     name = optimizer.__name__.lower() if known else f"{optimizer.__module__}.{optimizer.__qualname__}"
     text = name + (f"({', '.join(f'{key}={value!r}' for key, value in settings.items())})" if settings else "")

@@ -133,6 +133,18 @@ def test_what_is_no_optimizer_is_refused(optimizer, message):
         optimizer_name(optimizer)
 
 
+def test_a_class_that_workers_cannot_import_is_refused(monkeypatch):
+    """A class of a script or of a function is refused before a worker starts, with what to do."""
+
+    class Local(Half):
+        pass
+
+    monkeypatch.setattr(Half, "__module__", "__main__")
+    for optimizer in (Local, Half):
+        with pytest.raises(sw.ShardwrightError, match="cannot import it; move it to the top of a module"):
+            optimizer_name(optimizer)
+
+
 def test_wrong_settings_are_refused():
     """A setting that the class does not have is refused with its reason."""
     with pytest.raises(sw.ShardwrightError, match="optimizer sgd\\(speed=1\\) cannot be made"):
