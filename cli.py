@@ -106,7 +106,12 @@ def profile(
         typer.Option("--out", metavar="FILE", help="Where to write the profile; default NAME.profile.json."),
     ] = None,
     inference: Annotated[bool, typer.Option("--inference", help="Measure the forward only.")] = False,
-    optimizer: Annotated[str, typer.Option("--optimizer", help="sgd, momentum, adam or adamw.")] = "adam",
+    optimizer: Annotated[
+        str, typer.Option("--optimizer", help="From torch.optim, such as adamw or sgd(momentum=0.9), or package.Class.")
+    ] = "adam",
+    master_weights: Annotated[
+        bool, typer.Option("--master-weights", help="Count fp32 copies of parameters of lower precision.")
+    ] = False,
     microbatches: Annotated[
         str | None,
         typer.Option("--microbatches", metavar="LIST", help="Numbers of micro-batches to measure; default 1,2,4,8."),
@@ -164,6 +169,7 @@ def profile(
             cluster=cluster,
             train=not inference,
             optimizer=optimizer,
+            master_weights=master_weights,
             microbatches=counts,
             depth=depth,
             units=units or (),

@@ -45,6 +45,11 @@ class Cache:
         self.refresh = refresh
         self.written: set[str] = set()
 
+    @classmethod
+    def in_memory(cls) -> Cache:
+        """One that is forgotten with the object."""
+        return _Forgotten()
+
     def get(self, key: str, kind: type[R]) -> R | None:
         """The record of ``key``; None without one, or where its file is damaged or of another release."""
         if self.refresh and key not in self.written:
@@ -76,3 +81,16 @@ class Cache:
     def _path(self, key: str) -> Path:
         digest = hashlib.sha256(key.encode()).hexdigest()
         return self.folder / digest[:2] / f"{digest[2:34]}.json"
+
+
+class _Forgotten(Cache):
+    def __init__(self) -> None:
+        super().__init__(Path())
+        self.records: dict[str, Record] = {}
+
+    def get(self, key: str, kind: type[R]) -> R | None:
+        record = self.records.get(key)
+        return record if isinstance(record, kind) else None
+
+    def put(self, key: str, record: Record) -> None:
+        self.records[key] = record

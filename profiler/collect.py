@@ -20,9 +20,10 @@ from shardwright.profiler.declared import find_site
 from shardwright.profiler.devices import spare_host_bytes
 from shardwright.profiler.inputs import batch_size, default_counts, input_specs
 from shardwright.profiler.links import disk_rate, fetch_rates, measure_links, warn_of_corrupt
-from shardwright.profiler.measure import OPTIMIZERS, Goal
+from shardwright.profiler.measure import Goal
+from shardwright.profiler.optimizers import OptimizerLike, OptimizerMemory, optimizer_name
 from shardwright.profiler.profile import Device, Link, Measurement, Profile
-from shardwright.profiler.records import measurements_of, nodes_of, tensors_of, ties_of
+from shardwright.profiler.records import count_steps, measurements_of, nodes_of, tensors_of, ties_of
 from shardwright.profiler.shapes import shapes_only
 from shardwright.profiler.signature import device_key
 from shardwright.profiler.unitgraph import UnitGraph
@@ -39,7 +40,8 @@ def profile(
     devices: Sequence[str] | None = None,
     cluster: str | Path | None = None,
     train: bool = True,
-    optimizer: str = "adam",
+    optimizer: OptimizerLike = "adam",
+    master_weights: bool = False,
     microbatches: Sequence[int] | None = None,
     depth: int | None = None,
     units: Sequence[str] = (),
@@ -62,7 +64,10 @@ def profile(
         cluster: a file that declares devices and links instead (see :mod:`shardwright.profiler.cluster`). What is not
             on this machine is estimated; where nothing is, the model needs no values (``sw.empty_weights()``).
         train: measure backward and update too.
-        optimizer: ``"sgd"``, ``"momentum"``, ``"adam"`` or ``"adamw"``.
+        optimizer: one of ``torch.optim`` by its class's name (``"adamw"``, ``"sgd(momentum=0.9)"``), a class of
+            optimizers, or a ``functools.partial`` of one.
+        master_weights: parameters of lower precision have a copy in fp32 that the optimizer works on; its bytes are
+            counted, the copying is not timed.
         microbatches: into how many micro-batches the batch is to be divided; 1, 2, 4 and 8 by default.
         depth: units are the modules so deep in the model, 1 = its own children; by default the children of containers,
             opened where one does too much of the work.
@@ -81,7 +86,8 @@ def profile(
     kwargs = dict(kwargs or {})
     units = (units,) if isinstance(units, str) else units
     tell = progress or silent
-    _check_options(model, train=train, optimizer=optimizer, microbatches=microbatches, depth=depth, rounds=rounds)
+    _check_options(model, train=train, microbatches=microbatches, depth=depth, rounds=rounds)
+    weighed = OptimizerMemory(optimizer_name(optimizer), master_weights=master_weights) if train else None
     batch = batch_size(args, kwargs)
     counts = tuple(sorted({1, *(microbatches if microbatches is not None else default_counts(batch))}))
     site = find_site(cluster, devices)
@@ -100,23 +106,28 @@ def profile(
             strict=microbatches is not None,
             tell=tell,
         )
+        cache = Cache(refresh=refresh)
+        tell("memory", 0, 1)
+        counted = {count: count_steps(capture, train=train, cache=cache) for count, capture in captures.items()}
+        tell("memory", 1, 1)
+    name_of_optimizer = weighed.name if weighed else ""
     goal = Goal(precision=precision, repeats=rounds, budget_s=budget_s)
-    cache = Cache(refresh=refresh)
     with Workers(found, tell) as workers:
         findings = investigate(
-            workers, found, captures, train=train, optimizer=optimizer, goal=goal, cache=cache, tell=tell
+            workers, found, captures, train=train, optimizer=name_of_optimizer, goal=goal, cache=cache, tell=tell
         )
         around = _surroundings(workers, found, cache, train=train, tell=tell)
     whole = captures[1]
     measured = measurements_of([step.name for step in whole.steps], findings.timings)
-    declared = site.declared_times(captures, measured, train=train, optimizer=optimizer, tell=tell)
+    declared = site.declared_times(captures, measured, train=train, optimizer=name_of_optimizer, tell=tell)
     return Profile(
         model=name or type(model).__name__,
         structure=structure_digest(model),
         inputs=input_specs(args, kwargs),
         batch=batch,
         train=train,
-        optimizer=optimizer if train else "none",
+        optimizer=weighed.name if weighed else "none",
+        master_weights=master_weights and train,
         torch_version=torch.__version__,
         microbatches=tuple(captures),
         devices=tuple(
@@ -124,10 +135,10 @@ def profile(
             for d in site.devices
         ),
         links=site.links(around.links),
-        nodes=nodes_of(captures, train=train, optimizer=optimizer),
+        nodes=nodes_of(captures, weighed, counted),
         tensors=tensors_of(captures),
         colocate=tuple(whole.colocate),
-        ties=ties_of(whole, train=train, optimizer=optimizer),
+        ties=ties_of(whole, weighed),
         obstacles=tuple(whole.obstacles),
         guards=tuple(whole.guards),
         undivided=undivided,
@@ -141,12 +152,10 @@ def profile(
 
 
 def _check_options(
-    model: nn.Module, *, train: bool, optimizer: str, microbatches: Sequence[int] | None, depth: int | None, rounds: int
+    model: nn.Module, *, train: bool, microbatches: Sequence[int] | None, depth: int | None, rounds: int
 ) -> None:
     if not isinstance(model, nn.Module):
         raise ShardwrightError(f"the model is a {type(model).__name__}; give an nn.Module")
-    if train and optimizer not in OPTIMIZERS:
-        raise ShardwrightError(f"optimizer {optimizer!r} is not known; choose one of {', '.join(OPTIMIZERS)}")
     if train and not any(p.requires_grad for p in model.parameters()):
         raise ShardwrightError("no parameter requires a gradient: there is nothing to train; profile with --inference")
     if microbatches is not None and not microbatches:

@@ -13,8 +13,10 @@ from shardwright.profiler.profile import Device
 
 __all__ = ["available_cores", "find_devices", "parse_devices", "spare_host_bytes"]
 
+CUDA_CONTEXT_BYTES = 512 * 2**20
+"""What the context of one more process takes of a GPU, kernels loaded; free memory is read where one is already."""
 CUDA_RESERVE = 0.03
-"""Share of a GPU's free memory left to the allocator's rounding and to libraries' workspaces."""
+"""Share of the rest left to the allocator's rounding (512 B a block, 2 MiB a segment) and to libraries' workspaces."""
 CPU_SHARE = 0.9
 """Share of the host's memory that the CPU workers divide among themselves."""
 
@@ -50,7 +52,7 @@ def find_devices(names: Sequence[str] | str | None = None) -> tuple[Device, ...]
                 )
             free, _ = torch.cuda.mem_get_info(index)
             description = torch.cuda.get_device_name(index)
-            memory = int(free * (1 - CUDA_RESERVE))
+            memory = max(1, int((free - CUDA_CONTEXT_BYTES) * (1 - CUDA_RESERVE)))
             devices.append(Device(name=name, kind="cuda", description=description, memory_bytes=memory))
         else:
             position = workers.index(name)

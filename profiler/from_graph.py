@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import networkx as nx
 
@@ -21,11 +21,15 @@ __all__ = ["profile_from_graph"]
 
 _TIMES = ("forward_s", "backward_s", "update_s")
 _BYTES = ("static_bytes", "param_bytes", "saved_bytes", "output_bytes")
-_OF_NODES = ("kind", "type", "unit", "site", "copied", "unfit", *_TIMES, *_BYTES)
+_PEAKS = ("forward_peak_bytes", "backward_peak_bytes", "input_gradient_bytes")
+_OF_NODES = (
+    *("kind", "type", "unit", "site", "copied", "unfit", *_TIMES, *_BYTES, *_PEAKS),
+    *("update_peak_bytes", "update_left_bytes"),
+)
 _OF_EDGES = ("tensors", "bytes", "gradient_bytes")
 _OF_GRAPHS = (
     *("name", "microbatches", "train", "devices", "links", "colocate", "ties", "obstacles", "host_bytes"),
-    *("disk_bytes_per_s", "node_default", "edge_default"),
+    *("disk_bytes_per_s", "tensors", "waiting", "node_default", "edge_default"),
 )
 
 
@@ -108,6 +112,8 @@ class _Reading:
         data, kind = self.graph.nodes[name], self.kinds[name]
         sizes = {key: whole(f"node {name}: {key}", data[key]) for key in _BYTES if key in data}
         params = sizes.get("param_bytes", 0)
+        if kind == "input":
+            sizes["static_bytes"] = params  # the whole batch, which its tensor has
         rest = sizes.get("static_bytes", params) - params
         if rest < 0:
             raise ShardwrightError(
@@ -126,7 +132,22 @@ class _Reading:
             buffer_bytes=0 if self.train else rest,
             output_bytes={self.microbatches: sizes.get("output_bytes", self.made_bytes.get(name, 0))},
             saved_bytes={self.microbatches: sizes.get("saved_bytes", 0)},
+            forward_peak_bytes=self._peak(name, "forward_peak_bytes"),
+            backward_peak_bytes=self._peak(name, "backward_peak_bytes"),
+            input_gradient_bytes=self._peak(name, "input_gradient_bytes"),
+            update_peak_bytes=self._update_peaks(name),
+            update_left_bytes=whole(f"node {name}: update_left_bytes", data.get("update_left_bytes", 0)),
         )
+
+    def _peak(self, name: str, key: str) -> dict[int, int]:
+        given = self.graph.nodes[name].get(key)
+        return {} if given is None else {self.microbatches: whole(f"node {name}: {key}", given)}
+
+    def _update_peaks(self, name: str) -> dict[Literal["cpu", "cuda"], int]:
+        given = self.graph.nodes[name].get("update_peak_bytes", {})
+        if not isinstance(given, Mapping) or not set(given) <= {"cpu", "cuda"}:
+            raise ShardwrightError(f"node {name}: update_peak_bytes is {given!r}; give bytes for cpu and cuda")
+        return {kind: whole(f"node {name}: update_peak_bytes", size) for kind, size in given.items()}
 
     def _type(self, name: str) -> str:
         """A type that says whether a node is copied, as a profile's does."""
@@ -236,7 +257,21 @@ class _Reading:
         if gradient not in (0, size) or (gradient and not self.train):
             expected = f"0 or {size}, the tensor's own" if self.train else "0, since train is False"
             raise ShardwrightError(f"{where}: gradient_bytes of {name} is {gradient}; give {expected}")
-        return Tensor(name=name, producer=source, requires_grad=gradient > 0, bytes={self.microbatches: size})
+        held = self.graph.graph.get("tensors", {}).get(name, {})
+        sizes_at = {self.microbatches: size}
+        if self.kinds[source] == "input":
+            batch = whole(f"node {source}: static_bytes", self.graph.nodes[source].get("static_bytes", 0))
+            sizes_at.setdefault(1, batch)
+        held_bytes = whole(f"held_bytes of {name}", held.get("held_bytes", size))
+        return Tensor(
+            name=name,
+            producer=source,
+            requires_grad=gradient > 0,
+            bytes=sizes_at,
+            storage=held.get("storage", ""),
+            held_bytes={} if held_bytes == size else {self.microbatches: held_bytes},
+            saved_by=held.get("saver", ""),
+        )
 
     def _sizes(self, tensor: Tensor) -> str:
         return f"{tensor.bytes[self.microbatches]} bytes and {'a' if tensor.requires_grad else 'no'} gradient"

@@ -17,6 +17,12 @@ Graph attributes
     colocate          groups of node names that must share a device [none]
     ties              (parameter, names of its users, bytes of a copy, bytes of gradient summed once a step) [none]
     obstacles         why the forward cannot be piped, as texts [none]
+    tensors           {name: {"maker": node, "storage": an earlier tensor whose storage it has, or "", "held_bytes": of
+                      its storage, "saver": the node whose saved bytes have it in, or "", "gradient_bytes": int}}
+                      [each has its own storage]
+    waiting           (nodes, bytes, bytes of the sum): gradients of weights that several nodes use wait from the
+                      backward of the last of these nodes until that of the first; each of the others adds to them
+                      [those of the ties]
     host_bytes        free memory of the host, for weights that fit on no device [0]
     disk_bytes_per_s  how fast weights come from the host's disk, or None [None]
 Node attributes
@@ -29,10 +35,12 @@ Node attributes
     backward_s        likewise [in training a unit has it]
     update_s          likewise, seconds of one optimizer step [0]
     unfit             names of the devices that it does not fit on, even alone, and has no times for [none]
-    static_bytes      parameters, buffers, gradients and optimizer state [param_bytes]
+    static_bytes      parameters, buffers, gradients and optimizer state; of an input the whole batch [param_bytes]
     param_bytes       the parameters among them [0]
     saved_bytes       kept for backward [0]
     output_bytes      made by the node [the bytes of the tensors on its edges]
+    forward_peak_bytes, backward_peak_bytes, input_gradient_bytes, update_peak_bytes, update_left_bytes
+                      as in a profile's nodes, not taken from a graph from elsewhere
 Edge attributes
     tensors           {tensor name: (bytes forward, bytes of gradient that flow back)}; the second is 0 or the first
 or, for one tensor named as the node that makes it,
@@ -49,7 +57,7 @@ from typing import Any
 import networkx as nx
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.profile import Profile
+from shardwright.profiler.profile import Profile, Tensor
 
 __all__ = ["cost_graph"]
 
@@ -81,7 +89,12 @@ def cost_graph(profile: Profile, microbatches: int) -> nx.DiGraph[str]:
         obstacles=profile.obstacles,
         host_bytes=profile.host_bytes,
         disk_bytes_per_s=profile.disk_bytes_per_s,
+        tensors={tensor.name: _held(tensor, microbatches, train=profile.train) for tensor in profile.tensors},
     )
+    graph.graph["waiting"] = _waiting(profile)
+    inputs = {tensor.producer: 0 for tensor in profile.tensors}
+    for tensor in profile.tensors:
+        inputs[tensor.producer] += tensor.bytes.get(1, 0)
     unfit: dict[str, tuple[str, ...]] = {}
     for misfit in profile.misfits:
         if misfit.microbatches == microbatches:
@@ -103,10 +116,15 @@ def cost_graph(profile: Profile, microbatches: int) -> nx.DiGraph[str]:
             backward_s={m.device: m.backward_s for m in rows},
             update_s={m.device: m.update_s for m in rows},
             unfit=unfit.get(node.name, ()),
-            static_bytes=node.static_bytes,
+            static_bytes=node.static_bytes + (inputs.get(node.name, 0) if node.kind == "input" else 0),
             param_bytes=node.param_bytes,
             saved_bytes=node.saved_bytes.get(microbatches, 0),
             output_bytes=node.output_bytes.get(microbatches, 0),
+            forward_peak_bytes=node.forward_peak_bytes.get(microbatches, 0),
+            backward_peak_bytes=node.backward_peak_bytes.get(microbatches, 0),
+            input_gradient_bytes=node.input_gradient_bytes.get(microbatches),
+            update_peak_bytes=dict(node.update_peak_bytes),
+            update_left_bytes=node.update_left_bytes,
         )
     tensors = {tensor.name: tensor for tensor in profile.tensors}
     for node in profile.nodes:
@@ -144,3 +162,30 @@ def _links(profile: Profile) -> dict[tuple[str, str], tuple[float, float]]:
         }
     names = [device.name for device in profile.devices]
     return dict.fromkeys(itertools.permutations(names, 2), (0.0, math.inf))
+
+
+def _held(tensor: Tensor, microbatches: int, *, train: bool) -> dict[str, Any]:
+    """The memory of a tensor, as an attribute of the graph."""
+    size = tensor.bytes.get(microbatches, 0)
+    return {
+        "maker": tensor.producer,
+        "storage": tensor.storage,
+        "held_bytes": tensor.held_bytes.get(microbatches, size),
+        "saver": tensor.saved_by,
+        "gradient_bytes": size if train and tensor.requires_grad else 0,
+    }
+
+
+def _waiting(profile: Profile) -> tuple[tuple[tuple[str, ...], int, int], ...]:
+    """The nodes that share weights, and the bytes of their gradients: of a tie, or of a unit that is called again.
+
+    The sums of the latter are part of its own peak.
+    """
+    calls: dict[str, list[str]] = {}
+    for node in profile.nodes:
+        if node.kind == "unit":
+            calls.setdefault(node.unit, []).append(node.name)
+    gradients = {node.name: node.grad_bytes for node in profile.nodes}
+    again = [(tuple(nodes), gradients[nodes[0]], 0) for nodes in calls.values() if len(nodes) > 1]
+    ties = [(tie.nodes, tie.gradient_bytes, tie.gradient_bytes) for tie in profile.ties]
+    return tuple(entry for entry in (*again, *ties) if entry[1])

@@ -6,10 +6,12 @@ Graph keys
     variation:DEVICE                                              a JSON list of numbers
     latency_s:SOURCE->TARGET, bandwidth_bytes_per_s:SOURCE->TARGET
     colocate, ties, obstacles                                     JSON lists
+    tensors                                                       JSON: storages that tensors share
 Node keys
     kind, type, unit, site, copied, static_bytes, param_bytes, saved_bytes, output_bytes
     forward_s:DEVICE, backward_s:DEVICE, update_s:DEVICE
     unfit                                    a JSON list
+    forward_peak_bytes, backward_peak_bytes, input_gradient_bytes, update_left_bytes, update_peak_bytes:KIND
 Edge keys
     bytes, gradient_bytes                    one tensor, which is named as the node that makes it
     bytes:TENSOR, gradient_bytes:TENSOR      each tensor, where there are several or with another name
@@ -36,6 +38,10 @@ _ARROW = "->"
 _TIMES = ("forward_s", "backward_s", "update_s")
 _OF_DEVICE = ("kind", "memory_bytes", "fetch_bytes_per_s", "variation")
 _OF_LINK = ("latency_s", "bandwidth_bytes_per_s")
+_OF_NODE = (
+    *("kind", "type", "unit", "site", "copied", "static_bytes", "param_bytes", "saved_bytes", "output_bytes"),
+    *("forward_peak_bytes", "backward_peak_bytes", "input_gradient_bytes", "update_left_bytes"),
+)
 _LISTS = ("colocate", "ties", "obstacles")
 
 
@@ -55,13 +61,12 @@ def graphml(graph: nx.DiGraph[str]) -> str:
 
 def flat_graph(graph: nx.DiGraph[str]) -> nx.DiGraph[str]:
     """A copy of a complete cost graph whose attributes are numbers and texts."""
-    flat: nx.DiGraph[str] = nx.DiGraph(**_flat_attributes(graph.graph))
+    flat: nx.DiGraph[str] = nx.DiGraph(**_flat_attributes(graph))
     for name, data in graph.nodes(data=True):
         times = {f"{key}:{device}": s for key in _TIMES for device, s in data[key].items()}
         unfit = json.dumps(data["unfit"]) if data["unfit"] else ""
-        flat.add_node(
-            name, **_without_empty({k: v for k, v in data.items() if k not in _TIMES} | {"unfit": unfit}), **times
-        )
+        times |= {f"update_peak_bytes:{kind}": size for kind, size in data["update_peak_bytes"].items()}
+        flat.add_node(name, **_without_empty({key: data[key] for key in _OF_NODE} | {"unfit": unfit}), **times)
     for source, target, data in graph.edges(data=True):
         tensors: dict[str, tuple[int, int]] = data["tensors"]
         if list(tensors) == [source]:
@@ -75,7 +80,18 @@ def flat_graph(graph: nx.DiGraph[str]) -> nx.DiGraph[str]:
     return flat
 
 
-def _flat_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
+def _shared(graph: nx.DiGraph[str]) -> dict[str, dict[str, Any]]:
+    """What the graph says of tensors that have no storage of their own, or are saved by their maker."""
+    sizes = {name: size for *_, data in graph.edges(data=True) for name, (size, _) in data["tensors"].items()}
+    return {
+        name: {key: held[key] for key in ("storage", "held_bytes", "saver")}
+        for name, held in graph.graph["tensors"].items()
+        if held["storage"] or held["saver"] or held["held_bytes"] != sizes.get(name, held["held_bytes"])
+    }
+
+
+def _flat_attributes(graph: nx.DiGraph[str]) -> dict[str, Any]:
+    attributes = graph.graph
     flat = {key: attributes[key] for key in ("name", "microbatches", "train", "host_bytes", "disk_bytes_per_s")}
     for name, device in attributes["devices"].items():
         values = device | {"variation": json.dumps(device["variation"]) if device["variation"] else ""}
@@ -85,6 +101,7 @@ def _flat_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
             flat[f"latency_s:{source}{_ARROW}{target}"] = latency_s
             flat[f"bandwidth_bytes_per_s:{source}{_ARROW}{target}"] = bandwidth
     flat |= {key: json.dumps(attributes[key]) if attributes[key] else "" for key in _LISTS}
+    flat["tensors"] = json.dumps(shared) if (shared := _shared(graph)) else ""
     return _without_empty(flat)
 
 
@@ -101,7 +118,7 @@ def nested_graph(graph: nx.DiGraph[str]) -> nx.DiGraph[str]:
     nested: nx.DiGraph[str] = nx.DiGraph(**_nested_attributes(graph.graph))
     for name, data in graph.nodes(data=True):
         nested.add_node(name)
-        nested.nodes[name].update(_gathered(data, _TIMES))
+        nested.nodes[name].update(_gathered(data, (*_TIMES, "update_peak_bytes")))
         if isinstance(data.get("unfit"), str):
             nested.nodes[name]["unfit"] = _from_json(data["unfit"], f"node {name}: unfit")
     for source, target, data in graph.edges(data=True):
@@ -135,6 +152,8 @@ def _nested_attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
     if links:
         found.setdefault("links", {pair: tuple(link.get(key, 0.0) for key in _OF_LINK) for pair, link in links.items()})
     found |= {key: _from_json(found[key], key) for key in _LISTS if isinstance(found.get(key), str)}
+    if isinstance(found.get("tensors"), str):
+        found["tensors"] = _from_json(found["tensors"], "tensors", dict)
     return found
 
 
@@ -154,11 +173,12 @@ def _popped_dict(found: dict[str, Any], key: str) -> dict[str, Any]:
     return found.pop(key) if isinstance(found.get(key), dict) else {}
 
 
-def _from_json(text: str, key: str) -> Any:
+def _from_json(text: str, key: str, kind: type = list) -> Any:
     try:
         value = json.loads(text)
     except ValueError:
         value = None
-    if not isinstance(value, list):
-        raise ShardwrightError(f"graph attribute {key} is not a JSON list: {text!r}")
+    if not isinstance(value, kind):
+        noun = "list" if kind is list else "object"
+        raise ShardwrightError(f"graph attribute {key} is not a JSON {noun}: {text!r}")
     return value

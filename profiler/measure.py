@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from shardwright.errors import ShardwrightError
+from shardwright.profiler.optimizers import OPTIMIZERS, make_optimizer, optimizer_state_bytes
 from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.timing import LEAST_REPEATS, Series
 from shardwright.profiler.unitgraph import Call
@@ -45,39 +45,6 @@ __all__ = [
 Key = TypeVar("Key")
 Reading = Callable[[], float]
 """Gives the seconds of something timed, once the stopwatch has finished."""
-
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-4),
-    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=1e-4, momentum=0.9),
-    "adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-5),
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-5),
-}
-"""By name, so that a worker can make them."""
-
-
-def make_optimizer(name: str, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer | None:
-    """The named optimizer over the trainable ``parameters``; None when there is nothing to train."""
-    if name not in OPTIMIZERS:
-        raise ShardwrightError(f"optimizer {name!r} is not known; choose one of {', '.join(OPTIMIZERS)}")
-    trainable = [p for p in parameters if p.requires_grad]
-    return OPTIMIZERS[name](trainable) if trainable else None
-
-
-def optimizer_state_bytes(name: str, parameters: Iterable[nn.Parameter]) -> int:
-    """Bytes of state that the named optimizer keeps for ``parameters``, counted on stand-ins that hold one element."""
-    total = 0
-    for parameter in parameters:
-        if not parameter.requires_grad:
-            continue
-        stand_in = nn.Parameter(torch.zeros(1, dtype=parameter.dtype))
-        optimizer = make_optimizer(name, [stand_in])
-        assert optimizer is not None  # the stand-in is trainable
-        stand_in.grad = torch.zeros_like(stand_in)
-        optimizer.step()
-        for value in optimizer.state[stand_in].values():
-            if isinstance(value, Tensor):
-                total += value.element_size() * (parameter.numel() if value.dim() else 1)
-    return total
 
 
 class Stopwatch(Protocol):

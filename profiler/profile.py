@@ -115,6 +115,18 @@ class Node(Record):
     output_bytes: dict[PositiveInt, NonNegativeInt] = Field(default_factory=dict)
     saved_bytes: dict[PositiveInt, NonNegativeInt] = Field(default_factory=dict)
     """Kept for backward, each storage counted once in the whole model, parameters excluded."""
+    forward_peak_bytes: dict[PositiveInt, NonNegativeInt] = Field(default_factory=dict)
+    """Workspace: the most that the forward takes at once beyond its inputs and what it leaves, outputs and saved."""
+    backward_peak_bytes: dict[PositiveInt, NonNegativeInt] = Field(default_factory=dict)
+    """The most that the backward takes at once beyond saved tensors, the gradients of its outputs and those of its
+    parameters, which are there from before; the gradients that it makes for its inputs are in it."""
+    input_gradient_bytes: dict[PositiveInt, NonNegativeInt] = Field(default_factory=dict)
+    """Storages of the gradients that its backward hands on: those of an addition are one."""
+    update_peak_bytes: dict[Literal["cpu", "cuda"], NonNegativeInt] = Field(default_factory=dict)
+    """Workspace of the optimizer by kind of device: on a CPU it takes one parameter after another, on a GPU all of the
+    device at once (``foreach``)."""
+    update_left_bytes: NonNegativeInt = 0
+    """On a CPU: of that workspace, what is still held when the next node's turn begins."""
 
     @property
     def static_bytes(self) -> int:
@@ -130,6 +142,12 @@ class Tensor(Record):
     requires_grad: bool
     """A gradient of the same size flows back to the producer."""
     bytes: dict[PositiveInt, NonNegativeInt]
+    storage: str = ""
+    """An earlier tensor of which this is a view, so that it holds no memory of its own."""
+    held_bytes: dict[PositiveInt, NonNegativeInt] = Field(default_factory=dict)
+    """Of its storage, where that is not ``bytes``: more if others share it, 0 if it is the model's own or earlier."""
+    saved_by: str = ""
+    """The node whose ``saved_bytes`` count it; "" where autograd does not keep it."""
 
 
 class Tie(Record):
@@ -232,6 +250,8 @@ class Profile(Document):
     batch: PositiveInt
     train: bool
     optimizer: str
+    master_weights: bool = False
+    """Whether the optimizer works on fp32 copies of parameters of lower precision."""
     torch_version: str
     microbatches: tuple[PositiveInt, ...] = Field(min_length=1)
     devices: tuple[Device, ...] = Field(min_length=1)
@@ -272,6 +292,8 @@ class Profile(Document):
             ("node", {name for group in self.colocate for name in group}, nodes),
             ("node", {name for tie in self.ties for name in tie.nodes}, nodes),
             ("node", {m.node for m in (*self.measurements, *self.misfits)}, nodes),
+            ("node", {tensor.saved_by for tensor in self.tensors} - {""}, nodes),
+            ("tensor", {tensor.storage for tensor in self.tensors} - {""}, tensors),
             ("tensor", {name for node in self.nodes for name in node.inputs}, tensors),
             ("device", {m.device for m in (*self.measurements, *self.misfits)}, devices),
             ("device", {estimate.device for estimate in self.estimates}, devices),

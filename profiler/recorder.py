@@ -110,6 +110,7 @@ class Recorder(GraphWriter, TorchFunctionMode):
         # The parameters of each unit, by identity: others in their place mean a functional call.
         self.held = {path: _held(unit) for path, unit in units.items()}
         self.saved_storages: dict[int, torch.UntypedStorage] = {}
+        self.savers: dict[int, Step] = {}
         self.versions: list[tuple[Tensor, int | Tensor]] = []
 
     # Running
@@ -294,8 +295,9 @@ class Recorder(GraphWriter, TorchFunctionMode):
 
     def _saved(self, tensor: Tensor) -> Tensor:
         """Count a tensor that autograd keeps, once by storage."""
-        if self.current is not None:
-            self.current.saved_bytes += self._storage_counted(tensor)
+        if self.current is not None and (size := self._storage_counted(tensor)):
+            self.current.saved_bytes += size
+            self.savers[tensor.untyped_storage()._cdata] = self.current
         return tensor.detach()
 
     def _storage_counted(self, tensor: Tensor) -> int:
@@ -425,6 +427,7 @@ class Recorder(GraphWriter, TorchFunctionMode):
             constants=self.constants,
             colocate=self._colocate(),
             ties=self._ties(),
+            saved_by={self.storages[key]: step.name for key, step in self.savers.items() if self.storages.get(key)},
             obstacles=self._obstacles(),
             guards=[f"{function} at {site} gives {value}" for site, function, value in dict.fromkeys(self.guards)],
         )

@@ -3,22 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from shardwright.profiler.measure import optimizer_state_bytes
+from shardwright.errors import ShardwrightError
+from shardwright.profiler.cache import Cache
+from shardwright.profiler.memory import StepMemory, count_step
+from shardwright.profiler.optimizers import OptimizerMemory
 from shardwright.profiler.profile import Measurement, Node, Tie, Timing
 from shardwright.profiler.profile import Tensor as TensorRecord
-from shardwright.profiler.structure import nbytes
-from shardwright.profiler.unitgraph import Step, UnitGraph
+from shardwright.profiler.signature import step_key
+from shardwright.profiler.structure import nbytes, tensors_in
+from shardwright.profiler.trace import as_found, attributes_kept
+from shardwright.profiler.unitgraph import Call, Step, UnitGraph
 
-__all__ = ["measurements_of", "nodes_of", "tensors_of", "ties_of"]
+__all__ = ["count_steps", "measurements_of", "nodes_of", "tensors_of", "ties_of"]
 
 
-def nodes_of(captures: Mapping[int, UnitGraph], *, train: bool, optimizer: str) -> tuple[Node, ...]:
-    """The records of the captured steps, with their bytes at each number of micro-batches."""
+def count_steps(capture: UnitGraph, *, train: bool, cache: Cache | None = None) -> dict[str, StepMemory]:
+    """What each step of ``capture`` takes when it runs alone, by name; the model is left as it was.
+
+    Equal work is counted once, and what ``cache`` knows is not counted again.
+
+    Raises:
+        ShardwrightError: a step fails.
+    """
+    counted: dict[str, StepMemory] = {}
+    known = cache if cache is not None else Cache.in_memory()
+    last = {step.unit: step for step in capture.steps if step.kind == "unit"}
+    with attributes_kept(capture.model), as_found(capture.model, train=train):
+        for step in capture.steps:
+            if step.call is None or not (train or step.kind != "output"):
+                continue
+            again = step.kind == "unit" and last[step.unit] is not step
+            key = f"memory {step_key(step, train=train, optimizer=None, accumulate=again)} {_is_fake(step.call)}"
+            found = known.get(key, StepMemory)
+            if found is not None:
+                counted[step.name] = found
+                continue
+            try:
+                counted[step.name] = count_step(step.call, train=train, called_again=again)
+            except Exception as error:
+                raise ShardwrightError(
+                    f"{step.name} failed when it ran alone for its memory to be counted: "
+                    f"{type(error).__name__}: {' '.join(str(error).split())}"
+                ) from error
+            known.put(key, counted[step.name])
+    return counted
+
+
+def _is_fake(call: Call) -> bool:
+    """Whether a call is of tensors without values: some operators go about them in another way."""
+    return any(isinstance(tensor, FakeTensor) for _, tensor in tensors_in((call.args, call.kwargs)))
+
+
+def nodes_of(
+    captures: Mapping[int, UnitGraph],
+    optimizer: OptimizerMemory | None,
+    counted: Mapping[int, Mapping[str, StepMemory]] | None = None,
+) -> tuple[Node, ...]:
+    """The records of the captured steps, with their bytes at each number of micro-batches.
+
+    Args:
+        optimizer: counts what it takes; None for inference.
+        counted: by number of micro-batches and step, what :func:`count_steps` found.
+    """
     steps = {count: {step.name: step for step in capture.steps} for count, capture in captures.items()}
-    weights = _Weights(captures[1], train=train, optimizer=optimizer)
+    weights = _Weights(captures[1], optimizer)
+
+    def peaks(name: str, what: str) -> dict[int, int]:
+        return {count: getattr(found[name], what) for count, found in (counted or {}).items() if name in found}
+
     return tuple(
         Node(
             name=step.name,
@@ -29,21 +86,24 @@ def nodes_of(captures: Mapping[int, UnitGraph], *, train: bool, optimizer: str) 
             inputs=step.reads,
             **weights.of(step),
             output_bytes={count: steps[count][step.name].output_bytes for count in captures},
-            saved_bytes={count: steps[count][step.name].saved_bytes if train else 0 for count in captures},
+            saved_bytes={count: steps[count][step.name].saved_bytes if optimizer else 0 for count in captures},
+            forward_peak_bytes=peaks(step.name, "forward_peak_bytes"),
+            backward_peak_bytes=peaks(step.name, "backward_peak_bytes") if optimizer else {},
+            input_gradient_bytes=peaks(step.name, "gradient_bytes") if optimizer else {},
         )
         for step in captures[1].steps
     )
 
 
-def ties_of(capture: UnitGraph, *, train: bool, optimizer: str) -> tuple[Tie, ...]:
-    """The records of the parameters that several steps use."""
+def ties_of(capture: UnitGraph, optimizer: OptimizerMemory | None) -> tuple[Tie, ...]:
+    """The records of the parameters that several steps use; ``optimizer`` counts their state, None for inference."""
     parameters = dict(capture.model.named_parameters())
     made = []
     for name, steps in capture.ties:
         parameter = parameters[name]
-        trained = [parameter] if train and parameter.requires_grad else []
+        trained = [parameter] if optimizer and parameter.requires_grad else []
         gradient_bytes = sum(map(nbytes, trained))
-        state_bytes = optimizer_state_bytes(optimizer, trained) if trained else 0
+        state_bytes = optimizer.of(trained).state if optimizer else 0
         made.append(
             Tie(
                 name=name,
@@ -62,10 +122,17 @@ def tensors_of(captures: Mapping[int, UnitGraph]) -> tuple[TensorRecord, ...]:
             name=value.name,
             producer=value.producer,
             requires_grad=value.requires_grad,
-            bytes={count: capture.values[value.name].bytes for count, capture in captures.items()},
+            bytes=(sizes := {count: capture.values[value.name].bytes for count, capture in captures.items()}),
+            storage=value.storage,
+            held_bytes={} if (held := _held(value.name, captures)) == sizes else held,
+            saved_by=captures[1].saved_by.get(value.name, ""),
         )
         for value in captures[1].values.values()
     )
+
+
+def _held(name: str, captures: Mapping[int, UnitGraph]) -> dict[int, int]:
+    return {count: capture.values[name].held_bytes for count, capture in captures.items()}
 
 
 def measurements_of(names: Sequence[str], timings: Mapping[tuple[str, int, str], Timing]) -> tuple[Measurement, ...]:
@@ -87,20 +154,23 @@ def measurements_of(names: Sequence[str], timings: Mapping[tuple[str, int, str],
 class _Weights:
     """Bytes of parameters, buffers, gradients and optimizer state by step; a shared tensor counts at its first user."""
 
-    def __init__(self, capture: UnitGraph, *, train: bool, optimizer: str) -> None:
+    def __init__(self, capture: UnitGraph, optimizer: OptimizerMemory | None) -> None:
         self.capture = capture
-        self.train = train
         self.optimizer = optimizer
         self.counted: set[int] = set()
 
-    def of(self, step: Step) -> dict[str, int]:
+    def of(self, step: Step) -> dict[str, Any]:
         parameters, buffers = self._held(step)
-        trained = [p for p in parameters if p.requires_grad] if self.train else []
+        if self.optimizer is None:
+            return {"param_bytes": sum(map(nbytes, parameters)), "buffer_bytes": sum(map(nbytes, buffers))}
+        taken = self.optimizer.of(parameters)
         return {
-            "param_bytes": sum(nbytes(p) for p in parameters),
-            "buffer_bytes": sum(nbytes(b) for b in buffers),
-            "grad_bytes": sum(nbytes(p) for p in trained),
-            "optimizer_bytes": optimizer_state_bytes(self.optimizer, trained) if trained else 0,
+            "param_bytes": sum(map(nbytes, parameters)),
+            "buffer_bytes": sum(map(nbytes, buffers)),
+            "grad_bytes": sum(nbytes(p) for p in parameters if p.requires_grad),
+            "optimizer_bytes": taken.state,
+            "update_peak_bytes": {"cpu": taken.update, "cuda": taken.update_together},
+            "update_left_bytes": taken.update_left,
         }
 
     def _held(self, step: Step) -> tuple[list[nn.Parameter], list[Tensor]]:

@@ -24,7 +24,7 @@ from shardwright.profiler.structure import nbytes
 from shardwright.profiler.unitgraph import UnitGraph, mean_square_loss
 from shardwright.profiler.units import find_units
 
-__all__ = ["CaptureError", "attributes_kept", "checked_trace", "evaluating", "trace"]
+__all__ = ["CaptureError", "as_found", "attributes_kept", "checked_trace", "evaluating", "trace"]
 
 
 class CaptureError(ShardwrightError):
@@ -50,7 +50,7 @@ def trace(
         ShardwrightError: the forward fails.
     """
     units = _checked(model, units)
-    with attributes_kept(model), _as_found(model, train=train):
+    with attributes_kept(model), as_found(model, train=train):
         return _recorded(model, units, args, dict(kwargs or {}), train=train)[1]
 
 
@@ -74,12 +74,12 @@ def checked_trace(
     units = _checked(model, units)
     kwargs = dict(kwargs or {})
     with attributes_kept(model):
-        with _as_found(model, train=train):
+        with as_found(model, train=train):
             earlier, other, expected = _run_on_other_values(model, units, args, kwargs, train=train)
-        with _as_found(model, train=train):
+        with as_found(model, train=train):
             _, capture, _ = _recorded(model, units, args, kwargs, train=train, earlier=earlier)
         if earlier is not None and not capture.obstacles:
-            with _as_found(model, train=train):
+            with as_found(model, train=train):
                 _compare(capture, other, expected, train=train)
     return capture
 
@@ -208,7 +208,7 @@ def _checked(model: nn.Module, units: Mapping[str, nn.Module] | None) -> dict[st
 
 
 @contextmanager
-def _as_found(model: nn.Module, *, train: bool) -> Iterator[None]:
+def as_found(model: nn.Module, *, train: bool) -> Iterator[None]:
     """Run the model in training or not; its state, its mode and the random state are put back afterwards."""
     with _eager(), _state_kept(model), torch.random.fork_rng(devices=[]), torch.set_grad_enabled(train):
         model.train(train)

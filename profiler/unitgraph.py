@@ -95,6 +95,10 @@ class Value:
     requires_grad: bool
     bytes: int
     """What a transfer moves."""
+    storage: str = ""
+    """The first value that has the same storage; "" = this one."""
+    held_bytes: int = 0
+    """What it adds to what is held: bytes of its storage, 0 if an earlier value or the model has that."""
 
 
 @dataclass
@@ -119,6 +123,8 @@ class UnitGraph:
     """A parameter that several units or glue steps use, with those steps."""
     guards: list[str] = field(default_factory=list)
     """Numbers that the forward read back from masks and indices: the graph is for inputs that give the same."""
+    saved_by: dict[str, str] = field(default_factory=dict)
+    """Values whose storage autograd keeps -> the step whose ``saved_bytes`` count it, the first to save it."""
     obstacles: list[str] = field(default_factory=list)
     """What the graph cannot represent faithfully, with file and line: such a model can be placed, not piped."""
 

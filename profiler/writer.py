@@ -6,6 +6,7 @@ constant, and an object among the arguments is made anew for every call, with it
 
 from __future__ import annotations
 
+import itertools
 import operator
 import sys
 from functools import cache
@@ -16,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from shardwright.profiler.callsites import call_site
 from shardwright.profiler.inputs import is_mask
+from shardwright.profiler.memory import storages_of
 from shardwright.profiler.structure import (
     Hole,
     copied,
@@ -74,6 +76,9 @@ class GraphWriter:
         self.attribute_ids: dict[str, int] = {}
         # Tensors by identity; the references keep every identity valid until the capture ends.
         self.name_of: dict[int, str] = {}
+        # Storages by address -> the first value that has them; "" for the model's own.
+        held = itertools.chain(model.parameters(), model.buffers())
+        self.storages: dict[int, str] = {s._cdata: "" for tensor in held for s in storages_of(tensor)}
         self.alive: list[Any] = []
         self.tensors: dict[str, Tensor] = {}
         self.sources: dict[str, Sources] = {}
@@ -144,8 +149,24 @@ class GraphWriter:
         self.sources[name] = sources
         stride = tuple(tensor.stride()) if tensor.layout == torch.strided else None
         self.values[name] = Value(
-            name, step.name, node, tuple(tensor.shape), stride, tensor.dtype, tensor.requires_grad, nbytes(tensor)
+            name,
+            step.name,
+            node,
+            tuple(tensor.shape),
+            stride,
+            tensor.dtype,
+            tensor.requires_grad,
+            nbytes(tensor),
+            *self._storage(name, tensor),
         )
+
+    def _storage(self, name: str, tensor: Tensor) -> tuple[str, int]:
+        """The earlier value that has the storage of ``tensor``, if one has, and the bytes that are new with it."""
+        found = storages_of(tensor)
+        known = [self.storages[s._cdata] for s in found if s._cdata in self.storages]
+        new = {s._cdata: s.nbytes() for s in found if s._cdata not in self.storages}
+        self.storages |= dict.fromkeys(new, name)
+        return next(filter(None, known), ""), sum(new.values())
 
     def _argument(self, value: Any, step: Step) -> Any:
         """``value`` with its tensors replaced by graph nodes, noted as read by ``step``."""

@@ -174,9 +174,11 @@ def captured_profile() -> ProfileMaker:
         train: bool = True,
         optimizer: str = "adam",
         refined: bool = False,
+        counted: bool = False,
     ) -> Profile:
         from shardwright.profiler import inputs, records
         from shardwright.profiler.capture import captures_of
+        from shardwright.profiler.optimizers import OptimizerMemory
         from shardwright.profiler.trace import checked_trace
         from shardwright.profiler.units import structure_digest
 
@@ -186,6 +188,8 @@ def captured_profile() -> ProfileMaker:
             captures, _ = captures_of(model, args, kwargs, microbatches, devices=len(devices), train=train)
         else:
             captures = {m: checked_trace(model, *inputs.microbatch(args, kwargs, m), train=train) for m in microbatches}
+        weighed = OptimizerMemory(optimizer) if train else None
+        peaks = {m: records.count_steps(capture, train=train) for m, capture in captures.items()} if counted else None
         steps = [step for step in captures[1].steps if step.kind in ("unit", "glue")]
         return Profile(
             model=type(model).__name__,
@@ -206,10 +210,10 @@ def captured_profile() -> ProfileMaker:
                 for b in devices
                 if a != b
             ),
-            nodes=records.nodes_of(captures, train=train, optimizer=optimizer),
+            nodes=records.nodes_of(captures, weighed, peaks),
             tensors=records.tensors_of(captures),
             colocate=tuple(captures[1].colocate),
-            ties=records.ties_of(captures[1], train=train, optimizer=optimizer),
+            ties=records.ties_of(captures[1], weighed),
             obstacles=tuple(captures[1].obstacles),
             guards=tuple(captures[1].guards),
             measurements=tuple(

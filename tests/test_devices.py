@@ -45,3 +45,13 @@ def test_a_wrong_device_is_one_clear_line(names, message):
 def test_kinds():
     """A name's kind is what stands before the colon."""
     assert parse_devices(["cpu:0", "cuda:3"]) == ["cpu", "cuda"]
+
+
+def test_the_budget_of_a_gpu_leaves_room_for_context_and_rounding(monkeypatch):
+    """Of what is free, a plan may use what another process's context and the allocator's rounding leave."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: f"GPU {index}")
+    for free, budget in ((10 * 2**30 + 512 * 2**20, int(0.97 * 10 * 2**30)), (2**20, 1)):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda _index, free=free: (free, 80 * 2**30))
+        assert [d.memory_bytes for d in find_devices(["cuda:0"])] == [budget]

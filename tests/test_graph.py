@@ -29,6 +29,11 @@ def test_attributes_at_a_number_of_microbatches(make_profile):
         "obstacles": (),
         "host_bytes": 0,
         "disk_bytes_per_s": None,
+        "tensors": {
+            name: {"maker": name, "storage": "", "held_bytes": 40, "saver": "", "gradient_bytes": gradient}
+            for name, gradient in {"x": 0, "a": 40, "b": 40}.items()
+        },
+        "waiting": (),
     }
     assert list(graph) == ["x", "a", "b", "outputs"]
     assert graph.nodes["a"] == {
@@ -45,6 +50,11 @@ def test_attributes_at_a_number_of_microbatches(make_profile):
         "param_bytes": 1_000,
         "saved_bytes": 400,
         "output_bytes": 40,
+        "forward_peak_bytes": 0,
+        "backward_peak_bytes": 0,
+        "input_gradient_bytes": None,
+        "update_peak_bytes": {},
+        "update_left_bytes": 0,
     }
     assert graph.nodes["x"]["forward_s"] == {}
     assert dict(graph.edges) == {

@@ -6,14 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from shardwright.errors import ShardwrightError
 from shardwright.profiler.measure import (
     Goal,
     HostStopwatch,
     Subject,
-    make_optimizer,
     measure,
-    optimizer_state_bytes,
 )
 from shardwright.profiler.timing import LEAST_REPEATS
 from shardwright.profiler.unitgraph import Call
@@ -164,22 +161,3 @@ def test_a_failing_unit_is_named():
     """The error of a unit that fails while it is measured begins with its name."""
     with pytest.raises(RuntimeError, match="head: "):
         timed({"head": subject(nn.Linear(3, 2), torch.ones(1, 2))}, Clock())
-
-
-@pytest.mark.parametrize(("name", "copies"), [("sgd", 0), ("momentum", 1), ("adam", 2), ("adamw", 2)])
-def test_optimizer_state_is_what_the_optimizer_keeps(name, copies):
-    """The counted bytes equal the state of a real optimizer after a step."""
-    unit = nn.Linear(5, 3)
-    unit.bias.requires_grad_(False)
-    optimizer = make_optimizer(name, unit.parameters())
-    unit(torch.ones(1, 5)).sum().backward()
-    optimizer.step()
-    kept = [v for v in optimizer.state[unit.weight].values() if isinstance(v, torch.Tensor)]
-    assert optimizer_state_bytes(name, unit.parameters()) == sum(v.numel() * v.element_size() for v in kept)
-    assert sum(v.numel() == 15 for v in kept) == copies
-
-
-def test_an_unknown_optimizer_is_refused():
-    """The names that are known are listed."""
-    with pytest.raises(ShardwrightError, match="choose one of sgd, momentum, adam, adamw"):
-        make_optimizer("lion", nn.Linear(1, 1).parameters())

@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shardwright.errors import ShardwrightError
+from shardwright.sharder.planning.memory import Gradient, Ledger, Step, Storage
 from shardwright.sharder.planning.partition import partition, stage_loads
-from shardwright.sharder.planning.problem import Block, Crossing, Problem, Tie
+from shardwright.sharder.planning.problem import Block, Crossing, Problem, Tie, bits
 from shardwright.sharder.planning.search import closed_sets, simple_bound_s
 
 
@@ -24,15 +25,13 @@ def block(time, devices=2, **changes):
         "backward_s": (0.0,) * devices,
         "update_s": (0.0,) * devices,
         "static_bytes": 1,
-        "saved_bytes": 0,
-        "output_bytes": 0,
         "units": ("n",),
         "allowed": (True,) * devices,
     }
     return Block(**(fields | changes))
 
 
-def chain(times, devices=2, *, cap=10**6, latency=0.0, microbatches=4, **changes):
+def chain(times, devices=2, *, cap=10**6, latency=0.0, microbatches=4, saved_bytes=0, **changes):
     """A chain of blocks over devices that are alike, with one tensor of 1 byte between neighbours."""
     return Problem(
         blocks=tuple(block(time, devices, **changes) for time in times),
@@ -43,6 +42,7 @@ def chain(times, devices=2, *, cap=10**6, latency=0.0, microbatches=4, **changes
         links=(((latency, math.inf),) * devices,) * devices,
         microbatches=microbatches,
         schedule="1f1b",
+        ledger=Ledger(tuple(Step(v, saved_bytes, saved_bytes, 0) for v in range(len(times)))),
     )
 
 
@@ -83,8 +83,6 @@ def problems(draw):
                 backward_s=draw(row),
                 update_s=draw(row),
                 static_bytes=draw(size),
-                saved_bytes=draw(size),
-                output_bytes=draw(size),
                 units=draw(st.sampled_from([("u",), ("u",), ()])),
                 allowed=allowed,
             )
@@ -121,7 +119,29 @@ def problems(draw):
         microbatches=draw(st.sampled_from([1, 2, 3, 8])),
         schedule=draw(st.sampled_from(["1f1b", "gpipe"])),
         ties=tuple(ties),
+        ledger=draw(ledgers(count, tensors)),
+        updates_together=tuple(draw(st.booleans()) for _ in range(devices)),
     )
+
+
+@st.composite
+def ledgers(draw, count, tensors):
+    """What each block takes, as one node; the tensors that cross are held, saved, waited for, or none of it."""
+    size = st.integers(0, 5)
+    storages, gradients, saved = [], [], [draw(size) for _ in range(count)]
+    for tensor in tensors:
+        readers = tuple(bits(tensor.readers))
+        held, saver = draw(size), draw(st.sampled_from([None, tensor.producer, *readers]))
+        storages.append(Storage(held, tensor.producer, readers, saver, draw(st.booleans())))
+        if saver is not None:
+            saved[saver] += held
+        if tensor.backward_bytes:
+            gradients.append(Gradient(tensor.backward_bytes, readers, tensor.producer, tensor.backward_bytes))
+    if count > 1:
+        users = tuple(sorted(draw(st.sets(st.integers(0, count - 1), min_size=2))))
+        gradients.append(Gradient(draw(size), users, None, draw(size)))
+    steps = tuple(Step(v, saved[v], *(draw(size) for _ in range(5))) for v in range(count))
+    return Ledger(steps, tuple(storages), tuple(gradients))
 
 
 def brute_force(p):
@@ -155,7 +175,6 @@ def largest_load(p, stage_of, order):
         if not all(b.allowed[d] for b in mine):
             return None
         load = sum(m * (b.forward_s[d] + b.backward_s[d]) + b.update_s[d] for b in mine)
-        received = 0
         for t in p.crossings:
             last = max(stage_of[v] for v in range(len(p.blocks)) if t.readers >> v & 1)
             first = stage_of[t.producer]
@@ -168,15 +187,12 @@ def largest_load(p, stage_of, order):
                 )
                 load += m * (there_s + t.forward_bytes / there)
                 load += m * (back_s + t.backward_bytes / back) if t.backward_bytes else 0
-                received += t.forward_bytes if s == cut + 1 else 0
-        held = m if p.schedule == "gpipe" else min(m, stages - s)
-        memory = sum(b.static_bytes for b in mine) + held * (sum(b.saved_bytes for b in mine) + received)
+        start, end = (sum(1 << v for v in range(len(p.blocks)) if stage_of[v] < s + i) for i in (0, 1))
         for tie in p.ties:
             at = {stage_of[v] for v in range(len(p.blocks)) if tie.users >> v & 1}
             if s in at and at != {s}:
-                memory += tie.copy_bytes if stage_of[tie.first] != s else 0
                 load += 2 * slowest_s(p, d, tie.gradient_bytes) if tie.gradient_bytes else 0
-        if memory + max(b.output_bytes for b in mine) > p.caps[d]:
+        if p.memory_bytes(start, end, d, stages - s - 1) > p.caps[d]:
             return None
         loads.append(load)
     return max(loads)
@@ -310,7 +326,7 @@ def test_roomier_device_takes_the_end_where_the_weights_are():
 
 def test_tight_memory_is_met_by_every_device():
     """Where each device holds one block only, each gets one, however uneven the work is."""
-    found = partition(chain([1, 1, 6], devices=3, static_bytes=9, cap=11))
+    found = partition(dataclasses.replace(chain([1, 1, 6], devices=3, static_bytes=9, cap=11), crossings=()))
     assert found is not None
     assert [m for _, m in found.stages] == [0b001, 0b010, 0b100]
 
@@ -360,7 +376,7 @@ def test_no_time_and_nothing_found_is_an_error():
     """When the time ends before a split that fits is found, the error says so and what to do."""
     problem = chain([9, 1, 1, 1], cap=5)
     blocks = tuple(dataclasses.replace(b, static_bytes=s) for b, s in zip(problem.blocks, (1, 2, 1, 4), strict=True))
-    problem = dataclasses.replace(problem, blocks=blocks)
+    problem = dataclasses.replace(problem, blocks=blocks, crossings=())
     assert partition(problem) is not None
     with pytest.raises(ShardwrightError, match="in the time allowed; allow more with --time-limit"):
         partition(problem, time_limit_s=0.0)
@@ -389,7 +405,7 @@ def test_memory_is_refused_without_search():
 
 def test_activations_in_flight_bind_the_first_stage_most():
     """Under 1F1B the first of two stages holds two micro-batches: it gets the smaller share."""
-    found = partition(chain([1] * 6, saved_bytes=10, static_bytes=0, cap=46))
+    found = partition(dataclasses.replace(chain([1] * 6, saved_bytes=10, static_bytes=0, cap=46), crossings=()))
     assert found is not None
     assert [m.bit_count() for _, m in found.stages] == [2, 4]
     assert found.value_s == 4 * 4.0
@@ -452,7 +468,7 @@ def test_slowest_link_of_each_device_is_paid():
 def test_copy_takes_memory_beside_the_first():
     """The stage without the block that counts the parameter has a copy more; where that does not fit they stay."""
     problem = tied([1] * 4, (0, 3), copy_bytes=5, gradient_bytes=0, cap=7)
-    assert [problem.memory_bytes(members, (), 0) for members in (0b0011, 0b1100, 0b0110, 0b1111)] == [2, 7, 2, 4]
+    assert [problem.memory_bytes(*cuts, 0, 0) for cuts in ((0, 0b0011), (0b0011, 0b1111), (0, 0b1111))] == [2, 7, 4]
     found = partition(problem)
     assert found is not None
     assert [m.bit_count() for _, m in found.stages] == [2, 2]
@@ -491,7 +507,7 @@ def test_three_copies_of_one_parameter():
     problem = tied([3] * 3, (0, 1, 2), devices=3, first=1, gradient_bytes=2, copy_bytes=10)
     stages = ((0, 0b001), (1, 0b010), (2, 0b100))
     assert stage_loads(problem, stages) == [12 + 4] * 3
-    assert [problem.memory_bytes(members, (), 0) for _, members in stages] == [11, 1, 11]
+    assert [problem.memory_bytes(m - 1, 2 * m - 1, 0, 0) for _, m in stages] == [11, 1, 11]
 
 
 def test_tied_chain_on_mixed_devices_is_exact_in_a_moment():

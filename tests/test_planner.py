@@ -244,11 +244,12 @@ def test_tied_language_model_is_split(chain_profile):
 
 def test_tied_parameter_with_a_huge_gradient_keeps_its_users_together(chain_profile):
     """Where the sum takes longer than the work that a split saves, the users share a stage: the only one if need be."""
-    result = plan(tied(chain_profile(8), "u0", "u7", gradient_bytes=10**10), microbatches=4)
+    room = {"memory_bytes": 10**11}
+    result = plan(tied(chain_profile(8, **room), "u0", "u7", gradient_bytes=10**10), microbatches=4)
     assert (len(result.stages), result.ties) == (1, ())
     assert result.certificate.exact
     assert result.certificate.binds == "the copies of net.w: without them the largest load would be 50% of this"
-    near = plan(tied(chain_profile(8), "u3", "u4", gradient_bytes=10**10), microbatches=4)
+    near = plan(tied(chain_profile(8, **room), "u3", "u4", gradient_bytes=10**10), microbatches=4)
     assert sorted(len(stage.units) for stage in near.stages) == [3, 5]
     assert (near.ties, [stage.tie_s for stage in near.stages]) == ((), [0.0, 0.0])
 

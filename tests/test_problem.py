@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 
@@ -11,6 +12,7 @@ import pytest
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Tie
 from shardwright.sharder.planning.blocks import parse_bytes, problem_from_graph
+from shardwright.sharder.planning.memory import Gradient, Step, Storage
 from shardwright.sharder.planning.problem import Tie as BlockTie
 from shardwright.sharder.planning.problem import in_flight
 
@@ -57,7 +59,11 @@ def test_chain_becomes_blocks(chain_profile):
     assert problem.predecessors == (0b0, 0b1, 0b11, 0b111)
     unit = problem.blocks[1]
     assert (unit.forward_s, unit.backward_s, unit.units) == ((0.5, 0.25), (1.0, 0.5), ("net.u0",))
-    assert (unit.static_bytes, unit.saved_bytes, unit.output_bytes) == (2_000, 400, 40)
+    assert unit.static_bytes == 2_000
+    # The forward leaves 400 saved and the output, the backward makes the gradient of what it reads, u0 that of nothing.
+    assert problem.ledger.steps[1:3] == (Step(1, 400, 440, 0), Step(2, 400, 440, 40))
+    assert problem.ledger.storages == (Storage(40, 1, (2,)), Storage(40, 2, (3,), returned=True))
+    assert problem.ledger.gradients == (Gradient(40, (2,), 1, 40), Gradient(40, (3,), 2, 40))
     assert problem.work_s(1, 0) == 2 * 1.5
     assert [(c.name, c.producer, c.readers, c.forward_bytes, c.backward_bytes) for c in problem.crossings] == [
         ("x", 0, 0b10, 40, 0),
@@ -168,7 +174,9 @@ def test_buffers_and_constants_are_copied_to_their_readers(make_profile, type_):
     problem = problem_from_graph(of_type(make_profile(edges, kinds={"k": "parameter"}), k=type_).graph(1))
     assert nodes_of(problem) == [("x",), ("k", "a"), ("b",), ("c",), ("outputs",)]
     assert problem.ties == (BlockTie("k", 0b01010, 1, 7, 0),)
-    assert problem.memory_bytes(0b01000, (), 0) == problem.memory_bytes(0b00100, (), 0) + 7
+    alone = dataclasses.replace(problem, ties=())
+    copies = [problem.memory_bytes(v - 1, 2 * v - 1, 0, 1) - alone.memory_bytes(v - 1, 2 * v - 1, 0, 1) for v in (4, 8)]
+    assert copies == [0, 7]
     assert [problem.ties_s(0b01000, device) for device in range(2)] == [0.0, 0.0]
 
 
@@ -312,11 +320,15 @@ def test_transfers_go_both_ways_of_the_link(chain_profile):
 
 
 def test_memory_is_weights_and_what_is_in_flight(chain_profile):
-    """A stage holds its weights, saved and received tensors of each micro-batch in flight, and its largest output."""
+    """A stage holds weights, the engine's buffers, and for each micro-batch in flight what is saved and sent."""
     problem = problem_from_graph(chain_profile(4).graph(4))
-    received = problem.crossing(0b11)
-    assert problem.memory_bytes(0b1100, received, 1) == 2 * 2_000 + 2 * (2 * 200 + 20) + 20
-    assert problem.memory_bytes(0b1100, (), 0) == 2 * 2_000 + 2 * 200 + 20
+    weights, saved, tensor = 2_000, 200, 20
+    # Blocks: input, u0 to u3, outputs. The buffers: 4 tensors that come, 4 gradients that come back.
+    buffers = 4 * (tensor + tensor)
+    walked = 2 * saved + tensor + tensor  # the gradient of u2 is made by u3, or u2 is held while u3 runs
+    assert problem.memory_bytes(0b000111, 0b011111, 0, 1) == (
+        2 * weights + buffers + 2 * tensor + (2 * saved + tensor) + walked
+    )
 
 
 def test_one_device_alone(chain_profile):

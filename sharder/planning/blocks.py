@@ -17,6 +17,7 @@ import networkx as nx
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import NodeKind
 from shardwright.profiler.sizes import parse_bytes
+from shardwright.sharder.planning.ledger import ledger_of
 from shardwright.sharder.planning.problem import Block, Crossing, Problem, Schedule, Tie
 
 __all__ = ["parse_bytes", "problem_from_graph"]
@@ -208,8 +209,6 @@ def problem_from_graph(
             backward_s=tuple(sum(data[n]["backward_s"].get(d, 0.0) for n in nodes) for d in names),
             update_s=tuple(sum(data[n]["update_s"].get(d, 0.0) for n in nodes) for d in names),
             static_bytes=sum(data[n]["static_bytes"] for n in nodes),
-            saved_bytes=sum(data[n]["saved_bytes"] for n in nodes),
-            output_bytes=max(data[n]["output_bytes"] for n in nodes),
             units=tuple(data[n].get("unit") or n for n in nodes if data[n]["kind"] == "unit"),
             allowed=_allowed(graph, nodes, names, pins),
             unfit=_unfit(graph, nodes, names),
@@ -227,6 +226,8 @@ def problem_from_graph(
         links=tuple(tuple(graph.graph["links"][a, b] if a != b else (0.0, float("inf")) for b in names) for a in names),
         microbatches=graph.graph["microbatches"],
         schedule=schedule,
+        ledger=ledger_of(cut, block_of),
+        updates_together=tuple(known[d]["kind"] == "cuda" for d in names),
     )
 
 

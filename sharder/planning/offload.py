@@ -68,10 +68,10 @@ def with_offloaded(problem: Problem, chosen: Sequence[int], rates: Rates) -> tup
             block,
             forward_s=tuple(f + (s or 0.0) for f, s in zip(block.forward_s, seconds, strict=True)),
             static_bytes=0,
-            output_bytes=block.output_bytes + block.static_bytes,
             allowed=allowed,
         )
-    return dataclasses.replace(problem, blocks=tuple(blocks)), tiers
+    brought = problem.ledger.with_more({v: problem.blocks[v].static_bytes for v in tiers})
+    return dataclasses.replace(problem, blocks=tuple(blocks), ledger=brought), tiers
 
 
 def _fetch_s(size: int, fetch: float | None, tier: Tier, disk: float | None) -> float | None:

@@ -126,7 +126,7 @@ def stage_loads(problem: Problem, stages: Sequence[tuple[int, int]]) -> list[flo
         blocks = [problem.blocks[v] for v in bits(members)]
         if not any(block.units for block in blocks) or not all(block.allowed[device] for block in blocks):
             return None
-        if problem.memory_bytes(members, problem.crossing(closed), after) > problem.caps[device]:
+        if problem.memory_bytes(closed, closed | members, device, after) > problem.caps[device]:
             return None
         closed |= members
         sent_s = 0.0
@@ -141,13 +141,11 @@ def stage_loads(problem: Problem, stages: Sequence[tuple[int, int]]) -> list[flo
 
 def _cannot_fit(problem: Problem) -> bool:
     """Whether memory rules out every split, seen without search: a block, or the sum of all that stays."""
-    alone = [problem.least_bytes(v) for v in range(len(problem.blocks))]
-    room = [
-        max((cap for cap, allowed in zip(problem.caps, block.allowed, strict=True) if allowed), default=-1)
-        for block in problem.blocks
-    ]
     static = sum(block.static_bytes for block in problem.blocks)
-    return static > sum(problem.caps) or any(need > most for need, most in zip(alone, room, strict=True))
+    return static > sum(problem.caps) or not all(
+        any(block.allowed[d] and problem.least_bytes(v, d) <= cap for d, cap in enumerate(problem.caps))
+        for v, block in enumerate(problem.blocks)
+    )
 
 
 class _Best:

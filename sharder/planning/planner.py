@@ -236,7 +236,7 @@ def _write(
                 **dataclasses.asdict(chosen.costs[index]),
                 load_s=chosen.loads[index],
                 param_bytes=sum(nodes[n].param_bytes for n in names),
-                memory_bytes=problem.memory_bytes(members, problem.crossing(closed), after),
+                memory_bytes=problem.memory_bytes(closed, closed | members, device, after),
                 memory_cap_bytes=problem.caps[device],
                 in_flight=in_flight(problem.schedule, problem.microbatches, after) if profile.train else 1,
             )
@@ -382,7 +382,7 @@ def _what_binds(chosen: _Option, deadline_s: float) -> str:
 
 def _relaxations(problem: Problem) -> Iterator[tuple[str, Problem, float]]:
     """What may stand in the way of a smaller load, the problem without it, and the share of the load that tells."""
-    whole = problem.memory_bytes((1 << len(problem.blocks)) - 1, (), len(problem.devices) - 1)
+    whole = problem.memory_bytes(0, (1 << len(problem.blocks)) - 1, 0, len(problem.devices) - 1)
     if whole > min(problem.caps):
         caps = (whole * len(problem.devices),) * len(problem.devices)
         yield "the memory caps", dataclasses.replace(problem, caps=caps), 0.999
@@ -433,11 +433,14 @@ def _why_nothing_fits(problems: list[Problem], deadline_s: float) -> str:
     """Which block or whole exceeds the memory, at the smallest micro-batch, or that the pins leave nothing."""
     problem = max(problems, key=lambda p: p.microbatches)
     for v, block in enumerate(problem.blocks):
-        need = problem.least_bytes(v)
-        rooms = [(problem.caps[d], name) for d, name in enumerate(problem.devices) if block.allowed[d]]
+        rooms = [
+            (problem.caps[d], name, problem.least_bytes(v, d))
+            for d, name in enumerate(problem.devices)
+            if block.allowed[d]
+        ]
         if not rooms:
             return f"{_name(block)} is pinned to where it does not fit, not even alone: remove the pin"
-        room, device = max(rooms)
+        room, device, need = max(rooms)
         if need > room:
             which = "the roomiest device" if all(block.allowed) else "where it is pinned"
             return (
@@ -461,7 +464,7 @@ def _why_nothing_fits(problems: list[Problem], deadline_s: float) -> str:
                 "its order; pin neighbours alike, or remove a pin"
             )
     static = sum(block.static_bytes for block in problem.blocks)
-    whole = problem.memory_bytes((1 << len(problem.blocks)) - 1, (), 0)
+    whole = problem.memory_bytes(0, (1 << len(problem.blocks)) - 1, 0, 0)
     caps = ", ".join(f"{device} {_size(cap)}" for device, cap in zip(problem.devices, problem.caps, strict=True))
     return (
         f"no split fits: at {problem.microbatches} micro-batches the model needs {_size(whole)} in one piece "

@@ -6,10 +6,18 @@ sets {} = I0 < I1 < ... < IS = all, so that stage s = Is \ Is-1 runs on the s-th
 and the largest load is least:
 
     load(s) = M * (compute(s) + transfer in + transfer out) + update(s) + ties(s)       seconds of M micro-batches
-    memory(s) = static(s) + copies(s) + in_flight(s) * (saved(s) + received(s)) + largest output(s)
+    memory(s) = static(s) + copies(s) + buffers(s) + the largest of
+                (in_flight(s) - 1) * kept(s) + peak(s)                      while micro-batches come and go
+                update(s)                                                   in the optimizer's step
 
 Transfers are relayed, as the pipeline engine does it: a tensor still needed later crosses every cut between its
 producer and its last reader, forward as an activation and backward as a gradient, and costs both ends of the link.
+
+kept and peak of one micro-batch come from a walk through the stage's nodes (memory.py). The pipeline engine holds on to
+what a stage sends until its backward. For each micro-batch it has a buffer for every tensor and gradient that the stage
+receives, for the whole of the training, and it keeps the gradients that the stage sends until the next step:
+
+    buffers(s) = M * (tensors received + gradients received) + gradients sent so far
 
 A stage that has some users of a tied parameter, but not all, holds a copy of it:
 
@@ -30,7 +38,10 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
+
+from shardwright.sharder.planning.memory import EMPTY, Ledger, Walk
 
 __all__ = ["Block", "Crossing", "Problem", "Schedule", "Tie", "bits", "in_flight"]
 
@@ -59,9 +70,6 @@ class Block:
     backward_s: tuple[float, ...]
     update_s: tuple[float, ...]
     static_bytes: int
-    saved_bytes: int
-    output_bytes: int
-    """The largest output of one of its nodes: room that a step needs beside what it keeps."""
     units: tuple[str, ...]
     """Module paths of the units among the nodes; a stage has at least one."""
     allowed: tuple[bool, ...]
@@ -128,6 +136,10 @@ class Problem:
     microbatches: int
     schedule: Schedule = "1f1b"
     ties: tuple[Tie, ...] = ()
+    ledger: Ledger = EMPTY
+    """What the nodes of the blocks take in memory for one micro-batch."""
+    updates_together: tuple[bool, ...] = ()
+    """By device: whether the optimizer works on all parameters at once; by default it takes one after another."""
 
     @property
     def most_stages(self) -> int:
@@ -195,18 +207,49 @@ class Problem:
             caps=(self.caps[device],),
             links=((self.links[device][device],),),
             ties=(),
+            updates_together=self.updates_together[device : device + 1],
         )
 
-    def memory_bytes(self, members: int, received: Iterable[Crossing], stages_after: int) -> int:
-        """Peak bytes of a stage of the blocks in ``members`` with ``stages_after`` stages behind it."""
-        blocks = [self.blocks[v] for v in bits(members)]
-        static = sum(b.static_bytes for b in blocks)
-        copies = sum(tie.copy_bytes for tie in self.ties if not tie.counted(members))
-        kept = sum(b.saved_bytes for b in blocks) + sum(c.forward_bytes for c in received)
-        held = in_flight(self.schedule, self.microbatches, stages_after)
-        return static + copies + held * kept + max((b.output_bytes for b in blocks), default=0)
+    def memory_bytes(self, start: int, end: int, device: int, stages_after: int) -> int:
+        """Peak bytes of a stage on ``device`` with ``stages_after`` stages behind it.
 
-    def least_bytes(self, block: int) -> int:
-        """Bytes that ``block`` takes on any device: as the last stage, with its ties counted elsewhere."""
-        b = self.blocks[block]
-        return b.static_bytes + in_flight(self.schedule, self.microbatches, 0) * b.saved_bytes + b.output_bytes
+        Its blocks are those in ``end`` and not in ``start``, both predecessor-closed.
+        """
+        members = end & ~start
+        static = sum(self.blocks[v].static_bytes for v in bits(members))
+        copies = sum(tie.copy_bytes for tie in self.ties if not tie.counted(members))
+        received, sent = self.crossing(start), self.crossing(end)
+        buffers = sum(c.forward_bytes for c in received) + sum(c.backward_bytes for c in sent)
+        gradients = sum(c.backward_bytes for c in received)
+        held = in_flight(self.schedule, self.microbatches, stages_after)
+        one = self.walk(members)
+        return (
+            static
+            + copies
+            + self.microbatches * buffers
+            + max(
+                (self.microbatches - held) * gradients + (held - 1) * one.kept + max(one.forward, one.backward),
+                (self.microbatches - 1) * gradients + one.backward,
+                self.microbatches * gradients + (one.update_together if self._updates_together(device) else one.update),
+            )
+        )
+
+    def _updates_together(self, device: int) -> bool:
+        return device < len(self.updates_together) and self.updates_together[device]
+
+    def walk(self, members: int) -> Walk:
+        """What a step takes on its way through the blocks in ``members``."""
+        if members not in self._walks:
+            self._walks[members] = self.ledger.walk(members)
+        return self._walks[members]
+
+    @cached_property
+    def _walks(self) -> dict[int, Walk]:
+        return {}
+
+    def least_bytes(self, block: int, device: int) -> int:
+        """Bytes that ``block`` takes on ``device`` at least: as the last stage, with all that it shares elsewhere."""
+        b, alone = self.blocks[block], self.ledger.least(block)
+        others = (in_flight(self.schedule, self.microbatches, 0) - 1) * alone.kept
+        update = alone.update_together if self._updates_together(device) else alone.update
+        return b.static_bytes + max(others + max(alone.forward, alone.backward), update)

@@ -126,7 +126,8 @@ class Done(NamedTuple):
     """By device."""
     least_s: float
     static_bytes: int
-    saved_bytes: int
+    coming_bytes: int
+    """Of one micro-batch: all that is saved, made and waits as a gradient, as if nothing ever went."""
     tensors: int = 0
     gradients: int = 0
     forward_bytes: int = 0
@@ -154,6 +155,7 @@ def sums_of(problem: Problem, lattice: Lattice) -> dict[int, Done]:
     for tensor in problem.crossings:
         for v in {tensor.producer, *bits(tensor.readers)}:
             touching[v].append(tensor)
+    coming = problem.ledger.coming()
     sums = {0: Done((0.0,) * len(devices), 0.0, 0, 0)}
     for closed, steps in lattice.items():
         done = sums[closed]
@@ -172,7 +174,7 @@ def sums_of(problem: Problem, lattice: Lattice) -> dict[int, Done]:
                 tuple(a + b for a, b in zip(done.work_s, work[v], strict=True)),
                 done.least_s + least[v],
                 done.static_bytes + block.static_bytes,
-                done.saved_bytes + block.saved_bytes,
+                done.coming_bytes + coming.get(v, 0),
                 *cut,
             )
     return sums
@@ -209,7 +211,8 @@ class Search:
             sum(1 << v for v, block in enumerate(problem.blocks) if not block.allowed[d])
             for d in range(len(problem.devices))
         ]
-        self.largest_output = max(block.output_bytes for block in problem.blocks)
+        # No stage takes more at once beside what comes with the micro-batches.
+        self.most_at_once = problem.ledger.most_at_once()
         self.ties = _tied(problem)
         self.failed: dict[tuple[int, int, int, int], float] = {}
         self.ends: dict[tuple[int, int], list[int]] = {}
@@ -327,11 +330,15 @@ class Search:
     def fits(self, start: int, end: int, device: int, after: int) -> bool:
         """Whether the stage of the blocks in ``end`` and not in ``start`` fits ``device``."""
         first, last, cap = self.sums[start], self.sums[end], self.problem.caps[device]
-        held = in_flight(self.problem.schedule, self.problem.microbatches, after)
-        kept = last.saved_bytes - first.saved_bytes + first.forward_bytes
-        size = last.static_bytes - first.static_bytes + held * kept
+        microbatches = self.problem.microbatches
+        size = last.static_bytes - first.static_bytes + microbatches * (first.forward_bytes + last.backward_bytes)
         if self.ties:
             size += self.copies(end & ~start)
-        if size > cap or size + self.largest_output <= cap:
-            return size <= cap
-        return size + max(self.problem.blocks[v].output_bytes for v in bits(end & ~start)) <= cap
+        if size > cap:
+            return False
+        # A bound by sums settles most stages; a maximum over steps is no sum, so the others are walked through.
+        held = in_flight(self.problem.schedule, microbatches, after)
+        coming = held * (last.coming_bytes - first.coming_bytes) + microbatches * first.backward_bytes
+        if size + coming + self.most_at_once <= cap:
+            return True
+        return self.problem.memory_bytes(start, end, device, after) <= cap

@@ -1,0 +1,173 @@
+"""The memory that a micro-batch takes on its way forward and back through the nodes of a stage.
+
+Before node i of the forward are held: what the nodes before keep for their backward, and each storage between nodes
+that a later one still reads. The backward takes the nodes in reverse; before node i are held: what the nodes up to i
+keep, and each gradient that a node behind has made and its maker, or another user of the same weights, still waits for.
+
+    forward  = max over i of  held before i forward  + what i takes beyond it
+    backward = max over i of  held before i backward + what i takes beyond it
+    kept     = held when the forward is done
+
+A maximum over nodes is no sum: the peak of a union of blocks does not follow from the peaks of the blocks. So the
+search asks for the walk through each stage that a bound by sums does not settle, and the plan reports the same number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+__all__ = ["EMPTY", "Gradient", "Ledger", "Step", "Storage", "Walk"]
+
+
+class Step(NamedTuple):
+    """One node; bytes of one micro-batch."""
+
+    block: int
+    saved: int
+    """Kept from its forward until its backward is done."""
+    forward: int
+    """The most that its forward takes beyond what is held before it, what it leaves included."""
+    backward: int
+    """The most that its backward takes beyond what is held before it."""
+    update: int = 0
+    """The most that the optimizer takes for its parameters, one after another."""
+    update_left: int = 0
+    """What that still holds when the next node's turn begins."""
+    update_together: int = 0
+    """What the optimizer takes for them where it works on all parameters of a device at once."""
+
+
+class Storage(NamedTuple):
+    """Memory that a node makes and others read; nodes are given by position."""
+
+    size: int
+    maker: int
+    readers: tuple[int, ...]
+    """In order; those of all tensors that have it."""
+    saver: int | None = None
+    """The node whose ``saved`` has it in."""
+    returned: bool = False
+    """The model returns it, so that it is held until the backward is done."""
+
+
+class Gradient(NamedTuple):
+    """A gradient that waits: from the backward of its last reader to that of its maker, or of the first reader."""
+
+    size: int
+    readers: tuple[int, ...]
+    """In order: the nodes whose backward makes it or adds to it."""
+    maker: int | None
+    """None: weights, whose gradient waits for the first of their users."""
+    added: int
+    """Each reader but the last makes a sum of so many bytes, while autograd still holds what is added."""
+
+
+class Walk(NamedTuple):
+    """Bytes that a micro-batch takes on its way, and the optimizer after it."""
+
+    kept: int
+    forward: int
+    backward: int
+    update: int
+    update_together: int
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The nodes in the order of the forward, and what is held between them."""
+
+    steps: tuple[Step, ...]
+    storages: tuple[Storage, ...] = ()
+    gradients: tuple[Gradient, ...] = ()
+
+    def walk(self, members: int) -> Walk:
+        """Walk through the stage of the blocks in the bit mask ``members``, and back.
+
+        What the stage receives is left out. What it sends stays until the backward is done.
+        """
+        ahead, back, sums = self._changes([bool(members >> step.block & 1) for step in self.steps])
+        held = forward = 0
+        for position, step in enumerate(self.steps):
+            if members >> step.block & 1:
+                forward = max(forward, held + step.forward)
+                held += ahead[position]
+        kept = backward = held
+        for position, step in reversed(list(enumerate(self.steps))):
+            if members >> step.block & 1:
+                backward = max(backward, held + step.backward + sums[position])
+                held += back[position]
+        return Walk(kept, forward, backward, *_update([s for s in self.steps if members >> s.block & 1]))
+
+    def _changes(self, inside: list[bool]) -> tuple[list[int], list[int], list[int]]:
+        """By node: what its forward and its backward add to what is held, and the largest sum of gradients it makes."""
+        ahead = [step.saved for step in self.steps]
+        back = [-step.saved for step in self.steps]
+        sums = [0] * len(self.steps)
+        for size, maker, readers, saver, returned in self.storages:
+            stays = returned or not all(inside[reader] for reader in readers)
+            if saver is not None and (stays or not inside[maker]):
+                ahead[saver] -= size  # it is held before and after
+                back[saver] += size
+            if inside[maker] and (stays or saver != maker):
+                ahead[maker] += size
+                if not stays:
+                    # From its saver on it is in what that node saves; else it goes with its last reader.
+                    ahead[saver if saver is not None else max((maker, *readers))] -= size
+        for gradient in self.gradients:
+            within = [reader for reader in gradient.readers if inside[reader]]
+            if not within:
+                continue
+            back[within[-1]] += gradient.size
+            for reader in within[:-1]:
+                sums[reader] = max(sums[reader], gradient.added)
+            # A maker outside is not walked through: what it waits for stays.
+            back[within[0] if gradient.maker is None else gradient.maker] -= gradient.size
+        return ahead, back, sums
+
+    def coming(self) -> dict[int, int]:
+        """By block: bytes of all that its nodes save, make and wait for, as if nothing ever went."""
+        found = dict.fromkeys((step.block for step in self.steps), 0)
+        for step in self.steps:
+            found[step.block] += step.saved
+        for storage in self.storages:
+            found[self.steps[storage.maker].block] += storage.size
+        for gradient in self.gradients:
+            for reader in gradient.readers:
+                found[self.steps[reader].block] += gradient.size + gradient.added
+        return found
+
+    def least(self, block: int) -> Walk:
+        """What ``block`` takes at least in any stage: the peaks of its nodes, without what other blocks make."""
+        saved: dict[int, int] = {i: step.saved for i, step in enumerate(self.steps) if step.block == block}
+        for storage in self.storages:
+            if storage.saver in saved and storage.maker != storage.saver:
+                saved[storage.saver] -= storage.size
+        mine = [self.steps[position] for position in saved]
+        kept = sum(max(0, size) for size in saved.values())
+        backward = max((max(0, size) + self.steps[i].backward for i, size in saved.items()), default=0)
+        return Walk(kept, max((step.forward for step in mine), default=0), backward, *_update(mine))
+
+    def most_at_once(self) -> int:
+        """What no stage exceeds at once, beside what comes with the micro-batches."""
+        together = sum(step.update_together for step in self.steps)
+        left = max((step.update_left for step in self.steps), default=0)
+        return max([together, *(max(s.forward, s.backward, s.update + left) for s in self.steps)])
+
+    def with_more(self, forward: Mapping[int, int]) -> Ledger:
+        """The same with more bytes in the forward of blocks, whose weights are brought for it."""
+        return replace(self, steps=tuple(s._replace(forward=s.forward + forward.get(s.block, 0)) for s in self.steps))
+
+
+EMPTY = Ledger(())
+"""Nothing takes memory for a micro-batch."""
+
+
+def _update(steps: list[Step]) -> tuple[int, int]:
+    """What the optimizer takes: one parameter after another, and all at once."""
+    most = left = 0
+    for step in steps:
+        if step.update:
+            most, left = max(most, left + step.update), step.update_left
+    return most, sum(step.update_together for step in steps)
