@@ -264,6 +264,11 @@ def test_a_model_without_values_is_profiled(cluster):
     assert not profile.obstacles
     full = sw.profile(net(256, 8), (x,), cluster=cluster(), microbatches=[1, 4])
     assert profile == full
+    plan = sw.plan(profile)
+    for use in (sw.verify, sw.run):
+        with pytest.raises(sw.ShardwrightError, match="parameters without values, so it cannot be run; build it with"):
+            use(empty, plan, (x,))
+    assert sw.verify(net(256, 8), plan, (x,))
 
 
 class Tied(nn.Module):

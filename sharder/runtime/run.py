@@ -25,7 +25,7 @@ from shardwright.profiler.profile import Device
 from shardwright.profiler.target import load_target
 from shardwright.profiler.trace import trace
 from shardwright.sharder.planning.plan import Plan
-from shardwright.sharder.runtime.check import check_inputs, check_model, units_of
+from shardwright.sharder.runtime.check import check_inputs, check_model, check_values, units_of
 from shardwright.sharder.runtime.cut import StageProgram, cut
 from shardwright.sharder.runtime.pipeline import (
     Comparison,
@@ -171,6 +171,7 @@ def _found(plan: Plan, names: Sequence[str]) -> tuple[Device, ...]:
 
 
 def _check_can_be_piped(plan: Plan, model: nn.Module) -> None:
+    check_values(model)
     if any(True for _ in hooks_of(model)):
         raise ShardwrightError(
             "the model is placed, and its hooks would become part of the pipeline: sw.unplace(model) first"
