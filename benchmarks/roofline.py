@@ -22,7 +22,7 @@ import torch
 from shardwright.profiler.collect import captures_of
 from shardwright.profiler.devices import find_devices
 from shardwright.profiler.estimate import NOMINAL, demand_of, fit, roofline_s
-from shardwright.profiler.measure import Subject, host_timer
+from shardwright.profiler.measure import HostStopwatch, Subject
 from shardwright.profiler.target import load_target
 from shardwright.profiler.workload import Mode, Workloads
 
@@ -87,7 +87,7 @@ def _rows(make, rounds):
     torch.manual_seed(0)
     model, args, kwargs = make()
     captures, _ = captures_of(model, args, kwargs, [1], devices=2, train=True)
-    timer = host_timer(time.thread_time)
+    stopwatch = HostStopwatch(time.thread_time)
     workloads = Workloads()
     rows = []
     for step in captures[1].steps:
@@ -95,7 +95,8 @@ def _rows(make, rounds):
             continue
         workload = workloads.of(step.call, Mode(train=True))
         subject = Subject(step.call, torch.device("cpu"), train=True, optimizer=None, accumulate=False)
-        times = [subject.run(timer) for _ in range(rounds + 1)][1:]
+        repeats = [subject.run(stopwatch) for _ in range(rounds + 1)][1:]
+        times = [(forward(), backward() if backward is not None else 0.0) for forward, backward, *_ in repeats]
         for index, phase in enumerate(PHASES):
             demand = demand_of(getattr(workload, phase))
             seconds = statistics.median(run[index] for run in times)

@@ -36,6 +36,10 @@ from shardwright.profiler.sizes import parse_bytes
 __all__ = ["Cluster", "load_cluster"]
 
 
+NO_LIMIT = 2**62
+"""Memory of a device whose own is to be found out."""
+
+
 class _DeclaredDevices(Record):
     """One entry of ``devices``: one device, or several alike."""
 
@@ -102,6 +106,14 @@ class Cluster(Record):
     links: tuple[Link, ...]
     """Of every ordered pair that the file gives a link for."""
 
+    def is_as_catalogued(self, device: Device) -> bool:
+        """Whether a device is of a model of the catalogue, with no rates of its own in its place."""
+        model = catalogue().device(device.model) if device.model else None
+        own = self.rates.get(device.name)
+        return model is not None and own == Rates(
+            peak_flops=model.peak_flops, memory_bytes_per_s=model.memory_bytes_per_s
+        )
+
     @property
     def here(self) -> tuple[str, ...]:
         """The names of the devices that are to be found on this machine."""
@@ -147,7 +159,7 @@ def _device(path: Path, entry: _DeclaredDevices, name: str) -> Device:
     elif entry.has_figures:
         raise ShardwrightError(f'{path}: {name} has no memory; write for example memory = "24GiB"')
     else:
-        memory = 1  # it is measured here, where its memory is found out
+        memory = NO_LIMIT  # it is measured here, where its memory is found out
     host = catalogue().link(model.host_link) if model is not None else None
     return Device(
         name=name,

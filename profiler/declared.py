@@ -119,7 +119,8 @@ class Site:
         estimates = []
         for device in declared:
             reference = _best_reference(device, references)
-            if reference is not None and device.model and reference.device.model == device.model:
+            as_catalogued = self.cluster.is_as_catalogued(device)
+            if reference is not None and as_catalogued and reference.device.model == device.model:
                 taken = {"device": device.name, "source": "scaled"}
                 rows += [measurement.model_copy(update=taken) for measurement in reference.times.values()]
                 continue
@@ -135,7 +136,7 @@ def find_site(cluster: str | Path | None, devices: Sequence[str] | None) -> Site
     """The devices of a cluster file, those that are here found out, or without one the named devices of this machine.
 
     A device without figures has to be here. One of a model is here if its node is this host, or none is given, and
-    the GPU of that name is of that model. Figures of a device's own always stand for a device elsewhere.
+    the GPU of that name is of that model. Rates of a device's own always stand for a device elsewhere.
 
     Raises:
         ShardwrightError: both are given, or a device that the file gives no figures for is not here.
@@ -145,24 +146,27 @@ def find_site(cluster: str | Path | None, devices: Sequence[str] | None) -> Site
     if devices is not None:
         raise ShardwrightError("a cluster file names the devices; give it without --devices")
     read = load_cluster(cluster)
-    names = [device.name for device in read.devices if not device.declared or _is_here(device)]
+    names = [device.name for device in read.devices if not device.declared or _is_here(device, read)]
     try:
         found = {device.name: device for device in find_devices(names)} if names else {}
     except ShardwrightError as error:
         raise ShardwrightError(
             f"{cluster}: {error}; or give the devices that are not here a model, or figures of their own"
         ) from error
-    kept = {device.name: {"node": device.node, "model": device.model} for device in read.devices}
-    return Site(
-        tuple(
-            found[device.name].model_copy(update=kept[device.name]) if device.name in found else device
-            for device in read.devices
-        ),
-        read,
-    )
+    return Site(tuple(_merged(device, found.get(device.name)) for device in read.devices), read)
 
 
-def _is_here(device: Device) -> bool:
+def _merged(declared: Device, found: Device | None) -> Device:
+    """A device of the cluster; one that was found with its node, its model, and no more memory than is declared."""
+    if found is None:
+        return declared
+    memory = min(found.memory_bytes, declared.memory_bytes)
+    return found.model_copy(update={"node": declared.node, "model": declared.model, "memory_bytes": memory})
+
+
+def _is_here(device: Device, cluster: Cluster) -> bool:
+    if not cluster.is_as_catalogued(device):
+        return False
     if device.kind != "cuda" or device.node not in ("", socket.gethostname()) or not torch.cuda.is_available():
         return False
     index = int(device.name.partition(":")[2])

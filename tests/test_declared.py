@@ -86,6 +86,29 @@ def test_a_device_without_figures_has_to_be_here(cluster):
         find_site(cluster("[[devices]]\nname = 'cuda:63'"), None)
 
 
+def test_rates_of_its_own_make_another_device(cluster, with_gpus):
+    """A device of a model with other rates is not the one that is here, and does not take its times as they are."""
+    with_gpus("NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3")
+    halved = (
+        '\n[[devices]]\nname = "cuda:1"\nmodel = "H100 SXM"\nmemory_bytes_per_s = 1e12\npeak_flops = { float32 = 1e12 }'
+    )
+    text = FOUR.replace('names = ["cuda:0", "cuda:1", "cuda:2"]', 'name = "cuda:0"') + halved
+    site = find_site(cluster(text), None)
+    assert [device.name for device in site.found] == ["cuda:0"]
+    captures = captured(net(), torch.randn(8, 64))
+    timed = made_up(captures, "cuda:0", 1e-3)
+    made = site.declared_times(captures, timed, train=True, optimizer="sgd", tell=quiet)
+    assert {estimate.device for estimate in made.estimates} == {"cuda:1", "cuda:3"}
+
+
+def test_less_memory_can_be_declared(cluster):
+    """A device that is here has no more memory than its file says."""
+    (worker,) = find_site(cluster("[[devices]]\nname = 'cpu:0'\nmemory = '64MiB'"), None).devices
+    assert worker.memory_bytes == 64 * 2**20
+    (worker,) = find_site(cluster("[[devices]]\nname = 'cpu:0'"), None).devices
+    assert 64 * 2**20 < worker.memory_bytes < 2**60
+
+
 def test_a_cluster_and_devices_are_not_both_given(cluster):
     """The file says which devices there are."""
     with pytest.raises(sw.ShardwrightError, match="give it without --devices"):
@@ -241,6 +264,11 @@ def test_a_model_without_values_is_profiled(cluster):
     assert not profile.obstacles
     full = sw.profile(net(256, 8), (x,), cluster=cluster(), microbatches=[1, 4])
     assert profile == full
+    plan = sw.plan(profile)
+    for use in (sw.verify, sw.run):
+        with pytest.raises(sw.ShardwrightError, match="parameters without values, so it cannot be run; build it with"):
+            use(empty, plan, (x,))
+    assert sw.verify(net(256, 8), plan, (x,))
 
 
 class Tied(nn.Module):

@@ -10,10 +10,11 @@ from torch import nn
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.inputs import input_specs
 from shardwright.profiler.profile import TensorSpec
+from shardwright.profiler.shapes import has_values
 from shardwright.profiler.units import structure_digest
 from shardwright.sharder.planning.plan import Plan
 
-__all__ = ["check_inputs", "check_model", "units_of"]
+__all__ = ["check_inputs", "check_model", "check_values", "units_of"]
 
 
 def check_model(plan: Plan, model: nn.Module) -> None:
@@ -39,6 +40,19 @@ def check_model(plan: Plan, model: nn.Module) -> None:
         raise ShardwrightError(
             f"the plan is for another {plan.model}: classes of units or shapes of parameters differ from this "
             f"{type(model).__name__}'s; profile and plan this model"
+        )
+
+
+def check_values(model: nn.Module) -> None:
+    """Refuse a model that was built without its weights where it has to compute.
+
+    Raises:
+        ShardwrightError: a parameter or buffer has no values.
+    """
+    if not has_values(model):
+        raise ShardwrightError(
+            f"{type(model).__name__} has parameters without values, so it cannot be run; build it with its weights, or "
+            "have place(model, plan, checkpoint=folder) read them"
         )
 
 

@@ -21,7 +21,7 @@ from shardwright.profiler.pool import Pool
 from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.trace import attributes_kept, evaluating
 from shardwright.sharder.planning.plan import Plan
-from shardwright.sharder.runtime.check import check_inputs, check_model, units_of
+from shardwright.sharder.runtime.check import check_inputs, check_model, check_values, units_of
 from shardwright.sharder.runtime.hooks import Borrow, Enter, MoveInputs
 from shardwright.sharder.runtime.place import place, relocate, unplace
 from shardwright.sharder.runtime.sim import (
@@ -93,6 +93,7 @@ def verify(model: nn.Module, plan: Plan, args: tuple[Any, ...] = (), kwargs: Map
     kwargs = dict(kwargs or {})
     check_model(plan, model)
     check_inputs(plan, args, kwargs)
+    check_values(model)
     _check_dense(model, args, kwargs)
     replay = _verified_apart if torch.cuda.is_available() else _verified
     return replay(model, plan, *map_tensors(lambda t: t.detach().cpu(), (args, kwargs)))
