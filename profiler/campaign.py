@@ -22,7 +22,17 @@ from torch import nn
 
 from shardwright.profiler.cache import Cache
 from shardwright.profiler.capture import Progress
-from shardwright.profiler.measure import CudaStopwatch, Goal, HostStopwatch, Subject, is_out_of_memory, measure, prepare
+from shardwright.profiler.measure import (
+    NO_BLANK,
+    CudaStopwatch,
+    Goal,
+    HostStopwatch,
+    Subject,
+    blank,
+    is_out_of_memory,
+    measure,
+    prepare,
+)
 from shardwright.profiler.pool import Pool
 from shardwright.profiler.profile import Device, Misfit, Timing, Variation
 from shardwright.profiler.signature import device_key, step_key
@@ -258,7 +268,7 @@ def _run(
         left = max(1 + len(waiting) for waiting in groups.values())
         part = Goal(goal.precision, goal.negligible, goal.repeats, goal.budget_s / left)
         _send(workers, now, train=train, optimizer=optimizer, tell=tell)
-        answers = _measure(workers, now, whole, part, cache, tell)
+        answers = _measure(workers, now, whole, part, optimizer if train else None, cache, tell)
         for name, (totals, refused) in answers.items():
             if sum(totals) > sum(longest.get(name, ())):
                 longest[name] = totals
@@ -294,7 +304,13 @@ def _send(workers: Workers, groups: Mapping[str, list[_Job]], *, train: bool, op
 
 
 def _measure(
-    workers: Workers, groups: Mapping[str, list[_Job]], whole: _Whole, goal: Goal, cache: Cache, tell: Progress
+    workers: Workers,
+    groups: Mapping[str, list[_Job]],
+    whole: _Whole,
+    goal: Goal,
+    optimizer: str | None,
+    cache: Cache,
+    tell: Progress,
 ) -> dict[str, tuple[list[float], dict[Item, str]]]:
     """Have every device measure its group; what is settled is kept at once."""
     keys = {(name, item): key for name, group in groups.items() for job in group for item, key in job.keys.items()}
@@ -311,7 +327,10 @@ def _measure(
     tell("measure", 0, len(keys))
     with tempfile.TemporaryDirectory() as folder:
         calls: dict[str, Any] = {
-            name: (measure_held, (goal, whole.nbytes - sum(job.nbytes for job in group), folder, len(groups)))
+            name: (
+                measure_held,
+                (goal, optimizer, whole.nbytes - sum(job.nbytes for job in group), folder, len(groups)),
+            )
             for name, group in groups.items()
         }
         answers = workers.pool.call(calls, limit_s=ROUND_LIMIT_S, on_progress=on_progress)
@@ -338,10 +357,13 @@ def hold(name: str, calls: dict[int, Call], train: bool, optimizer: str, first: 
         )
 
 
-def measure_held(goal: Goal, elsewhere_bytes: int, folder: str, devices: int) -> tuple[list[float], dict[Item, str]]:
+def measure_held(
+    goal: Goal, optimizer: str | None, elsewhere_bytes: int, folder: str, devices: int
+) -> tuple[list[float], dict[Item, str]]:
     """Measure what was taken in, the whole batch first.
 
     Args:
+        optimizer: None = no backward and no update.
         elsewhere_bytes: what a pass over the model touches beside what is held here.
         folder: where each of the ``devices`` leaves a mark when it is done; until then this one goes on computing.
 
@@ -365,6 +387,7 @@ def measure_held(goal: Goal, elsewhere_bytes: int, folder: str, devices: int) ->
             if not is_out_of_memory(error):
                 raise
             refuse(item, error)
+    on_cpu = device.type == "cpu"
     totals = measure(
         subjects,
         stopwatch,
@@ -372,7 +395,8 @@ def measure_held(goal: Goal, elsewhere_bytes: int, folder: str, devices: int) ->
         on_settled=lambda item, series: report((item, series)),
         on_refused=refuse,
         on_round=lambda _: report(None),
-        between=_Eviction(elsewhere_bytes) if device.type == "cpu" else lambda _: None,
+        between=_Eviction(elsewhere_bytes) if on_cpu else lambda _: None,
+        empty=blank(stopwatch, optimizer) if on_cpu and optimizer is not None else NO_BLANK,
     )
     (Path(folder) / str(os.getpid())).touch()
     working = [subject for item, subject in subjects.items() if item not in refused]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -26,13 +27,16 @@ from shardwright.profiler.unitgraph import Call
 from shardwright.profiler.worker import resident
 
 __all__ = [
+    "NO_BLANK",
     "OPTIMIZERS",
+    "Blank",
     "CudaStopwatch",
     "Goal",
     "HostStopwatch",
     "Stopwatch",
     "Subject",
     "Timer",
+    "blank",
     "cuda_timer",
     "host_timer",
     "is_out_of_memory",
@@ -204,6 +208,51 @@ class Subject:
         return Readings(forward, backward, update, recompute)
 
 
+class Blank(NamedTuple):
+    """What a call of the backward and of the optimizer costs with nothing to do, in s: once a step, not once a unit."""
+
+    backward_s: float = 0.0
+    update_s: float = 0.0
+
+
+NO_BLANK = Blank()
+
+
+def blank(stopwatch: Stopwatch, optimizer: str | None, *, repeats: int = 41) -> Blank:
+    """Measure empty calls on the CPU.
+
+    The backward is that of a view of one number; the update is taken from those of one and of nine parameters of one
+    number each, on the line through them, at no parameter.
+    """
+
+    def median_s(function: Callable[[], Any]) -> float:
+        readings = [stopwatch.time(function)[1] for _ in range(repeats)]
+        stopwatch.finish()
+        return float(np.median([reading() for reading in readings[1:]]))
+
+    def backward() -> None:
+        leaf = torch.zeros(1, requires_grad=True)
+        ends, grads = [leaf.view_as(leaf)], [torch.ones(1)]
+        seconds.append(stopwatch.time(lambda: torch.autograd.backward(ends, grads))[1])
+
+    seconds: list[Reading] = []
+    for _ in range(repeats):
+        backward()
+    stopwatch.finish()
+    backward_s = float(np.median([reading() for reading in seconds[1:]]))
+    if optimizer is None:
+        return Blank(backward_s)
+    times = {}
+    for count in (1, 9):
+        parameters = [nn.Parameter(torch.zeros(1)) for _ in range(count)]
+        for parameter in parameters:
+            parameter.grad = torch.zeros(1)
+        made = make_optimizer(optimizer, parameters)
+        assert made is not None  # all are trainable
+        times[count] = median_s(made.step)
+    return Blank(backward_s, max(0.0, times[1] - (times[9] - times[1]) / 8))
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, or the host, had no memory left."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
@@ -235,6 +284,7 @@ def measure(
     on_refused: Callable[[Key, Exception], None] | None = None,
     on_round: Callable[[int], None] = lambda _: None,
     between: Callable[[Subject], None] = lambda _: None,
+    empty: Blank = NO_BLANK,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[float]:
     """Time all subjects in turn until each is settled, after one round to warm up.
@@ -246,6 +296,7 @@ def measure(
         on_refused: told the subjects that there is no memory for, and the error, which is raised without it.
         on_round: told the number of each round that is done, 0 for the warm-up.
         between: called before each subject, its time not counted.
+        empty: is taken off what is read.
 
     Returns:
         The seconds of each round over all subjects, the warm-up apart.
@@ -268,7 +319,7 @@ def measure(
                 open_.pop(key, None)
         stopwatch.finish()
         for key, reading in readings.items():
-            _note(series[key], reading, subjects[key], first=round_ == 0)
+            _note(series[key], reading, subjects[key], empty, first=round_ == 0)
         if round_:
             totals.append(sum(s.totals()[-1] for s in series.values()))
         on_round(round_)
@@ -284,9 +335,11 @@ def measure(
     return totals
 
 
-def _note(series: Series, readings: Readings, subject: Subject, *, first: bool) -> None:
+def _note(series: Series, readings: Readings, subject: Subject, empty: Blank, *, first: bool) -> None:
     """Add what one repeat gave."""
-    forward_s, backward_s, update_s = (r() if r is not None else 0.0 for r in readings[:3])
+    forward_s = readings.forward()
+    backward_s = max(0.0, readings.backward() - empty.backward_s) if readings.backward is not None else 0.0
+    update_s = max(0.0, readings.update() - empty.update_s) if readings.update is not None else 0.0
     assert math.isfinite(forward_s)
     if first:
         series.first_call_s = forward_s + backward_s

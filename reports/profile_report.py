@@ -11,6 +11,7 @@ from rich.text import Text
 from shardwright.profiler.profile import Device, Measurement, Node, Profile
 from shardwright.reports.layout import Column, Glyphs, bar, facts, indented, name_ranges, section, tables
 from shardwright.reports.link_report import link_section
+from shardwright.reports.measured_report import measured_section
 from shardwright.reports.origins import mark, not_measured
 from shardwright.reports.quantities import count, number_of_bytes, percent, seconds, share, spread
 
@@ -54,6 +55,7 @@ class ProfileReport:
         yield from self._faithful()
         yield from self._memory()
         yield from self._steps(options, glyphs)
+        yield from measured_section(self.profile)
         yield from link_section(self.profile.links, options)
 
     def _header(self, glyphs: Glyphs) -> Iterator[RenderableType]:

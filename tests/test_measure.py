@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from shardwright.profiler.measure import (
+    Blank,
     Goal,
     HostStopwatch,
     Subject,
+    blank,
     measure,
 )
 from shardwright.profiler.timing import LEAST_REPEATS
@@ -161,3 +163,37 @@ def test_a_failing_unit_is_named():
     """The error of a unit that fails while it is measured begins with its name."""
     with pytest.raises(RuntimeError, match="head: "):
         timed({"head": subject(nn.Linear(3, 2), torch.ones(1, 2))}, Clock())
+
+
+def test_an_empty_call_is_taken_off():
+    """What a backward and an update cost with nothing to do is no unit's, and nothing becomes negative."""
+    clock = Clock()
+    settled = {}
+    measure(
+        {"a": subject(Takes(clock, 2.0, 5.0), torch.ones(3, requires_grad=True))},
+        HostStopwatch(clock),
+        Goal(repeats=1),
+        on_settled=settled.__setitem__,
+        empty=Blank(backward_s=1.5, update_s=1.0),
+    )
+    assert settled["a"].backward_s == [3.5]
+    assert settled["a"].update_s == [0.0]
+
+
+def test_an_empty_update_is_that_of_no_parameter():
+    """On the line through the updates of one and of nine parameters."""
+
+    class Linear:
+        """A stopwatch on which an update takes 3 s and 2 s a parameter, and all else 1 s."""
+
+        def time(self, function):
+            result = function()
+            owner = getattr(function, "__self__", None)
+            many = sum(len(group["params"]) for group in owner.param_groups) if owner is not None else None
+            return result, lambda: 1.0 if many is None else 3.0 + 2.0 * many
+
+        def finish(self):
+            pass
+
+    assert blank(Linear(), "sgd") == Blank(1.0, pytest.approx(3.0))
+    assert blank(Linear(), None) == Blank(1.0, 0.0)

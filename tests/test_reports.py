@@ -14,7 +14,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from shardwright.profiler.costs import Costs
-from shardwright.profiler.profile import Device, Estimate, Link, Measurement, Node, Profile, TensorSpec
+from shardwright.profiler.profile import Device, Estimate, Link, Measurement, Misfit, Node, Profile, TensorSpec
 from shardwright.reports.plan_report import PlanReport, verdict
 from shardwright.reports.profile_report import ProfileReport
 from shardwright.reports.run_report import RunReport, conclusion, equality
@@ -530,3 +530,27 @@ def test_a_plan_for_declared_devices_says_so():
     """The reader is told that its times are estimates."""
     plan = a_plan().model_copy(update={"declared_devices": ("cpu:1",)})
     assert "Nothing was measured on cpu:1: the times there are estimates." in text_of(PlanReport(plan), 100)
+
+
+def test_how_sure_the_medians_are_is_told():
+    """Weighted by time, with the outliers and what the first calls took beside the others."""
+    profile = a_profile()
+    rows = [
+        m.model_copy(update={"median_error": 0.01, "outliers": 1, "first_call_s": m.forward_s + m.backward_s + 0.002})
+        for m in profile.measurements
+    ]
+    count = sum(m.device == "cpu:0" for m in rows)
+    shown = " ".join(text_of(ProfileReport(profile.model_copy(update={"measurements": tuple(rows)})), 160).split())
+    assert f"1.0% either way, 7 repeats, {count} outliers, first calls {2 * count:.3g}" in shown
+    assert "Measured" not in text_of(ProfileReport(profile), 160)
+
+
+def test_what_does_not_fit_is_told():
+    """Each step, device and reason, the first few of them."""
+    profile = a_profile()
+    misfits = tuple(
+        Misfit(node=profile.nodes[1].name, device="cpu:1", microbatches=n, reason="out of memory") for n in range(1, 9)
+    )
+    shown = text_of(ProfileReport(profile.model_copy(update={"misfits": misfits})), 160)
+    assert f"{profile.nodes[1].name} does not fit on cpu:1 at 2 micro-batches: out of memory" in shown
+    assert "and 3 more do not fit" in shown
