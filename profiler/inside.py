@@ -6,7 +6,9 @@ units hold or by a reference to another module, is missing in it: in a pipeline,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -59,6 +61,7 @@ class UnitWatcher(GraphWriter):
         # What the unit that runs may read: its arguments, and what it and the modules among them hold; by identity, and
         # alive as long as the call.
         self.handed: dict[int, Tensor] = {}
+        self.hook_ids: set[int] = set()  # of the hooks that watch units
         self.told: Sources = frozenset()  # what the numbers follow from that it has read back to Python
 
     def _enter_unit(self, step: Step, arguments: Any, modules: Iterable[nn.Module]) -> None:
@@ -110,8 +113,34 @@ class UnitWatcher(GraphWriter):
                 self._obstacle(f"{told} reads a tensor of {made_by} that is not among its arguments")
         else:
             return  # a table that follows from shapes, which it would make itself
-        if made_by and id(tensor) not in self.parameters:  # a parameter may be lent to another device
-            self.neighbours.append((made_by, step.name))
+        if id(tensor) in self.parameters or not made_by:  # a parameter may be lent to another device
+            return
+        if step.name not in (reader for _, reader in self.neighbours):
+            self._keep_as_it_is(step)
+        self.neighbours.append((made_by, step.name))
+
+    def _keep_as_it_is(self, step: Step) -> None:
+        """Have ``step`` call its unit as it is now, with what others have left on it, so that it can run alone.
+
+        Its parameters and buffers stay the model's own.
+        """
+        unit = self.units[step.unit]
+        hanging = [t for module in unit.modules() for _, t in tensors_in(vars(module))]
+        memo: dict[int, Any] = {id(t): t.detach() for t in hanging}
+        memo |= {id(t): t for t in (*self.model.parameters(), *self.model.buffers())} | {id(self): self}
+        try:
+            alone = copy.deepcopy(unit, memo)
+        except Exception:  # what cannot be copied is called as it will be found
+            return
+        for module in alone.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key in self.hook_ids & hooks.keys():
+                    del hooks[key]
+            for flags in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs):
+                for key in self.hook_ids & flags.keys():
+                    del flags[key]
+        if step.call is not None:
+            step.call = replace(step.call, function=alone)
 
     def _last_call(self, unit: str) -> str:
         return next((step.name for step in reversed(self.steps) if step.kind == "unit" and step.unit == unit), "")

@@ -112,6 +112,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
             # As nn.Module's own methods, for a scripted module hides them.
             before = nn.Module.register_forward_pre_hook(unit, self._before(path), with_kwargs=True, prepend=True)
             after = nn.Module.register_forward_hook(unit, self._after, with_kwargs=True)
+            self.hook_ids |= {before.id, after.id}
             hooks.callback(before.remove)
             hooks.callback(after.remove)
         # Autograd holds its hooks as long as what was saved, and the recorder holds tensors: a strong reference to the

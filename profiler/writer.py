@@ -143,8 +143,8 @@ class GraphWriter:
     def _name(self, tensor: Tensor, step: Step, name: str, node: fx.Node, sources: Sources) -> None:
         if tensor.is_nested:
             raise ShardwrightError(
-                f"{step.site or step.name} makes a nested tensor ({step.type}), which has no shape to plan with; keep "
-                "it inside of one unit, or pad it, as torch.nested.to_padded_tensor does"
+                f"{step.site or call_site(sys._getframe())} has a nested tensor between units, which has no shape to "
+                "plan with; keep it inside of one unit, or pad it, as torch.nested.to_padded_tensor does"
             )
         self.alive.append(tensor)
         self.tensors[name] = tensor
