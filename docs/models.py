@@ -43,7 +43,10 @@ REFUSED = """
 | uses what it kept from an earlier call | placed, not piped | `… takes a tensor kept from an earlier call` |
 | calls a unit with other parameters than its own (`functional_call`) | placed, not piped | `… calls layers.0 with other parameters than its own (a functional call)` |
 | applies a custom autograd function through a name bound at import (`f = F.apply`) between units | placed, not piped | `… (mul) is part of a custom autograd function` |
-| hands values on in ways that no capture sees, so that the replay differs | refused | `the capture of Net is not the model: on other values than the sample inputs, output 0 differs by …` |
+| has a unit read another module's parameter or buffer by a reference of its own | placed, not piped | `… calls layers.1, which reads layers.0.weight of another module` |
+| has a unit read a tensor that another step left in an object or an attribute | placed, not piped, with both on one device | `… calls layers.2, which reads a tensor of layers.0 that is not among its arguments` |
+| hands values on in ways that no capture sees, so that the replay differs | placed, not piped | `this model cannot be piped: the capture of Net is not the model: on other values than the sample inputs, output 0 differs by …` |
+| makes a nested tensor between units | refused | `net.py:12:8 has a nested tensor between units, which has no shape to plan with; keep it inside of one unit, or pad it, …` |
 | fails | refused | `the forward of Net failed in unit layers.3 on the sample inputs: RuntimeError: …` |
 | has parameters without a shape | refused | `layers.0.weight has no shape yet: run one forward of the model before it is profiled` |
 | has no child modules | refused | `Net has no child modules, so there is nothing to split; …` |

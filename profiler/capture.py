@@ -11,7 +11,15 @@ from torch import nn
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.equality import relative_difference, same_values
-from shardwright.profiler.inputs import all_microbatches, batch_size, input_specs, is_batched, microbatch, outputs_of
+from shardwright.profiler.inputs import (
+    all_microbatches,
+    batch_size,
+    copied_inputs,
+    input_specs,
+    is_batched,
+    microbatch,
+    outputs_of,
+)
 from shardwright.profiler.shapes import has_values
 from shardwright.profiler.trace import CaptureError, checked_trace, evaluating, trace
 from shardwright.profiler.unitgraph import UnitGraph
@@ -55,7 +63,7 @@ def captures_of(
     try:
         with evaluating(model):
             smallest = microbatch(args, kwargs, counts[-1])
-            chosen = choose_units(model, *smallest, devices=devices, depth=depth, patterns=units)
+            chosen = choose_units(model, *copied_inputs(*smallest), devices=devices, depth=depth, patterns=units)
     except ShardwrightError:
         raise
     except Exception:  # what is wrong with the forward is told by the capture
@@ -177,9 +185,8 @@ def check_divisible(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         ShardwrightError: the outputs of ``count`` micro-batches are not those of the whole batch.
     """
     with evaluating(model), torch.no_grad():
-        whole = outputs_of(model(*args, **kwargs))
-        again = outputs_of(model(*args, **kwargs))
-        pieces = [outputs_of(model(*piece[0], **piece[1])) for piece in all_microbatches(args, kwargs, count)]
+        whole, again = (outputs_of(_called(model, *copied_inputs(args, kwargs))) for _ in range(2))
+        pieces = [outputs_of(_called(model, *piece)) for piece in all_microbatches(*copied_inputs(args, kwargs), count)]
     batch = batch_size(args, kwargs)
     for index, expected in enumerate(whole):
         if not is_batched(expected, batch) or not same_values(expected, again[index]):
@@ -192,6 +199,10 @@ def check_divisible(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
                 f"the whole batch's by {difference:.2g} of its largest value; is dimension 0 of the inputs the batch? "
                 "profile with --microbatches 1"
             )
+
+
+def _called(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return model(*args, **kwargs)
 
 
 def _other_path(captures: Mapping[int, UnitGraph]) -> str:

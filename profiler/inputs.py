@@ -17,6 +17,7 @@ from shardwright.profiler.structure import map_tensors, tensors_in
 __all__ = [
     "all_microbatches",
     "batch_size",
+    "copied_inputs",
     "default_counts",
     "input_specs",
     "is_batched",
@@ -44,14 +45,28 @@ def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """The first dimension of the first tensor among the inputs.
 
     Raises:
-        ShardwrightError: there is no tensor with a dimension.
+        ShardwrightError: there is no tensor with a dimension, or a nested one.
     """
-    for _, tensor in tensors_in((args, dict(kwargs))):
+    for path, tensor in tensors_in((args, dict(kwargs))):
+        if tensor.is_nested:
+            raise ShardwrightError(
+                f"input {path.partition(']')[2]} is a nested tensor, which has no shape to plan with; pad it, as "
+                "torch.nested.to_padded_tensor does, and pass the lengths or a mask beside it"
+            )
         if tensor.dim():
             return tensor.shape[0]
     raise ShardwrightError(
         "the sample inputs hold no tensor with a batch dimension; give them with --inputs or --input"
     )
+
+
+def copied_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs, copied for a forward that may change them: the caller's tensors, lists and dicts stay as they are."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+    return map_tensors(copy, (args, dict(kwargs)))  # type: ignore[no-any-return]  # it keeps the structure
 
 
 def is_batched(leaf: Any, batch: int) -> bool:

@@ -18,14 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.callsites import applied_name, call_site, functions_applied
 from shardwright.profiler.equality import same_values
+from shardwright.profiler.inside import READS_BACK, UnitWatcher, follows
 from shardwright.profiler.operations import Operation, OperationRecorder
 from shardwright.profiler.structure import dense_parts, tensors_in
 from shardwright.profiler.unitgraph import (
@@ -39,24 +40,10 @@ from shardwright.profiler.unitgraph import (
     mean_square_loss,
     set_item,
 )
-from shardwright.profiler.writer import GraphWriter, Sources
+from shardwright.profiler.writer import Sources
 
 __all__ = ["Recorder", "SavedTensorsUncountedError"]
 
-READS_BACK = frozenset(
-    {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__array__", "__bool__", "__int__", "__float__"}
-    | {"__index__", "__complex__", "__contains__"}
-)
-"""Tensor functions that give Python a number."""
-SHAPES_ONLY = frozenset(
-    {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
-    | {"rand_like", "randn_like"}
-)
-"""Functions that look at their operand's shape, not at its numbers."""
-RANDOM = frozenset(
-    {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial"}
-    | {"normal", "dropout", "uniform_", "normal_", "bernoulli_", "random_", "exponential_"}
-)
 DATA_SHAPED = frozenset(["nonzero", "argwhere", "unique", "unique_consecutive", "bincount"])
 """Functions whose result has a shape that follows from their argument's numbers."""
 SHAPED_BY = {"masked_select": "mask", "_pack_padded_sequence": "lengths", "repeat_interleave": "repeats"}
@@ -71,7 +58,7 @@ class SavedTensorsUncountedError(Exception):
     """The forward uses a transform of ``torch.func`` that does not go with the counting of saved tensors."""
 
 
-class Recorder(GraphWriter, TorchFunctionMode):
+class Recorder(UnitWatcher, TorchFunctionMode):
     """Records one forward.
 
     Args:
@@ -98,11 +85,8 @@ class Recorder(GraphWriter, TorchFunctionMode):
         self.depth = 0
         self.observed: Step | None = None  # the step whose own operators run
         self.calls: dict[str, int] = {}
-        self.current: Step | None = None
         # Modules that the step which runs may call: a unit those that it holds or was handed; None = any.
         self.at_hand: set[int] | None = None
-        self.astray = False  # whether it has called others, which have their own parameters
-        self.inside: Any = WeakTensorKeyDictionary()
         if earlier is not None:
             # Buffers that the earlier call has made are not the model's own: they go when it is put back as it was.
             made = {name: key for key, name in earlier.buffers.items()}
@@ -129,6 +113,7 @@ class Recorder(GraphWriter, TorchFunctionMode):
             # As nn.Module's own methods, for a scripted module hides them.
             before = nn.Module.register_forward_pre_hook(unit, self._before(path), with_kwargs=True, prepend=True)
             after = nn.Module.register_forward_hook(unit, self._after, with_kwargs=True)
+            self.hook_ids |= {before.id, after.id}
             hooks.callback(before.remove)
             hooks.callback(after.remove)
         # Autograd holds its hooks as long as what was saved, and the recorder holds tensors: a strong reference to the
@@ -165,31 +150,17 @@ class Recorder(GraphWriter, TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.depth:
-            self._note_borrowed(args)
             result = func(*args, **kwargs)
-            for leaf in result if isinstance(result, (tuple, list)) else (result,):
-                if isinstance(leaf, Tensor):
-                    self.inside[leaf] = True
+            self._called_inside(func, args, kwargs, result)
             return result
         if torch._C._functorch.peek_interpreter_stack() is not None:
             self._obstacle(f"{call_site(sys._getframe())} runs inside a transform of torch.func, such as vmap")
             return func(*args, **kwargs)
         return self._glue(func, args, kwargs)
 
-    def _note_borrowed(self, args: tuple[Any, ...]) -> None:
-        """Note a parameter that a unit reads and that is another module's, by a reference of its own."""
-        step = self.current
-        if step is None or step.kind != "unit" or self.astray:
-            return
-        for leaf in args:
-            name = self.parameters.get(id(leaf))
-            if name is not None and id(leaf) not in self.held[step.unit] and name not in step.reads:
-                self._obstacle(f"{step.site} calls {step.unit}, which reads {name} of another module")
-                self._read(leaf, step)
-
     def _glue(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], type_: str = "") -> Any:
         read = [tensor for _, tensor in tensors_in((args, kwargs))]
-        versions = [_version(tensor) for tensor in read]
+        versions = [self._version(tensor) for tensor in read]
         step = Step(name="", kind="glue", type=type_ or function_name(func), node=None)  # type: ignore[arg-type]  # made below
         self.current = step
         self.at_hand = set() if isinstance(func, ApplyFunction) else None
@@ -202,6 +173,8 @@ class Recorder(GraphWriter, TorchFunctionMode):
             self.depth -= 1
         changed = [t for t, version in zip(read, versions, strict=True) if _has_changed(t, version)]
         self.changing = {id(t) for t in changed}
+        if not _is_in_place(func, kwargs):
+            result = _made_apart(result, {id(t) for t in read} - self.changing)
         made = tensors_in(result)
         target, made_by = _expression(func, args)
         if not made and not (changed and result is None):
@@ -218,6 +191,19 @@ class Recorder(GraphWriter, TorchFunctionMode):
         self._note_shape(func, args, kwargs, step)
         self._add(step, result if made else args[0], changed, self._follows(func, step))
         return result
+
+    def _version(self, tensor: Tensor) -> int | Tensor:
+        """What tells later whether ``tensor`` was changed in place: a count, or a copy where changes are not counted.
+
+        So it is in inference mode, and with the statistics that ``F.batch_norm`` is given: buffers, most often.
+        """
+        if tensor.is_inference():
+            return tensor.clone()
+        if tensor.requires_grad or tensor.is_meta or isinstance(tensor, FakeTensor) or id(tensor) in self.parameters:
+            return tensor._version
+        name = self.name_of.get(id(tensor))
+        kept = name is None or id(tensor) in self.buffers or self.values[name].producer in self.attribute_ids
+        return tensor.detach().clone() if kept else tensor._version
 
     def _before(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -248,10 +234,10 @@ class Recorder(GraphWriter, TorchFunctionMode):
             handed = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, nn.Module)]
             for tensor in _tensors_of_modules(handed):
                 self._read(tensor, step)
-            self.astray = False
+            self._enter_unit(step, (args, kwargs), (module, *handed))
             self.at_hand = {id(inner) for holder in (module, *handed) for inner in holder.modules()}
-            self.versions = [(t, _version(t)) for _, t in tensors_in((args, kwargs))]
-            self.current = self.observed = step
+            self.versions = [(t, self._version(t)) for _, t in tensors_in((args, kwargs))]
+            self.observed = step
 
         return hook
 
@@ -260,10 +246,8 @@ class Recorder(GraphWriter, TorchFunctionMode):
         if self.depth == 1 and self.current is not None:
             self.observed = None
             with torch._C.DisableTorchFunction():
-                taken = {id(t) for _, t in tensors_in((args, kwargs))}
-                if any(id(t) in taken for _, t in tensors_in(output)):
-                    # A unit such as nn.Identity: what it returns gets an identity of its own.
-                    output = handed_back = pytree.tree_map_only(Tensor, partial(_apart_from, taken), output)
+                # A unit such as nn.Identity: what it returns gets an identity of its own.
+                output = handed_back = _made_apart(output, {id(t) for _, t in tensors_in((args, kwargs))})
                 changed = [t for t, version in self.versions if _has_changed(t, version)]
                 own: Sources = frozenset({"parameters"} if any(True for _ in module.parameters()) else ())
                 self._add(self.current, output, changed, self._follows(None, self.current) | own)
@@ -274,8 +258,13 @@ class Recorder(GraphWriter, TorchFunctionMode):
         self, function: type[torch.autograd.Function], call: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """A custom autograd function becomes a step as a whole: its backward is its own."""
-        if self.depth or torch._C._len_torch_function_stack() == 0:
+        if torch._C._len_torch_function_stack() == 0:
             return call(*args, **kwargs)
+        if self.depth:
+            result = call(*args, **kwargs)
+            with torch._C.DisableTorchFunction():
+                self._called_inside(function, args, kwargs, result)
+            return result
         if function is CheckpointFunction:  # what it computes, without the saving of memory
             return args[0](*args[2:])
         with torch._C.DisableTorchFunction():
@@ -314,11 +303,7 @@ class Recorder(GraphWriter, TorchFunctionMode):
 
     def _follows(self, func: Any, step: Step) -> Sources:
         """What the numbers that ``step`` makes follow from."""
-        name = getattr(func, "__name__", "")
-        chance: Sources = frozenset({"chance"} if name in RANDOM else ())
-        if name in SHAPES_ONLY:
-            return chance
-        return chance.union(*(self.sources[read] for read in step.reads))
+        return follows(func, (self.sources[read] for read in step.reads))
 
     def _guard(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """A step that makes sure, in every call, that what was read is what this forward read.
@@ -397,8 +382,7 @@ class Recorder(GraphWriter, TorchFunctionMode):
 
     def made_from_inputs(self, tensor: Tensor) -> bool:
         """Whether this recorder saw ``tensor`` being made, from more than shapes."""
-        name = self.name_of.get(id(tensor))
-        return tensor in self.inside or (name is not None and bool(self.sources[name] - {"parameters", "buffers"}))
+        return bool(self._sources_of(tensor) - {"parameters", "buffers"})
 
     # Finishing
 
@@ -489,17 +473,31 @@ def _deciding_shape(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return [tensor for _, tensor in tensors_in(decide)]
 
 
-def _version(tensor: Tensor) -> int | Tensor:
-    """What tells later whether ``tensor`` was changed in place: in inference mode, where none are counted, a copy."""
-    return tensor.clone() if tensor.is_inference() else tensor._version
-
-
 def _has_changed(tensor: Tensor, version: int | Tensor) -> bool:
     return not same_values(tensor, version) if isinstance(version, Tensor) else tensor._version != version
 
 
-def _apart_from(taken: set[int], tensor: Tensor) -> Tensor:
-    return tensor.view_as(tensor) if id(tensor) in taken else tensor
+def _is_in_place(func: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether ``func`` by its name returns the very tensor that it was given: ``add_``, ``detach_``, ``out=``."""
+    name = getattr(func, "__name__", "")
+    return "out" in kwargs or (name.endswith("_") and not name.endswith("__"))
+
+
+def _made_apart(result: Any, operands: set[int]) -> Any:
+    """``result``, with an identity of its own for each tensor that is one of the ``operands``.
+
+    So ``x.to(x.dtype)``, which is ``x``, and ``x`` stay two values: on several devices they may be two tensors.
+    """
+    if not any(id(tensor) in operands for _, tensor in tensors_in(result)):
+        return result
+
+    def apart(tensor: Tensor) -> Tensor:
+        if id(tensor) not in operands or tensor.layout != torch.strided or tensor.is_nested:
+            return tensor
+        with torch.enable_grad():  # a view made without it would carry no gradient
+            return tensor.view_as(tensor)
+
+    return pytree.tree_map_only(Tensor, apart, result)
 
 
 def _replaced(replacements: dict[int, Any], tensor: Tensor) -> Any:

@@ -17,15 +17,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["Hole", "copied", "dense_parts", "filled", "has_state", "map_tensors", "nbytes", "tensor_at", "tensors_in"]
+__all__ = [
+    "PLAIN",
+    "Hole",
+    "copied",
+    "dense_parts",
+    "filled",
+    "has_state",
+    "map_tensors",
+    "nbytes",
+    "tensor_at",
+    "tensors_in",
+]
 
 DEPTH = 6
 """Objects inside objects are looked into so deep."""
-_PLAIN = (
+PLAIN = (
     *(str, bytes, int, float, complex, bool, type(None), range, type, enum.Enum, torch.dtype, torch.device),
     *(torch.layout, torch.memory_format, torch.Generator, nn.Module, types.ModuleType),
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType),
 )
+"""Types of which nothing is looked into."""
 
 
 def tensors_in(value: Any) -> list[tuple[str, Tensor]]:
@@ -39,9 +51,11 @@ def tensor_at(value: Any, index: int) -> Tensor:
 
 
 def dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    """The dense tensors that a sparse one is made of, indices first; a dense one is its own."""
+    """The dense tensors that a sparse or jagged one is made of, indices first; a dense one is its own."""
     if tensor.layout == torch.strided:
         return (tensor,)
+    if tensor.layout == torch.jagged:
+        return tensor.offsets(), tensor.values()  # type: ignore[attr-defined]  # it is a NestedTensor
     if tensor.layout == torch.sparse_coo:
         return tensor._indices(), tensor._values()
     compressed = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
@@ -59,7 +73,7 @@ def nbytes(tensor: Tensor) -> int:
 def _walk(value: Any, path: str, depth: int, open_: set[int]) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield path, value
-    if isinstance(value, (Tensor, *_PLAIN)) or not depth or id(value) in open_:
+    if isinstance(value, (Tensor, *PLAIN)) or not depth or id(value) in open_:
         return
     open_.add(id(value))
     for key, inner in _children(value):
@@ -94,7 +108,7 @@ def _attributes(value: Any) -> dict[str, Any]:
 
 def has_state(value: Any) -> bool:
     """Whether ``value`` is an object that a call could change, so that each call needs a copy of its own."""
-    return not isinstance(value, (Tensor, *_PLAIN)) and (
+    return not isinstance(value, (Tensor, *PLAIN)) and (
         isinstance(value, (list, dict, set, Mapping)) or bool(_attributes(value))
     )
 
@@ -145,7 +159,7 @@ def _parts(value: Any, seen: set[int]) -> Iterator[Any]:
 
 
 def _has_inside(value: Any) -> bool:
-    return not isinstance(value, (Tensor, *_PLAIN)) and bool(_children(value))
+    return not isinstance(value, (Tensor, *PLAIN)) and bool(_children(value))
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:

@@ -7,7 +7,6 @@ on other values as well, and holds the replayed graph against it.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.equality import relative_difference, same_values, tolerance
-from shardwright.profiler.inputs import other_values, outputs_of
+from shardwright.profiler.equality import relative_difference, tolerance
+from shardwright.profiler.inputs import copied_inputs, other_values, outputs_of
 from shardwright.profiler.placed import refuse_placed
 from shardwright.profiler.recorder import Recorder, SavedTensorsUncountedError
-from shardwright.profiler.structure import nbytes
+from shardwright.profiler.state import attributes_kept, state_kept
 from shardwright.profiler.unitgraph import UnitGraph, mean_square_loss
 from shardwright.profiler.units import find_units
 
@@ -41,7 +40,8 @@ def trace(
 ) -> UnitGraph:
     """Run ``model`` once on the inputs and capture it at unit level.
 
-    The model's buffers, training flags and the random state are put back afterwards.
+    The model's state, also what hangs on its modules, and the random state are put back afterwards; the inputs are
+    copied before.
 
     Args:
         units: the modules that are placed whole, by path; by default those of :func:`find_units`.
@@ -51,7 +51,7 @@ def trace(
     """
     units = _checked(model, units)
     with attributes_kept(model), as_found(model, train=train):
-        return _recorded(model, units, args, dict(kwargs or {}), train=train)[1]
+        return _recorded(model, units, *copied_inputs(args, kwargs or {}), train=train)[1]
 
 
 def checked_trace(
@@ -72,52 +72,19 @@ def checked_trace(
         ShardwrightError: the forward fails.
     """
     units = _checked(model, units)
-    kwargs = dict(kwargs or {})
+    args, kwargs = copied_inputs(args, kwargs or {})
     with attributes_kept(model):
         with as_found(model, train=train):
             earlier, other, expected = _run_on_other_values(model, units, args, kwargs, train=train)
         with as_found(model, train=train):
             _, capture, _ = _recorded(model, units, args, kwargs, train=train, earlier=earlier)
-        if earlier is not None and not capture.obstacles:
-            with as_found(model, train=train):
-                _compare(capture, other, expected, train=train)
+    if earlier is not None and not capture.obstacles:
+        # A pipeline gets the model as it was: what these runs have left on its modules must not help the graph.
+        with attributes_kept(model), as_found(model, train=train):
+            _compare(capture, other, expected, train=train)
     return capture
 
 
-@contextmanager
-def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Give every module its attributes back: parameters, buffers, hooks, and what a forward left on it (a cache).
-
-    Not a copy of the model: a function that a module holds may refer to the model itself, and would to the original.
-    """
-    kept = [(module, dict(vars(module))) for module in model.modules()]
-    contents = [(container, container.copy()) for _, attributes in kept for container in _containers(attributes)]
-    try:
-        yield
-    finally:
-        for container, content in contents:
-            container.clear()
-            container.extend(content) if isinstance(container, (list, deque)) else container.update(content)
-        for module, attributes in kept:
-            vars(module).clear()
-            vars(module).update(attributes)
-
-
-_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
-
-
-def _containers(value: Any, seen: set[int] | None = None) -> Iterator[Any]:
-    """Python's own changeable containers in ``value``, which is one, or in each other."""
-    seen = set() if seen is None else seen
-    seen.add(id(value))
-    yield value
-    for inner in value.values() if isinstance(value, dict) else value:
-        if type(inner) in _CONTAINERS and id(inner) not in seen:
-            yield from _containers(inner, seen)
-
-
-SMALL_BYTES = 2**31
-"""Of parameters so large together no copy is kept while the model is captured."""
 SEED = 1234
 """Both runs that are compared draw the same random numbers."""
 
@@ -210,7 +177,7 @@ def _checked(model: nn.Module, units: Mapping[str, nn.Module] | None) -> dict[st
 @contextmanager
 def as_found(model: nn.Module, *, train: bool) -> Iterator[None]:
     """Run the model in training or not; its state, its mode and the random state are put back afterwards."""
-    with _eager(), _state_kept(model), torch.random.fork_rng(devices=[]), torch.set_grad_enabled(train):
+    with _eager(), state_kept(model), torch.random.fork_rng(devices=[]), torch.set_grad_enabled(train):
         model.train(train)
         yield
 
@@ -223,33 +190,6 @@ def _eager() -> Any:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, with its state and the random state put back afterwards."""
-    with _eager(), attributes_kept(model), _state_kept(model), torch.random.fork_rng(devices=[]):
+    with _eager(), attributes_kept(model), state_kept(model), torch.random.fork_rng(devices=[]):
         model.eval()
         yield
-
-
-@contextmanager
-def _state_kept(model: nn.Module) -> Iterator[None]:
-    """Put back what a forward may change: buffers (batch statistics), also replaced ones, and training flags.
-
-    Parameters too, which some forwards write (codebooks), unless a copy of them would be large.
-    """
-    held = {name: (buffer, buffer.detach().clone()) for name, buffer in model.named_buffers()}
-    parameters = list(model.parameters())
-    small = sum(nbytes(p) for p in parameters) <= SMALL_BYTES
-    kept = [(p, p.detach().clone()) for p in parameters if small]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for parameter, values in kept:
-                if not same_values(parameter, values):
-                    parameter.data.copy_(values)
-            for name, (buffer, before) in held.items():
-                if buffer.shape == before.shape and not same_values(buffer, before):
-                    buffer.copy_(before)
-                holder, _, own = name.rpartition(".")
-                model.get_submodule(holder)._buffers[own] = buffer

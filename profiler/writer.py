@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from shardwright.errors import ShardwrightError
 from shardwright.profiler.callsites import call_site
 from shardwright.profiler.inputs import is_mask
 from shardwright.profiler.memory import storages_of
@@ -73,6 +74,8 @@ class GraphWriter:
         self.obstacles: dict[str, None] = {}
         # Steps that change tensors in place -> the values that change, all that share the storage.
         self.mutators: dict[str, tuple[str, ...]] = {}
+        # Steps, and those that read what they made past their arguments, so that nothing brings it to another device.
+        self.neighbours: list[tuple[str, ...]] = []
         self.attribute_ids: dict[str, int] = {}
         # Tensors by identity; the references keep every identity valid until the capture ends.
         self.name_of: dict[int, str] = {}
@@ -143,6 +146,11 @@ class GraphWriter:
         return self.graph.call_function(tensor_at, (node, index))
 
     def _name(self, tensor: Tensor, step: Step, name: str, node: fx.Node, sources: Sources) -> None:
+        if tensor.is_nested:
+            raise ShardwrightError(
+                f"{step.site or call_site(sys._getframe())} has a nested tensor between units, which has no shape to "
+                "plan with; keep it inside of one unit, or pad it, as torch.nested.to_padded_tensor does"
+            )
         self.alive.append(tensor)
         self.tensors[name] = tensor
         self.name_of[id(tensor)] = name
@@ -250,7 +258,7 @@ class GraphWriter:
         return map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad), value)
 
     def _colocate(self) -> list[tuple[str, ...]]:
-        """Groups of steps that must share a device: calls of one unit, and in-place changes."""
+        """Groups of steps that must share a device: calls of one unit, in-place changes, and reads past arguments."""
         calls: dict[str, list[str]] = {}
         for step in self.steps:
             if step.kind == "unit":
@@ -265,7 +273,7 @@ class GraphWriter:
             ]
             for step, names in self.mutators.items()
         ]
-        groups = [*map(tuple, changes), *map(tuple, calls.values())]
+        groups = [*map(tuple, changes), *map(tuple, calls.values()), *self.neighbours]
         return list(dict.fromkeys(tuple(dict.fromkeys(group)) for group in groups if len(set(group)) > 1))
 
     def _ties(self) -> list[tuple[str, tuple[str, ...]]]:

@@ -1,10 +1,12 @@
 """The model's inputs: batch size and micro-batches."""
 
+import warnings
+
 import pytest
 import torch
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.inputs import batch_size, default_counts, input_specs, microbatch
+from shardwright.profiler.inputs import batch_size, copied_inputs, default_counts, input_specs, microbatch
 
 
 def test_only_batched_tensors_are_divided():
@@ -44,3 +46,28 @@ def test_specs_name_nested_inputs():
     """Each tensor among the inputs is listed with where it stands."""
     specs = input_specs((torch.zeros(2, 3),), {"pairs": {"left": torch.zeros(2, dtype=torch.int64)}})
     assert [(s.name, str(s)) for s in specs] == [("[0]", "float32 2x3"), ("['pairs']['left']", "int64 2")]
+
+
+def test_copied_inputs_are_apart_from_the_callers():
+    """Tensors, lists and objects are copies; what requires a gradient is a leaf that still does."""
+    leaf, log = torch.ones(2, requires_grad=True), []
+    (copied, made, copied_log), kwargs = copied_inputs((leaf, leaf * 2, log), {"flag": True})
+    assert copied.is_leaf
+    assert copied.requires_grad
+    assert made.is_leaf
+    assert made.requires_grad
+    with torch.no_grad():
+        copied.zero_()
+    copied_log.append(1)
+    assert leaf.tolist() == [1, 1]
+    assert log == []
+    assert kwargs == {"flag": True}
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_a_nested_input_is_refused(layout):
+    """A nested tensor has no shape; the message names the input and the remedy."""
+    with warnings.catch_warnings(action="ignore"):
+        ragged = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(1, 3)], layout=layout)
+    with pytest.raises(ShardwrightError, match=r"input \['x'\] is a nested tensor, .*; pad it"):
+        batch_size((), {"x": ragged})

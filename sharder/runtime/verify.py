@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.devices import find_devices
 from shardwright.profiler.equality import relative_difference, tolerance
-from shardwright.profiler.inputs import outputs_of
+from shardwright.profiler.inputs import copied_inputs, outputs_of
 from shardwright.profiler.placed import placement_hooks
 from shardwright.profiler.pool import Pool
 from shardwright.profiler.structure import map_tensors, tensors_in
@@ -127,11 +127,11 @@ def _verified(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[
     with evaluating(model), torch.no_grad(), Simulated(), parameters_may_move():
         state = torch.get_rng_state()
         with _put_back(model):
-            expected = unplace(model).cpu()(*args, **kwargs)
+            expected = _called(unplace(model).cpu(), *copied_inputs(args, kwargs))
         torch.set_rng_state(state)
         try:
             with _put_back(model), watch.over(_on_simulated_devices(model, plan)):
-                found = _plain_tensors(model(*args, **kwargs))
+                found = _plain_tensors(_called(model, *copied_inputs(args, kwargs)))
         except DeviceMismatchError as error:
             mismatch = Mismatch(
                 error.operation, watch.unit or "glue", _site(error), tuple(map(_planned_name(plan), error.devices))
@@ -145,6 +145,10 @@ def _verified(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[
     pairs = list(zip(_plain_tensors(expected), found, strict=True))
     equal = all(relative_difference(a, b) <= tolerance(a.dtype) for a, b in pairs)
     return Check(None, equal, watch.transfers, watch.transfer_bytes)
+
+
+def _called(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return model(*args, **kwargs)
 
 
 @contextmanager
