@@ -66,6 +66,33 @@ def test_a_model_with_everything_runs(captured_profile):
     assert run.equality.tensors > 8
 
 
+class Normalised(nn.Module):
+    """Batch normalisation in the forward itself, whose running mean is also read before it is changed."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+
+    def forward(self, x):
+        x = self.layers[0](x) + self.mean
+        x = nn.functional.batch_norm(self.layers[1](x), self.mean, self.var, training=self.training)
+        return self.layers[2](x)
+
+
+def test_batch_statistics_between_units(captured_profile):
+    """What the forward itself normalises, with statistics of its own, is the same in a pipeline."""
+    model, x = Normalised(), torch.randn(8, 4)
+    plan = sw.plan(
+        captured_profile(model, (x,)),
+        microbatches=2,
+        pins={"layers.0": "cpu:0", "layers.1": "cpu:1", "layers.2": "cpu:1"},
+    )
+    assert sw.run(model, plan, (x,), steps=1).equality.tensors > 0
+    assert not model.mean.any()
+
+
 def test_inference_runs_forward_only(captured_profile):
     """Without training only outputs are compared."""
     model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)])

@@ -61,6 +61,8 @@ class Job:
     output_places: tuple[int, ...]
     """Which of the tensors that the model returns come out of the pipeline."""
     ties: tuple[SharedParameter, ...] = ()
+    units: tuple[str, ...] = ()
+    """The units' paths in the whole model."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ def check_whole() -> Comparison:
 def _compared(held: _Held) -> Comparison:
     held.module.zero_grad()
     held.outputs = []
-    with _dropout_resting(held.module):
+    with _dropout_resting(held):
         held.step()
     _synchronize(held.device)
     outputs, held.outputs = held.outputs, None
@@ -251,13 +253,16 @@ class _NoDropout(TorchFunctionMode):
 
 
 @contextmanager
-def _dropout_resting(module: nn.Module) -> Iterator[None]:
+def _dropout_resting(held: _Held) -> Iterator[None]:
     """Dropout draws other numbers in every process, so for a comparison it rests.
 
     Modules compute as in evaluation, which also stills the dropout inside attention and recurrent layers; batch
-    normalisation goes on with the statistics of its micro-batch.
+    normalisation goes on with the statistics of its micro-batch. So does the forward between units, whose mode is part
+    of the captured graph.
     """
-    resting = [m for m in module.modules() if m.training and not isinstance(m, nn.modules.batchnorm._NormBase)]
+    units = [held.module.get_submodule(path) for path in held.job.units] or [held.module]
+    modules = dict.fromkeys(inner for unit in units for inner in unit.modules())
+    resting = [m for m in modules if m.training and not isinstance(m, nn.modules.batchnorm._NormBase)]
     for inner in resting:
         inner.training = False
     try:

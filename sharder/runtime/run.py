@@ -155,7 +155,10 @@ def run(
 def _job(plan: Plan, model: nn.Module, output_places: tuple[int, ...], schedule: str, microbatches: int) -> Job:
     """The job of the stages, or with no schedule that of the whole model."""
     ties = _shared(plan, model) if schedule else ()
-    return Job(schedule, microbatches, len(plan.stages), plan.batch, plan.train, plan.optimizer, output_places, ties)
+    units = () if schedule else tuple(units_of(plan, model))
+    return Job(
+        schedule, microbatches, len(plan.stages), plan.batch, plan.train, plan.optimizer, output_places, ties, units
+    )
 
 
 def _found(plan: Plan, names: Sequence[str]) -> tuple[Device, ...]:
