@@ -13,7 +13,7 @@ from types import FrameType
 
 from torch import nn
 
-__all__ = ["Begun", "begin", "end", "open_calls", "settle"]
+__all__ = ["Begun", "begin", "end", "has_begun", "open_calls", "settle"]
 
 _CALL = nn.Module._call_impl.__code__
 
@@ -66,6 +66,11 @@ def open_calls() -> list[Begun]:
 def begin(begun: Begun) -> None:
     """Note it before it changes anything, so that it is ended also if it fails half-way."""
     _open.stack.append(begun)
+
+
+def has_begun(hook: object) -> bool:
+    """Whether something that ``hook`` began in this thread has not ended."""
+    return any(begun.hook is hook for begun in _open.stack)
 
 
 def end(hook: object) -> Begun | None:

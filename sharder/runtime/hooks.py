@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from shardwright.profiler.placed import PlacementHook
 from shardwright.sharder.runtime.align import AlignGlue
-from shardwright.sharder.runtime.calls import Begun, begin, end, open_calls, settle
+from shardwright.sharder.runtime.calls import Begun, begin, end, has_begun, open_calls, settle
 from shardwright.sharder.runtime.moving import Mover, containers_in, is_accelerated, may_hold, moved, rewrite
 
 __all__ = ["Borrow", "Enter", "Leave", "MoveInputs", "PutBack", "Return", "Window"]
@@ -82,9 +82,13 @@ class PutBack(PlacementHook):
     def __init__(self, move: MoveInputs) -> None:
         self.move = move
 
-    @_left_to_python
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
         """Put back what :class:`MoveInputs` replaced in this call."""
+        if torch.compiler.is_compiling() or has_begun(self.move):
+            self._put_back(output)
+
+    @_left_to_python
+    def _put_back(self, output: Any) -> None:
         call = end(self.move)
         if isinstance(call, _Moved) and call.mover.written:
             call.mover.put_back(kept=containers_in(output))
