@@ -2,7 +2,10 @@
 
 import copy
 import io
+from collections import OrderedDict, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +14,10 @@ from torch.overrides import TorchFunctionMode, _len_torch_function_stack
 from torch.utils.checkpoint import checkpoint
 
 import shardwright as sw
+from shardwright.profiler.inputs import outputs_of
 from shardwright.profiler.placed import placement_hooks
 from shardwright.sharder.runtime.hooks import MoveInputs
-from shardwright.sharder.runtime.sim import on_host, sim_device
+from shardwright.sharder.runtime.sim import Simulated, on_host, sim_device
 
 PAIR = {"cpu:0": "cpu", "cpu:1": "sim:0"}
 
@@ -574,3 +578,300 @@ def test_a_placed_model_is_not_profiled(captured_profile):
     sw.place(model, planned(captured_profile, model, (ids,)), devices=PAIR)
     with pytest.raises(sw.ShardwrightError, match=r"the model is placed.*shardwright\.unplace"):
         sw.profile(model, (ids,), devices=["cpu:0"])
+
+
+def assert_placed_alike(captured_profile, model, args, *, pins, devices=PAIR):
+    """Verified and placed, ``model`` gives its outputs, and after two steps its gradients and buffers."""
+    plan = sw.plan(captured_profile(model, args, microbatches=(1,)), microbatches=1, pins=pins)
+    assert sw.verify(model, plan, args)
+    placed = sw.place(copy.deepcopy(model), plan, devices=devices)
+    for _ in range(2):
+        with Simulated():
+            found = placed(*copy.deepcopy(args))
+        expected = model(*copy.deepcopy(args))
+        for one, other in zip(outputs_of(found), outputs_of(expected), strict=True):
+            torch.testing.assert_close(one, other)
+        for output in (found, expected):
+            sum(tensor.square().mean() for tensor in outputs_of(output)).backward()
+    expected = gradients(model)
+    assert expected
+    for name, gradient in gradients(placed).items():
+        torch.testing.assert_close(gradient, expected[name])
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(on_host(placed.get_buffer(name)), buffer)
+    return placed
+
+
+@dataclass
+class State:
+    h: torch.Tensor
+    seen: torch.Tensor
+
+
+class Item(nn.Linear):
+    """Writes `["h"]`, at any depth."""
+
+    def forward(self, state):
+        state = state.get("inner", state)
+        state["h"] = super().forward(state["h"])
+
+
+class Attribute(nn.Linear):
+    """Writes `.h` and `.seen`."""
+
+    def forward(self, state):
+        state.h = super().forward(state.h)
+        state.seen = state.seen + state.h
+
+
+class Appends(nn.Linear):
+    """Appends to the list in a tuple."""
+
+    def forward(self, state):
+        (made,) = state
+        made.append(super().forward(made[-1]))
+
+
+WRITTEN = {
+    "dict": (Item, lambda x: {"h": x}, lambda state: state["h"]),
+    "OrderedDict": (Item, lambda x: OrderedDict(h=x), lambda state: state["h"]),
+    "defaultdict": (Item, lambda x: defaultdict(list, h=x), lambda state: state["h"]),
+    "dict in a dict": (Item, lambda x: {"inner": {"h": x}}, lambda state: state["inner"]["h"]),
+    "dataclass": (Attribute, lambda x: State(x, x * 0), lambda state: state.h + state.seen),
+    "namespace": (Attribute, lambda x: SimpleNamespace(h=x, seen=x * 0), lambda state: state.h + state.seen),
+    "list in a tuple": (Appends, lambda x: ([x],), lambda state: sum(state[0])),
+}
+
+
+class Fills(nn.Module):
+    """Units that take one state and return nothing."""
+
+    def __init__(self, layer, made, read):
+        super().__init__()
+        self.layers = nn.ModuleList(layer(8, 8) for _ in range(3))
+        self.head = nn.Linear(8, 8)
+        self.made, self.read = made, read
+
+    def forward(self, x):
+        state = self.made(x)
+        for layer in self.layers:
+            layer(state)
+        return self.head(self.read(state))
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+@pytest.mark.parametrize("cut", [1, 2])
+def test_what_a_unit_writes_into_its_argument_is_found(captured_profile, kind, cut):
+    """Whatever holds it, and wherever the cut is."""
+    model, x = Fills(*WRITTEN[kind]), torch.randn(4, 8)
+    pins = {f"layers.{k}": f"cpu:{int(k >= cut)}" for k in range(3)} | {"head": "cpu:1"}
+    assert_placed_alike(captured_profile, model, (x,), pins=pins)
+
+
+class Sums(nn.Linear):
+    def forward(self, features):
+        return super().forward(sum(features))
+
+
+class Lists(nn.Module):
+    """Reads its list again after a unit has read it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8), Sums(8, 8)])
+
+    def forward(self, x):
+        first = self.layers[0](x)
+        features = [first, self.layers[1](x)]
+        made = self.layers[2](features)
+        return made, features[0] * 2 + first
+
+
+def test_a_list_is_the_callers_again_after_a_unit(captured_profile):
+    """Its tensors are where they were, for the glue that comes."""
+    pins = {"layers.0": "cpu:0", "layers.1": "cpu:0", "layers.2": "cpu:1"}
+    assert_placed_alike(captured_profile, Lists(), (torch.randn(4, 8),), pins=pins)
+
+
+def test_a_list_is_the_callers_again_after_an_error(captured_profile):
+    """Also where the unit fails."""
+    model, x = Lists(), torch.randn(4, 8)
+    pins = {"layers.0": "cpu:0", "layers.1": "cpu:0", "layers.2": "cpu:1"}
+    plan = sw.plan(captured_profile(model, (x,), microbatches=(1,)), microbatches=1, pins=pins)
+    sw.place(model, plan, devices=PAIR)
+    features = [x, x]
+    model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.layers[2](features)
+    assert features[0] is x
+    assert features[1] is x
+
+
+class Fetches(nn.Module):
+    """Leaves its hidden state with its caller, in the dictionary and the list that it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, batch):
+        h = self.layers[1](self.layers[0](batch["x"]))
+        batch["h"] = h
+        batch["all"].append(h)
+        return self.layers[2](h)
+
+
+@pytest.mark.parametrize("devices", [PAIR, {"cpu:0": "sim:0", "cpu:1": "cpu"}])
+def test_what_the_forward_writes_into_its_inputs_is_found(captured_profile, devices):
+    """On the device of the inputs, which stay the very tensors; the inputs may have to move."""
+    model, x = Fetches(), torch.randn(4, 8)
+    model({"x": x, "all": []})
+    profile = captured_profile(model, ({"x": x, "all": []},), microbatches=(1,))
+    plan = sw.plan(profile, microbatches=1, pins={"layers.0": "cpu:0", "layers.1": "cpu:0", "layers.2": "cpu:1"})
+    expected = {"x": x, "all": []}
+    model(expected)
+    sw.place(model, plan, devices=devices)
+    found = {"x": x, "all": []}
+    model(found)
+    assert found["x"] is x
+    assert found["all"] == [found["h"]]
+    assert torch.equal(found["h"], expected["h"])
+
+
+def test_lengths_beside_inputs_on_a_device_stay_on_the_cpu(captured_profile):
+    """PyTorch packs by lengths on the CPU only; alone, or where all is on the CPU, whole numbers move."""
+
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+        def forward(self, x, lengths):
+            seen.append(lengths.device)
+            return self.layers[1](self.layers[0](x))
+
+    seen = []
+    model, x, lengths = Looks(), torch.randn(4, 8), torch.arange(4)
+    plan = planned(captured_profile, model, (x, lengths))
+    sw.place(model, plan, devices={d: sim_device(i) for i, d in enumerate(plan.devices)})
+    seen.clear()
+    with torch.no_grad():
+        model(x.to(sim_device(0)), lengths)
+        model(lengths=lengths, x=x.to(sim_device(0)))
+        model(x, lengths)
+    assert [str(device) for device in seen] == ["cpu", "cpu", "sim:0"]
+
+
+class Normalised(nn.Module):
+    """Two normalisations with the same running statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+        )
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            setattr(self.layers[3], name, getattr(self.layers[1], name))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("cut", [2, 3])
+def test_tied_running_statistics_learn_on_both_devices(captured_profile, cut):
+    """What a unit changes in a buffer that it borrows is changed where the buffer lies."""
+    pins = {f"layers.{k}": f"cpu:{int(k >= cut)}" for k in range(5)}
+    model = Normalised()
+    assert_placed_alike(captured_profile, model, (torch.randn(4, 8),), pins=pins)
+    assert model.layers[1].num_batches_tracked == 4
+
+
+class Averages(nn.Module):
+    """Makes its buffer anew in every call."""
+
+    def __init__(self, mean):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("mean", mean)
+
+    def forward(self, x):
+        x = self.linear(x)
+        if self.training:
+            self.mean = self.mean * 0.9 + x.detach().mean(0) * 0.1
+        return x - self.mean
+
+
+def test_a_borrowed_buffer_that_is_made_anew_is_kept(captured_profile):
+    """A unit that replaces a tied buffer has its own from then on, as without a placement."""
+    mean = torch.zeros(8)
+    model = nn.Sequential(Averages(mean), nn.Linear(8, 8), Averages(mean))
+    x = torch.randn(4, 8)
+    profile = captured_profile(model, (x,), train=False, microbatches=(1,))
+    plan = sw.plan(profile, microbatches=1, pins={"0": "cpu:0", "1": "cpu:1", "2": "cpu:1"})
+    placed = sw.place(copy.deepcopy(model), plan, devices=PAIR).train()
+    model.train()
+    placed(x)
+    model(x)
+    assert not torch.equal(model[0].mean, model[2].mean)
+    for at in (0, 2):
+        torch.testing.assert_close(on_host(placed[at].mean), model[at].mean)
+
+
+class Scaled(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 8)
+        self.scale = nn.Parameter(torch.full((8,), 0.3))
+        self.register_forward_pre_hook(lambda module, args: (args[0] * module.scale,))
+        self.register_forward_hook(lambda module, _args, output: output + module.bias)
+
+
+def test_a_users_hook_sees_its_unit_where_it_is(captured_profile):
+    """Hooks that compute with the unit's parameters find the arguments beside them."""
+    model = nn.Sequential(nn.Linear(8, 8), Scaled(), nn.Linear(8, 8))
+    assert_placed_alike(captured_profile, model, (torch.randn(4, 8),), pins={"0": "cpu:0", "1": "cpu:1", "2": "cpu:1"})
+
+
+class Whole(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
+        self.head = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.head(self.part(x))
+
+
+def test_unplace_undoes_the_placement_of_a_part(captured_profile):
+    """Also where the whole was placed afterwards, or before."""
+    model, x = Whole(), torch.randn(4, 8)
+    expected = model(x).detach()
+    part = sw.plan(captured_profile(model.part, (x,), microbatches=(1,)), microbatches=1, pins={"2": "cpu:1"} | INNER)
+    pins = {"part.0": "cpu:0", "part.1": "cpu:1", "part.2": "cpu:1", "head": "cpu:1"}
+    whole = sw.plan(captured_profile(model, (x,), microbatches=(1,)), microbatches=1, pins=pins)
+    for placements in (
+        [(model.part, part)],
+        [(model.part, part), (model, whole)],
+        [(model, whole), (model.part, part)],
+    ):
+        for module, plan in placements:
+            sw.place(module, plan, devices=PAIR)
+        assert {p.device.type for p in model.parameters()} == {"cpu", "sim"}
+        sw.unplace(model)
+        assert not list(placement_hooks(model))
+        assert {p.device.type for p in model.parameters()} == {"cpu"}
+        assert torch.equal(model(x).detach(), expected)
+
+
+INNER = {"0": "cpu:0", "1": "cpu:0"}
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler tells where it leaves the hooks to Python
+def test_a_compiled_model_hands_lists_on(captured_profile):
+    """What is written into a list, and read from it, is the same as without the compiler."""
+    model, x = Lists(), torch.randn(4, 8)
+    pins = {"layers.0": "cpu:0", "layers.1": "cpu:0", "layers.2": "cpu:1"}
+    plan = sw.plan(captured_profile(model, (x,), microbatches=(1,)), microbatches=1, pins=pins)
+    expected = [tensor.detach() for tensor in model(x)]
+    sw.place(model, plan, devices=PAIR)
+    for found, tensor in zip(torch.compile(model, backend="eager")(x), expected, strict=True):
+        assert torch.equal(found.detach(), tensor)

@@ -8,6 +8,7 @@ from torch import nn
 
 from shardwright.sharder.runtime.sim import (
     DeviceMismatchError,
+    Simulated,
     crossings_watched,
     on_host,
     parameters_may_move,
@@ -92,3 +93,58 @@ def test_crossings_are_watched():
         x.to("sim:1").to("cpu")
         x.to("sim:0")
     assert seen == [(2, 3)]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda z: z * z.conj(),
+        lambda z: z.conj() * 1,
+        lambda z: z.conj().imag * 1,
+        lambda z: torch.view_as_real(z * 2 - z.conj()),
+        lambda z: z.mH @ z,
+    ],
+)
+def test_conjugates_are_the_cpus(function):
+    """What PyTorch conjugates or negates only when it is read is conjugated and negated there too."""
+    z = torch.fft.fft(torch.randn(3, 4))
+    assert torch.allclose(on_host(function(z.to(sim_device(0)))), function(z))
+
+
+@pytest.mark.parametrize("make", [torch.tensor, torch.as_tensor, torch.asarray])
+def test_tensors_are_made_of_numbers_on_a_device(make):
+    """Tensors without dimensions in a list are numbers, as on CUDA."""
+    numbers = torch.tensor([2, 5]).to(sim_device(0))
+    with Simulated():
+        made = make([numbers.max(), numbers.min() + 1, 7], device=sim_device(1))
+    assert made.device == sim_device(1)
+    assert on_host(made).tolist() == [5, 3, 7]
+
+
+def test_sizes_of_packed_sequences_stay_on_the_cpu():
+    """A recurrent layer takes them so, and the padded result is the CPU's."""
+    layer, x, lengths = nn.GRU(3, 4), torch.randn(5, 2, 3), torch.tensor([5, 3])
+    there = moved(layer, sim_device(0))
+
+    def run(layer, x):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths)
+        assert packed.batch_sizes.device.type == "cpu"
+        return nn.utils.rnn.pad_packed_sequence(layer(packed)[0])
+
+    found, expected = run(there, x.to(sim_device(0))), run(layer, x)
+    assert torch.allclose(on_host(found[0]), expected[0], atol=1e-6)
+    assert torch.equal(on_host(found[1]), expected[1])
+
+
+def test_lists_may_lie_on_several_devices():
+    """Functions of lists need one device at each position only."""
+
+    def lists():
+        return [[torch.full((2,), float(k)).to(sim_device(k)) for k in range(2)] for _ in range(2)]
+
+    one, other = lists()
+    assert [t.device for t in torch._foreach_mul(one, other)] == [sim_device(0), sim_device(1)]
+    torch._foreach_add_(one, other)
+    assert [on_host(t).tolist() for t in one] == [[0.0, 0.0], [2.0, 2.0]]
+    with pytest.raises(DeviceMismatchError):
+        torch._foreach_add_(one, other[::-1])

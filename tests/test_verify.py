@@ -95,3 +95,28 @@ def test_other_inputs_are_refused(netdict):
     model, _, plan = netdict
     with pytest.raises(sw.ShardwrightError, match="for inputs float32 2x1x16x16; these are float32 4x1x16x16"):
         sw.verify(model, plan, (torch.randn(4, 1, 16, 16),))
+
+
+class Counts(nn.Module):
+    """Counts its calls in a buffer, in inference too, and halves what it is given in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        x = x.mul_(0.5)
+        return self.layers[1](self.layers[0](x)) * self.calls
+
+
+def test_what_a_forward_changes_is_put_back(captured_profile):
+    """Both replays begin with the same buffers and inputs, and the caller finds them as they were."""
+    model, x = Counts(), torch.ones(2, 2)
+    profile = captured_profile(model, (x.clone(),), train=False, microbatches=(1,))
+    plan = sw.plan(profile, microbatches=1, pins={"layers.0": "cpu:0", "layers.1": "cpu:1"})
+    before = model.calls.clone()
+    assert sw.verify(model, plan, (x,))
+    assert torch.equal(model.calls, before)
+    assert torch.equal(x, torch.ones(2, 2))

@@ -7,26 +7,20 @@ model.
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch._C import _len_torch_function_stack
-from torch.nn.utils.rnn import PackedSequence
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils import _pytree as pytree
 
-from shardwright.profiler.callsites import applied_name, call_site, functions_applied
 from shardwright.profiler.placed import PlacementHook
-from shardwright.profiler.structure import map_tensors, tensors_in
-from shardwright.profiler.unitgraph import function_name
+from shardwright.sharder.runtime.align import AlignGlue
+from shardwright.sharder.runtime.calls import Begun, begin, end, has_begun, open_calls, settle
+from shardwright.sharder.runtime.moving import Mover, containers_in, is_accelerated, may_hold, moved, rewrite
 
-__all__ = ["AlignGlue", "Borrow", "Enter", "Leave", "MoveInputs", "Return", "Window", "changes_operand"]
+__all__ = ["Borrow", "Enter", "Leave", "MoveInputs", "PutBack", "Return", "Window"]
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -41,45 +35,63 @@ NO_TASK = -1
 """What PyTorch numbers the backward pass with where none runs."""
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """``value`` with its tensors on ``device``; dataclasses are looked into, other objects are left as they are."""
-    if isinstance(value, Tensor):
-        return value if value.device == device else value.to(device)
-    if isinstance(value, (str, int, float, type(None))) or all(t.device == device for _, t in tensors_in(value)):
-        return value  # itself, for the callee may write what it is given
+class _Moved(Begun):
+    """Arguments that were moved for a call."""
 
-    def mapped(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return leaf.to(device)
-        if isinstance(leaf, PackedSequence):  # its sizes stay on the CPU
-            return leaf.to(device)  # type: ignore[arg-type]  # torch's stub knows the dtype only
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type) and tensors_in(leaf):
-            return map_tensors(lambda tensor: tensor.to(device), leaf)
-        return leaf
+    def __init__(self, hook: MoveInputs, mover: Mover) -> None:
+        super().__init__(hook)
+        self.mover = mover
 
-    return pytree.tree_map(mapped, value, is_leaf=lambda leaf: isinstance(leaf, PackedSequence))
+    def undo(self) -> None:
+        """Give the caller's containers their tensors back."""
+        self.mover.put_back()
 
 
 class MoveInputs(PlacementHook):
-    """Forward pre-hook of a unit: fetch what lies on other devices; a device among the arguments becomes the unit's."""
+    """Forward pre-hook of a unit: fetch what lies on other devices; a device among the arguments becomes the unit's.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        lengths_stay: lengths of sequences that are on the CPU, beside tensors that are not, stay there.
+    """
+
+    def __init__(self, device: torch.device, *, lengths_stay: bool = False) -> None:
         self.device = device
+        self.lengths_stay = lengths_stay
 
     def __call__(self, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Move the arguments."""
-        return tuple([self._fetched(arg) for arg in args]), {key: self._fetched(arg) for key, arg in kwargs.items()}
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):  # nearly always
+            return (args[0].to(self.device),), kwargs
+        return self._fetched(args, kwargs)
 
-    def _fetched(self, value: Any) -> Any:
-        if isinstance(value, torch.device):
-            return self.device
-        if type(value) is list:  # the container itself, for the unit may write it
-            value[:] = [self._fetched(item) for item in value]
-            return value
-        if type(value) is dict:
-            value.update({key: self._fetched(item) for key, item in value.items()})
-            return value
-        return _moved(value, self.device)
+    @_left_to_python
+    def _fetched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        values = (*args, *kwargs.values())
+        mover = Mover(self.device, renamed=True, lengths_stay=self.lengths_stay and any(map(is_accelerated, values)))
+        if any(map(may_hold, values)):
+            begin(_Moved(self, mover))
+        return tuple([mover(arg) for arg in args]), {key: mover(arg) for key, arg in kwargs.items()}
+
+
+class PutBack(PlacementHook):
+    """Forward hook of a unit, called after an error too: its caller's lists and dictionaries get their tensors back.
+
+    What the unit wrote stays, and so do containers that it returns: as its outputs they lie on its device.
+    """
+
+    def __init__(self, move: MoveInputs) -> None:
+        self.move = move
+
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        """Put back what :class:`MoveInputs` replaced in this call."""
+        if torch.compiler.is_compiling() or has_begun(self.move):
+            self._put_back(output)
+
+    @_left_to_python
+    def _put_back(self, output: Any) -> None:
+        call = end(self.move)
+        if isinstance(call, _Moved) and call.mover.written:
+            call.mover.put_back(kept=containers_in(output))
 
 
 class Borrow(PlacementHook):
@@ -91,18 +103,14 @@ class Borrow(PlacementHook):
         """The parameters and buffers: the module that has each, and its name there."""
 
     @_left_to_python
-    def __call__(self, _module: nn.Module, _args: Any) -> None:
+    def __call__(self, module: nn.Module, _args: Any) -> None:
         """Put copies in the places of the parameters; gradients flow back through them."""
-        _lending.acquire()  # released by Return: in another thread's call a copy would be taken for the parameter
-        lent: list[tuple[dict[str, Any], str, Tensor]] = []
-        _loans.stack.append((self, lent))
+        settle()
+        loan = _Loan(self, training=module.training)
+        begin(loan)
+        loan.take_turn()
         for owner, name in self.held:
-            own = owner._parameters if name in owner._parameters else owner._buffers
-            tensor = own[name]
-            if tensor is not None:
-                copied = tensor.to(self.device)
-                lent.append((own, name, tensor))
-                own[name] = copied  # type: ignore[assignment]  # a copy is no Parameter
+            loan.lend(owner._parameters if name in owner._parameters else owner._buffers, name, self.device)
 
 
 class Return(PlacementHook):
@@ -114,35 +122,102 @@ class Return(PlacementHook):
     @_left_to_python
     def __call__(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         """Put the parameters back."""
-        if not _loans.stack or _loans.stack[-1][0] is not self.borrow:
-            return  # the call failed before anything was borrowed
-        _, lent = _loans.stack.pop()
-        for held, own, tensor in reversed(lent):
-            held[own] = tensor
-        _lending.release()
+        loan = end(self.borrow)
+        if loan is not None:
+            loan.undo()
 
 
-class _Loans(threading.local):
-    """What the running calls of this thread have borrowed, innermost last."""
+class _Loan(Begun):
+    """What one call of a unit has borrowed.
 
-    def __init__(self) -> None:
-        self.stack: list[tuple[Borrow, list[tuple[dict[str, Any], str, Tensor]]]] = []
+    Units that borrow run one at a time, since they change what all threads see: those out are of one thread.
+    """
+
+    out: list[_Loan] = []  # noqa: RUF012  # of all loans
+    turn = threading.Condition()
+    LOOK_AGAIN_S = 0.1
+    """How long a thread waits for its turn before it looks whether the other's call was broken off."""
+
+    def __init__(self, hook: Borrow, *, training: bool) -> None:
+        super().__init__(hook)
+        self.training = training
+        self.lent: list[tuple[dict[str, Any], str, Tensor, Tensor, int]] = []
+
+    def take_turn(self) -> None:
+        """Wait until no other thread borrows."""
+        with self.turn:
+            while self.out and self.out[-1].thread != self.thread:
+                if not self.turn.wait(self.LOOK_AGAIN_S) and self.out and self.out[-1].is_over():
+                    self.out[-1].undo()
+            self.out.append(self)
+
+    def lend(self, held: dict[str, Any], name: str, device: torch.device) -> None:
+        """Put a copy in the place of a tensor."""
+        tensor = held[name]
+        if tensor is not None:
+            copied = tensor.to(device)
+            self.lent.append((held, name, tensor, copied, _version(copied)))
+            held[name] = copied
+
+    def undo(self) -> None:
+        """Put the tensors back; those that the unit changed are changed too."""
+        with self.turn:
+            while self.lent:
+                held, name, tensor, copied, version = self.lent.pop()
+                if held.get(name) is copied:
+                    held[name] = tensor
+                    self._bring_back(copied, tensor, version)
+                elif isinstance(held.get(name), Tensor) and not isinstance(tensor, nn.Parameter):
+                    held[name] = held[name].to(tensor.device)  # a buffer that the unit made anew
+            if self in self.out:
+                self.out.remove(self)
+            self.turn.notify_all()
+
+    def _bring_back(self, copied: Tensor, tensor: Tensor, version: int) -> None:
+        """Copy what the unit changed in place; of running statistics, which change in training, it is not counted."""
+        counted = _version(copied) != version
+        if counted or (self.training and not isinstance(tensor, nn.Parameter)):
+            rewrite(tensor, copied, counted=counted)
 
 
-_loans = _Loans()
-_lending = threading.RLock()
-"""Units that borrow run one at a time: they change what all threads see."""
+def _version(tensor: Tensor) -> int:
+    """How often the tensor was changed in place; of those made in inference mode PyTorch does not count it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
-class _Call:
+class _Call(Begun):
     """A running forward of a placed model: where its inputs came from, and its aligner while it is on."""
 
-    __slots__ = ("came_from", "enter", "mode")
-
-    def __init__(self, came_from: torch.device | None, enter: Enter) -> None:
-        self.came_from = came_from
+    def __init__(self, enter: Enter) -> None:
+        super().__init__(enter)
         self.enter = enter
+        self.came_from: torch.device | None = None
+        self.mover: Mover | None = None
         self.mode: AlignGlue | None = None
+
+    def brought(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """The inputs on the first device."""
+        home = next(iter(self.enter.homes.values()))
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):  # the quick way for what is usual
+            self.came_from = args[0].device
+            return (args[0].to(home),), kwargs
+        self.came_from = _device_of_inputs(args, kwargs)
+        accelerated = self.came_from is not None and self.came_from.type != "cpu"
+        mover = self.mover = Mover(home, lengths_stay=accelerated)
+        return tuple([mover(arg) for arg in args]), {key: mover(arg) for key, arg in kwargs.items()}
+
+    def returned(self, output: Any) -> Any:
+        """The output, and what was written into the caller's containers, on the inputs' device."""
+        if self.came_from is None:
+            return output
+        if self.mover is None:
+            return moved(output, self.came_from)
+        written = self.mover.written
+        back = Mover(self.came_from, writes=written)
+        back.leave(self.mover.held)  # what the caller had put there
+        for container in list(written.values()):
+            back(container)
+        return back(output)
 
     def align(self, *, opens: bool) -> None:
         """Begin to align glue, or stop."""
@@ -153,23 +228,28 @@ class _Call:
             self.mode.end()
             self.mode = None
 
+    def undo(self) -> None:
+        """Stop to align, and give the caller's containers their tensors back."""
+        self.align(opens=False)
+        if self.mover is not None:
+            self.mover.put_back()
 
-class _Calls(threading.local):
-    """The forwards of placed models that run in this thread, innermost last, and what a backward pass computes anew."""
+
+class _Recomputed(threading.local):
+    """What aligns glue in this thread's backward pass."""
 
     def __init__(self) -> None:
-        self.stack: list[_Call] = []
-        self.recomputed: AlignGlue | None = None
+        self.aligner: AlignGlue | None = None
 
 
-_calls = _Calls()
+_recomputed = _Recomputed()
 
 
 def _end_recomputed() -> None:
     """End what aligns in a backward pass of this thread."""
-    if _calls.recomputed is not None:
-        _calls.recomputed.end()
-        _calls.recomputed = None
+    if _recomputed.aligner is not None:
+        _recomputed.aligner.end()
+        _recomputed.aligner = None
 
 
 class Window(PlacementHook):
@@ -186,14 +266,15 @@ class Window(PlacementHook):
     @_left_to_python
     def __call__(self, *_: Any) -> None:
         """Begin to align, or stop."""
-        if _calls.stack:
-            _calls.stack[-1].align(opens=self.opens)
-            return
+        for call in reversed(open_calls()):
+            if isinstance(call, _Call):
+                call.align(opens=self.opens)
+                return
         _end_recomputed()
         task = torch._C._current_graph_task_id()
         if self.opens and task != NO_TASK:
-            _calls.recomputed = self.enter.aligner(task)
-            _calls.recomputed.begin()
+            _recomputed.aligner = self.enter.aligner(task)
+            _recomputed.aligner.begin()
             # The backward pass may end in another thread than this; then the aligner stays, without effect, until the
             # next unit is computed anew here.
             torch.autograd.Variable._execution_engine.queue_callback(_end_recomputed)
@@ -204,7 +285,7 @@ class Enter(PlacementHook):
 
     Args:
         homes: plan device -> torch device, in the order of the stages.
-        glue: see :class:`AlignGlue`.
+        glue: see :class:`~shardwright.sharder.runtime.align.AlignGlue`.
         origins: where each parameter and buffer was before, by name.
         open_first: whether glue before the first unit needs aligning.
     """
@@ -223,105 +304,43 @@ class Enter(PlacementHook):
         self.open_first = open_first
 
     def aligner(self, task: int | None = None) -> AlignGlue:
-        """What aligns the glue of this placement; ``task``: see :class:`AlignGlue`."""
+        """What aligns the glue of this placement; ``task``: see there."""
         return AlignGlue(self.glue, list(self.homes.values()), task)
 
     @_left_to_python
     def __call__(self, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Move the arguments, and begin to align."""
-        home = next(iter(self.homes.values()))
-        first = args[0] if args else None
-        if not isinstance(first, Tensor):
-            first = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-        call = _Call(None if first is None else first.device, self)
-        # Noted before anything can fail, since Leave is called after an error too.
-        _calls.stack.append(call)
-        moved = tuple([_moved(arg, home) for arg in args]), {key: _moved(arg, home) for key, arg in kwargs.items()}
+        settle()
+        call = _Call(self)
+        begin(call)
+        there = call.brought(args, kwargs)
         if self.open_first:
             call.align(opens=True)
-        return moved
+        return there
+
+
+def _device_of_inputs(args: Any, kwargs: Any) -> torch.device | None:
+    """That of the first tensor among the inputs which is not on the CPU; else the CPU, if there is any tensor."""
+    values = (*args, *kwargs.values())
+    leaves = pytree.tree_leaves(values) if any(map(may_hold, values)) else values
+    found = [leaf.device for leaf in leaves if isinstance(leaf, Tensor)]
+    return next((device for device in found if device.type != "cpu"), found[0] if found else None)
 
 
 class Leave(PlacementHook):
-    """Forward hook of the model, called after an error too: alignment ends, outputs return to the inputs' device."""
+    """Forward hook of the model, called after an error too: alignment ends, outputs return to the inputs' device.
+
+    So does what the forward wrote into the lists and dictionaries of its caller.
+    """
+
+    def __init__(self, enter: Enter) -> None:
+        self.enter = enter
 
     @_left_to_python
     def __call__(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
         """End what :class:`Enter` began, and move the output."""
-        call = _calls.stack.pop()
-        if call.mode is not None:
-            call.align(opens=False)
-        return output if call.came_from is None else _moved(output, call.came_from)
-
-
-class AlignGlue(TorchFunctionMode):
-    """Brings the operands of glue together, on the latest stage among them: later ones need what earlier ones made.
-
-    Only the glue that the capture found is touched, by function and call site; another operation that mixes devices
-    stays the error it is. Where the capture may not know all paths, ``sites`` is None and all glue is touched.
-    """
-
-    MEANS_TO_MIX = frozenset({"to", "copy_", "type_as", "set_", "cuda", "cpu", "__get__", "__set__", "is_set_to"}) | {
-        "grad",
-        "backward",
-    }
-
-    def __init__(
-        self, sites: frozenset[tuple[str, str]] | None, order: list[torch.device], task: int | None = None
-    ) -> None:
-        super().__init__()
-        self.sites = sites
-        self.order = order
-        self.task = task
-        self.applied = ExitStack()
-
-    def begin(self) -> None:
-        """Take effect below all other modes, so that those of the model itself end as if this one were not there."""
-        if self.sites is None or any(function.endswith(".apply") for function, _ in self.sites):
-            self.applied.enter_context(functions_applied(self._apply))
-        above = [_pop_mode() for _ in range(_len_torch_function_stack())]
-        if above and above[-1] is getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None):
-            _push_mode(above.pop())  # that of torch.set_default_device, which wants to be the lowest
-        for mode in (self, *reversed(above)):
-            _push_mode(mode)
-
-    def end(self) -> None:
-        """Have no more effect."""
-        self.applied.close()
-        modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
-        for mode in reversed(modes):
-            if mode is not self:
-                _push_mode(mode)
-
-    def _apply(
-        self, function: type[torch.autograd.Function], call: Callable[..., Any], args: Any, kwargs: dict[str, Any]
-    ) -> Any:
-        return self._aligned(call, applied_name(function), "", args, kwargs)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        over = self.task is not None and torch._C._current_graph_task_id() != self.task
-        if over or name in self.MEANS_TO_MIX:
-            return func(*args, **kwargs)
-        return self._aligned(func, function_name(func), name, args, kwargs)
-
-    def _aligned(
-        self, func: Callable[..., Any], function: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        plain = not kwargs and all(isinstance(arg, (Tensor, int, float)) for arg in args)
-        tensors = [leaf for leaf in (args if plain else pytree.tree_leaves((args, kwargs))) if isinstance(leaf, Tensor)]
-        homes = [t.device for t in tensors if t.dim() or t.device.type != "cpu"]
-        if len(set(homes)) < 2 or (self.sites is not None and (function, call_site(sys._getframe())) not in self.sites):
-            return func(*args, **kwargs)
-        device = homes[0] if changes_operand(name) or "out" in kwargs else max(homes, key=self._stage)
-        return func(*_moved(args, device), **_moved(kwargs, device))
-
-    def _stage(self, device: torch.device) -> int:
-        return self.order.index(device) if device in self.order else -1
-
-
-def changes_operand(name: str) -> bool:
-    """Whether the function of this name writes its first operand, which therefore cannot be replaced by a copy."""
-    name = name.rpartition(".")[2]
-    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+        call = end(self.enter)
+        if not isinstance(call, _Call):
+            return output
+        call.undo()
+        return call.returned(output)

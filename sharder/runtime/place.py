@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.placed import placement_hooks
 from shardwright.sharder.planning.plan import Placement, Plan
+from shardwright.sharder.runtime.align import changes_operand
+from shardwright.sharder.runtime.calls import settle
 from shardwright.sharder.runtime.check import check_model
 from shardwright.sharder.runtime.checkpoint import Checkpoint
-from shardwright.sharder.runtime.hooks import Borrow, Enter, Leave, MoveInputs, Return, Window, changes_operand
+from shardwright.sharder.runtime.hooks import Borrow, Enter, Leave, MoveInputs, PutBack, Return, Window
 from shardwright.sharder.runtime.sim import parameters_may_move
 from shardwright.sharder.runtime.weights import check_devices, check_fill, fill
 
@@ -36,9 +38,10 @@ def place(
     """Move every unit of ``model`` to its device in ``plan``, in place, and make the tensors that cross follow.
 
     The model is then called, trained, saved and loaded as before; inputs may be on any device, and outputs come back
-    on the device of the inputs. A parameter that units on several devices share stays one tensor, on the device of the
-    first of them, and is brought to the others for their calls. :func:`unplace` undoes it all. A model that was placed
-    already is placed anew.
+    on the device of the inputs. Beside inputs on an accelerator, whole numbers in one dimension stay on the CPU, where
+    PyTorch wants the lengths of sequences. A parameter that units on several devices share stays one tensor, on the
+    device of the first of them, and is brought to the others for their calls. :func:`unplace` undoes it all. A model
+    that was placed already is placed anew.
 
     Args:
         devices: plan device -> torch device, for those that differ; CPU workers are ``cpu`` by default, since in one
@@ -100,34 +103,41 @@ def _hook(model: nn.Module, plan: Plan, homes: dict[str, torch.device], origins:
     borrowed = _borrowed(model, plan, homes)
     # Of nn.Module itself: a ScriptModule refuses hooks by its own methods, and calls those that it has.
     before, after = nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook
+    no_cpu = all(device.type != "cpu" for device in homes.values())
     enter = Enter(homes, moves.glue, origins, open_first="" in moves.open_after)
     for path, device in _unit_homes(plan, homes).items():
         unit = model.get_submodule(path)
+        # Before hooks that the unit has already, which see it where it is; so the last added is called first.
+        if path in moves.units:
+            move = MoveInputs(device, lengths_stay=no_cpu)
+            before(unit, move, with_kwargs=True, prepend=True)
+            after(unit, PutBack(move), always_call=True)
         if path in borrowed:
             borrow = Borrow(device, [_holder(model, name) for name in borrowed[path]])
-            before(unit, borrow)
+            before(unit, borrow, prepend=True)
             after(unit, Return(borrow), always_call=True)
-        if path in moves.units:
-            before(unit, MoveInputs(device), with_kwargs=True)
         if path in moves.close_before:
             before(unit, Window(enter, opens=False), prepend=True)
         if path in moves.open_after:
             after(unit, Window(enter, opens=True))
     model.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
-    model.register_forward_hook(Leave(), with_kwargs=True, always_call=True)
+    model.register_forward_hook(Leave(enter), with_kwargs=True, always_call=True)
 
 
 def unplace(model: nn.Module) -> nn.Module:
     """Remove everything that :func:`place` added, and move the model back to where it came from."""
-    origins: dict[str, torch.device] = {}
+    settle()  # a call that was broken off may still hold copies of parameters
+    origins: dict[int, torch.device] = {}
     for module, hooks, key in list(placement_hooks(model)):
         hook = hooks.pop(key)
-        if isinstance(hook, Enter):
-            origins = hook.origins
+        if isinstance(hook, Enter):  # a module before those inside it, which were placed later
+            for name, tensor in _tensors(module):
+                if name in hook.origins:
+                    origins.setdefault(id(tensor), hook.origins[name])
         own_flags = (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
         for flags in own_flags if hooks is module._forward_hooks else (module._forward_pre_hooks_with_kwargs,):
             flags.pop(key, None)
-    relocate(model, {id(tensor): origins[name] for name, tensor in _tensors(model) if name in origins})
+    relocate(model, origins)
     return model
 
 
@@ -254,13 +264,15 @@ def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def _result_home(
     node: Placement, operands: list[torch.device | None], order: list[torch.device]
 ) -> torch.device | None:
-    """Where glue leaves its result: as :class:`~shardwright.sharder.runtime.hooks.AlignGlue` does, at the latest stage.
+    """Where glue leaves its result: as :class:`~shardwright.sharder.runtime.align.AlignGlue` does, at the latest stage.
 
     Glue that changes its first operand in place stays there. An operand on the CPU may be without dimensions, and does
     not count then, so that the place is not known.
     """
     if not operands or None in operands or node.type in ("to", "cuda", "cpu"):  # these may be told a device
         return None
+    if node.type.startswith("_foreach_"):  # results lie where the tensors of each position do
+        return operands[0] if len(set(operands)) == 1 else None
     if changes_operand(node.type):
         return operands[0]
     if node.type == "type_as":
@@ -294,6 +306,7 @@ def _located(plan: Plan, homes: Mapping[str, torch.device], held: Mapping[str, t
     apart: set[tuple[str, str]] = set()
     located: dict[str, torch.device | None] = {}
     attributes = {node.node for node in plan.nodes if node.kind == "parameter"}
+    scattered = {node.node for node in plan.nodes if node.type.startswith("_foreach_")}  # several results each
     unit, is_open = "", False
     for node in plan.nodes:
         operands = {located[name] for name in node.inputs}
@@ -311,7 +324,8 @@ def _located(plan: Plan, homes: Mapping[str, torch.device], held: Mapping[str, t
             unit, is_open = node.unit, False
         elif node.kind == "glue":
             located[node.node] = _result_home(node, [located[name] for name in node.inputs], list(homes.values()))
-            if len(operands) > 1 or (None in operands and len(node.inputs) > 1):
+            several = len(node.inputs) > 1 or scattered.intersection(node.inputs)
+            if len(operands) > 1 or (None in operands and several):
                 apart.add((node.type, node.site))
                 moves.open_after.add(unit)
                 is_open = True

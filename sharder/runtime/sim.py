@@ -163,6 +163,8 @@ def _compute(func: Any, *args: Any, **kwargs: Any) -> Any:
     if name in _INDEXING and args[0].device.type != "cpu":
         bound = [t for t in bound if t.device.type != "cpu"]
     homes = list(dict.fromkeys(t.device for t in bound))
+    if len(homes) > 1 and name.startswith("aten::_foreach_") and len(args[0]) > 1:
+        return _one_by_one(func, args, kwargs)
     if len(homes) > 1 and name not in _COPIES:
         raise DeviceMismatchError(name.replace("::", "."), [str(device) for device in homes])
     asked = kwargs.get("device")
@@ -179,12 +181,23 @@ def _compute(func: Any, *args: Any, **kwargs: Any) -> Any:
     if device.type == NAME:
         if device.index is None:
             device = sim_device(0)
+        if name == "aten::_pack_padded_sequence":  # the sizes of the batches stay on the CPU
+            return SimTensor(result[0], device), result[1]
         result = pytree.tree_map_only(Tensor, lambda t: SimTensor(t, device), result)
     return (
         return_and_correct_aliasing(func, args, kwargs, result)
         if _has_sim(tensors) and _has_sim_result(result)
         else result
     )
+
+
+def _one_by_one(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:
+    """An operator on lists of tensors, which may lie on several devices if those of one position lie together."""
+    made: list[Tensor] = []
+    for position in range(len(args[0])):
+        one = [[arg[position]] if isinstance(arg, (list, tuple)) else arg for arg in args]
+        made += _compute(func, *one, **kwargs) or []
+    return made or None
 
 
 def _fused_lstm_cell(
@@ -245,12 +258,17 @@ def _histogram(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 _FUSED: dict[str, Callable[..., Any]] = {
     "aten::histc": _histogram,
+    "aten::_conj": torch.conj_physical,  # the wrapper does not show that its numbers are to be conjugated, or negated
+    "aten::_neg_view": torch.neg,
     "aten::_thnn_fused_lstm_cell": _fused_lstm_cell,
     "aten::_thnn_fused_lstm_cell_backward_impl": _fused_lstm_cell_backward,
     "aten::_thnn_fused_gru_cell": _fused_gru_cell,
     "aten::_thnn_fused_gru_cell_backward": _fused_gru_cell_backward,
 }
-"""Operators that PyTorch uses on accelerators only, so that the CPU has no kernel for them."""
+"""Operators that PyTorch uses on accelerators only, so that the CPU has no kernel for them, and lazy ones."""
+
+
+_FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray}
 
 
 class Simulated(TorchFunctionMode):
@@ -281,6 +299,8 @@ class Simulated(TorchFunctionMode):
             return func(args[0], listed, *args[2:])
         if name in ("tolist", "numpy", "__array__") and isinstance(args[0], SimTensor):
             return func(args[0].host.detach(), *args[1:], **kwargs)
+        if func in _FROM_DATA and isinstance(args[0], (list, tuple)):  # of numbers, some of them tensors
+            args = (on_host(args[0]), *args[1:])
         device = kwargs.get("device")
         if device is None or name in ("to", "device") or torch.device(device).type != NAME:
             return func(*args, **kwargs)

@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.devices import find_devices
 from shardwright.profiler.equality import relative_difference, tolerance
-from shardwright.profiler.inputs import copied_inputs, outputs_of
+from shardwright.profiler.inputs import outputs_of
 from shardwright.profiler.placed import placement_hooks
 from shardwright.profiler.pool import Pool
 from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.trace import attributes_kept, evaluating
 from shardwright.sharder.planning.plan import Plan
+from shardwright.sharder.runtime.calls import settle
 from shardwright.sharder.runtime.check import check_inputs, check_model, check_values, units_of
 from shardwright.sharder.runtime.hooks import Borrow, Enter, MoveInputs
+from shardwright.sharder.runtime.moving import rewrite
 from shardwright.sharder.runtime.place import place, relocate, unplace
 from shardwright.sharder.runtime.sim import (
     DeviceMismatchError,
@@ -96,7 +98,7 @@ def verify(model: nn.Module, plan: Plan, args: tuple[Any, ...] = (), kwargs: Map
     check_values(model)
     _check_dense(model, args, kwargs)
     replay = _verified_apart if torch.cuda.is_available() else _verified
-    return replay(model, plan, *map_tensors(lambda t: t.detach().cpu(), (args, kwargs)))
+    return replay(model, plan, args, kwargs)
 
 
 def _check_dense(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -118,7 +120,7 @@ def _verified_apart(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs:
     (worker,) = find_devices(["cpu:0"])
     with Pool([worker]) as pool:
         with attributes_kept(model), parameters_may_move():
-            pool.workers[worker.name].submit(_verified, unplace(model).cpu(), plan, args, kwargs)
+            pool.workers[worker.name].submit(_verified, unplace(model).cpu(), plan, *_copied((args, kwargs)))
         return pool.results([worker.name], limit_s=REPLAY_LIMIT_S)[worker.name]  # type: ignore[no-any-return]
 
 
@@ -127,11 +129,13 @@ def _verified(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[
     with evaluating(model), torch.no_grad(), Simulated(), parameters_may_move():
         state = torch.get_rng_state()
         with _put_back(model):
-            expected = _called(unplace(model).cpu(), *copied_inputs(args, kwargs))
+            own_args, own_kwargs = _copied((args, kwargs))
+            expected = _plain_tensors(unplace(model).cpu()(*own_args, **own_kwargs))
         torch.set_rng_state(state)
         try:
             with _put_back(model), watch.over(_on_simulated_devices(model, plan)):
-                found = _plain_tensors(_called(model, *copied_inputs(args, kwargs)))
+                own_args, own_kwargs = _copied((args, kwargs))
+                found = _plain_tensors(model(*own_args, **own_kwargs))
         except DeviceMismatchError as error:
             mismatch = Mismatch(
                 error.operation, watch.unit or "glue", _site(error), tuple(map(_planned_name(plan), error.devices))
@@ -142,18 +146,21 @@ def _verified(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[
             raise ShardwrightError(
                 f"the replay failed{inside} ({_site(error)}): {type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
-    pairs = list(zip(_plain_tensors(expected), found, strict=True))
+    pairs = list(zip(expected, found, strict=True))
     equal = all(relative_difference(a, b) <= tolerance(a.dtype) for a, b in pairs)
     return Check(None, equal, watch.transfers, watch.transfer_bytes)
 
 
-def _called(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return model(*args, **kwargs)
+def _copied(inputs: Any) -> Any:
+    """The inputs on the CPU, for one forward: it may write them."""
+    return map_tensors(lambda tensor: tensor.detach().cpu().clone(), inputs)
 
 
 @contextmanager
 def _put_back(model: nn.Module) -> Iterator[None]:
-    """Give every module its attributes back, and our hooks theirs."""
+    """Give every module its attributes back, buffers their values, and our hooks theirs."""
+    settle()
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     hooks = [(hook, dict(vars(hook))) for hook in (hooks[key] for _, hooks, key in placement_hooks(model))]
     with attributes_kept(model):
         try:
@@ -161,6 +168,8 @@ def _put_back(model: nn.Module) -> Iterator[None]:
         finally:
             for hook, attributes in hooks:
                 vars(hook).update(attributes)
+            for buffer, value in values:
+                rewrite(buffer, value, counted=False)
 
 
 def _on_simulated_devices(model: nn.Module, plan: Plan) -> nn.Module:
