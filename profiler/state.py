@@ -24,8 +24,8 @@ __all__ = ["attributes_kept", "state_kept"]
 
 SMALL_BYTES = 2**31
 """Of parameters so large together no copy is kept while the model is captured, nor of plain tensors and arrays."""
-DEPTH = 3
-"""Objects inside objects on a module are looked into so deep: a trainer or a data set on it has no end."""
+DEPTH = 1
+"""Objects on a module are looked into so deep: deeper ones, such as a trainer's data, cost more than they tell."""
 MANY = 10_000
 """A container of more is put back, but what lies in it is not looked into."""
 

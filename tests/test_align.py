@@ -112,7 +112,7 @@ def test_glue_that_joins_devices_computes_what_it_did(captured_profile, kind, cu
     torch.testing.assert_close(on_host(found), expected)
 
 
-@pytest.mark.parametrize("cut", [1, 2])
+@pytest.mark.parametrize("cut", [2])  # who reads the statistics before is on the device of who writes them
 def test_running_statistics_are_written_where_they_lie(captured_profile, cut):
     """Two steps of training on another device than theirs change them as on one device."""
     model, (x,) = Statistics(), inputs_of(Statistics)

@@ -259,8 +259,7 @@ def test_ctrl_c_ends_everything(folder):
         str(ROOT / "cli.py"),
         "profile",
         "nets.py:Small",
-        "--rounds",
-        "100000",
+        *("--rounds", "100000", "--precision", "0", "--refresh"),
         "--out",
         "never.json",
     ]
