@@ -9,7 +9,6 @@ step (weights, gradients, optimizer state, inputs) is counted by storage, the re
 
 import argparse
 import copy
-import importlib.util
 import platform
 import statistics
 import sys
@@ -33,14 +32,12 @@ WITHIN_PERCENT = 3.0
 
 def load_zoo(batch):
     """The registry in tests/zoo.py, with batches of so many samples."""
-    path = Path(__file__).parents[1] / "tests" / "zoo.py"
-    spec = importlib.util.spec_from_file_location("shardwright_zoo", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    module.BATCH = batch
-    cloudpickle.register_pickle_by_value(module)  # the worker cannot import it
-    return module.ZOO
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    import zoo
+
+    zoo.BATCH = batch
+    cloudpickle.register_pickle_by_value(zoo)  # the worker cannot import it
+    return zoo.ZOO
 
 
 def counted_peak(model, args, kwargs, microbatches, optimizer):

@@ -25,7 +25,8 @@ import shardwright as sw
 from shardwright.profiler.cache import FOLDER_VARIABLE
 from shardwright.profiler.devices import find_devices
 from shardwright.profiler.inputs import outputs_of
-from shardwright.profiler.measure import make_optimizer, prepare
+from shardwright.profiler.measure import prepare
+from shardwright.profiler.optimizers import make_optimizer
 from shardwright.profiler.pool import Pool
 from shardwright.profiler.trace import trace
 from shardwright.profiler.unitgraph import mean_square_loss

@@ -7,7 +7,6 @@ operators cost beside their work; the container networks and the larger transfor
 """
 
 import argparse
-import importlib.util
 import os
 import platform
 import statistics
@@ -107,10 +106,8 @@ def _rows(make, rounds):
 
 def _makers():
     """Model makers by name: the zoo's, the container networks', and two of usual size."""
-    spec = importlib.util.spec_from_file_location("shardwright_zoo", ROOT / "tests" / "zoo.py")
-    zoo = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = zoo
-    spec.loader.exec_module(zoo)
+    sys.path.append(str(ROOT / "tests"))
+    import zoo
 
     def container(name):
         model, (args, kwargs) = load_target(f"{ROOT / 'examples' / 'containers.py'}:{name}")

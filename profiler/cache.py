@@ -33,32 +33,34 @@ def default_folder() -> Path:
 
 
 class Cache:
-    """Records by key, in ``folder``.
+    """Records by key, in files and in memory.
 
     Args:
-        folder: is made when the first record is written.
-        refresh: take nothing from it, and replace what is there.
+        folder: is made when the first record is written; None = the records are forgotten with this object.
+        refresh: take nothing from the files, and replace what is there.
     """
 
-    def __init__(self, folder: Path | None = None, *, refresh: bool = False) -> None:
-        self.folder = default_folder() if folder is None else folder
+    def __init__(self, folder: Path | None, *, refresh: bool = False) -> None:
+        self.folder = folder
         self.refresh = refresh
-        self.written: set[str] = set()
-
-    @classmethod
-    def in_memory(cls) -> Cache:
-        """One that is forgotten with the object."""
-        return _Forgotten()
+        self.known: dict[str, Record] = {}
+        """What this object has put or found."""
 
     def get(self, key: str, kind: type[R]) -> R | None:
         """The record of ``key``; None without one, or where its file is damaged or of another release."""
-        if self.refresh and key not in self.written:
+        if key in self.known:
+            record = self.known[key]
+            return record if isinstance(record, kind) else None
+        if self.folder is None or self.refresh:
             return None
         try:
-            content = json.loads(self._path(key).read_text(encoding="utf-8"))
-            return kind.model_validate(content["record"]) if content["key"] == key else None
+            content = json.loads(self._path(self.folder, key).read_text(encoding="utf-8"))
+            found = kind.model_validate(content["record"]) if content["key"] == key else None
         except (OSError, ValueError, KeyError, TypeError, ValidationError):
             return None
+        if found is not None:
+            self.known[key] = found
+        return found
 
     def put(self, key: str, record: Record) -> None:
         """Keep ``record``.
@@ -66,7 +68,10 @@ class Cache:
         Raises:
             ShardwrightError: the folder cannot be written.
         """
-        path = self._path(key)
+        self.known[key] = record
+        if self.folder is None:
+            return
+        path = self._path(self.folder, key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -76,21 +81,8 @@ class Cache:
             ) from error
         content = {"key": key, "record": record.model_dump(mode="json")}
         write_text(path, json.dumps(content, indent=1) + "\n")
-        self.written.add(key)
 
-    def _path(self, key: str) -> Path:
+    @staticmethod
+    def _path(folder: Path, key: str) -> Path:
         digest = hashlib.sha256(key.encode()).hexdigest()
-        return self.folder / digest[:2] / f"{digest[2:34]}.json"
-
-
-class _Forgotten(Cache):
-    def __init__(self) -> None:
-        super().__init__(Path())
-        self.records: dict[str, Record] = {}
-
-    def get(self, key: str, kind: type[R]) -> R | None:
-        record = self.records.get(key)
-        return record if isinstance(record, kind) else None
-
-    def put(self, key: str, record: Record) -> None:
-        self.records[key] = record
+        return folder / digest[:2] / f"{digest[2:34]}.json"

@@ -8,6 +8,7 @@ a device together is measured in groups, and what does not fit alone is a result
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import statistics
 import tempfile
@@ -146,10 +147,12 @@ def investigate(
     _run(workers, devices, jobs, found, whole, goal=goal, cache=cache, train=train, optimizer=optimizer, tell=tell)
     refused = {keys[m.device, Item(m.microbatches, m.node)]: m for m in found.misfits}
     found.misfits.clear()
+    measured_on: dict[str, str] = {}
     for (name, item), key in keys.items():
         timing = cache.get(key, Timing)
         if timing is not None:
-            found.timings[name, item.microbatches, item.step] = timing
+            taken = {} if measured_on.setdefault(key, name) == name else {"source": "scaled"}  # from its twin
+            found.timings[name, item.microbatches, item.step] = timing.model_copy(update=taken)
         else:
             reason = refused[key].reason
             found.misfits.append(Misfit(node=item.step, device=name, microbatches=item.microbatches, reason=reason))
@@ -187,7 +190,8 @@ class _Whole:
 
     def key(self, device: str) -> str:
         """Under which key the device's unsteadiness is kept."""
-        return "variation " + " ".join(sorted({key for (name, _), key in self.keys.items() if name == device}))
+        keys = sorted({key for (name, _), key in self.keys.items() if name == device})
+        return f"variation {hashlib.sha256(' '.join(keys).encode()).hexdigest()}"
 
 
 def _jobs(

@@ -13,7 +13,7 @@ from torch import nn
 
 from shardwright.errors import ShardwrightError
 from shardwright.files import Record
-from shardwright.profiler.cache import Cache
+from shardwright.profiler.cache import Cache, default_folder
 from shardwright.profiler.campaign import Workers, investigate
 from shardwright.profiler.capture import Progress, captures_of, silent
 from shardwright.profiler.declared import find_site
@@ -106,7 +106,7 @@ def profile(
             strict=microbatches is not None,
             tell=tell,
         )
-        cache = Cache(refresh=refresh)
+        cache = Cache(default_folder(), refresh=refresh)
         tell("memory", 0, 1)
         counted = {count: count_steps(capture, train=train, cache=cache) for count, capture in captures.items()}
         tell("memory", 1, 1)

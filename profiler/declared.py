@@ -9,7 +9,7 @@ was measured, for it is the host that launches operators.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.capture import Progress
 from shardwright.profiler.catalogue import Rates, catalogue, model_of
 from shardwright.profiler.cluster import Cluster, load_cluster
 from shardwright.profiler.devices import find_devices
@@ -27,8 +28,6 @@ from shardwright.profiler.unitgraph import UnitGraph
 from shardwright.profiler.workload import Mode, Workloads
 
 __all__ = ["DeclaredTimes", "Site", "find_site"]
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

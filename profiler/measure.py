@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from shardwright.profiler.optimizers import OPTIMIZERS, make_optimizer, optimizer_state_bytes
+from shardwright.profiler.optimizers import make_optimizer
 from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.timing import LEAST_REPEATS, Series
 from shardwright.profiler.unitgraph import Call
@@ -28,7 +28,6 @@ from shardwright.profiler.worker import resident
 
 __all__ = [
     "NO_BLANK",
-    "OPTIMIZERS",
     "Blank",
     "CudaStopwatch",
     "Goal",
@@ -40,9 +39,7 @@ __all__ = [
     "cuda_timer",
     "host_timer",
     "is_out_of_memory",
-    "make_optimizer",
     "measure",
-    "optimizer_state_bytes",
     "prepare",
 ]
 
@@ -218,39 +215,32 @@ class Blank(NamedTuple):
 NO_BLANK = Blank()
 
 
-def blank(stopwatch: Stopwatch, optimizer: str | None, *, repeats: int = 41) -> Blank:
+def blank(stopwatch: Stopwatch, optimizer: str, *, repeats: int = 41) -> Blank:
     """Measure empty calls on the CPU.
 
     The backward is that of a view of one number; the update is taken from those of one and of nine parameters of one
     number each, on the line through them, at no parameter.
     """
 
-    def median_s(function: Callable[[], Any]) -> float:
-        readings = [stopwatch.time(function)[1] for _ in range(repeats)]
+    def median_s(make: Callable[[], Callable[[], Any]]) -> float:
+        readings = [stopwatch.time(make())[1] for _ in range(repeats)]
         stopwatch.finish()
         return float(np.median([reading() for reading in readings[1:]]))
 
-    def backward() -> None:
+    def backward() -> Callable[[], None]:
         leaf = torch.zeros(1, requires_grad=True)
-        ends, grads = [leaf.view_as(leaf)], [torch.ones(1)]
-        seconds.append(stopwatch.time(lambda: torch.autograd.backward(ends, grads))[1])
+        return partial(torch.autograd.backward, [leaf.view_as(leaf)], [torch.ones(1)])
 
-    seconds: list[Reading] = []
-    for _ in range(repeats):
-        backward()
-    stopwatch.finish()
-    backward_s = float(np.median([reading() for reading in seconds[1:]]))
-    if optimizer is None:
-        return Blank(backward_s)
-    times = {}
-    for count in (1, 9):
+    def update_s(count: int) -> float:
         parameters = [nn.Parameter(torch.zeros(1)) for _ in range(count)]
         for parameter in parameters:
             parameter.grad = torch.zeros(1)
         made = make_optimizer(optimizer, parameters)
         assert made is not None  # all are trainable
-        times[count] = median_s(made.step)
-    return Blank(backward_s, max(0.0, times[1] - (times[9] - times[1]) / 8))
+        return median_s(lambda: made.step)
+
+    one = update_s(1)
+    return Blank(median_s(backward), max(0.0, one - (update_s(9) - one) / 8))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

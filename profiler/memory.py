@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from shardwright.files import Record
-from shardwright.profiler.structure import map_tensors, nbytes, tensors_in
+from shardwright.profiler.structure import dense_parts, map_tensors, nbytes, tensors_in
 from shardwright.profiler.unitgraph import Call
 
 __all__ = ["CUDA_BLOCK_BYTES", "MemoryCounter", "StepMemory", "count_step", "storages_of", "total_bytes"]
@@ -30,13 +30,11 @@ CUDA_BLOCK_BYTES = 512
 
 def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
     """The storages that hold ``tensor``'s numbers: one, those of its parts if it is sparse or a wrapper, or none."""
-    if tensor.layout == torch.sparse_coo:
-        return [*storages_of(tensor._indices()), *storages_of(tensor._values())]
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         return [storage for name in names for storage in storages_of(getattr(tensor, name))]
     try:
-        return [tensor.untyped_storage()]
+        return [part.untyped_storage() for part in dense_parts(tensor)]
     except (NotImplementedError, RuntimeError):  # an opaque layout
         return []
 

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwright.profiler.flops import Formula, formula_of
+from shardwright.profiler.structure import nbytes
 
 __all__ = ["Operation", "OperationRecorder", "tensor_bytes"]
 
@@ -169,26 +170,15 @@ def _deciding(tensors: Sequence[Tensor]) -> torch.dtype | None:
 
 def tensor_bytes(tensor: Tensor) -> int:
     """Bytes of the elements that ``tensor`` really has: an expanded one has fewer than its shape says."""
-    if tensor.layout is not torch.strided:
-        return sum(part.numel() * part.element_size() for part in _parts(tensor))
     if tensor.is_nested:
         return tensor.numel() * tensor.element_size()
+    if tensor.layout is not torch.strided:
+        try:
+            return nbytes(tensor)
+        except (RuntimeError, NotImplementedError):  # such as a fake one
+            return 0
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return prod(size if stride or not size else 1 for size, stride in sizes) * tensor.element_size()
-
-
-def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    """The dense tensors that a sparse one consists of; none where they cannot be told."""
-    try:
-        if tensor.layout is torch.sparse_coo:
-            return tensor._indices(), tensor._values()
-        if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-            return tensor.crow_indices(), tensor.col_indices(), tensor.values()
-        if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-            return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
-    except (RuntimeError, NotImplementedError):  # such as a fake one
-        pass
-    return ()
 
 
 def _moved(

@@ -27,8 +27,9 @@ from shardwright.errors import ShardwrightError
 from shardwright.profiler.callsites import applied_name, call_site, functions_applied
 from shardwright.profiler.equality import same_values
 from shardwright.profiler.inside import READS_BACK, UnitWatcher, follows
+from shardwright.profiler.memory import storages_of
 from shardwright.profiler.operations import Operation, OperationRecorder
-from shardwright.profiler.structure import dense_parts, tensors_in
+from shardwright.profiler.structure import tensors_in
 from shardwright.profiler.unitgraph import (
     ApplyFunction,
     Call,
@@ -292,8 +293,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
     def _storage_counted(self, tensor: Tensor) -> int:
         """The storage's bytes when first seen, else 0; it is kept, so that its address stays its own."""
         counted = 0
-        for part in dense_parts(tensor):
-            storage = part.untyped_storage()
+        for storage in storages_of(tensor):
             if storage._cdata not in self.saved_storages:
                 self.saved_storages[storage._cdata] = storage
                 counted += storage.nbytes()

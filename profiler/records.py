@@ -31,7 +31,7 @@ def count_steps(capture: UnitGraph, *, train: bool, cache: Cache | None = None) 
         ShardwrightError: a step fails.
     """
     counted: dict[str, StepMemory] = {}
-    known = cache if cache is not None else Cache.in_memory()
+    known = cache if cache is not None else Cache(None)
     last = {step.unit: step for step in capture.steps if step.kind == "unit"}
     with attributes_kept(capture.model), as_found(capture.model, train=train):
         for step in capture.steps:

@@ -37,7 +37,8 @@ _CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, set, deque)
 def attributes_kept(model: nn.Module) -> Iterator[None]:
     """Give every module its attributes back: parameters, buffers, hooks, and what a forward left on it (a cache).
 
-    So too the containers, objects, plain tensors and NumPy arrays among them, and the containers and objects in those.
+    So too the containers, plain tensors and NumPy arrays among them, at any depth of containers, and those in objects
+    that hang on a module or lie in such containers; not those in objects of objects.
     Not a copy of the model: a function that a module holds may refer to the model itself, and would to the original.
     """
     kept = _Kept(model)

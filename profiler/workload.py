@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.measure import make_optimizer
 from shardwright.profiler.operations import Operation, OperationRecorder
+from shardwright.profiler.optimizers import make_optimizer
 from shardwright.profiler.shapes import fake_like
 from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.unitgraph import Call

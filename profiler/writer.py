@@ -22,7 +22,6 @@ from shardwright.profiler.memory import storages_of
 from shardwright.profiler.structure import (
     Hole,
     copied,
-    dense_parts,
     has_state,
     map_tensors,
     nbytes,
@@ -295,7 +294,7 @@ class GraphWriter:
 
 
 def _storages(tensor: Tensor) -> set[int]:
-    return {part.untyped_storage()._cdata for part in dense_parts(tensor)}
+    return {storage._cdata for storage in storages_of(tensor)}
 
 
 @cache

@@ -27,14 +27,15 @@ def test_what_was_put_is_found_again(tmp_path):
 @settings(max_examples=60, deadline=None)
 def test_a_damaged_file_counts_as_absent(tmp_path_factory, content):
     """Whatever a file holds, the measurement is made again and replaces it."""
-    cache = Cache(tmp_path_factory.mktemp("cache"))
-    cache.put("a", timing())
-    (file,) = cache.folder.rglob("*.json")
+    folder = tmp_path_factory.mktemp("cache")
+    Cache(folder).put("a", timing())
+    (file,) = folder.rglob("*.json")
+    cache = Cache(folder)
     whole = file.read_bytes()
     file.write_bytes(whole[: len(content)] + content)
     assert cache.get("a", Timing) in (None, timing())
     cache.put("a", timing(3.0))
-    assert cache.get("a", Timing) == timing(3.0)
+    assert Cache(folder).get("a", Timing) == timing(3.0)
 
 
 def test_a_file_of_another_key_is_not_taken(tmp_path):
@@ -42,9 +43,19 @@ def test_a_file_of_another_key_is_not_taken(tmp_path):
     cache = Cache(tmp_path)
     cache.put("a", timing())
     cache.put("b", timing(2.0))
-    one, other = cache.folder.rglob("*.json")
+    one, other = tmp_path.rglob("*.json")
     one.write_bytes(other.read_bytes())
-    assert [cache.get(key, Timing) for key in "ab"].count(None) == 1
+    assert [Cache(tmp_path).get(key, Timing) for key in "ab"].count(None) == 1
+
+
+def test_what_this_profile_has_found_stays_known(tmp_path):
+    """Whatever becomes of the files meanwhile; without a folder there are none."""
+    for folder in (tmp_path, None):
+        cache = Cache(folder)
+        cache.put("a", timing())
+        for file in tmp_path.rglob("*.json"):
+            file.unlink()
+        assert cache.get("a", Timing) == timing()
 
 
 def test_refresh_takes_what_was_measured_since(tmp_path):
@@ -61,7 +72,7 @@ def _write(folder, start):
     cache = Cache(folder)
     for index in range(200):
         cache.put(f"key {index % 10}", timing(start + index))
-        assert cache.get(f"key {index % 10}", Timing) is not None
+        assert Cache(folder).get(f"key {index % 10}", Timing) is not None
 
 
 def test_writers_do_not_disturb_each_other(tmp_path):

@@ -172,6 +172,18 @@ def test_a_worker_is_its_cores_and_a_gpu_its_model():
     assert device_key(gpus[0], 0) == device_key(gpus[1], 0)
 
 
+def test_a_twin_takes_the_times_as_scaled(monkeypatch, tmp_path):
+    """Of two devices of one model the first is measured, and the other's times say that they are not its own."""
+    (found,) = find_devices(["cpu:0"])
+    twin = found.model_copy(update={"name": "cpu:1"})  # the same cores: one model
+    monkeypatch.setattr(sys.modules[__name__], "find_devices", lambda _: (found, twin))
+    findings, sent = examined(monkeypatch, Cache(tmp_path), Stack(), torch.randn(4, WIDTH), counts=(1,))
+    assert len(sent) == len(set(sent))
+    one, other = (findings.timings[name, 1, "layers.1"] for name in ("cpu:0", "cpu:1"))
+    assert (one.source, other.source) == ("measured", "scaled")
+    assert other.forward_s == one.forward_s
+
+
 def test_what_does_not_fit_is_a_result(monkeypatch, tmp_path):
     """The unit is tried again alone, then told with the reason; all others are measured."""
 

@@ -196,4 +196,3 @@ def test_an_empty_update_is_that_of_no_parameter():
             pass
 
     assert blank(Linear(), "sgd") == Blank(1.0, pytest.approx(3.0))
-    assert blank(Linear(), None) == Blank(1.0, 0.0)

@@ -28,7 +28,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def _left_to_python(function: Function) -> Function:
     """Have compiled models call ``function`` as it is: what it changes for a while would be compiled in."""
-    return cast(Function, torch.compiler.disable(function))
+    return cast(Function, torch.compiler.disable(function, recursive=False))
 
 
 NO_TASK = -1

@@ -20,7 +20,7 @@ from torch.distributed.pipelining.microbatch import TensorChunkSpec, _Replicate
 from torch.overrides import TorchFunctionMode
 
 from shardwright.profiler.inputs import all_microbatches, is_batched, outputs_of
-from shardwright.profiler.measure import make_optimizer
+from shardwright.profiler.optimizers import make_optimizer
 from shardwright.profiler.structure import map_tensors
 from shardwright.profiler.unitgraph import mean_square_loss
 from shardwright.profiler.worker import resident
