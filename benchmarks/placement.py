@@ -8,7 +8,7 @@ nn.Sequential; the residual network computes ``x = x + layer(x)``: at the cut th
 Placed are copies of one network, which have to give equal outputs:
 
 - plain: on the first device, whole;
-- by hand: the same loops with ``.to()`` at the beginning, the cut and the end; again: how much of a ratio is chance;
+- by hand: the same containers with ``.to()`` at the beginning, the cut and the end; again: how much of a ratio is chance;
 - shardwright: ``place`` of a plan with the same cut;
 - Accelerate: the hooks of ``dispatch_model`` with the same map, attached by the function that it calls for that, since
   itself it would run on the GPU what the map has on the CPU. They do not align sums: where those fail, so it says.
@@ -65,28 +65,32 @@ class Residual(nn.Module):
 
 
 class ByHand(nn.Module):
-    """As a careful user writes it: a loop for each device, with x where its layers are."""
+    """As a careful user writes it: a container for each device, with x where its layers are."""
 
     def __init__(self, layers: list[nn.Module], homes: Homes) -> None:
         super().__init__()
         self.homes = homes
         with parameters_may_move():
-            self.first = nn.ModuleList(layers[:CUT]).to(homes[0])
-            self.second = nn.ModuleList(layers[CUT:]).to(homes[1])
+            self.first = self.of(layers[:CUT]).to(homes[0])
+            self.second = self.of(layers[CUT:]).to(homes[1])
+
+    def of(self, layers: list[nn.Module]) -> nn.Module:
+        """The layers in a container of the kind that the model has them in."""
+        return nn.ModuleList(layers)
 
 
 class ChainByHand(ByHand):
-    """The chain."""
+    """The chain, an nn.Sequential a device, as in PyTorch's own tutorial of model parallelism."""
+
+    def of(self, layers: list[nn.Module]) -> nn.Module:
+        """The layers as one chain."""
+        return nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the layers."""
         caller = x.device
-        x = x.to(self.homes[0])
-        for layer in self.first:
-            x = layer(x)
-        x = x.to(self.homes[1])
-        for layer in self.second:
-            x = layer(x)
+        x = self.first(x.to(self.homes[0]))
+        x = self.second(x.to(self.homes[1]))
         return x.to(caller)
 
 
@@ -120,7 +124,7 @@ def placed_by_us(model: nn.Module, plan: sw.Plan, homes: Homes) -> nn.Module:
         if isinstance(hooks[key], MoveInputs):
             hooks[key].device = CPU
         elif isinstance(hooks[key], Enter):
-            hooks[key].homes = dict.fromkeys(hooks[key].homes, CPU)
+            hooks[key].move_to(dict.fromkeys(hooks[key].homes, CPU))
     return model
 
 

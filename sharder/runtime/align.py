@@ -43,12 +43,16 @@ class AlignGlue(TorchFunctionMode):
         self.sites = sites
         self.order = order
         self.task = task
-        self.applied = ExitStack()
+        self.applied: ExitStack | None = None
 
     def begin(self) -> None:
         """Take effect below all other modes, so that those of the model itself end as if this one were not there."""
         if self.sites is None or any(function.endswith(".apply") for function, _ in self.sites):
+            self.applied = ExitStack()
             self.applied.enter_context(functions_applied(self._apply))
+        if not _len_torch_function_stack():  # nearly always
+            _push_mode(self)
+            return
         above = [_pop_mode() for _ in range(_len_torch_function_stack())]
         if above and above[-1] is getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None):
             _push_mode(above.pop())  # that of torch.set_default_device, which wants to be the lowest
@@ -57,7 +61,8 @@ class AlignGlue(TorchFunctionMode):
 
     def end(self) -> None:
         """Have no more effect."""
-        self.applied.close()
+        if self.applied is not None:
+            self.applied.close()
         modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
         for mode in reversed(modes):
             if mode is not self:
@@ -81,6 +86,8 @@ class AlignGlue(TorchFunctionMode):
     ) -> Any:
         plain = not kwargs and all(isinstance(arg, (Tensor, int, float)) for arg in args)
         tensors = [leaf for leaf in (args if plain else pytree.tree_leaves((args, kwargs))) if isinstance(leaf, Tensor)]
+        if len(tensors) < 2:
+            return func(*args, **kwargs)
         homes = [t.device for t in tensors if t.dim() or t.device.type != "cpu"]
         if len(set(homes)) < 2 or (self.sites is not None and (function, call_site(sys._getframe())) not in self.sites):
             return func(*args, **kwargs)

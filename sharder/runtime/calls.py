@@ -70,7 +70,10 @@ def begin(begun: Begun) -> None:
 
 def has_begun(hook: object) -> bool:
     """Whether something that ``hook`` began in this thread has not ended."""
-    return any(begun.hook is hook for begun in _open.stack)
+    for begun in _open.stack:  # noqa: SIM110  # a generator costs as much as all the rest
+        if begun.hook is hook:
+            return True
+    return False
 
 
 def end(hook: object) -> Begun | None:
@@ -79,9 +82,10 @@ def end(hook: object) -> Begun | None:
     What was begun later, and not ended, is undone.
     """
     stack = _open.stack
-    ours = [begun for begun in stack if begun.hook is hook]
-    frame = _module_call() if ours else None
-    if not any(begun.frame is frame for begun in ours):
+    frame = _module_call()
+    if stack and stack[-1].hook is hook and stack[-1].frame is frame:  # nearly always
+        return stack.pop()
+    if not any(begun.hook is hook and begun.frame is frame for begun in stack):
         return None
     while stack[-1].hook is not hook or stack[-1].frame is not frame:
         stack.pop().undo()

@@ -31,6 +31,11 @@ def _left_to_python(function: Function) -> Function:
     return cast(Function, torch.compiler.disable(function, recursive=False))
 
 
+def _is_one_tensor(args: tuple[Any, ...]) -> bool:
+    """Whether these are the arguments of nearly all calls."""
+    return len(args) == 1 and isinstance(args[0], Tensor)
+
+
 NO_TASK = -1
 """What PyTorch numbers the backward pass with where none runs."""
 
@@ -60,7 +65,7 @@ class MoveInputs(PlacementHook):
 
     def __call__(self, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Move the arguments."""
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):  # nearly always
+        if not kwargs and _is_one_tensor(args):  # nearly always
             return (args[0].to(self.device),), kwargs
         return self._fetched(args, kwargs)
 
@@ -82,14 +87,14 @@ class PutBack(PlacementHook):
     def __init__(self, move: MoveInputs) -> None:
         self.move = move
 
-    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
+    def __call__(self, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Put back what :class:`MoveInputs` replaced in this call."""
-        if torch.compiler.is_compiling() or has_begun(self.move):
+        if kwargs or not _is_one_tensor(args):
             self._put_back(output)
 
     @_left_to_python
     def _put_back(self, output: Any) -> None:
-        call = end(self.move)
+        call = end(self.move) if has_begun(self.move) else None
         if isinstance(call, _Moved) and call.mover.written:
             call.mover.put_back(kept=containers_in(output))
 
@@ -188,17 +193,15 @@ def _version(tensor: Tensor) -> int:
 class _Call(Begun):
     """A running forward of a placed model: where its inputs came from, and its aligner while it is on."""
 
-    def __init__(self, enter: Enter) -> None:
-        super().__init__(enter)
-        self.enter = enter
-        self.came_from: torch.device | None = None
-        self.mover: Mover | None = None
-        self.mode: AlignGlue | None = None
+    hook: Enter
+    came_from: torch.device | None = None
+    mover: Mover | None = None
+    mode: AlignGlue | None = None
 
     def brought(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The inputs on the first device."""
-        home = next(iter(self.enter.homes.values()))
-        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):  # the quick way for what is usual
+        home = self.hook.first
+        if not kwargs and _is_one_tensor(args):
             self.came_from = args[0].device
             return (args[0].to(home),), kwargs
         self.came_from = _device_of_inputs(args, kwargs)
@@ -222,7 +225,7 @@ class _Call(Begun):
     def align(self, *, opens: bool) -> None:
         """Begin to align glue, or stop."""
         if opens and self.mode is None:
-            self.mode = self.enter.aligner()
+            self.mode = self.hook.aligner()
             self.mode.begin()
         elif not opens and self.mode is not None:
             self.mode.end()
@@ -230,7 +233,8 @@ class _Call(Begun):
 
     def undo(self) -> None:
         """Stop to align, and give the caller's containers their tensors back."""
-        self.align(opens=False)
+        if self.mode is not None:
+            self.align(opens=False)
         if self.mover is not None:
             self.mover.put_back()
 
@@ -288,6 +292,9 @@ class Enter(PlacementHook):
         glue: see :class:`~shardwright.sharder.runtime.align.AlignGlue`.
         origins: where each parameter and buffer was before, by name.
         open_first: whether glue before the first unit needs aligning.
+
+    Nothing is noted of a call with one tensor that is on the first device already, where no glue is ever aligned: there
+    is nothing to end after it, and :class:`Leave` brings the output of a call that it finds no note of to that device.
     """
 
     def __init__(
@@ -298,19 +305,33 @@ class Enter(PlacementHook):
         *,
         open_first: bool,
     ) -> None:
-        self.homes = homes
+        self.move_to(homes)
         self.glue = glue
         self.origins = origins
         self.open_first = open_first
+        self.aligns = glue is None or bool(glue)
+        """Whether there is glue to align."""
+
+    def move_to(self, homes: dict[str, torch.device]) -> None:
+        """Take these devices for those of the plan."""
+        self.homes = homes
+        self.first = next(iter(homes.values()))
+        """The device of the first stage, to which inputs come."""
 
     def aligner(self, task: int | None = None) -> AlignGlue:
         """What aligns the glue of this placement; ``task``: see there."""
         return AlignGlue(self.glue, list(self.homes.values()), task)
 
-    @_left_to_python
-    def __call__(self, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def __call__(self, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Move the arguments, and begin to align."""
-        settle()
+        if self.aligns or kwargs or not _is_one_tensor(args) or args[0].device != self.first or open_calls():
+            return self._begun(args, kwargs)
+        return None
+
+    @_left_to_python
+    def _begun(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if open_calls():
+            settle()
         call = _Call(self)
         begin(call)
         there = call.brought(args, kwargs)
@@ -336,11 +357,16 @@ class Leave(PlacementHook):
     def __init__(self, enter: Enter) -> None:
         self.enter = enter
 
-    @_left_to_python
-    def __call__(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         """End what :class:`Enter` began, and move the output."""
+        if open_calls():
+            return self._ended(output)
+        return moved(output, self.enter.first)
+
+    @_left_to_python
+    def _ended(self, output: Any) -> Any:
         call = end(self.enter)
         if not isinstance(call, _Call):
-            return output
+            return moved(output, self.enter.first)
         call.undo()
         return call.returned(output)

@@ -186,7 +186,7 @@ def _on_simulated_devices(model: nn.Module, plan: Plan) -> nn.Module:
     for hook in hooks:
         if isinstance(hook, (MoveInputs, Borrow)):
             hook.device = as_simulated[hook.device]
-    entered.homes = dict(simulated)
+    entered.move_to(dict(simulated))
     held = [*model.parameters(), *model.buffers()]
     relocate(model, {id(tensor): as_simulated.get(tensor.device, tensor.device) for tensor in held})
     return model
