@@ -8,7 +8,7 @@ nn.Sequential; the residual network computes ``x = x + layer(x)``: at the cut th
 Placed are copies of one network, which have to give equal outputs:
 
 - plain: on the first device, whole;
-- by hand: the same containers with ``.to()`` at the beginning, the cut and the end; again: how much of a ratio is chance;
+- by hand: such containers with ``.to()`` at the beginning, the cut and the end; again: how much of a ratio is chance;
 - shardwright: ``place`` of a plan with the same cut;
 - Accelerate: the hooks of ``dispatch_model`` with the same map, attached by the function that it calls for that, since
   itself it would run on the GPU what the map has on the CPU. They do not align sums: where those fail, so it says.

@@ -1,9 +1,10 @@
 """How well the sum of the measured units tells the step of the whole model, and what repeated profiles cost.
 
-A CPU worker measures the units, as ``sw.profile`` does, and then steps of the whole model: forward, the profile's loss,
-backward and update. The ratio is the profile's sum over the median step. Nothing is taken from the cache.
+A CPU worker measures the units as it does for ``sw.profile``, equal ones once, and in turn with them steps of the whole
+model: forward, the profile's loss, backward and update. The ratio is the sum of the medians over the median step.
 
     python benchmarks/profile_accuracy.py                       # models of the zoo (make zoo)
+    python benchmarks/profile_accuracy.py --cpu-time            # of the thread: on a machine that is busy otherwise
     python benchmarks/profile_accuracy.py --again               # a second profile, and 80 layers against 2
 """
 
@@ -23,12 +24,16 @@ from torch import nn
 
 import shardwright as sw
 from shardwright.profiler.cache import FOLDER_VARIABLE
+from shardwright.profiler.campaign import Few, Item, hold, passes_held, work_bytes
+from shardwright.profiler.capture import captures_of
 from shardwright.profiler.devices import find_devices
 from shardwright.profiler.inputs import outputs_of
 from shardwright.profiler.measure import prepare
 from shardwright.profiler.optimizers import make_optimizer
 from shardwright.profiler.pool import Pool
-from shardwright.profiler.trace import trace
+from shardwright.profiler.signature import step_key
+from shardwright.profiler.stopwatch import HostStopwatch
+from shardwright.profiler.timing import Series, summarise
 from shardwright.profiler.unitgraph import mean_square_loss
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -38,41 +43,79 @@ MODELS = (
 )
 
 
-def hold(model, args, kwargs, places):
+def hold_whole(model, args, kwargs, places):
     """Take in a whole model."""
     from shardwright.profiler.worker import resident  # the worker's own
 
     resident["whole"] = (model.train(), args, kwargs, places, make_optimizer("adam", model.parameters()))
 
 
-def steps(count):
-    """Seconds of so many training steps, after a few to warm up."""
+def step(stopwatch):
+    """One training step of the whole model: seconds of forward, backward, update, and of all."""
     from shardwright.profiler.worker import resident
 
     model, args, kwargs, places, optimizer = resident["whole"]
-    seconds = []
-    for _ in range(count + 3):
-        start = time.perf_counter()
+
+    def forward():
         outputs = outputs_of(model(*args, **kwargs))
-        mean_square_loss([outputs[place] for place in places]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
-    return seconds[3:]
+        return mean_square_loss([outputs[place] for place in places])
+
+    def whole():
+        loss, forward_s = stopwatch.time(forward)
+        _, backward_s = stopwatch.time(loss.backward)
+        _, update_s = stopwatch.time(optimizer.step)
+        return [reading() for reading in (forward_s, backward_s, update_s)]
+
+    parts, whole_s = stopwatch.time(whole)
+    optimizer.zero_grad()
+    return [*parts, whole_s()]
 
 
-def compare(name, model, args, kwargs, rounds):
+def fail(item, error):
+    """What does not fit ends the benchmark."""
+    raise MemoryError(f"{item}: {error}")
+
+
+def alternate(rounds, cpu_time):
+    """Median seconds of the phases of each held step, by key, and of the whole; in turn, after one to warm up."""
+    from shardwright.profiler.worker import resident
+
+    stopwatch = HostStopwatch(time.thread_time if cpu_time else time.perf_counter)
+    (steps,) = passes_held(fail)
+    series = {item: Series() for item in steps.named.values()}
+    whole = []
+    for count in range(rounds + 1):
+        # The first of two brings the caches to where a step before would have left them.
+        steps.run(stopwatch)
+        steps.run(stopwatch)
+        steps.note(series, first=count == 0)
+        step(stopwatch)
+        whole.append(step(stopwatch))
+    found = {resident["held"][item][0]: summarise(one) for item, one in series.items()}
+    times = {key: (timing.forward_s, timing.backward_s, timing.update_s) for key, timing in found.items()}
+    return times, [statistics.median(repeats[1:]) for repeats in zip(*whole, strict=True)]
+
+
+def compare(name, model, args, kwargs, rounds, cpu_time):
     """Sum of units and median step, both in s, and how many units there were."""
-    profile = sw.profile(model, args, kwargs, devices=["cpu:0"], microbatches=[1], refresh=True)
-    places = trace(model, args, kwargs).output_places
+    captures, _ = captures_of(model, args, kwargs, [1], devices=2, train=True)
+    called = [one for one in captures[1].steps if one.call is not None]
+    keys = {one.name: step_key(one, train=True, optimizer="adam", accumulate=False) for one in called}
+    few = Few()
+    chosen = [one for one in called if few.admits(keys[one.name], work_bytes(one, train=True))]
     with Pool(find_devices(["cpu:0"])) as pool:
         pool.call({"cpu:0": (prepare, ("cpu:0", 1))}, limit_s=120)
-        pool.call({"cpu:0": (hold, (model, args, kwargs, places))}, limit_s=120)
-        whole = pool.call({"cpu:0": (steps, (rounds,))}, limit_s=600)["cpu:0"]
-    units = sum(node.kind == "unit" for node in profile.nodes)
-    found, step = profile.step_s("cpu:0"), statistics.median(whole)
-    print(f"| {name} | {units} | {1e3 * found:.2f} ms | {1e3 * step:.2f} ms | {found / step:.3f} |", flush=True)
-    return found / step
+        for number, one in enumerate(chosen):
+            key = {Item(1, one.name): keys[one.name]}
+            pool.call({"cpu:0": (hold, (one.name, {1: one.call}, key, True, "adam", number == 0))}, limit_s=120)
+        pool.call({"cpu:0": (hold_whole, (model, args, kwargs, captures[1].output_places))}, limit_s=120)
+        times, whole = pool.call({"cpu:0": (alternate, (rounds, cpu_time))}, limit_s=600)["cpu:0"]
+    parts = [sum(times[keys[one.name]][phase] for one in called) for phase in range(3)]
+    units = sum(one.kind == "unit" for one in called)
+    pairs = zip((*parts, sum(parts)), whole, strict=True)
+    cells = " | ".join(f"{1e3 * found:.2f} of {1e3 * true:.2f} ms" for found, true in pairs)
+    print(f"| {name} | {units} | {cells} | {sum(parts) / whole[-1]:.3f} |", flush=True)
+    return sum(parts) / whole[-1]
 
 
 class Decoder(nn.Module):
@@ -111,6 +154,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", default=MODELS)
     parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--again", action="store_true")
     options = parser.parse_args()
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -122,12 +166,14 @@ def main():
         import zoo
 
         cloudpickle.register_pickle_by_value(zoo)  # the worker cannot import it
-        print("| model | units | sum of units | whole step | ratio |\n|---|---|---|---|---|")
+        print(
+            "| model | units | forward | backward | update | sum of units | whole step | ratio |\n" + "|---" * 8 + "|"
+        )
         ratios = []
         for name in options.models.split(","):
             if name in zoo.ZOO and zoo.ZOO[name].trains:
                 torch.manual_seed(0)
-                ratios.append(compare(name, *zoo.ZOO[name].make(), options.rounds))
+                ratios.append(compare(name, *zoo.ZOO[name].make(), options.rounds, options.cpu_time))
         away = [abs(ratio - 1) for ratio in ratios]
         print(f"{len(ratios)} models: {statistics.median(away):.1%} off in the median, {max(away):.1%} at worst")
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {datetime.now(UTC):%Y-%m-%d}")

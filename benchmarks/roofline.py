@@ -21,7 +21,8 @@ import torch
 from shardwright.profiler.collect import captures_of
 from shardwright.profiler.devices import find_devices
 from shardwright.profiler.estimate import NOMINAL, demand_of, fit, roofline_s
-from shardwright.profiler.measure import HostStopwatch, Subject
+from shardwright.profiler.stopwatch import HostStopwatch
+from shardwright.profiler.subject import Subject
 from shardwright.profiler.target import load_target
 from shardwright.profiler.workload import Mode, Workloads
 
@@ -94,14 +95,17 @@ def _rows(make, rounds):
             continue
         workload = workloads.of(step.call, Mode(train=True))
         subject = Subject(step.call, torch.device("cpu"), train=True, optimizer=None, accumulate=False)
-        repeats = [subject.run(stopwatch) for _ in range(rounds + 1)][1:]
-        times = [(forward(), backward() if backward is not None else 0.0) for forward, backward, *_ in repeats]
-        for index, phase in enumerate(PHASES):
+        times = [{phase: _seconds(getattr(subject, phase)(stopwatch)) for phase in PHASES} for _ in range(rounds + 1)]
+        for phase in PHASES:
             demand = demand_of(getattr(workload, phase))
-            seconds = statistics.median(run[index] for run in times)
+            seconds = statistics.median(run[phase] for run in times[1:])
             if len(demand.flops) and seconds > 0:
                 rows.append((step.kind, demand, seconds))
     return rows
+
+
+def _seconds(reading):
+    return reading() if reading is not None else 0.0
 
 
 def _makers():

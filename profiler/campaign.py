@@ -12,7 +12,8 @@ import hashlib
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,26 +24,18 @@ from torch import nn
 
 from shardwright.profiler.cache import Cache
 from shardwright.profiler.capture import Progress
-from shardwright.profiler.measure import (
-    NO_BLANK,
-    CudaStopwatch,
-    Goal,
-    HostStopwatch,
-    Subject,
-    blank,
-    is_out_of_memory,
-    measure,
-    prepare,
-)
+from shardwright.profiler.measure import Goal, Pass, is_out_of_memory, measure, prepare
 from shardwright.profiler.pool import Pool
 from shardwright.profiler.profile import Device, Misfit, Timing, Variation
 from shardwright.profiler.signature import device_key, step_key
+from shardwright.profiler.stopwatch import CudaStopwatch, HostStopwatch, Stopwatch
 from shardwright.profiler.structure import nbytes, tensors_in
+from shardwright.profiler.subject import Subject
 from shardwright.profiler.timing import Series, summarise
 from shardwright.profiler.unitgraph import Call, Step, UnitGraph
 from shardwright.profiler.worker import report, resident
 
-__all__ = ["START_LIMIT_S", "Findings", "Item", "Workers", "investigate"]
+__all__ = ["START_LIMIT_S", "Few", "Findings", "Item", "Workers", "hold", "investigate", "passes_held", "work_bytes"]
 
 
 class Item(NamedTuple):
@@ -58,6 +51,10 @@ class Item(NamedTuple):
 START_LIMIT_S = 120.0
 ROUND_LIMIT_S = 600.0
 """A round may take so long before a worker counts as hung."""
+MOST_ALIKE = 3
+"""Of equal steps so many are measured: what comes after its like finds its code warm and its weights cold."""
+MOST_ALIKE_BYTES = 1 << 22
+"""More of them are measured as long as they take no more than this together: small steps are mostly their code."""
 GROUP_SHARE = 0.5
 """Of a device's memory: what is measured together may take so much."""
 STATE_COPIES = 3
@@ -139,7 +136,7 @@ def investigate(
         if step.call is not None and (train or step.kind != "output")
     }
     keys = _keys(items, devices, train=train, optimizer=optimizer)
-    whole = _Whole(keys, sum(_work_bytes(step, train=train) for (count, _), step in items.items() if count == 1))
+    whole = _Whole(keys, sum(work_bytes(step, train=train) for (count, _), step in items.items() if count == 1))
     missing = {key for key in keys.values() if cache.get(key, Timing) is None}
     tell("known", len(set(keys.values()) - missing), len(set(keys.values())))
     found = Findings()
@@ -194,6 +191,18 @@ class _Whole:
         return f"variation {hashlib.sha256(' '.join(keys).encode()).hexdigest()}"
 
 
+class Few:
+    """Which of equal steps are measured."""
+
+    def __init__(self) -> None:
+        self.numbers = Counter[str]()
+
+    def admits(self, key: str, nbytes: int) -> bool:
+        """Whether one more step of ``key``, which takes so many bytes, is."""
+        self.numbers[key] += 1
+        return self.numbers[key] <= max(MOST_ALIKE, MOST_ALIKE_BYTES // max(1, nbytes))
+
+
 def _jobs(
     device: Device,
     items: Mapping[Item, Step],
@@ -202,30 +211,31 @@ def _jobs(
     *,
     train: bool,
 ) -> list[_Job]:
-    """What has to be measured on ``device``, in the order of the forward; of equal work, the first.
+    """What has to be measured on ``device``, in the order of the forward; of equal work, the first few.
 
     It is no longer ``missing`` then, for a device of the same model would measure it again.
     """
     found: dict[str, dict[int, Call]] = {}
+    few = Few()
     for item, step in items.items():
         key = keys[device.name, item]
-        if key in missing:
-            missing.remove(key)
+        if key in missing and few.admits(key, work_bytes(step, train=train)):
             assert step.call is not None  # as all items have
             found.setdefault(item.step, {})[item.microbatches] = step.call
+    missing.difference_update(few.numbers)
     return [
         _Job(
             name,
             calls,
             {Item(count, name): keys[device.name, Item(count, name)] for count in calls},
-            max(_work_bytes(items[Item(count, name)], train=train) for count in calls)
+            max(work_bytes(items[Item(count, name)], train=train) for count in calls)
             + sum(_input_bytes(call) for call in calls.values()),
         )
         for name, calls in found.items()
     ]
 
 
-def _work_bytes(step: Step, *, train: bool) -> int:
+def work_bytes(step: Step, *, train: bool) -> int:
     """About what a step takes while it runs."""
     assert step.call is not None
     function = step.call.function
@@ -272,7 +282,7 @@ def _run(
         left = max(1 + len(waiting) for waiting in groups.values())
         part = Goal(goal.precision, goal.negligible, goal.repeats, goal.budget_s / left)
         _send(workers, now, train=train, optimizer=optimizer, tell=tell)
-        answers = _measure(workers, now, whole, part, optimizer if train else None, cache, tell)
+        answers = _measure(workers, now, whole, part, cache, tell)
         for name, (totals, refused) in answers.items():
             if sum(totals) > sum(longest.get(name, ())):
                 longest[name] = totals
@@ -299,7 +309,7 @@ def _send(workers: Workers, groups: Mapping[str, list[_Job]], *, train: bool, op
     for done in range(count):
         tell("send units", done, count)
         calls: dict[str, Any] = {
-            name: (hold, (group[done].step, group[done].calls, train, optimizer, done == 0))
+            name: (hold, (group[done].step, group[done].calls, group[done].keys, train, optimizer, done == 0))
             for name, group in groups.items()
             if done < len(group)
         }
@@ -312,7 +322,6 @@ def _measure(
     groups: Mapping[str, list[_Job]],
     whole: _Whole,
     goal: Goal,
-    optimizer: str | None,
     cache: Cache,
     tell: Progress,
 ) -> dict[str, tuple[list[float], dict[Item, str]]]:
@@ -333,7 +342,7 @@ def _measure(
         calls: dict[str, Any] = {
             name: (
                 measure_held,
-                (goal, optimizer, whole.nbytes - sum(job.nbytes for job in group), folder, len(groups)),
+                (goal, whole.nbytes - sum(job.nbytes for job in group), folder, len(groups)),
             )
             for name, group in groups.items()
         }
@@ -345,13 +354,14 @@ def _measure(
 # What runs inside the workers.
 
 
-def hold(name: str, calls: dict[int, Call], train: bool, optimizer: str, first: bool) -> None:
+def hold(name: str, calls: dict[int, Call], keys: dict[Item, str], train: bool, optimizer: str, first: bool) -> None:
     """Take in the calls of one step, which share the module; ``first`` lets go of what was held before."""
     if first:
         resident["held"] = {}
         _let_go()
     for count, call in calls.items():
-        resident["held"][Item(count, name)] = partial(
+        item = Item(count, name)
+        make = partial(
             Subject,
             call,
             resident["device"],
@@ -359,15 +369,37 @@ def hold(name: str, calls: dict[int, Call], train: bool, optimizer: str, first: 
             optimizer=optimizer if count == 1 else None,
             accumulate=count > 1,
         )
+        resident["held"][item] = keys[item], make
 
 
-def measure_held(
-    goal: Goal, optimizer: str | None, elsewhere_bytes: int, folder: str, devices: int
-) -> tuple[list[float], dict[Item, str]]:
+def passes_held(on_refused: Callable[[Item, Exception], None]) -> list[Pass[Item]]:
+    """What was taken in, made ready: a pass for each number of micro-batches, the whole batch first.
+
+    ``on_refused`` is told what there is no memory for.
+    """
+    made = []
+    for count in sorted({item.microbatches for item in resident["held"]}):
+        subjects: dict[Item, Subject] = {}
+        first: dict[str, Item] = {}
+        for item, (key, make) in list(resident["held"].items()):
+            if item.microbatches != count:
+                continue
+            try:
+                subjects[item] = make()
+                first.setdefault(key, item)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                on_refused(item, error)
+        alike = {item: first[resident["held"][item][0]] for item in subjects}
+        made.append(Pass(subjects, alike=alike))
+    return made
+
+
+def measure_held(goal: Goal, elsewhere_bytes: int, folder: str, devices: int) -> tuple[list[float], dict[Item, str]]:
     """Measure what was taken in, the whole batch first.
 
     Args:
-        optimizer: None = no backward and no update.
         elsewhere_bytes: what a pass over the model touches beside what is held here.
         folder: where each of the ``devices`` leaves a mark when it is done; until then this one goes on computing.
 
@@ -383,30 +415,26 @@ def measure_held(
         resident["held"].pop(item)
         _let_go()
 
-    subjects: dict[Item, Subject] = {}
-    for item, make in sorted(resident["held"].items(), key=lambda entry: entry[0].microbatches):
-        try:
-            subjects[item] = make()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            refuse(item, error)
-    on_cpu = device.type == "cpu"
+    passes = passes_held(refuse)
     totals = measure(
-        subjects,
+        passes,
         stopwatch,
         goal,
         on_settled=lambda item, series: report((item, series)),
         on_refused=refuse,
         on_round=lambda _: report(None),
-        between=_Eviction(elsewhere_bytes) if on_cpu else lambda _: None,
-        empty=blank(stopwatch, optimizer) if on_cpu and optimizer is not None else NO_BLANK,
+        between=_Eviction(elsewhere_bytes) if device.type == "cpu" else lambda _: None,
     )
     (Path(folder) / str(os.getpid())).touch()
-    working = [subject for item, subject in subjects.items() if item not in refused]
-    for subject in _again(working, lambda: len(os.listdir(folder)) < devices):
-        subject.run(stopwatch)
+    _keep_busy(passes, stopwatch, lambda: len(os.listdir(folder)) >= devices)
     return totals, refused
+
+
+def _keep_busy(passes: Sequence[Pass[Item]], stopwatch: Stopwatch, all_done: Callable[[], bool]) -> None:
+    """Go on computing as long as another device is measuring: cores share the memory's bandwidth."""
+    while any(steps.subjects for steps in passes) and not all_done():
+        for steps in passes:
+            steps.run(stopwatch, broken_off=all_done)
 
 
 def _let_go() -> None:
@@ -414,15 +442,6 @@ def _let_go() -> None:
     gc.collect()
     if resident["device"].type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _again(subjects: Sequence[Subject], unfinished: Callable[[], bool]) -> Iterator[Subject]:
-    """One subject after another, round and round, as long as another device is measuring."""
-    while subjects:
-        for subject in subjects:
-            if not unfinished():
-                return
-            yield subject
 
 
 class _Eviction:

@@ -1,246 +1,151 @@
-"""Measurement: the time of one step of the forward, its backward and its parameters' update, on one device.
+"""Measurement: the time of each step's forward, its backward and its parameters' update, on one device.
 
-Steps are measured in rounds: each round runs every step once, in the order of the forward, at every number of
-micro-batches. So a step finds the caches as it does in the real run, with its inputs just written and its weights cold,
-and a slow second of the machine falls on all steps alike instead of spoiling one of them. Rounds go on until every
-step's median is known well enough, or the time for it is used up.
+Steps are measured in rounds, and a round goes like a training step at each number of micro-batches: the forwards of all
+steps in their order, then the backwards in reverse, then the updates. So a step finds the caches as it does in the real
+run, with its inputs just written, its weights cold and the code that calls it warm, and a slow second of the machine
+falls on all steps alike instead of spoiling one of them. Rounds go on until every step's median is known well enough,
+or the time for it is used up.
 """
 
 from __future__ import annotations
 
-import math
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from shardwright.profiler.optimizers import make_optimizer
-from shardwright.profiler.structure import map_tensors, tensors_in
+from shardwright.profiler.stopwatch import Reading, Stopwatch
+from shardwright.profiler.subject import Subject
 from shardwright.profiler.timing import LEAST_REPEATS, Series
-from shardwright.profiler.unitgraph import Call
 from shardwright.profiler.worker import resident
 
-__all__ = [
-    "NO_BLANK",
-    "Blank",
-    "CudaStopwatch",
-    "Goal",
-    "HostStopwatch",
-    "Stopwatch",
-    "Subject",
-    "Timer",
-    "blank",
-    "cuda_timer",
-    "host_timer",
-    "is_out_of_memory",
-    "measure",
-    "prepare",
-]
+__all__ = ["Goal", "Pass", "excess_s", "is_out_of_memory", "measure", "prepare"]
 
 Key = TypeVar("Key")
-Reading = Callable[[], float]
-"""Gives the seconds of something timed, once the stopwatch has finished."""
+PHASES = ("forward", "backward", "update", "recompute")
 
 
-class Stopwatch(Protocol):
-    """Times functions; what it read is known after :meth:`finish`."""
+def excess_s(parts: Sequence[float], together: float) -> float:
+    """What each of ``parts`` takes too long by itself: less this, and at least 0, they add up to ``together``, in s.
 
-    def time(self, function: Callable[[], Any]) -> tuple[Any, Reading]:
-        """Call ``function``; its result, and what will give its seconds."""
-
-    def finish(self) -> None:
-        """Wait until all that was timed is done."""
-
-
-class HostStopwatch:
-    """For work that is done when the call returns, as on a CPU."""
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.clock = clock
-
-    def time(self, function: Callable[[], Any]) -> tuple[Any, Reading]:
-        """See :class:`Stopwatch`."""
-        start = self.clock()
-        result = function()
-        seconds = self.clock() - start
-        return result, lambda: seconds
-
-    def finish(self) -> None:
-        """See :class:`Stopwatch`."""
+    It is 0 where they add up to less already.
+    """
+    ordered = sorted(parts, reverse=True)
+    above = sum(ordered)
+    for count in range(len(ordered), 0, -1):
+        excess = (above - together) / count
+        if excess <= ordered[count - 1]:
+            return max(0.0, excess)
+        above -= ordered[count - 1]  # this part is less than what is taken off
+    return 0.0
 
 
-class CudaStopwatch:
-    """Reads the GPU's own clock by events in its queue.
+class Pass(Generic[Key]):
+    """Steps that go forward and back together, as in a training step: those at one number of micro-batches.
 
-    The queue is not drained in between: as in a real step, the host prepares the next kernels while the last ones run,
-    and only where it cannot keep up does the time of a launch count.
+    Args:
+        subjects: the steps in the order of the forward.
+        alike: step -> an earlier one that does the same work; what both take is averaged, as the earlier one's.
+
+    A step that goes back by itself enters PyTorch's engine once more than it does as a part of a model, and its
+    parameters' update calls the optimizer once more. Amid the steps an empty backward is timed, as cold as they are,
+    and after their updates one of all parameters at once; what the steps take longer by that is taken off, the same for
+    each.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, subjects: Mapping[Key, Subject], *, alike: Mapping[Key, Key] | None = None) -> None:
+        self.subjects = dict(subjects)
+        self.named = {key: (alike or {}).get(key, key) for key in self.subjects}
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.readings: dict[Key, dict[str, Reading]] = {}
+        self.empty_backward: Reading | None = None
+        self.whole_update: Reading | None = None
+        self.excess: dict[str, list[float]] = {"backward": [], "update": []}
 
-    def time(self, function: Callable[[], Any]) -> tuple[Any, Reading]:
-        """See :class:`Stopwatch`."""
-        stream = torch.cuda.current_stream(self.device)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record(stream)
-        result = function()
-        end.record(stream)
-        return result, lambda: start.elapsed_time(end) / 1e3
-
-    def finish(self) -> None:
-        """See :class:`Stopwatch`."""
-        torch.cuda.synchronize(self.device)
-
-
-Timer = Callable[[Callable[[], Any]], tuple[Any, float]]
-"""Calls a function on its own; its result and its seconds."""
-
-
-def host_timer(clock: Callable[[], float] = time.perf_counter) -> Timer:
-    """A timer for work that is done when the call returns, as on a CPU."""
-
-    def timer(function: Callable[[], Any]) -> tuple[Any, float]:
-        result, reading = HostStopwatch(clock).time(function)
-        return result, reading()
-
-    return timer
-
-
-def cuda_timer(device: torch.device) -> Timer:
-    """A timer for work on a GPU, the queue drained before and after."""
-    stopwatch = CudaStopwatch(device)
-
-    def timer(function: Callable[[], Any]) -> tuple[Any, float]:
-        torch.cuda.synchronize(device)
-        result, reading = stopwatch.time(function)
-        stopwatch.finish()
-        return result, reading()
-
-    return timer
-
-
-class Readings(NamedTuple):
-    """What one repeat gave; None for what does not take place."""
-
-    forward: Reading
-    backward: Reading | None = None
-    update: Reading | None = None
-    recompute: Reading | None = None
-
-
-class Subject:
-    """A step made ready to be timed over and over: fresh inputs every time, gradients as a training step leaves."""
-
-    def __init__(
-        self, call: Call, device: torch.device, *, train: bool, optimizer: str | None, accumulate: bool
+    def run(
+        self,
+        stopwatch: Stopwatch,
+        *,
+        between: Callable[[Subject], None] = lambda _: None,
+        on_refused: Callable[[Key, Exception], None] | None = None,
+        broken_off: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.train = train
-        self.accumulate = accumulate
-        self.function = call.function.to(device) if isinstance(call.function, nn.Module) else call.function
-        self.context = call.context
-        self.leaves, self.spec = pytree.tree_flatten((call.args, call.kwargs))
-        self.leaves = [self._leaf(leaf, device) for leaf in self.leaves]
-        self.parameters: list[nn.Parameter] = []
-        if isinstance(self.function, nn.Module):
-            self.function.train(train)
-            self.parameters = [p for p in self.function.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(optimizer, self.parameters) if train and optimizer else None
-        self.grads: list[Tensor] | None = None
-        self.device = device
-        self.peak_bytes: int | None = None
+        """Time every step once; see :func:`measure`. ``broken_off`` is asked before each step."""
+        self.readings = {key: {} for key in self.subjects}
+        for phase in PHASES:
+            keys = [*self.subjects] if phase != "backward" else [*reversed(self.subjects)]
+            for position, key in enumerate(keys):
+                if broken_off():
+                    break
+                if phase == "backward" and position == len(keys) // 2:
+                    self.empty_backward = _empty_backward(self.subjects[keys[0]].device, stopwatch)
+                if key not in self.subjects:
+                    continue
+                if phase in ("forward", "backward"):
+                    between(self.subjects[key])
+                try:
+                    reading = getattr(self.subjects[key], phase)(stopwatch)
+                except Exception as error:
+                    if on_refused is None or not is_out_of_memory(error):
+                        raise RuntimeError(f"{key}: {error}") from error
+                    self._drop(key)
+                    on_refused(self.named[key], error)
+                    continue
+                if reading is not None:
+                    self.readings[key][phase] = reading
+            if phase == "update" and (optimizer := self._optimizer()) is not None:
+                self.whole_update = stopwatch.time(optimizer.step)[1]
+        for subject in self.subjects.values():
+            subject.release()
 
-    def run(self, stopwatch: Stopwatch) -> Readings:
-        """One forward, backward and update, and a forward that keeps nothing."""
-        if self.device.type != "cuda":
-            return self._run(stopwatch)
-        held = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        readings = self._run(stopwatch)
-        self.peak_bytes = max(0, torch.cuda.max_memory_allocated(self.device) - held)
-        return readings
+    def _optimizer(self) -> torch.optim.Optimizer | None:
+        """An optimizer of the parameters of all steps, with the state of their own."""
+        own = [subject.optimizer for subject in self.subjects.values() if subject.optimizer is not None]
+        if self.optimizer is None and own:
+            parameters = [p for optimizer in own for group in optimizer.param_groups for p in group["params"]]
+            make: Any = type(own[0])  # each class has settings of its own
+            self.optimizer = make([{**own[0].param_groups[0], "params": parameters}])
+            for optimizer in own:
+                self.optimizer.state.update(optimizer.state)
+        return self.optimizer
 
-    @staticmethod
-    def _leaf(leaf: Any, device: torch.device) -> Any:
-        if isinstance(leaf, torch.device):
-            return device
-        return map_tensors(lambda t: t.detach().to(device).requires_grad_(t.requires_grad), leaf)
+    def _drop(self, key: Key) -> None:
+        """Leave out a step, and those that do the same work."""
+        for other in [other for other in self.subjects if self.named[other] == self.named[key]]:
+            self.subjects.pop(other).release()
+            del self.readings[other]
+        self.optimizer = None
 
-    def _forward(self, stopwatch: Stopwatch, *, keeping: bool) -> tuple[Any, Reading]:
-        # A copy of each input: units may change theirs in place, and a producer would just have written it.
-        args, kwargs = pytree.tree_unflatten([map_tensors(Tensor.clone, leaf) for leaf in self.leaves], self.spec)
-        with torch.set_grad_enabled(keeping):
-            if self.context is None:
-                return stopwatch.time(partial(self.function, *args, **kwargs))
-            return stopwatch.time(partial(self.context.run, self.function, args, kwargs))
+    def note(self, series: Mapping[Key, Series], *, first: bool) -> None:
+        """Add what the last runs read, once the stopwatch has finished."""
+        found: dict[Key, dict[str, list[float]]] = {}
+        for key, readings in self.readings.items():
+            for phase, reading in readings.items():
+                found.setdefault(self.named[key], {}).setdefault(phase, []).append(reading())
+        if not first:
+            self._note_excess([seconds for phases in found.values() for seconds in phases.get("update", ())])
+        for key, phases in found.items():
+            series[key].add(**{f"{phase}_s": statistics.fmean(each) for phase, each in phases.items()}, first=first)
+            series[key].peak_bytes = self.subjects[key].peak.bytes
+            for phase, excess in self.excess.items():
+                series[key].excess_s[phase] = statistics.median(excess) if excess else 0.0
 
-    def _run(self, stopwatch: Stopwatch) -> Readings:
-        output, forward = self._forward(stopwatch, keeping=self.train)
-        if not self.train:
-            return Readings(forward)
-        outputs = [t for _, t in tensors_in(output) if t.requires_grad]
-        del output
-        backward = update = recompute = None
-        if outputs:
-            if self.grads is None:
-                self.grads = [torch.randn_like(t) for t in outputs]
-            if not self.accumulate:
-                for parameter in self.parameters:
-                    parameter.grad = None
-            for leaf in self.leaves:
-                if isinstance(leaf, Tensor):
-                    leaf.grad = None
-            _, backward = stopwatch.time(lambda: torch.autograd.backward(outputs, self.grads))
-            del outputs
-        if self.optimizer is not None:
-            _, update = stopwatch.time(self.optimizer.step)
-        if isinstance(self.function, nn.Module) and self.context is None:
-            _, recompute = self._forward(stopwatch, keeping=False)
-        return Readings(forward, backward, update, recompute)
-
-
-class Blank(NamedTuple):
-    """What a call of the backward and of the optimizer costs with nothing to do, in s: once a step, not once a unit."""
-
-    backward_s: float = 0.0
-    update_s: float = 0.0
+    def _note_excess(self, updates: Sequence[float]) -> None:
+        """Add what steps took longer by themselves, as far as it was timed."""
+        if self.empty_backward is not None:
+            self.excess["backward"].append(self.empty_backward())
+        if self.whole_update is not None:
+            self.excess["update"].append(excess_s(updates, self.whole_update()))
 
 
-NO_BLANK = Blank()
-
-
-def blank(stopwatch: Stopwatch, optimizer: str, *, repeats: int = 41) -> Blank:
-    """Measure empty calls on the CPU.
-
-    The backward is that of a view of one number; the update is taken from those of one and of nine parameters of one
-    number each, on the line through them, at no parameter.
-    """
-
-    def median_s(make: Callable[[], Callable[[], Any]]) -> float:
-        readings = [stopwatch.time(make())[1] for _ in range(repeats)]
-        stopwatch.finish()
-        return float(np.median([reading() for reading in readings[1:]]))
-
-    def backward() -> Callable[[], None]:
-        leaf = torch.zeros(1, requires_grad=True)
-        return partial(torch.autograd.backward, [leaf.view_as(leaf)], [torch.ones(1)])
-
-    def update_s(count: int) -> float:
-        parameters = [nn.Parameter(torch.zeros(1)) for _ in range(count)]
-        for parameter in parameters:
-            parameter.grad = torch.zeros(1)
-        made = make_optimizer(optimizer, parameters)
-        assert made is not None  # all are trainable
-        return median_s(lambda: made.step)
-
-    one = update_s(1)
-    return Blank(median_s(backward), max(0.0, one - (update_s(9) - one) / 8))
+def _empty_backward(device: torch.device, stopwatch: Stopwatch) -> Reading:
+    """Time the backward of a view of one number."""
+    leaf = torch.zeros(1, device=device, requires_grad=True)
+    return stopwatch.time(partial(torch.autograd.backward, [leaf.view_as(leaf)], [torch.ones_like(leaf)]))[1]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -266,7 +171,7 @@ class Goal:
 
 
 def measure(
-    subjects: Mapping[Key, Subject],
+    passes: Sequence[Pass[Key]],
     stopwatch: Stopwatch,
     goal: Goal,
     *,
@@ -274,42 +179,37 @@ def measure(
     on_refused: Callable[[Key, Exception], None] | None = None,
     on_round: Callable[[int], None] = lambda _: None,
     between: Callable[[Subject], None] = lambda _: None,
-    empty: Blank = NO_BLANK,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[float]:
-    """Time all subjects in turn until each is settled, after one round to warm up.
+    """Time the steps of all passes in turn until each is settled, after one round to warm up.
 
     What is settled goes on running, so that the others find the caches and the machine as before.
 
     Args:
-        on_settled: told each subject's series as soon as it needs no more.
-        on_refused: told the subjects that there is no memory for, and the error, which is raised without it.
+        on_settled: told each step's series as soon as it needs no more.
+        on_refused: told the steps that there is no memory for, and the error, which is raised without it.
         on_round: told the number of each round that is done, 0 for the warm-up.
-        between: called before each subject, its time not counted.
-        empty: is taken off what is read.
+        between: called before each forward and backward, its time not counted.
 
     Returns:
-        The seconds of each round over all subjects, the warm-up apart.
+        The seconds of each round over all steps, the warm-up apart.
     """
-    subjects = dict(subjects)
-    series = {key: Series() for key in subjects}
-    open_ = dict.fromkeys(subjects)
+    series = {key: Series() for steps in passes for key in steps.named.values()}
+    open_ = dict.fromkeys(series)
+
+    def refuse(key: Key, error: Exception) -> None:
+        assert on_refused is not None  # else the error was raised
+        del series[key]
+        open_.pop(key, None)
+        on_refused(key, error)
+
     start, totals = clock(), []
     for round_ in range(max(1, goal.repeats) + 1):
-        readings = {}
-        for key in list(subjects):
-            between(subjects[key])
-            try:
-                readings[key] = subjects[key].run(stopwatch)
-            except Exception as error:
-                if on_refused is None or not is_out_of_memory(error):
-                    raise RuntimeError(f"{key}: {error}") from error
-                on_refused(key, error)
-                del subjects[key], series[key]
-                open_.pop(key, None)
+        for steps in passes:
+            steps.run(stopwatch, between=between, on_refused=refuse if on_refused is not None else None)
         stopwatch.finish()
-        for key, reading in readings.items():
-            _note(series[key], reading, subjects[key], empty, first=round_ == 0)
+        for steps in passes:
+            steps.note(series, first=round_ == 0)
         if round_:
             totals.append(sum(s.totals()[-1] for s in series.values()))
         on_round(round_)
@@ -323,23 +223,6 @@ def measure(
         if not open_:
             break
     return totals
-
-
-def _note(series: Series, readings: Readings, subject: Subject, empty: Blank, *, first: bool) -> None:
-    """Add what one repeat gave."""
-    forward_s = readings.forward()
-    backward_s = max(0.0, readings.backward() - empty.backward_s) if readings.backward is not None else 0.0
-    update_s = max(0.0, readings.update() - empty.update_s) if readings.update is not None else 0.0
-    assert math.isfinite(forward_s)
-    if first:
-        series.first_call_s = forward_s + backward_s
-        return
-    series.forward_s.append(forward_s)
-    series.backward_s.append(backward_s)
-    series.update_s.append(update_s)
-    if readings.recompute is not None:
-        series.recompute_s.append(readings.recompute())
-    series.peak_bytes = subject.peak_bytes
 
 
 def prepare(device: str, threads: int) -> None:

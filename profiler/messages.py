@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shardwright.profiler.measure import Timer, cuda_timer, host_timer
+from shardwright.profiler.stopwatch import Timer, cuda_timer, host_timer
 
 __all__ = [
     "CASES",

@@ -53,6 +53,28 @@ class Series:
         self.recompute_s: list[float] = []
         self.update_s: list[float] = []
         self.peak_bytes: int | None = None
+        self.excess_s: dict[str, float] = {}
+        """By phase, what a repeat takes too long because the step was called by itself."""
+
+    def add(
+        self,
+        *,
+        forward_s: float,
+        backward_s: float = 0.0,
+        update_s: float = 0.0,
+        recompute_s: float | None = None,
+        first: bool = False,
+    ) -> None:
+        """Add what one repeat took."""
+        assert math.isfinite(forward_s)
+        if first:
+            self.first_call_s = forward_s + backward_s
+            return
+        self.forward_s.append(forward_s)
+        self.backward_s.append(backward_s)
+        self.update_s.append(update_s)
+        if recompute_s is not None:
+            self.recompute_s.append(recompute_s)
 
     @property
     def repeats(self) -> int:
@@ -61,7 +83,15 @@ class Series:
 
     def totals(self) -> list[float]:
         """Forward and backward of each repeat together."""
-        return [a + b for a, b in zip(self.forward_s, self.backward_s, strict=True)]
+        return [a + b for a, b in zip(self.forward_s, self.backwards(), strict=True)]
+
+    def backwards(self) -> list[float]:
+        """The backward of each repeat, as a part of a longer one."""
+        return [max(0.0, seconds - self.excess_s.get("backward", 0.0)) for seconds in self.backward_s]
+
+    def updates(self) -> list[float]:
+        """The update of each repeat, as a part of a larger one."""
+        return [max(0.0, seconds - self.excess_s.get("update", 0.0)) for seconds in self.update_s]
 
     def median_s(self) -> float:
         """The median of :meth:`totals`; 0 before the first."""
@@ -83,10 +113,10 @@ def summarise(series: Series) -> Timing:
         repeats=series.repeats,
         forward_s=_median(series.forward_s),
         forward_spread_s=_spread(series.forward_s),
-        backward_s=_median(series.backward_s),
-        backward_spread_s=_spread(series.backward_s),
+        backward_s=_median(series.backwards()),
+        backward_spread_s=_spread(series.backwards()),
         recompute_s=_median(series.recompute_s) if series.recompute_s else None,
-        update_s=_median(series.update_s),
+        update_s=_median(series.updates()),
         first_call_s=series.first_call_s,
         median_error=error / median if math.isfinite(error) and median else None,
         outliers=sum(not low - far <= total <= high + far for total in totals),

@@ -86,7 +86,7 @@ def examined(monkeypatch, cache, model, *args, counts=(1, 2), devices=("cpu:0",)
     workers = Workers(found, lambda *_: None)
     workers._pool = Here(found)
     with monkeypatch.context() as patch:
-        patch.setattr(campaign, "_again", lambda *_: ())
+        patch.setattr(campaign, "_keep_busy", lambda *_: None)
         patch.setattr(campaign, "hold", noted)
         findings = investigate(
             workers,
@@ -102,11 +102,19 @@ def examined(monkeypatch, cache, model, *args, counts=(1, 2), devices=("cpu:0",)
 
 
 def test_equal_layers_share_one_measurement(monkeypatch, tmp_path):
-    """Six layers cost what two cost, for the first has no gradient to hand back; each has its times in the profile."""
+    """Six layers cost what four cost, the first having no gradient to hand back; each has its times in the profile."""
+    monkeypatch.setattr(campaign, "MOST_ALIKE_BYTES", 0)
     findings, sent = examined(monkeypatch, Cache(tmp_path), Stack(), torch.randn(4, WIDTH))
-    assert [name for count, name in sent if count == 1 and name.startswith("layers")] == ["layers.0", "layers.1"]
+    names = [name for count, name in sent if count == 1 and name.startswith("layers")]
+    assert names == [f"layers.{index}" for index in range(1 + campaign.MOST_ALIKE)]
     rows = [findings.timings["cpu:0", 1, f"layers.{index}"] for index in range(1, 6)]
     assert rows == [rows[0]] * 5
+
+
+def test_small_equal_steps_are_all_measured(monkeypatch, tmp_path):
+    """They are mostly their code, which is cold only in the first of them, and they take no time."""
+    _, sent = examined(monkeypatch, Cache(tmp_path), Stack(), torch.randn(4, WIDTH), counts=(1,))
+    assert [name for _, name in sent if name.startswith("layers")] == [f"layers.{index}" for index in range(6)]
 
 
 def test_what_is_known_is_not_measured(monkeypatch, tmp_path):

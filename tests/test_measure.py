@@ -4,16 +4,13 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
-from shardwright.profiler.measure import (
-    Blank,
-    Goal,
-    HostStopwatch,
-    Subject,
-    blank,
-    measure,
-)
+from shardwright.profiler.measure import Goal, Pass, excess_s, measure
+from shardwright.profiler.stopwatch import HostStopwatch
+from shardwright.profiler.subject import Subject
 from shardwright.profiler.timing import LEAST_REPEATS
 from shardwright.profiler.unitgraph import Call
 
@@ -56,7 +53,7 @@ def subject(unit, *args, train=True, optimizer="adam", accumulate=False):
 def timed(subjects, clock, **goal):
     """The series of each subject, under the clock's time."""
     settled = {}
-    measure(subjects, HostStopwatch(clock), Goal(**goal), on_settled=settled.__setitem__, clock=clock)
+    measure([Pass(subjects)], HostStopwatch(clock), Goal(**goal), on_settled=settled.__setitem__, clock=clock)
     return settled
 
 
@@ -68,7 +65,9 @@ def test_forward_and_backward_are_timed_apart():
     subjects = {"a": subject(Takes(clock, 2.0, 5.0), x), "b": subject(Takes(clock, 1.0, 3.0), x)}
     settled = {}
     goal = Goal(repeats=3)
-    totals = measure(subjects, HostStopwatch(clock), goal, on_settled=settled.__setitem__, on_round=rounds.append)
+    totals = measure(
+        [Pass(subjects)], HostStopwatch(clock), goal, on_settled=settled.__setitem__, on_round=rounds.append
+    )
     assert settled["a"].forward_s == [2.0] * 3
     assert settled["a"].backward_s == [5.0] * 3
     assert settled["a"].recompute_s == [2.0] * 3
@@ -129,7 +128,7 @@ def test_what_there_is_no_memory_for_is_left_out():
     }
     settled, refused = {}, {}
     measure(
-        subjects,
+        [Pass(subjects)],
         HostStopwatch(clock),
         Goal(repeats=2),
         on_settled=settled.__setitem__,
@@ -144,7 +143,8 @@ def test_a_unit_that_changes_its_input_can_be_repeated():
     x = torch.tensor([-1.0, 2.0], requires_grad=True)
     ready = subject(nn.ReLU(inplace=True), x)
     for _ in range(2):
-        ready.run(HostStopwatch())
+        ready.forward(HostStopwatch())
+        ready.backward(HostStopwatch())
     assert ready.leaves[0].tolist() == [-1.0, 2.0]
 
 
@@ -154,7 +154,8 @@ def test_gradients_are_fresh_or_added_to():
     for unit, accumulate in ((fresh, False), (added, True)):
         ready = subject(unit, torch.ones(1, 2), optimizer="sgd", accumulate=accumulate)
         for _ in range(3):
-            ready.run(HostStopwatch())
+            ready.forward(HostStopwatch())
+            ready.backward(HostStopwatch())
         once = ready.grads[0].sum(0)
         assert torch.allclose(unit.bias.grad, once * (3 if accumulate else 1))
 
@@ -165,34 +166,105 @@ def test_a_failing_unit_is_named():
         timed({"head": subject(nn.Linear(3, 2), torch.ones(1, 2))}, Clock())
 
 
-def test_an_empty_call_is_taken_off():
-    """What a backward and an update cost with nothing to do is no unit's, and nothing becomes negative."""
+class Ordered:
+    """A stopwatch that notes which phase of which unit it times; every update takes 3 s and 2 s a parameter."""
+
+    EMPTY_BACKWARD_S = 1.5
+
+    def __init__(self, clock):
+        self.host = HostStopwatch(clock)
+        self.updates = []
+
+    def time(self, function):
+        before = self.host.clock.now
+        result, reading = self.host.time(function)
+        owner = getattr(function, "__self__", None)
+        if isinstance(owner, torch.optim.Optimizer):
+            count = sum(len(group["params"]) for group in owner.param_groups)
+            self.updates.append(count)
+            return result, lambda: 3.0 + 2.0 * count
+        is_empty = getattr(function, "func", None) is torch.autograd.backward and self.host.clock.now == before
+        return result, (lambda: self.EMPTY_BACKWARD_S) if is_empty else reading
+
+    def finish(self):
+        pass
+
+
+def test_what_only_a_single_step_costs_is_taken_off():
+    """The engine is entered once a step and so is the optimizer: with n steps, n - 1 of their calls are too many."""
     clock = Clock()
     settled = {}
-    measure(
-        {"a": subject(Takes(clock, 2.0, 5.0), torch.ones(3, requires_grad=True))},
-        HostStopwatch(clock),
-        Goal(repeats=1),
-        on_settled=settled.__setitem__,
-        empty=Blank(backward_s=1.5, update_s=1.0),
-    )
-    assert settled["a"].backward_s == [3.5]
-    assert settled["a"].update_s == [0.0]
+    x = torch.ones(3, requires_grad=True)
+    subjects = {"a": subject(Takes(clock, 2.0, 5.0), x), "b": subject(Takes(clock, 2.0, 1.0), x)}
+    stopwatch = Ordered(clock)
+    measure([Pass(subjects)], stopwatch, Goal(repeats=1), on_settled=settled.__setitem__)
+    assert settled["a"].backwards() == [3.5]
+    assert settled["b"].backwards() == [0.0]  # nothing becomes negative
+    assert stopwatch.updates[:3] == [1, 1, 2]
+    assert settled["a"].updates() == settled["b"].updates() == [3.5]  # 3 + 2 * 2, once
 
 
-def test_an_empty_update_is_that_of_no_parameter():
-    """On the line through the updates of one and of nine parameters."""
+class Noted(nn.Module):
+    """A unit that notes its forward and its backward."""
 
-    class Linear:
-        """A stopwatch on which an update takes 3 s and 2 s a parameter, and all else 1 s."""
+    def __init__(self, name, notes):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.name, self.notes = name, notes
 
-        def time(self, function):
-            result = function()
-            owner = getattr(function, "__self__", None)
-            many = sum(len(group["params"]) for group in owner.param_groups) if owner is not None else None
-            return result, lambda: 1.0 if many is None else 3.0 + 2.0 * many
+    def forward(self, x):
+        y = x * self.weight
+        if y.requires_grad:
+            self.notes.append(f"forward {self.name}")
+            y.register_hook(lambda _: self.notes.append(f"backward {self.name}"))
+        return y
 
-        def finish(self):
-            pass
 
-    assert blank(Linear(), "sgd") == Blank(1.0, pytest.approx(3.0))
+def test_a_pass_goes_like_a_training_step():
+    """All forwards in order, then all backwards in reverse: so code and caches are as in the real run."""
+    notes = []
+    subjects = {name: subject(Noted(name, notes), torch.ones(3)) for name in "abc"}
+    Pass(subjects).run(HostStopwatch())
+    forward, backward = ([f"{phase} {name}" for name in "abc"] for phase in ("forward", "backward"))
+    assert notes == forward + backward[::-1]
+
+
+def test_steps_that_do_the_same_are_averaged():
+    """Their times are those of the first in each round: what comes after its like finds its code warm."""
+    clock = Clock()
+    settled = {}
+    x = torch.ones(3, requires_grad=True)
+    subjects = {"a": subject(Takes(clock, 2.0, 5.0), x), "b": subject(Takes(clock, 4.0, 9.0), x)}
+    steps = Pass(subjects, alike={"b": "a"})
+    measure([steps], HostStopwatch(clock), Goal(repeats=2), on_settled=settled.__setitem__)
+    assert list(settled) == ["a"]
+    assert (settled["a"].forward_s, settled["a"].backward_s) == ([3.0] * 2, [7.0] * 2)
+
+
+def test_like_steps_are_refused_together():
+    """What there is no memory for once is not tried under another name."""
+    refused = {}
+    subjects = {"a": subject(nn.ReLU(), torch.ones(3)), "b": subject(Greedy(), torch.ones(3))}
+    steps = Pass(subjects, alike={"b": "a"})
+    steps.run(HostStopwatch(), on_refused=refused.__setitem__)
+    assert list(refused) == ["a"]
+    assert not steps.subjects
+
+
+@given(st.lists(st.integers(0, 1000), max_size=12), st.integers(0, 8000))
+def test_parts_less_their_excess_make_the_whole(parts, together):
+    """Each less the same, and none below 0; parts that make less than the whole are left alone."""
+    excess = excess_s(parts, together)
+    left = sum(max(0.0, part - excess) for part in parts)
+    assert left == pytest.approx(min(sum(parts), together))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd(momentum=0.9)"])
+def test_timing_the_update_of_all_leaves_each_its_state(optimizer):
+    """The optimizer of all parameters works on the state of the steps' own, and takes no memory for another."""
+    subjects = {name: subject(nn.Linear(2, 2), torch.ones(1, 2), optimizer=optimizer) for name in "ab"}
+    steps = Pass(subjects)
+    steps.run(HostStopwatch())
+    for ready in subjects.values():
+        for parameter in ready.parameters:
+            assert steps.optimizer.state[parameter] is ready.optimizer.state[parameter]

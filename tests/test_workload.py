@@ -6,8 +6,8 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.measure import Subject
 from shardwright.profiler.operations import OperationRecorder
+from shardwright.profiler.subject import Subject
 from shardwright.profiler.unitgraph import Call, Context
 from shardwright.profiler.workload import HOST_ONLY, Mode, Workloads
 
@@ -65,9 +65,8 @@ def measured(call, mode):
     subject = Subject(call, torch.device("cpu"), train=mode.train, optimizer=optimizer, accumulate=mode.accumulate)
     for _ in range(2):
         phases.clear()
-        subject.run(Recording(phases))
-        if mode.train:
-            phases.pop()  # the forward that keeps nothing
+        for phase in ("forward", "backward", "update"):
+            getattr(subject, phase)(Recording(phases))
     return [*phases, [], []][:3]
 
 
