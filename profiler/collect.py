@@ -26,6 +26,7 @@ from shardwright.profiler.profile import Device, Link, Measurement, Profile
 from shardwright.profiler.records import count_steps, measurements_of, nodes_of, tensors_of, ties_of
 from shardwright.profiler.shapes import shapes_only
 from shardwright.profiler.signature import device_key
+from shardwright.profiler.state import Snapshot
 from shardwright.profiler.unitgraph import UnitGraph
 from shardwright.profiler.units import structure_digest
 
@@ -95,6 +96,7 @@ def profile(
     site.check_values(model)
 
     with shapes_only(model, args, kwargs) as inputs:
+        as_found = Snapshot(model)
         captures, undivided = captures_of(
             model,
             *inputs,
@@ -105,10 +107,13 @@ def profile(
             train=train,
             strict=microbatches is not None,
             tell=tell,
+            found=as_found,
         )
         cache = Cache(default_folder(), refresh=refresh)
         tell("memory", 0, 1)
-        counted = {count: count_steps(capture, train=train, cache=cache) for count, capture in captures.items()}
+        counted = {
+            count: count_steps(capture, train=train, cache=cache, found=as_found) for count, capture in captures.items()
+        }
         tell("memory", 1, 1)
     name_of_optimizer = weighed.name if weighed else ""
     goal = Goal(precision=precision, repeats=rounds, budget_s=budget_s)
