@@ -53,7 +53,7 @@ class Snapshot:
 
         So too the containers, plain tensors and NumPy arrays among them, at any depth of containers, and those in
         objects that hang on a module or lie in such containers; not those in objects of objects.
-        Not a copy of the model: a function that a module holds may refer to the model itself, and would to the original.
+        Not a copy of the model: a function that a module holds may refer to the model, and would to the original.
         """
         self._attributes = self._attributes or _Attributes(self.model)
         try:
@@ -147,7 +147,7 @@ class _Attributes:
         if not container and type(container) is kind.container:
             self.empty.append(container)
             return ()
-        content = _mapping_content if issubclass(kind.container, dict) else _sequence_content  # type: ignore[arg-type]  # it is a type
+        content = _mapping_content if issubclass(kind.container, dict) else _sequence_content
         before = content(kind.container, container)
         self.undo.append(partial(_put_content_back, kind.container, container, content, before))
         return before[-1] if len(before[-1]) <= MANY else ()
