@@ -271,10 +271,8 @@ class _Teller:
         content = _items(value)
         attributes = getattr(value, "__dict__", None)
         slots = [(name, getattr(value, name)) for name in _slots(class_) if hasattr(value, name)]
-        seen = class_.__flags__ & _MADE_IN_PYTHON and (attributes is not None or slots or content is not None)
-        if not seen and class_ is not object and content is None:
-            raise _UntoldError
-        if isinstance(value, torch.jit.ScriptModule) or _hides(class_):
+        shown = attributes is not None or slots or content is not None or class_ is object
+        if not shown or _hides(class_) or isinstance(value, torch.jit.ScriptModule):
             raise _UntoldError
         self.tell(class_)
         self._tell_all("items", content or ())
@@ -287,7 +285,7 @@ _MADE_IN_PYTHON = 1 << 9
 
 def _hides(class_: type) -> bool:
     """Whether a class written in C, of which only the attributes can be seen, is among the bases."""
-    shown = (object, *_SEQUENCES, *_MAPPINGS, set, frozenset)
+    shown = (object, types.SimpleNamespace, *_SEQUENCES, *_MAPPINGS, set, frozenset)
     return any(not base.__flags__ & _MADE_IN_PYTHON and base not in shown for base in class_.__mro__)
 
 
