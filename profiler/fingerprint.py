@@ -1,10 +1,11 @@
 """Fingerprints: whether a model and its forward are what they were, told by their content and not by running them.
 
 Everything that can be reached from the modules goes into a digest: their attributes, the code of their classes and of
-the functions that these refer to by name, what such functions find in their closures and among their globals. PyTorch,
-Python's own library and NumPy stand for themselves, by their versions. Values of floating tensors do not go in, since
-they differ with every initialisation; their scales are told apart from the digest. Whatever cannot be told by its
-content, such as a lock, an open file or a generator of random numbers, leaves a model without a fingerprint.
+the functions that these refer to by name, what such functions find in their closures and among their globals. Python's
+own library and installed packages stand for themselves, by version and file. Values of floating tensors do not go in,
+unless they look like a mask, since they differ with every initialisation; their scales are told apart from the digest.
+What cannot be told by its content, such as a lock, an open file or a generator of random numbers, leaves a model
+without a fingerprint.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import platform
 import re
 import sys
+import sysconfig
 import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable
@@ -28,7 +30,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import shardwright
 from shardwright.profiler.inputs import is_mask
 
 __all__ = ["Fingerprint", "Scale", "fingerprint_of", "raw_bytes"]
@@ -39,8 +40,10 @@ ALIKE = 4.0
 """By such a factor may the largest values of two draws differ."""
 ALIKE_ZEROS = 0.01
 """By so much may their shares of zeros differ."""
-EXPLAINED = frozenset([*sys.stdlib_module_names, "torch", "numpy", "shardwright"]) - {"__main__"}
-"""Packages whose code is told by a version."""
+_HOMES = tuple(
+    {*map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")), str(Path(torch.__file__).parents[1])}
+)
+"""Where installed packages lie, whose code is told by a version."""
 _ATOMS = (
     *(str, bytes, int, float, complex, bool, type(None), type(Ellipsis), type(NotImplemented), range, re.Pattern),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, np.generic, np.dtype),
@@ -118,10 +121,11 @@ def raw_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def _scale(values: Tensor) -> Scale:
+def _scale(values: Tensor) -> Scale | None:
+    """The scale of floating values; None where some are infinite or no numbers, as in masks that are added."""
     least, most = map(float, torch.aminmax(values))
     if not (math.isfinite(least) and math.isfinite(most)):
-        raise _UntoldError
+        return None
     return Scale(least, most, 1 - int(values.count_nonzero()) / values.numel())
 
 
@@ -203,8 +207,9 @@ class _Teller:
         if tensor.is_meta or not tensor.numel():
             return
         values, given = tensor.detach(), id(tensor) in self.inputs
-        if values.is_floating_point() and not (given and is_mask(values)):
-            self.scales.append(_scale(values))
+        scale = _scale(values) if values.is_floating_point() and not is_mask(values) else None
+        if scale is not None:
+            self.scales.append(scale)
         elif given and values.dtype not in (torch.bool, torch.uint8) and not values.is_floating_point():
             self._write(f"{int(values.min())}..{int(values.max())}")  # indices and labels, as signatures tell them
         else:
@@ -223,6 +228,7 @@ class _Teller:
             self._tell_all("bases", class_.__bases__)
             self._tell_all("content", (x for item in vars(class_).items() if item[0] not in _ASIDE for x in item))
             return
+        self._write(_edition(class_.__module__))
         for base in class_.__mro__:
             for name, value in list(vars(base).items()):
                 if isinstance(value, types.FunctionType) and not _is_explained(value):
@@ -230,8 +236,10 @@ class _Teller:
 
     def _tell_function(self, function: types.FunctionType) -> None:
         self._write(f"function {function.__module__}.{function.__qualname__}")
-        if _is_explained(function) and not function.__closure__:
-            return
+        if _is_explained(function):
+            self._write(_edition(_home(function)))
+            if not function.__closure__:
+                return
         cells = [_content(cell) for cell in function.__closure__ or ()]
         self._tell_all("function", (function.__defaults__, function.__kwdefaults__, vars(function), *cells))
         if not _is_explained(function):
@@ -298,21 +306,36 @@ def _is_explained(value: Any) -> bool:
 
     A function belongs where it was written: decorators give it the name of what it wraps.
     """
+    return _is_library(_home(value))
+
+
+def _home(value: Any) -> str:
+    """The name of the module in which a class or function was written; of a module, its own."""
     if isinstance(value, types.FunctionType):
-        name = value.__globals__.get("__name__")
-    else:
-        name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
-    return isinstance(name, str) and _is_library(name.partition(".")[0])
+        return str(value.__globals__.get("__name__"))
+    return value.__name__ if isinstance(value, types.ModuleType) else str(getattr(value, "__module__", ""))
 
 
 @functools.cache
-def _is_library(package: str) -> bool:
-    """Whether ``package`` is one of ours to know, and no file of the user that bears its name, such as ``test.py``."""
-    file = getattr(sys.modules.get(package), "__file__", None)
-    return package in EXPLAINED and (file is None or str(file).startswith(_HOMES))
+def _is_library(module: str) -> bool:
+    """Whether ``module`` is installed, and no file of the user."""
+    package = module.partition(".")[0]
+    if package in ("shardwright", "__main__"):
+        return package == "shardwright"
+    file = _file(module) or _file(package)
+    return file.startswith(_HOMES) if file else package in sys.stdlib_module_names
 
 
-_HOMES = tuple(str(Path(module.__file__).parent) for module in (os, torch, np, shardwright) if module.__file__)
+@functools.cache
+def _edition(module: str) -> str:
+    """The version of an installed package, and when the file of one of its modules was written."""
+    file = _file(module)
+    written = os.stat(file).st_mtime_ns if file and os.path.exists(file) else ""
+    return f"{getattr(sys.modules.get(module.partition('.')[0]), '__version__', '')} {written}"
+
+
+def _file(module: str) -> str:
+    return getattr(sys.modules.get(module), "__file__", None) or ""
 
 
 def _parts(value: Any) -> list[Any]:
