@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.equality import relative_difference, same_values
@@ -21,6 +22,7 @@ from shardwright.profiler.inputs import (
     outputs_of,
 )
 from shardwright.profiler.shapes import has_values
+from shardwright.profiler.state import Snapshot
 from shardwright.profiler.trace import CaptureError, checked_trace, evaluating, trace
 from shardwright.profiler.unitgraph import UnitGraph
 from shardwright.profiler.units import choose_units, find_units
@@ -49,19 +51,23 @@ def captures_of(
     train: bool,
     strict: bool = True,
     tell: Progress | None = None,
+    found: Snapshot | None = None,
 ) -> tuple[dict[int, UnitGraph], str]:
     """Captures at each number of micro-batches, with units of the right grain for so many devices; see :func:`profile`.
 
     A module that was opened may turn out to be something that cannot be captured, such as a loop that follows the data;
     then the units are those that the structure gives.
 
+    Args:
+        found: the model as it is now, where that is known from earlier.
+
     Returns:
         The captures, and why there is one only, if so.
     """
-    options: dict[str, Any] = {"train": train, "strict": strict, "tell": tell or silent}
+    found = found or Snapshot(model)
     refined = depth is None and not units
     try:
-        with evaluating(model):
+        with evaluating(model, found):
             smallest = microbatch(args, kwargs, counts[-1])
             chosen = choose_units(model, *copied_inputs(*smallest), devices=devices, depth=depth, patterns=units)
     except ShardwrightError:
@@ -69,27 +75,33 @@ def captures_of(
     except Exception:  # what is wrong with the forward is told by the capture
         chosen = find_units(model)
     coarse = find_units(model)
+    sample = _Sample(model, args, kwargs, chosen, train, found)
+    options: dict[str, Any] = {"strict": strict, "tell": tell or silent}
     if not refined or chosen.keys() == coarse.keys() or "" in chosen:
-        return _captures(model, args, kwargs, counts, chosen, **options)
+        return _captures(sample, counts, **options)
     try:
-        fine = _captures(model, args, kwargs, counts, chosen, **options)
+        fine = _captures(sample, counts, **options)
         if not fine[0][1].obstacles:
             return fine
     except ShardwrightError:
         pass
-    return _captures(model, args, kwargs, counts, coarse, **options)
+    return _captures(replace(sample, units=coarse), counts, **options)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What is captured, and how."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    units: Mapping[str, nn.Module]
+    train: bool
+    found: Snapshot
 
 
 def _captures(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    counts: Sequence[int],
-    units: Mapping[str, nn.Module],
-    *,
-    train: bool,
-    strict: bool,
-    tell: Progress,
+    sample: _Sample, counts: Sequence[int], *, strict: bool, tell: Progress
 ) -> tuple[dict[int, UnitGraph], str]:
     """A capture for each number of micro-batches; unless ``strict``, of the whole batch alone where it does not divide.
 
@@ -97,18 +109,18 @@ def _captures(
         The captures in the order of ``counts``, and why there is one only, if so.
     """
     try:
-        captures = _captures_at(model, args, kwargs, counts, units, train=train, checked=counts[-1:], tell=tell)
+        captures = _captures_at(sample, counts, checked=counts[-1:], tell=tell)
         obstacles = [obstacle for capture in captures.values() for obstacle in capture.obstacles]
         if not obstacles and _other_path(captures):
             # A first call may fill a table that later calls read. What is checked runs the model before, so it is late.
-            captures = _captures_at(model, args, kwargs, counts, units, train=train, checked=counts, tell=tell)
+            captures = _captures_at(sample, counts, checked=counts, tell=tell)
             obstacles = [obstacle for capture in captures.values() for obstacle in capture.obstacles]
         if not obstacles:
             other = _other_path(captures)
             if other:
                 raise ShardwrightError(other)
-            if len(counts) > 1 and has_values(model):
-                check_divisible(model, args, kwargs, counts[-1])
+            if len(counts) > 1 and has_values(sample.model):
+                check_divisible(sample.model, sample.args, sample.kwargs, counts[-1], sample.found)
             return {count: captures[count] for count in counts}, ""
         reason = obstacles[0]
     except ShardwrightError as error:
@@ -117,19 +129,11 @@ def _captures(
         reason = str(error)
     finally:
         tell("capture", len(counts), len(counts))
-    return {1: _capture(model, args, kwargs, 1, units, train=train, check=True)}, reason if len(counts) > 1 else ""
+    return {1: _capture(sample, 1, check=True)}, reason if len(counts) > 1 else ""
 
 
 def _captures_at(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    counts: Sequence[int],
-    units: Mapping[str, nn.Module],
-    *,
-    train: bool,
-    checked: Sequence[int],
-    tell: Progress,
+    sample: _Sample, counts: Sequence[int], *, checked: Sequence[int], tell: Progress
 ) -> dict[int, UnitGraph]:
     """Captures at each of ``counts``, up to an obstacle; those that are ``checked`` run on other values too.
 
@@ -138,44 +142,39 @@ def _captures_at(
     captures: dict[int, UnitGraph] = {}
     for done, count in enumerate(reversed(counts)):
         tell("capture", done, len(counts))
-        captures[count] = _capture(model, args, kwargs, count, units, train=train, check=count in checked)
+        captures[count] = _capture(sample, count, check=count in checked)
         if captures[count].obstacles:
             break
     return captures
 
 
-def _capture(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    count: int,
-    units: Mapping[str, nn.Module],
-    *,
-    train: bool,
-    check: bool,
-) -> UnitGraph:
+def _capture(sample: _Sample, count: int, *, check: bool) -> UnitGraph:
+    model = sample.model
+    options: dict[str, Any] = {"train": sample.train, "units": sample.units, "found": sample.found}
     try:
-        piece = microbatch(args, kwargs, count)
+        piece = microbatch(sample.args, sample.kwargs, count)
         if not check or not has_values(model):
-            return trace(model, *piece, train=train, units=units)
+            return trace(model, *piece, **options)
         try:
-            return checked_trace(model, *piece, train=train, units=units)
+            return checked_trace(model, *piece, **options)
         except CaptureError as error:  # a pipeline would compute something else; a placed model runs its own forward
-            capture = trace(model, *piece, train=train, units=units)
+            capture = trace(model, *piece, **options)
             capture.obstacles.append(str(error))
             return capture
     except ShardwrightError as error:
         if count == 1:
             raise
-        batch = batch_size(args, kwargs)
-        divided = [spec.name for spec in input_specs(args, kwargs) if spec.shape[:1] == (batch,)]
+        batch = batch_size(sample.args, sample.kwargs)
+        divided = [spec.name for spec in input_specs(sample.args, sample.kwargs) if spec.shape[:1] == (batch,)]
         raise ShardwrightError(
             f"at {count} micro-batches, inputs {', '.join(divided)} divided along dimension 0: {error}; "
             "profile with --microbatches 1 if that is not the batch"
         ) from error
 
 
-def check_divisible(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> None:
+def check_divisible(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], count: int, found: Snapshot | None = None
+) -> None:
     """Refuse a model whose result depends on how the batch is divided.
 
     Compared in evaluation, where batch normalisation treats each sample alone; a model that draws numbers even there
@@ -184,21 +183,29 @@ def check_divisible(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     Raises:
         ShardwrightError: the outputs of ``count`` micro-batches are not those of the whole batch.
     """
-    with evaluating(model), torch.no_grad():
-        whole, again = (outputs_of(_called(model, *copied_inputs(args, kwargs))) for _ in range(2))
+
+    def whole() -> list[Tensor]:
+        return outputs_of(_called(model, *copied_inputs(args, kwargs)))
+
+    with evaluating(model, found), torch.no_grad():
+        expected = whole()
         pieces = [outputs_of(_called(model, *piece)) for piece in all_microbatches(*copied_inputs(args, kwargs), count)]
-    batch = batch_size(args, kwargs)
-    for index, expected in enumerate(whole):
-        if not is_batched(expected, batch) or not same_values(expected, again[index]):
-            continue
-        found = torch.cat([piece[index] for piece in pieces])
-        difference = relative_difference(expected, found)
-        if difference > DIVISION_TOLERANCE:
+        differences = _differences(expected, pieces, batch_size(args, kwargs))
+        again = whole() if differences else expected
+    for index, difference in differences.items():
+        if same_values(expected[index], again[index]):
             raise ShardwrightError(
                 f"the result depends on how the batch is divided: output {index} of {count} micro-batches differs from "
                 f"the whole batch's by {difference:.2g} of its largest value; is dimension 0 of the inputs the batch? "
                 "profile with --microbatches 1"
             )
+
+
+def _differences(whole: list[Tensor], pieces: list[list[Tensor]], batch: int) -> dict[int, float]:
+    """By output, how far the pieces are from the whole batch's, where that is more than rounding."""
+    batched = [index for index, output in enumerate(whole) if is_batched(output, batch)]
+    found = {i: relative_difference(whole[i], torch.cat([piece[i] for piece in pieces])) for i in batched}
+    return {index: difference for index, difference in found.items() if difference > DIVISION_TOLERANCE}
 
 
 def _called(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

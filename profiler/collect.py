@@ -23,9 +23,11 @@ from shardwright.profiler.links import disk_rate, fetch_rates, measure_links, wa
 from shardwright.profiler.measure import Goal
 from shardwright.profiler.optimizers import OptimizerLike, OptimizerMemory, optimizer_name
 from shardwright.profiler.profile import Device, Link, Measurement, Profile
+from shardwright.profiler.recall import Known, Subject, keep, recall
 from shardwright.profiler.records import count_steps, measurements_of, nodes_of, tensors_of, ties_of
 from shardwright.profiler.shapes import shapes_only
 from shardwright.profiler.signature import device_key
+from shardwright.profiler.state import Snapshot
 from shardwright.profiler.unitgraph import UnitGraph
 from shardwright.profiler.units import structure_digest
 
@@ -93,8 +95,18 @@ def profile(
     site = find_site(cluster, devices)
     found = site.found
     site.check_values(model)
+    cache = Cache(default_folder(), refresh=refresh)
+    optimizer_given = (weighed.name, master_weights) if weighed else ()
+    grain = (microbatches is not None, depth, tuple(units))
+    how = repr((optimizer_given, grain, precision, rounds, budget_s, _keys(found)))
 
     with shapes_only(model, args, kwargs) as inputs:
+        as_found = Snapshot(model)
+        subject = Subject(model, *inputs, counts, train, how)
+        known = recall(subject, cache, as_found) if site.cluster is None else Known(None, None)
+        if known.profile is not None:
+            tell("known", len(known.profile.measurements), len(known.profile.measurements))
+            return _as_of_now(known.profile, found).model_copy(update={"model": name or type(model).__name__})
         captures, undivided = captures_of(
             model,
             *inputs,
@@ -105,10 +117,12 @@ def profile(
             train=train,
             strict=microbatches is not None,
             tell=tell,
+            found=as_found,
         )
-        cache = Cache(default_folder(), refresh=refresh)
         tell("memory", 0, 1)
-        counted = {count: count_steps(capture, train=train, cache=cache) for count, capture in captures.items()}
+        counted = {
+            count: count_steps(capture, train=train, cache=cache, found=as_found) for count, capture in captures.items()
+        }
         tell("memory", 1, 1)
     name_of_optimizer = weighed.name if weighed else ""
     goal = Goal(precision=precision, repeats=rounds, budget_s=budget_s)
@@ -120,7 +134,7 @@ def profile(
     whole = captures[1]
     measured = measurements_of([step.name for step in whole.steps], findings.timings)
     declared = site.declared_times(captures, measured, train=train, optimizer=name_of_optimizer, tell=tell)
-    return Profile(
+    made = Profile(
         model=name or type(model).__name__,
         structure=structure_digest(model),
         inputs=input_specs(args, kwargs),
@@ -149,6 +163,22 @@ def profile(
         misfits=tuple(findings.misfits),
         variations=tuple(findings.variations),
     )
+    keep(subject, known, captures, made, cache)
+    return made
+
+
+def _as_of_now(profile: Profile, devices: Sequence[Device]) -> Profile:
+    """``profile`` with what is free on the devices and on the host today."""
+    warn_of_corrupt(profile.links)
+    rates = [device.fetch_bytes_per_s for device in profile.devices]
+    now = [d.model_copy(update={"fetch_bytes_per_s": rate}) for d, rate in zip(devices, rates, strict=True)]
+    host_bytes = 0 if profile.train else spare_host_bytes(devices)
+    return profile.model_copy(update={"devices": tuple(now), "host_bytes": host_bytes})
+
+
+def _keys(devices: Sequence[Device]) -> list[str]:
+    """What times on ``devices`` hold for, when all measure at once."""
+    return [f"{device.name} {device_key(device, len(devices))}" for device in devices]
 
 
 def _check_options(
@@ -184,8 +214,7 @@ def _surroundings(
     workers: Workers, devices: Sequence[Device], cache: Cache, *, train: bool, tell: Progress
 ) -> _Surroundings:
     """Time the links, and in inference how fast weights can be brought in, unless that is known."""
-    names = [f"{device.name} {device_key(device, len(devices))}" for device in devices]
-    key = f"links {' | '.join(names)} {torch.__version__} {'' if train else tempfile.gettempdir()}"
+    key = f"links {' | '.join(_keys(devices))} {torch.__version__} {'' if train else tempfile.gettempdir()}"
     known = cache.get(key, _Surroundings)
     if known is not None:
         warn_of_corrupt(known.links)

@@ -7,7 +7,7 @@ takes is a matter of its arguments' shapes, so that fake tensors, which have no 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, reduce
 from math import prod
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shardwright.profiler.flops import Formula, formula_of
 from shardwright.profiler.structure import nbytes
 
-__all__ = ["Operation", "OperationRecorder", "tensor_bytes"]
+__all__ = ["Operation", "OperationRecorder", "decides_by_values", "tensor_bytes"]
 
 FREE = frozenset(
     {
@@ -135,6 +135,15 @@ def _operator(func: Any) -> _Operator:
             (i, a.name, a.is_out) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write
         ),
     )
+
+
+@cache
+def decides_by_values(name: str) -> bool:
+    """Whether the operator ``name`` makes a number of Python or a shape of values, as ones that are not ATen's may."""
+    space, *path = name.split(".")
+    found = reduce(lambda holder, part: getattr(holder, part, None), path, getattr(torch.ops, space))
+    tags = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+    return space != "aten" or not isinstance(found, OpOverload) or any(tag in found.tags for tag in tags)
 
 
 def _operation(operator: _Operator, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Operation:

@@ -28,7 +28,7 @@ from shardwright.profiler.callsites import applied_name, call_site, functions_ap
 from shardwright.profiler.equality import same_values
 from shardwright.profiler.inside import READS_BACK, UnitWatcher, follows
 from shardwright.profiler.memory import storages_of
-from shardwright.profiler.operations import Operation, OperationRecorder
+from shardwright.profiler.operations import Operation, OperationRecorder, decides_by_values
 from shardwright.profiler.structure import tensors_in
 from shardwright.profiler.unitgraph import (
     ApplyFunction,
@@ -182,6 +182,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
             if getattr(func, "__name__", "") in GRADIENT_HOOKS:
                 self._obstacle(f"{call_site(sys._getframe())} changes a gradient by a hook ({function_name(func)})")
             if getattr(func, "__name__", "") in READS_BACK:
+                self.reads_numbers = True
                 self._read_back(func, args, kwargs, read, result)
             return result  # a query: a size, a dtype, a number
         context = self._context()
@@ -282,6 +283,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
     def _operation(self, operation: Operation) -> None:
         if self.observed is not None:
             self.observed.operations.append(operation)
+            self.reads_numbers |= decides_by_values(operation.name)
 
     def _saved(self, tensor: Tensor) -> Tensor:
         """Count a tensor that autograd keeps, once by storage."""
@@ -412,6 +414,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
             colocate=self._colocate(),
             ties=self._ties(),
             saved_by={self.storages[key]: step.name for key, step in self.savers.items() if self.storages.get(key)},
+            reads_numbers=self.reads_numbers,
             obstacles=self._obstacles(),
             guards=[f"{function} at {site} gives {value}" for site, function, value in dict.fromkeys(self.guards)],
         )

@@ -15,17 +15,23 @@ from shardwright.profiler.optimizers import OptimizerMemory
 from shardwright.profiler.profile import Measurement, Node, Tie, Timing
 from shardwright.profiler.profile import Tensor as TensorRecord
 from shardwright.profiler.signature import step_key
+from shardwright.profiler.state import Snapshot
 from shardwright.profiler.structure import nbytes, tensors_in
-from shardwright.profiler.trace import as_found, attributes_kept
+from shardwright.profiler.trace import as_found
 from shardwright.profiler.unitgraph import Call, Step, UnitGraph
 
 __all__ = ["count_steps", "measurements_of", "nodes_of", "tensors_of", "ties_of"]
 
 
-def count_steps(capture: UnitGraph, *, train: bool, cache: Cache | None = None) -> dict[str, StepMemory]:
+def count_steps(
+    capture: UnitGraph, *, train: bool, cache: Cache | None = None, found: Snapshot | None = None
+) -> dict[str, StepMemory]:
     """What each step of ``capture`` takes when it runs alone, by name; the model is left as it was.
 
     Equal work is counted once, and what ``cache`` knows is not counted again.
+
+    Args:
+        found: the model as it is now, where that is known from earlier.
 
     Raises:
         ShardwrightError: a step fails.
@@ -33,15 +39,16 @@ def count_steps(capture: UnitGraph, *, train: bool, cache: Cache | None = None) 
     counted: dict[str, StepMemory] = {}
     known = cache if cache is not None else Cache(None)
     last = {step.unit: step for step in capture.steps if step.kind == "unit"}
-    with attributes_kept(capture.model), as_found(capture.model, train=train):
+    model = found or Snapshot(capture.model)
+    with model.attributes_kept(), as_found(model, train=train):
         for step in capture.steps:
             if step.call is None or not (train or step.kind != "output"):
                 continue
             again = step.kind == "unit" and last[step.unit] is not step
             key = f"memory {step_key(step, train=train, optimizer=None, accumulate=again)} {_is_fake(step.call)}"
-            found = known.get(key, StepMemory)
-            if found is not None:
-                counted[step.name] = found
+            before = known.get(key, StepMemory)
+            if before is not None:
+                counted[step.name] = before
                 continue
             try:
                 counted[step.name] = count_step(step.call, train=train, called_again=again)

@@ -19,7 +19,7 @@ from shardwright.profiler.equality import relative_difference, tolerance
 from shardwright.profiler.inputs import copied_inputs, other_values, outputs_of
 from shardwright.profiler.placed import refuse_placed
 from shardwright.profiler.recorder import Recorder, SavedTensorsUncountedError
-from shardwright.profiler.state import attributes_kept, state_kept
+from shardwright.profiler.state import Snapshot, attributes_kept
 from shardwright.profiler.unitgraph import UnitGraph, mean_square_loss
 from shardwright.profiler.units import find_units
 
@@ -37,6 +37,7 @@ def trace(
     *,
     train: bool = True,
     units: Mapping[str, nn.Module] | None = None,
+    found: Snapshot | None = None,
 ) -> UnitGraph:
     """Run ``model`` once on the inputs and capture it at unit level.
 
@@ -45,12 +46,14 @@ def trace(
 
     Args:
         units: the modules that are placed whole, by path; by default those of :func:`find_units`.
+        found: the model as it is now, where that is known from earlier.
 
     Raises:
         ShardwrightError: the forward fails.
     """
     units = _checked(model, units)
-    with attributes_kept(model), as_found(model, train=train):
+    found = found or Snapshot(model)
+    with found.attributes_kept(), as_found(found, train=train):
         return _recorded(model, units, *copied_inputs(args, kwargs or {}), train=train)[1]
 
 
@@ -61,6 +64,7 @@ def checked_trace(
     *,
     train: bool = True,
     units: Mapping[str, nn.Module] | None = None,
+    found: Snapshot | None = None,
 ) -> UnitGraph:
     """Capture as :func:`trace` does, and hold the graph against the model on a second input with other values.
 
@@ -73,14 +77,15 @@ def checked_trace(
     """
     units = _checked(model, units)
     args, kwargs = copied_inputs(args, kwargs or {})
-    with attributes_kept(model):
-        with as_found(model, train=train):
+    found = found or Snapshot(model)
+    with found.attributes_kept():
+        with as_found(found, train=train):
             earlier, other, expected = _run_on_other_values(model, units, args, kwargs, train=train)
-        with as_found(model, train=train):
+        with as_found(found, train=train):
             _, capture, _ = _recorded(model, units, args, kwargs, train=train, earlier=earlier)
     if earlier is not None and not capture.obstacles:
         # A pipeline gets the model as it was: what these runs have left on its modules must not help the graph.
-        with attributes_kept(model), as_found(model, train=train):
+        with found.attributes_kept(), as_found(found, train=train):
             _compare(capture, other, expected, train=train)
     return capture
 
@@ -175,10 +180,10 @@ def _checked(model: nn.Module, units: Mapping[str, nn.Module] | None) -> dict[st
 
 
 @contextmanager
-def as_found(model: nn.Module, *, train: bool) -> Iterator[None]:
+def as_found(found: Snapshot, *, train: bool) -> Iterator[None]:
     """Run the model in training or not; its state, its mode and the random state are put back afterwards."""
-    with _eager(), state_kept(model), torch.random.fork_rng(devices=[]), torch.set_grad_enabled(train):
-        model.train(train)
+    with _eager(), found.state_kept(), torch.random.fork_rng(devices=[]), torch.set_grad_enabled(train):
+        found.model.train(train)
         yield
 
 
@@ -188,8 +193,9 @@ def _eager() -> Any:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module, found: Snapshot | None = None) -> Iterator[None]:
     """The model in evaluation mode, with its state and the random state put back afterwards."""
-    with _eager(), attributes_kept(model), state_kept(model), torch.random.fork_rng(devices=[]):
+    found = found or Snapshot(model)
+    with _eager(), found.attributes_kept(), found.state_kept(), torch.random.fork_rng(devices=[]):
         model.eval()
         yield

@@ -125,6 +125,8 @@ class UnitGraph:
     """Numbers that the forward read back from masks and indices: the graph is for inputs that give the same."""
     saved_by: dict[str, str] = field(default_factory=dict)
     """Values whose storage autograd keeps -> the step whose ``saved_bytes`` count it, the first to save it."""
+    reads_numbers: bool = False
+    """Whether anything in the forward, inside of units too, made a number of Python or a shape of tensors' values."""
     obstacles: list[str] = field(default_factory=list)
     """What the graph cannot represent faithfully, with file and line: such a model can be placed, not piped."""
 

@@ -12,6 +12,7 @@ import fnmatch
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cache
 from typing import Any
 
 import torch
@@ -69,8 +70,10 @@ def choose_units(
         ShardwrightError: a pattern matches no module that could be a unit.
     """
     chosen = {path for pattern in patterns for path in _matching(model, pattern)}
-    work = module_work(model, args, dict(kwargs or {})) if depth is None else {}
-    share = work.get("", 0.0) / devices
+
+    @cache  # what depth and patterns settle needs no run
+    def work_of() -> dict[str, float]:
+        return module_work(model, args, dict(kwargs or {}))
 
     def opened(path: str, module: nn.Module, *, in_container: bool) -> bool:
         if path in chosen or isinstance(module, WHOLE) or not any(True for _ in module.children()):
@@ -79,6 +82,7 @@ def choose_units(
             return True
         if depth is not None:
             return path.count(".") + 1 < depth or (isinstance(module, CONTAINERS) and not _is_called(module))
+        work, share = work_of(), work_of()[""] / devices
         if path not in work:  # never called: its children may be, one by one
             return isinstance(module, CONTAINERS) or (not in_container and _holds_container(module))
         if isinstance(module, CONTAINERS) or (not in_container and _holds_container(module)):
