@@ -64,15 +64,16 @@ class Order:
         return len(self.kinds)
 
     @cached_property
-    def sources(self) -> npt.NDArray[np.int64]:
+    def sources(self) -> npt.NDArray[np.int32]:
         """For each operation the one whose result it needs from another stage, or -1.
 
         As a position in the flattened arrays: of the same micro-batch's forward one stage before, or backward one stage
         behind. All else that an operation needs comes earlier on its own device.
         """
-        position = np.empty((len(KINDS), self.stage_count, int(self.microbatches.max()) + 1), np.int64)
-        position[self.kinds, self.stages, self.microbatches] = np.arange(self.kinds.size).reshape(self.kinds.shape)
-        sources = np.full(self.kinds.shape, -1)
+        position = np.empty((len(KINDS), self.stage_count, int(self.microbatches.max()) + 1), np.int32)
+        every = np.arange(self.kinds.size, dtype=np.int32).reshape(self.kinds.shape)
+        position[self.kinds, self.stages, self.microbatches] = every
+        sources = np.full(self.kinds.shape, -1, np.int32)
         for kind, step in ((FORWARD, -1), (BACKWARD, 1)):
             source = self.stages + step
             needs = (self.kinds == kind) & (source >= 0) & (source < self.stage_count)

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.planning.schedule import BACKWARD, FORWARD, KINDS, WEIGHTS, Order, PipelineSchedule, order
+from shardwright.sharder.planning.schedule import BACKWARD, FORWARD, KINDS, Order, PipelineSchedule, order
 from shardwright.sharder.planning.timeline import Timeline
 
 __all__ = ["StageCost", "Transfers", "expected_step_s", "simulate"]
@@ -38,7 +38,7 @@ __all__ = ["StageCost", "Transfers", "expected_step_s", "simulate"]
 Transfers = Literal["serial", "overlapped"]
 
 _Floats = npt.NDArray[np.float64]
-_Indices = npt.NDArray[np.int64]
+_Indices = npt.NDArray[np.int32]
 
 AT_ONCE = 2**25
 """Arrivals that are held at once when many draws are simulated, as many as 256 MiB hold."""
@@ -77,8 +77,9 @@ class _Prices(NamedTuple):
 
     def busy_s(self, microbatches: int) -> _Floats:
         """By device and draw."""
-        each = microbatches * (self.compute + self.send + self.receive).sum(axis=0)
-        return each.reshape(-1, *self.last.shape).sum(axis=0) + self.last
+        by_stage = microbatches * (self.compute + self.send + self.receive).sum(axis=0)
+        busy_s: _Floats = self.last + by_stage.reshape(-1, *self.last.shape).sum(axis=0)
+        return busy_s
 
 
 class _Played(NamedTuple):
@@ -252,7 +253,7 @@ def _sources(todo: Order) -> _Indices:
     The closing operations need themselves.
     """
     devices, each = todo.kinds.shape
-    sources = np.arange(devices * (each + 1)).reshape(devices, each + 1)
+    sources = np.arange(devices * (each + 1), dtype=np.int32).reshape(devices, each + 1)
     sources[:, :-1] = np.where(todo.sources < 0, sources.size, todo.sources + todo.sources // each)
     return sources.ravel()
 
@@ -260,8 +261,8 @@ def _sources(todo: Order) -> _Indices:
 def _tasks(todo: Order) -> _Indices:
     """For each operation, with the closing one of each device, its row among the prices."""
     devices, each = todo.kinds.shape
-    tasks = np.zeros((devices, each + 1), np.int64)
-    tasks[:, :-1] = todo.kinds * np.int64(todo.stage_count) + todo.stages
+    tasks = np.zeros((devices, each + 1), np.int32)
+    tasks[:, :-1] = todo.kinds * np.int32(todo.stage_count) + todo.stages
     return tasks.ravel()
 
 
@@ -271,5 +272,6 @@ def _links(todo: Order) -> _Indices:
     Between two devices these are the same link. A result that goes nowhere takes no time on the link that it is given,
     and holds up nothing that ends later.
     """
-    before = np.array([0, 1, 0]) if todo.devices > 2 else np.zeros(3, np.int64)
-    return np.add.outer(before, 2 * (np.arange(todo.stage_count) % todo.devices)).ravel()
+    first = 2 * (np.arange(todo.stage_count, dtype=np.int32) % todo.devices)
+    links = np.array([first, first + 1 if todo.devices > 2 else first, first])
+    return links.ravel()
