@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import time
 
 import event_driven
 import pytest
@@ -222,6 +223,16 @@ def test_overlapped_transfers_never_take_longer(pipeline):
     assert overlapped.step_s <= simulate(costs, microbatches, **{**keywords, "transfers": "serial"}).step_s + 1e-9
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zero-bubble"])
+def test_a_thousand_stages_and_four_thousand_micro_batches(schedule):
+    """A step of 8 to 12 million operations takes less than 10 s of a core."""
+    costs = [StageCost(1.0, 2.0, 0.0, 0.1, 0.1, 0.0, 1.0, 1.0)] * 1000
+    began = time.process_time()
+    simulate(costs, 4096, schedule=schedule)
+    assert time.process_time() - began < 10
+
+
 def test_zero_bubble_guesses_no_split():
     """A backward that nobody split is refused by its stage."""
     costs = [StageCost(1.0, 2.0, backward_input_s=1.0, backward_weight_s=1.0), StageCost(1.0, 2.0)]
@@ -249,6 +260,12 @@ def test_a_pipeline_waits_for_the_device_that_is_slow_at_the_moment():
     assert varied > simulate(costs, 8).step_s
     assert spread > 0
     assert expected_step_s(costs, [(0.8, 1.0, 1.2)] * 2, 8) == (varied, spread)
+
+
+def test_each_device_has_its_variation():
+    """As many variations as stages, where a device has two, are a mistake."""
+    with pytest.raises(ShardwrightError, match="there are 1 devices, and variations of 2"):
+        expected_step_s([StageCost(1.0)] * 2, [(1.0,)] * 2, 1, schedule="interleaved", stages_per_device=2)
 
 
 def test_draws_in_several_goes_are_the_same_draws(monkeypatch):

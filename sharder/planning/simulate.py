@@ -12,10 +12,11 @@ Serial with compute, as `relayed` transfers are, a transfer of t seconds keeps i
 does not. So a device is busy for its load (problem.py) in every step, and the rest of the step is its bubble.
 Overlapped with compute, a transfer keeps nobody busy, but each directed link carries one message at a time.
 
-The device's lists fix which operation waits for which, so nothing here depends on the times but the times: the step is
-played in rounds, and in each round every device whose next operation has its input does that one, all in one go.
-This gives the times of an event-driven simulation to the last bit, for many draws of the costs at once, in about as
-many rounds as the step has operations on its longest path, and the work is linear in the number of operations.
+The lists fix which operation waits for which, whatever the times are. So the step is not played event by event but turn
+by turn: in each turn every device whose next operation has its input does that one, all of them in a few operations on
+arrays, for many draws of the costs at once. The times are those of an event-driven simulation to the last bit
+(tests/event_driven.py). There are as many turns as operations on the longest path, which are not many more than one
+device has, and the work is linear in the number of all operations.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ Transfers = Literal["serial", "overlapped"]
 _Floats = npt.NDArray[np.float64]
 _Indices = npt.NDArray[np.int32]
 
-AT_ONCE = 2**25
-"""Arrivals that are held at once when many draws are simulated, as many as 256 MiB hold."""
+AT_ONCE = 2**24
+"""Operations, counted once a draw, that are simulated at once: their starts and arrivals take 256 MiB."""
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """Seconds of one micro-batch on one stage, and of the transfers to the stage behind it."""
+    """Seconds of one micro-batch on one stage, and of the transfers to the stage behind it; none is below 0."""
 
     forward_s: float
     backward_s: float = 0.0
@@ -145,9 +146,12 @@ def expected_step_s(
 
     A pipeline waits for whichever device is slow at the moment, so its median step is longer than the step of the
     median times. ``variations`` holds for each device the relative times to draw from, 1 being the median; the draws
-    are the same every time. The other arguments and the errors are those of :func:`simulate`.
+    are the same every time. The other arguments and the errors are those of :func:`simulate`; as many ``variations`` as
+    devices are needed.
     """
     todo = _order(costs, microbatches, schedule, train, stages_per_device)
+    if len(variations) != todo.devices:
+        raise ShardwrightError(f"there are {todo.devices} devices, and variations of {len(variations)}")
     if all(len(set(relative)) < 2 for relative in variations):
         draws, variations = 1, [()] * todo.devices
     generator = random.Random(0)
@@ -176,15 +180,13 @@ def _order(
 def _prices(
     costs: Sequence[StageCost], factors: _Floats, schedule: PipelineSchedule, train: bool, transfers: Transfers
 ) -> _Prices:
-    """Prices of every task, compute and update multiplied by ``factors`` of shape (devices, draws)."""
+    """Prices of every operation, compute and update multiplied by ``factors`` of shape (devices, draws)."""
     devices, draws = factors.shape
-    compute, crossing = np.zeros((2, len(KINDS), len(costs)))
+    compute = np.zeros((len(KINDS), len(costs)))
     compute[FORWARD] = [cost.forward_s for cost in costs]
-    alone = devices == 1  # what follows on the same device crosses nothing
-    crossing[FORWARD, :-1] = [0.0 if alone else cost.send_forward_s for cost in costs[:-1]]
     if train:
         compute[BACKWARD:] = _backward_s(costs, schedule).T
-        crossing[BACKWARD, 1:] = [0.0 if alone else cost.receive_backward_s for cost in costs[:-1]]
+    crossing = _crossing_s(costs, devices, train)
     send, receive = np.zeros((2, *crossing.shape))
     if transfers == "serial":
         send[:] = crossing
@@ -201,6 +203,16 @@ def _prices(
     )
 
 
+def _crossing_s(costs: Sequence[StageCost], devices: int, train: bool) -> _Floats:
+    """By kind and stage: seconds that the result takes to its reader; none when that is on the same device."""
+    crossing = np.zeros((len(KINDS), len(costs)))
+    if devices > 1:
+        crossing[FORWARD, :-1] = [cost.send_forward_s for cost in costs[:-1]]
+        if train:
+            crossing[BACKWARD, 1:] = [cost.receive_backward_s for cost in costs[:-1]]
+    return crossing
+
+
 def _backward_s(costs: Sequence[StageCost], schedule: PipelineSchedule) -> _Floats:
     """By stage: seconds of B and of W."""
     if schedule != "zero-bubble":
@@ -215,7 +227,9 @@ def _backward_s(costs: Sequence[StageCost], schedule: PipelineSchedule) -> _Floa
 
 
 def _play(todo: Order, prices: _Prices) -> _Played:
-    """Do all operations, in rounds of those that are ready."""
+    """Do all operations, in turns of those that are ready."""
+    if todo.devices == 1:
+        return _play_alone(todo, prices)
     devices, each = todo.kinds.shape
     columns = each + 1  # the last is an operation that never has its input: a device that has come to it is done
     draws = prices.last.shape[1]
@@ -245,6 +259,14 @@ def _play(todo: Order, prices: _Prices) -> _Played:
         left -= ready.size
     shape = devices, columns, draws
     return _Played(started.reshape(shape)[:, :-1], arrived[:-1].reshape(shape)[:, :-1], free)
+
+
+def _play_alone(todo: Order, prices: _Prices) -> _Played:
+    """Do the operations of a single device, which waits for nobody."""
+    compute = prices.compute[todo.kinds, todo.stages]
+    end = compute.cumsum(axis=1)
+    start = np.concatenate([np.zeros_like(end[:, :1]), end[:, :-1]], axis=1)
+    return _Played(start, end, end[:, -1])
 
 
 def _sources(todo: Order) -> _Indices:
