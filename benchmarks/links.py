@@ -27,7 +27,7 @@ from shardwright.profiler.links import fit, join, one_way
 from shardwright.profiler.measure import prepare
 from shardwright.profiler.messages import exchange, ping_pong
 from shardwright.profiler.pool import Pool
-from shardwright.sharder.planning.schedule import StageCost, simulate
+from shardwright.sharder.planning.simulate import StageCost, simulate
 
 SIZES = (1 << 16, 1 << 18, 1 << 20, 9 << 18, 1 << 22)
 """Bytes of one micro-batch that cross; 9 << 18 is what crosses in examples/containers.py:Net, by 8 micro-batches."""

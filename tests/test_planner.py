@@ -17,7 +17,7 @@ from shardwright.profiler.profile import Misfit, Profile, Tie, Variation
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.planning.planner import plan
-from shardwright.sharder.planning.schedule import StageCost, simulate
+from shardwright.sharder.planning.simulate import StageCost, simulate
 
 MIXED = {f"cuda:{d}": speed for d, speed in enumerate([1.0, 2.1, 1.4, 0.7, 1.1, 1.9, 0.9, 1.3])}
 

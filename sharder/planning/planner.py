@@ -20,8 +20,9 @@ from shardwright.sharder.planning.offload import offload as offload_some
 from shardwright.sharder.planning.partition import Partition, partition, stage_loads
 from shardwright.sharder.planning.plan import Candidate, Certificate, Placement, Plan, Prediction, SplitTie, Stage
 from shardwright.sharder.planning.problem import Block, Problem, Schedule, bits, in_flight
-from shardwright.sharder.planning.schedule import StageCost, Timeline, expected_step_s, simulate
 from shardwright.sharder.planning.search import simple_bound_s
+from shardwright.sharder.planning.simulate import StageCost, expected_step_s, simulate
+from shardwright.sharder.planning.timeline import Timeline
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -233,7 +234,7 @@ def _write(
                 units=tuple(
                     dict.fromkeys(node.unit for node in profile.nodes if node.kind == "unit" and node.name in names)
                 ),
-                **dataclasses.asdict(chosen.costs[index]),
+                **_recorded(chosen.costs[index]),
                 load_s=chosen.loads[index],
                 param_bytes=sum(nodes[n].param_bytes for n in names),
                 memory_bytes=problem.memory_bytes(closed, closed | members, device, after),
@@ -299,6 +300,11 @@ def _write(
             for option in options
         ),
     )
+
+
+def _recorded(cost: StageCost) -> dict[str, float]:
+    """The costs that a plan's stage records: no schedule that is planned splits the backward."""
+    return {name: value for name, value in dataclasses.asdict(cost).items() if name in Stage.model_fields}
 
 
 def _split_ties(profile: Profile, chosen: _Option) -> tuple[SplitTie, ...]:

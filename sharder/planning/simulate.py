@@ -1,0 +1,299 @@
+"""Simulation of a step: each device works through its operations (schedule.py), each waiting for what it needs.
+
+An operation starts when its device is free and its input is there:
+
+    start   = max(arrived of its input, free + receive)          receive, send: 0 unless serial with compute
+    end     = start + compute
+    free    = end + send                                         of the device, for its next operation
+    arrived = max(end, link free) + crossing = link free         of the result at its reader
+
+Serial with compute, as `relayed` transfers are, a transfer of t seconds keeps its sender busy for t after the operation
+(send = crossing = t), and the receiver for t as well (receive = t): at the same time if it waits and afterwards if it
+does not. So a device is busy for its load (problem.py) in every step, and the rest of the step is its bubble.
+Overlapped with compute, a transfer keeps nobody busy, but each directed link carries one message at a time.
+
+The lists fix which operation waits for which, whatever the times are. So the step is not played event by event but turn
+by turn: in each turn every device whose next operation has its input does that one, all of them in a few operations on
+arrays, for many draws of the costs at once. The times are those of an event-driven simulation to the last bit
+(tests/event_driven.py). There are as many turns as operations on the longest path, which are not many more than one
+device has, and the work is linear in the number of all operations.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from shardwright.errors import ShardwrightError
+from shardwright.sharder.planning.schedule import BACKWARD, FORWARD, KINDS, Order, PipelineSchedule, order
+from shardwright.sharder.planning.timeline import Timeline
+
+__all__ = ["StageCost", "Transfers", "expected_step_s", "simulate"]
+
+Transfers = Literal["serial", "overlapped"]
+
+_Floats = npt.NDArray[np.float64]
+_Indices = npt.NDArray[np.int32]
+
+AT_ONCE = 2**24
+"""Operations, counted once a draw, that are simulated at once: their starts and arrivals take 256 MiB."""
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Seconds of one micro-batch on one stage, and of the transfers to the stage behind it; none is below 0."""
+
+    forward_s: float
+    backward_s: float = 0.0
+    """The whole backward, where it is not split."""
+    update_s: float = 0.0
+    send_forward_s: float = 0.0
+    """Activations to the next stage."""
+    receive_backward_s: float = 0.0
+    """Gradients from the next stage."""
+    tie_s: float = 0.0
+    """Summing the gradients of tied parameters with the other copies, once a step before the update."""
+    backward_input_s: float | None = None
+    """Under zero-bubble, the backward up to the gradients of the inputs. PyTorch's engine does nothing there on the
+    first stage, and that stage's whole backward with the weights."""
+    backward_weight_s: float | None = None
+    """Under zero-bubble, the gradients of the weights."""
+
+
+class _Prices(NamedTuple):
+    """Seconds, by kind of operation, stage and draw (one column where draws do not differ)."""
+
+    compute: _Floats
+    crossing: _Floats
+    send: _Floats
+    receive: _Floats
+    last: _Floats
+    """What comes once, after all operations; by device and draw."""
+
+    def busy_s(self, microbatches: int) -> _Floats:
+        """By device and draw."""
+        by_stage = microbatches * (self.compute + self.send + self.receive).sum(axis=0)
+        busy_s: _Floats = self.last + by_stage.reshape(-1, *self.last.shape).sum(axis=0)
+        return busy_s
+
+
+class _Played(NamedTuple):
+    """Arrays of shape (devices, operations of one device, draws); ``free_s`` of shape (devices, draws)."""
+
+    start_s: _Floats
+    arrived_s: _Floats
+    free_s: _Floats
+    """After the last operation."""
+
+
+def simulate(
+    costs: Sequence[StageCost],
+    microbatches: int,
+    *,
+    schedule: PipelineSchedule = "1f1b",
+    train: bool = True,
+    stages_per_device: int = 1,
+    transfers: Transfers = "serial",
+) -> Timeline:
+    """Play one step of ``microbatches`` micro-batches through the stages.
+
+    Args:
+        costs: by stage; stage p is on device p % devices.
+        microbatches: of one step.
+        schedule: which order of operations; see schedule.py.
+        train: without it there are forwards only.
+        stages_per_device: divides the number of stages.
+        transfers: whether they keep their ends from computing.
+
+    Raises:
+        ShardwrightError: the schedule cannot be made of so many stages and micro-batches, or zero-bubble lacks the
+            parts of a stage's backward.
+    """
+    todo = _order(costs, microbatches, schedule, train, stages_per_device)
+    prices = _prices(costs, np.ones((todo.devices, 1)), schedule, train, transfers)
+    played = _play(todo, prices)
+    start_s = played.start_s[..., 0]
+    return Timeline(
+        order=todo,
+        step_s=float((played.free_s + prices.last).max()),
+        busy_s=tuple(prices.busy_s(microbatches)[:, 0].tolist()),
+        start_s=start_s,
+        end_s=start_s + prices.compute[todo.kinds, todo.stages, 0],
+        arrived_s=played.arrived_s[..., 0],
+        crossing_s=prices.crossing[..., 0],
+        serial=transfers == "serial",
+    )
+
+
+def expected_step_s(
+    costs: Sequence[StageCost],
+    variations: Sequence[Sequence[float]],
+    microbatches: int,
+    *,
+    schedule: PipelineSchedule = "1f1b",
+    train: bool = True,
+    stages_per_device: int = 1,
+    transfers: Transfers = "serial",
+    draws: int = 101,
+) -> tuple[float, float]:
+    """Median and interquartile range of the step when each device's speed varies as it did while it was measured.
+
+    A pipeline waits for whichever device is slow at the moment, so its median step is longer than the step of the
+    median times. ``variations`` holds for each device the relative times to draw from, 1 being the median; the draws
+    are the same every time. The other arguments and the errors are those of :func:`simulate`; as many ``variations`` as
+    devices are needed.
+    """
+    todo = _order(costs, microbatches, schedule, train, stages_per_device)
+    if len(variations) != todo.devices:
+        raise ShardwrightError(f"there are {todo.devices} devices, and variations of {len(variations)}")
+    if all(len(set(relative)) < 2 for relative in variations):
+        draws, variations = 1, [()] * todo.devices
+    generator = random.Random(0)
+    factors = [[generator.choice(relative) if relative else 1.0 for relative in variations] for _ in range(draws)]
+    steps: list[float] = []
+    at_once = max(1, AT_ONCE // todo.kinds.size)
+    for first in range(0, draws, at_once):
+        prices = _prices(costs, np.array(factors[first : first + at_once]).T, schedule, train, transfers)
+        steps += (_play(todo, prices).free_s + prices.last).max(axis=0).tolist()
+    if len(steps) == 1:
+        return steps[0], 0.0
+    low, median, high = statistics.quantiles(steps, n=4)
+    return median, high - low
+
+
+def _order(
+    costs: Sequence[StageCost], microbatches: int, schedule: PipelineSchedule, train: bool, stages_per_device: int
+) -> Order:
+    """The operations of as many devices as the stages need."""
+    devices, left = divmod(len(costs), max(1, stages_per_device))
+    if left:
+        raise ShardwrightError(f"{len(costs)} stages cannot be {stages_per_device} on each device")
+    return order(schedule, devices, microbatches, train=train, stages_per_device=stages_per_device)
+
+
+def _prices(
+    costs: Sequence[StageCost], factors: _Floats, schedule: PipelineSchedule, train: bool, transfers: Transfers
+) -> _Prices:
+    """Prices of every operation, compute and update multiplied by ``factors`` of shape (devices, draws)."""
+    devices, draws = factors.shape
+    compute = np.zeros((len(KINDS), len(costs)))
+    compute[FORWARD] = [cost.forward_s for cost in costs]
+    if train:
+        compute[BACKWARD:] = _backward_s(costs, schedule).T
+    crossing = _crossing_s(costs, devices, train)
+    send, receive = np.zeros((2, *crossing.shape))
+    if transfers == "serial":
+        send[:] = crossing
+        receive[FORWARD, 1:] = crossing[FORWARD, :-1]
+        receive[BACKWARD, :-1] = crossing[BACKWARD, 1:]
+    by_stage = np.tile(factors, (len(costs) // devices, 1))
+    once = np.array([[cost.tie_s] for cost in costs]) + np.array([[cost.update_s] for cost in costs]) * by_stage
+    return _Prices(
+        compute[..., None] * by_stage,
+        crossing[..., None],
+        send[..., None],
+        receive[..., None],
+        once.reshape(-1, devices, draws).sum(axis=0),
+    )
+
+
+def _crossing_s(costs: Sequence[StageCost], devices: int, train: bool) -> _Floats:
+    """By kind and stage: seconds that the result takes to its reader; none when that is on the same device."""
+    crossing = np.zeros((len(KINDS), len(costs)))
+    if devices > 1:
+        crossing[FORWARD, :-1] = [cost.send_forward_s for cost in costs[:-1]]
+        if train:
+            crossing[BACKWARD, 1:] = [cost.receive_backward_s for cost in costs[:-1]]
+    return crossing
+
+
+def _backward_s(costs: Sequence[StageCost], schedule: PipelineSchedule) -> _Floats:
+    """By stage: seconds of B and of W."""
+    if schedule != "zero-bubble":
+        return np.array([(cost.backward_s, 0.0) for cost in costs])
+    parts = [(cost.backward_input_s, cost.backward_weight_s) for cost in costs]
+    if any(None in part for part in parts):
+        stage = next(stage for stage, part in enumerate(parts) if None in part)
+        raise ShardwrightError(
+            f"zero-bubble splits the backward: stage {stage} needs backward_input_s and backward_weight_s"
+        )
+    return np.array(parts, float)
+
+
+def _play(todo: Order, prices: _Prices) -> _Played:
+    """Do all operations, in turns of those that are ready."""
+    if todo.devices == 1:
+        return _play_alone(todo, prices)
+    devices, each = todo.kinds.shape
+    columns = each + 1  # the last is an operation that never has its input: a device that has come to it is done
+    draws = prices.last.shape[1]
+    compute, crossing, send, receive = (part.reshape(-1, part.shape[-1]) for part in prices[:4])
+    source, task, link = _sources(todo), _tasks(todo), _links(todo)
+    started = np.empty((devices * columns, draws))
+    arrived = np.full((devices * columns + 1, draws), -1.0)  # not yet
+    arrived[-1] = 0.0  # what needs nothing has it from the start
+    free, link_free = np.zeros((devices, draws)), np.zeros((2 * devices, draws))
+    upcoming = np.arange(devices) * columns
+    left = todo.kinds.size
+    while left:
+        inputs = arrived.take(source.take(upcoming), axis=0)
+        ready = np.flatnonzero(inputs[:, 0] >= 0)
+        assert ready.size, "an order in which devices wait for each other"
+        now = upcoming[ready]
+        what = task.take(now)
+        over = link.take(what)
+        start = np.maximum(inputs.take(ready, axis=0), free.take(ready, axis=0) + receive.take(what, axis=0))
+        end = start + compute.take(what, axis=0)
+        there = np.maximum(end, link_free.take(over, axis=0)) + crossing.take(what, axis=0)
+        started[now] = start
+        arrived[now] = there
+        link_free[over] = there
+        free[ready] = end + send.take(what, axis=0)
+        upcoming[ready] += 1
+        left -= ready.size
+    shape = devices, columns, draws
+    return _Played(started.reshape(shape)[:, :-1], arrived[:-1].reshape(shape)[:, :-1], free)
+
+
+def _play_alone(todo: Order, prices: _Prices) -> _Played:
+    """Do the operations of a single device, which waits for nobody."""
+    compute = prices.compute[todo.kinds, todo.stages]
+    end = compute.cumsum(axis=1)
+    start = np.concatenate([np.zeros_like(end[:, :1]), end[:, :-1]], axis=1)
+    return _Played(start, end, end[:, -1])
+
+
+def _sources(todo: Order) -> _Indices:
+    """For each operation, with the closing one of each device, the one that it needs: positions in the arrays of _play.
+
+    The closing operations need themselves.
+    """
+    devices, each = todo.kinds.shape
+    sources = np.arange(devices * (each + 1), dtype=np.int32).reshape(devices, each + 1)
+    sources[:, :-1] = np.where(todo.sources < 0, sources.size, todo.sources + todo.sources // each)
+    return sources.ravel()
+
+
+def _tasks(todo: Order) -> _Indices:
+    """For each operation, with the closing one of each device, its row among the prices."""
+    devices, each = todo.kinds.shape
+    tasks = np.zeros((devices, each + 1), np.int32)
+    tasks[:, :-1] = todo.kinds * np.int32(todo.stage_count) + todo.stages
+    return tasks.ravel()
+
+
+def _links(todo: Order) -> _Indices:
+    """For each row of the prices the link that results take: two from each device, to the next one and the one before.
+
+    Between two devices these are the same link. A result that goes nowhere takes no time on the link that it is given,
+    and holds up nothing that ends later.
+    """
+    first = 2 * (np.arange(todo.stage_count, dtype=np.int32) % todo.devices)
+    links = np.array([first, first + 1 if todo.devices > 2 else first, first])
+    return links.ravel()
