@@ -13,8 +13,10 @@ Placed are copies of one network, which have to give equal outputs:
 - Accelerate: the hooks of ``dispatch_model`` with the same map, attached by the function that it calls for that, since
   itself it would run on the GPU what the map has on the CPU. They do not align sums: where those fail, so it says.
 
-In each round all make two forwards, in an order drawn anew; the second is timed, with warm caches. Ratios and
-differences are taken within rounds; their medians are printed, the ratio to the hand-written one with its quartiles.
+In each round all make two forwards, in an order drawn anew; the second is timed, with warm caches. Where its tensors
+and modules happen to lie makes a copy faster or slower than its like by one or two percent, so all are copied anew
+several times. Ratios and differences are taken within rounds; their medians are printed, the ratio to the hand-written
+one with its quartiles.
 Beside inference is a forward for training (gradients on, no backward), all in one thread. What the devices show:
 
 - two real devices: what a user gets;
@@ -159,14 +161,19 @@ def run(model: nn.Module, x: Tensor) -> float:
     return time.perf_counter() - begin
 
 
-def compared(models: dict[str, nn.Module], x: Tensor, seconds: float) -> dict[str, str]:
-    """Cells of the table by contender: time, ratios to hand-written and plain, and what is added to hand-written."""
-    times: dict[str, list[float]] = {name: [] for name in models}
+def measure(models: dict[str, nn.Module], x: Tensor, seconds: float, times: dict[str, list[float]]) -> None:
+    """Add the times of rounds, so many seconds long, to those of each contender."""
+    for name in models:
+        times.setdefault(name, [])
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         for name in random.sample([*models], len(models)):
             run(models[name], x)  # brings it into the caches
             times[name].append(run(models[name], x))
+
+
+def cells_of(times: dict[str, list[float]]) -> dict[str, str]:
+    """Cells of the table by contender: time, ratios to hand-written and plain, and what is added to hand-written."""
     cells = {}
     for name, own in times.items():
         to_hand = [mine / hand for mine, hand in zip(own, times[BY_HAND], strict=True)]
@@ -185,6 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--devices", nargs="+", default=["sim:0,sim:1", "cpu,cpu"], help="pairs of devices")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each network, pair and column")
+    parser.add_argument("--copies", type=int, default=5, help="how often all are copied anew")
     options = parser.parse_args()
     torch.set_num_threads(1)
     sim_device(0)  # before the first tensors, as sim.py asks
@@ -202,19 +210,24 @@ def main() -> None:
         plan = sw.plan(profile, microbatches=1, pins=pins)
         for pair in options.devices:
             homes = tuple(torch.device(name) for name in pair.split(","))
-            models, given, expected = contenders(model, plan, homes), x.to(homes[0]), model(x).detach()
-            for name in [*models]:
-                try:
-                    off = (on_host(models[name](given)).cpu() - expected).abs().max() / expected.abs().max()
-                    assert off < 1e-4, f"{name} gives other outputs"
-                except RuntimeError as error:
-                    print(f"| {pair} | {network} | {name} | fails: {str(error).partition(',')[0]} " + "| " * 8 + "|")
-                    del models[name]
-            with torch.no_grad():
-                inference = compared(models, given, options.seconds)
-            training = compared(models, given, options.seconds)
-            for name in models:
-                print(f"| {pair} | {network} | {name} | {inference[name]} | {training[name]} |", flush=True)
+            given, expected = x.to(homes[0]), model(x).detach()
+            inference: dict[str, list[float]] = {}
+            training: dict[str, list[float]] = {}
+            for _ in range(options.copies):
+                models = contenders(model, plan, homes)
+                for name in [*models]:
+                    try:
+                        off = (on_host(models[name](given)).cpu() - expected).abs().max() / expected.abs().max()
+                        assert off < 1e-4, f"{name} gives other outputs"
+                    except RuntimeError as error:
+                        print(f"{pair}, {network}, {name} fails: {str(error).partition(',')[0]}")
+                        del models[name]
+                with torch.no_grad():
+                    measure(models, given, options.seconds / options.copies, inference)
+                measure(models, given, options.seconds / options.copies, training)
+            cells = cells_of(inference), cells_of(training)
+            for name in inference:
+                print(f"| {pair} | {network} | {name} | {cells[0][name]} | {cells[1][name]} |", flush=True)
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {profile.devices[0].description}{gpu}")
     print(f"{datetime.now(UTC):%Y-%m-%d}")
