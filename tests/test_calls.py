@@ -221,3 +221,18 @@ def test_a_forward_that_ended_is_not_kept(captured_profile):
         assert [kept for kept in gc.get_referrers(x) if isinstance(kept, FrameType | tuple | list)] == []
     finally:
         gc.enable()
+
+
+def test_nothing_is_noted_of_a_call_that_has_nothing_to_undo():
+    """One tensor on the first device, and no glue to align; an output goes back to where its input came from."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    x = torch.randn(2, 3)
+    profile = sw.profile(model, (x,), devices=["cpu:0", "cpu:1"], microbatches=[1], rounds=1)
+    pins = {"0": "cpu:0", "1": "cpu:1", "2": "cpu:1"}
+    sw.place(model, sw.plan(profile, microbatches=1, pins=pins), devices=PAIR)
+    noted = []
+    model[1].register_forward_hook(lambda *_: noted.append(len(open_calls())))
+    here = model(x)
+    there = model(x.to("sim:0"))
+    assert noted == [0, 1]
+    assert (here.device.type, str(there.device)) == ("cpu", "sim:0")
