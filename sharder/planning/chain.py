@@ -185,6 +185,7 @@ def least_load(
     line: Line,
     states: Sequence[State],
     bound: float = 0.0,
+    below: float = math.inf,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> Cut | None:
     """The cut of ``line`` with the least largest load, over the orders of devices that ``states`` stand for.
@@ -193,29 +194,32 @@ def least_load(
         line: the blocks.
         states: what :func:`counted` or :func:`in_order` made for it; each before those that it names.
         bound: a largest load that no cut is below.
+        below: a largest load that is to be beaten.
         out_of_time: asked at each ceiling; after it the best cut so far is returned, with its bound.
 
-    Returns None when no cut of finite load was found.
+    Returns None when no cut of finite load was found that is below ``below``.
     """
     probe = _Probe(line, states)
     best: Cut | None = None
-    low, slack, dearest = bound, 1e-3, _dearest(line)
-    while (best is None or low < best.value) and low <= dearest and not out_of_time():
-        if best is None:
-            ceiling = min(low * (1 + slack), dearest) if low > 0 and slack < 10 else dearest
-            probe.open(ceiling)
-        else:
-            # Close to the bound at first, where the optimum mostly is.
+    low, slack = bound, 1e-3
+    dearest = min(_dearest(line), math.nextafter(below, 0.0))
+    while low <= dearest and not out_of_time():
+        if best is not None:
             ceiling = low + (best.value - low) / 2
             ceiling = ceiling if ceiling < best.value else low
+        elif math.isfinite(below) or not low > 0 or slack > 10:
+            ceiling = dearest
+        else:
+            ceiling = min(low * (1 + slack), dearest)  # the optimum is mostly close to the bound
+        if best is None:
+            probe.open(ceiling)
         found, next_load = probe.below(ceiling)
         if found is not None:
             best = found
+            dearest = math.nextafter(best.value, -math.inf)
             probe.open(best.value)
-        elif best is None:
-            low, slack = math.nextafter(ceiling, math.inf), 4 * slack
         else:
-            low = next_load
+            low, slack = max(next_load if best else 0.0, math.nextafter(ceiling, math.inf)), 4 * slack
     return None if best is None else best._replace(bound=min(low, best.value))
 
 

@@ -8,6 +8,7 @@ tie. Of a problem whose blocks form a chain there is one order only.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -47,9 +48,10 @@ def split_line(
     device_orders: Iterable[Sequence[int]],
     *,
     bound_s: float = 0.0,
+    below_s: float = math.inf,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> Split | None:
-    """Cut the blocks in ``order``; None when no cut of finite load was found.
+    """Cut the blocks in ``order``; None when no cut of finite load below ``below_s`` was found.
 
     Args:
         problem: blocks, devices and links.
@@ -57,19 +59,20 @@ def split_line(
         classes: devices that cannot be told apart.
         device_orders: tried one by one where the classes are too many for every order of theirs.
         bound_s: a proven bound.
+        below_s: what is to be beaten; nothing by default.
         out_of_time: asked at each ceiling.
     """
     counts = [len(class_) for class_ in classes]
     line = line_of(problem, order, classes)
     if states_needed(counts) <= MOST_STATES:
-        cut = least_load(line, counted(line, counts, problem.most_stages), bound_s, out_of_time)
+        cut = least_load(line, counted(line, counts, problem.most_stages), bound_s, below_s, out_of_time)
         return None if cut is None else _split(order, cut, classes)
     bound_s = max(bound_s, _bound_s(problem, order, classes, out_of_time))
     kind_of = {device: kind for kind, class_ in enumerate(classes) for device in class_}
     best: Split | None = None
     for devices in device_orders:
         kinds = [kind_of[device] for device in devices[: problem.most_stages]]
-        cut = least_load(line, in_order(line, kinds), bound_s, out_of_time)
+        cut = least_load(line, in_order(line, kinds), bound_s, below_s, out_of_time)
         if cut is not None and (best is None or cut.value < best.value_s):
             best = _split(order, cut._replace(bound=min(bound_s, cut.value)), classes)
     return best
@@ -108,17 +111,15 @@ def _bound_s(
         at = near.index(min(near))
         merged[at : at + 2] = [merged[at] + merged[at + 1]]
     line = line_of(problem, order, merged)
-    cut = least_load(line, counted(line, [len(group) for group in merged], problem.most_stages), 0.0, out_of_time)
+    states = counted(line, [len(group) for group in merged], problem.most_stages)
+    cut = least_load(line, states, out_of_time=out_of_time)
     return 0.0 if cut is None else cut.bound
 
 
 def line_of(problem: Problem, order: Sequence[int], groups: Sequence[Sequence[int]]) -> Line:
     """The blocks of ``problem`` in ``order``; a kind for each group of devices, in all respects the best of them."""
     blocks = [problem.blocks[v] for v in order]
-    forward, backward, update = (
-        np.array([getattr(block, name) for block in blocks]) for name in ("forward_s", "backward_s", "update_s")
-    )
-    seconds = problem.microbatches * (forward + backward) + update
+    seconds = np.array([problem.seconds[v] for v in order])
     allowed = np.array([block.allowed for block in blocks])
     barred = [_sums(~allowed[:, group].any(axis=1)) for group in groups]
     return Line(

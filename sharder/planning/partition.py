@@ -15,6 +15,7 @@ from functools import partial
 
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.line import is_chain, split_line
+from shardwright.sharder.planning.orders import best_of_orders
 from shardwright.sharder.planning.problem import Problem, bits
 from shardwright.sharder.planning.search import (
     ROUNDING,
@@ -182,6 +183,15 @@ class _Best:
         # The same loads, summed up in another order.
         self.bound_s = self.value_s if same and split.bound_s == split.value_s else max(self.bound_s, split.bound_s)
 
+    def try_orders(self, out_of_time: Callable[[], bool]) -> None:
+        """Take the best of many orders of the blocks, if it fits."""
+        problem = self.problem
+        found = best_of_orders(
+            problem, _classes(problem), _orders(problem), self.stages, self.value_s, self.bound_s, out_of_time
+        )
+        for stages in found:
+            self.offer(stages)
+
     def improve(self, search: Search, *, proves: bool) -> None:
         """Take the best split of ``search``; one that ``proves`` knows every split, so its failures raise the bound."""
         low, slack = self.bound_s, 0.01
@@ -274,6 +284,8 @@ def _search_all(problem: Problem, best: _Best, limit: int, spent: Callable[[floa
     if spent(1.0):
         raise OutOfTimeError
     lattice = closed_sets(problem.predecessors, limit)
+    if lattice is None and best.stages:
+        best.try_orders(partial(spent, 1.0))
     if lattice is not None and len(lattice) > len(prefixes):
         family, sums = lattice, sums_of(problem, lattice)
         some_split(family, sums)
