@@ -2,8 +2,8 @@
 
 Each order of the blocks is a line, which chain.py cuts in milliseconds. An order that keeps the stages of the best
 split one after another, with the blocks within each drawn anew, can be cut as before and in other ways besides: the
-best never gets worse, and each cut looks at all borders at once. In some orders a few blocks are moved to a neighbouring stage, so
-that blocks on both sides of a border change places.
+best never gets worse, and each cut looks at all borders at once. In some orders a few blocks are moved to a
+neighbouring stage, so that blocks on both sides of a border change places.
 
 This proves nothing: the optimum may be along an order that is never drawn. The bound is another's.
 """
@@ -20,7 +20,7 @@ from shardwright.sharder.planning.search import Stages
 
 __all__ = ["best_of_orders", "topological"]
 
-PATIENCE = 60
+PATIENCE = 200
 """Orders in a row without an improvement, after which no more are tried."""
 
 

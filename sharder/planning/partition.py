@@ -15,6 +15,7 @@ from functools import partial
 
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.line import is_chain, split_line
+from shardwright.sharder.planning.mincut import transfer_bound_s
 from shardwright.sharder.planning.orders import best_of_orders
 from shardwright.sharder.planning.problem import Problem, bits
 from shardwright.sharder.planning.search import (
@@ -184,13 +185,14 @@ class _Best:
         self.bound_s = self.value_s if same and split.bound_s == split.value_s else max(self.bound_s, split.bound_s)
 
     def try_orders(self, out_of_time: Callable[[], bool]) -> None:
-        """Take the best of many orders of the blocks, if it fits."""
+        """Take the best of many orders of the blocks, if it fits, and the bound that its value allows."""
         problem = self.problem
         found = best_of_orders(
             problem, _classes(problem), _orders(problem), self.stages, self.value_s, self.bound_s, out_of_time
         )
         for stages in found:
             self.offer(stages)
+        self.bound_s = max(self.bound_s, min(self.value_s, transfer_bound_s(problem, self.value_s, out_of_time)))
 
     def improve(self, search: Search, *, proves: bool) -> None:
         """Take the best split of ``search``; one that ``proves`` knows every split, so its failures raise the bound."""
