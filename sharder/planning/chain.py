@@ -306,7 +306,7 @@ class _Probe:
     def _ends(self, number: int, smallest: Floats, starts: slice) -> Floats:
         """By position among ``starts``: the smallest value of the ends that a stage from there may have."""
         low, _ = self.windows[number]
-        at = np.clip(self.line.first_end[starts] - low, 0, len(smallest) - 1)
+        at = np.minimum(np.maximum(self.line.first_end[starts] - low, 0), len(smallest) - 1)
         found = smallest[at]
         if self.line.barred:
             barred = self.line.barred[self.states[number].kind]
