@@ -203,17 +203,24 @@ class _Reading:
                 hint = ", or make train False" if key == "backward_s" else ""
                 raise ShardwrightError(f"{where} is missing; give seconds, by device or one number for all{hint}")
             return {}
-        by_device = given if isinstance(given, Mapping) else dict.fromkeys(names, given)
-        for device in by_device:
-            if device not in names:
-                raise ShardwrightError(f"{where} names {device}; the devices are {', '.join(names)}")
-        if by_device and len(by_device) < len(names):
-            missing = next(device for device in names if device not in by_device)
-            raise ShardwrightError(f"{where} has no time on {missing}; give one for each device, or one number for all")
-        checked = {device: seconds(f"{where} on {device}", by_device[device]) for device in names if by_device}
+        checked: dict[str, float] = {}
+        if not isinstance(given, Mapping):
+            checked = dict.fromkeys(names, seconds(f"{where} on {names[0]}", given))
+        elif given:
+            self._refuse_other_devices(where, given, names)
+            checked = {device: seconds(f"{where} on {device}", given[device]) for device in names}
         if key != "forward_s" and not self.train and any(checked.values()):
             raise ShardwrightError(f"{where} is {max(checked.values()):g}, but train is False: leave it out")
         return checked
+
+    def _refuse_other_devices(self, where: str, given: Mapping[str, Any], names: list[str]) -> None:
+        """Refuse times on a device that is not among ``names``, and none on one of them."""
+        for device in given:
+            if device not in names:
+                raise ShardwrightError(f"{where} names {device}; the devices are {', '.join(names)}")
+        if len(given) < len(names):
+            missing = next(device for device in names if device not in given)
+            raise ShardwrightError(f"{where} has no time on {missing}; give one for each device, or one number for all")
 
     def _on_edge(self, source: str, target: str) -> dict[str, tuple[Any, Any]]:
         """The tensors that ``target`` reads from ``source`` with their bytes, forward and back; None = by default."""

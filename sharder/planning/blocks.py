@@ -100,6 +100,14 @@ def _blocks(graph: nx.DiGraph[str]) -> tuple[list[tuple[str, ...]], list[set[int
     return [members[h] for h in order], [{index[p] for p in hulls.predecessors(h)} for h in order]
 
 
+def _seconds(times: list[Mapping[str, float]], devices: tuple[str, ...]) -> tuple[float, ...]:
+    """By device: the sum of ``times``, each of one node by device; nodes that take no time have none."""
+    rows = [[row.get(device, 0.0) for device in devices] for row in times if row]
+    if len(rows) == 1:
+        return tuple(rows[0])
+    return tuple(map(sum, zip(*rows, strict=True))) if rows else (0.0,) * len(devices)
+
+
 def _allowed(
     graph: nx.DiGraph[str], nodes: tuple[str, ...], devices: tuple[str, ...], pins: Mapping[str, str]
 ) -> tuple[bool, ...]:
@@ -205,9 +213,9 @@ def problem_from_graph(
     blocks = tuple(
         Block(
             nodes=nodes,
-            forward_s=tuple(sum(data[n]["forward_s"].get(d, 0.0) for n in nodes) for d in names),
-            backward_s=tuple(sum(data[n]["backward_s"].get(d, 0.0) for n in nodes) for d in names),
-            update_s=tuple(sum(data[n]["update_s"].get(d, 0.0) for n in nodes) for d in names),
+            forward_s=_seconds([data[n]["forward_s"] for n in nodes], names),
+            backward_s=_seconds([data[n]["backward_s"] for n in nodes], names),
+            update_s=_seconds([data[n]["update_s"] for n in nodes], names),
             static_bytes=sum(data[n]["static_bytes"] for n in nodes),
             units=tuple(data[n].get("unit") or n for n in nodes if data[n]["kind"] == "unit"),
             allowed=_allowed(graph, nodes, names, pins),

@@ -14,11 +14,21 @@ search asks for the walk through each stage that a bound by sums does not settle
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
-__all__ = ["EMPTY", "Gradient", "Ledger", "Step", "Storage", "Walk"]
+__all__ = ["EMPTY", "Gradient", "Ledger", "Step", "Storage", "Walk", "bits"]
+
+
+def bits(mask: int) -> Iterator[int]:
+    """The positions of the ones in ``mask``."""
+    while mask:
+        lowest = mask & -mask
+        yield lowest.bit_length() - 1
+        mask ^= lowest
 
 
 class Step(NamedTuple):
@@ -74,6 +84,18 @@ class Walk(NamedTuple):
     update_together: int
 
 
+class _Part(NamedTuple):
+    """What a ledger has of one block."""
+
+    steps: list[int]
+    storages: list[int]
+    gradients: list[int]
+
+
+_Bytes = defaultdict[int, int]
+"""By position of a node."""
+
+
 @dataclass(frozen=True)
 class Ledger:
     """The nodes in the order of the forward, and what is held between them."""
@@ -87,44 +109,65 @@ class Ledger:
 
         What the stage receives is left out. What it sends stays until the backward is done.
         """
-        ahead, back, sums = self._changes([bool(members >> step.block & 1) for step in self.steps])
+        inside = set(bits(members))
+        mine = sorted(position for v in inside for position in self._of_block(v).steps)
+        ahead, back, sums = self._changes(inside, mine)
         held = forward = 0
-        for position, step in enumerate(self.steps):
-            if members >> step.block & 1:
-                forward = max(forward, held + step.forward)
-                held += ahead[position]
+        for position in mine:
+            forward = max(forward, held + self.steps[position].forward)
+            held += ahead[position]
         kept = backward = held
-        for position, step in reversed(list(enumerate(self.steps))):
-            if members >> step.block & 1:
-                backward = max(backward, held + step.backward + sums[position])
-                held += back[position]
-        return Walk(kept, forward, backward, *_update([s for s in self.steps if members >> s.block & 1]))
+        for position in reversed(mine):
+            backward = max(backward, held + self.steps[position].backward + sums[position])
+            held += back[position]
+        return Walk(kept, forward, backward, *_update([self.steps[position] for position in mine]))
 
-    def _changes(self, inside: list[bool]) -> tuple[list[int], list[int], list[int]]:
-        """By node: what its forward and its backward add to what is held, and the largest sum of gradients it makes."""
-        ahead = [step.saved for step in self.steps]
-        back = [-step.saved for step in self.steps]
-        sums = [0] * len(self.steps)
-        for size, maker, readers, saver, returned in self.storages:
-            stays = returned or not all(inside[reader] for reader in readers)
-            if saver is not None and (stays or not inside[maker]):
+    def _changes(self, blocks: set[int], mine: list[int]) -> tuple[_Bytes, _Bytes, _Bytes]:
+        """By node: what its forward and its backward add to what is held, and the largest sum of gradients it makes.
+
+        What is said of nodes that are not ``mine``, in no block of ``blocks``, means nothing.
+        """
+        inside = set(mine)
+        ahead: _Bytes = defaultdict(int, {position: self.steps[position].saved for position in mine})
+        back: _Bytes = defaultdict(int, {position: -self.steps[position].saved for position in mine})
+        sums: _Bytes = defaultdict(int)
+        for storage in {s for v in blocks for s in self._of_block(v).storages}:
+            size, maker, readers, saver, returned = self.storages[storage]
+            stays = returned or not inside.issuperset(readers)
+            if saver is not None and (stays or maker not in inside):
                 ahead[saver] -= size  # it is held before and after
                 back[saver] += size
-            if inside[maker] and (stays or saver != maker):
+            if maker in inside and (stays or saver != maker):
                 ahead[maker] += size
                 if not stays:
                     # From its saver on it is in what that node saves; else it goes with its last reader.
                     ahead[saver if saver is not None else max((maker, *readers))] -= size
-        for gradient in self.gradients:
-            within = [reader for reader in gradient.readers if inside[reader]]
-            if not within:
-                continue
+        for number in {g for v in blocks for g in self._of_block(v).gradients}:
+            gradient = self.gradients[number]
+            within = [reader for reader in gradient.readers if reader in inside]
             back[within[-1]] += gradient.size
             for reader in within[:-1]:
                 sums[reader] = max(sums[reader], gradient.added)
             # A maker outside is not walked through: what it waits for stays.
             back[within[0] if gradient.maker is None else gradient.maker] -= gradient.size
         return ahead, back, sums
+
+    def _of_block(self, block: int) -> _Part:
+        return self._parts.get(block) or _Part([], [], [])
+
+    @cached_property
+    def _parts(self) -> dict[int, _Part]:
+        """By block: the positions of its nodes, of the storages that they make or save, and of the gradients made."""
+        parts: dict[int, _Part] = defaultdict(lambda: _Part([], [], []))
+        for position, step in enumerate(self.steps):
+            parts[step.block].steps.append(position)
+        for number, storage in enumerate(self.storages):
+            for node in {storage.maker, storage.maker if storage.saver is None else storage.saver}:
+                parts[self.steps[node].block].storages.append(number)
+        for number, gradient in enumerate(self.gradients):
+            for node in gradient.readers:
+                parts[self.steps[node].block].gradients.append(number)
+        return dict(parts)
 
     def coming(self) -> dict[int, int]:
         """By block: bytes of all that its nodes save, make and wait for, as if nothing ever went."""
@@ -140,8 +183,9 @@ class Ledger:
 
     def least(self, block: int) -> Walk:
         """What ``block`` takes at least in any stage: the peaks of its nodes, without what other blocks make."""
-        saved: dict[int, int] = {i: step.saved for i, step in enumerate(self.steps) if step.block == block}
-        for storage in self.storages:
+        part = self._of_block(block)
+        saved: dict[int, int] = {position: self.steps[position].saved for position in part.steps}
+        for storage in (self.storages[number] for number in part.storages):
             if storage.saver in saved and storage.maker != storage.saver:
                 saved[storage.saver] -= storage.size
         mine = [self.steps[position] for position in saved]

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from shardwright.errors import ShardwrightError
+from shardwright.sharder.planning.line import is_chain, split_line
+from shardwright.sharder.planning.mincut import transfer_bound_s
+from shardwright.sharder.planning.orders import best_of_orders
 from shardwright.sharder.planning.problem import Problem, bits
 from shardwright.sharder.planning.search import (
     ROUNDING,
@@ -28,6 +31,9 @@ from shardwright.sharder.planning.search import (
 )
 
 __all__ = ["Partition", "partition", "stage_loads"]
+
+LONG_SUMS = 1e-9
+"""Differences of sums over ten thousand blocks differ from the sums of a few of them by less than this share."""
 
 
 @dataclass(frozen=True)
@@ -55,42 +61,39 @@ def _classes(problem: Problem) -> list[list[int]]:
     Of devices with the same links to all others the slowest is the same too, so ties cost them the same.
     """
 
+    own = [*zip(*(block.forward_s + block.backward_s + block.update_s for block in problem.blocks), strict=True)]
+    count = len(problem.devices)
+    pins = [*zip(*(block.allowed for block in problem.blocks), strict=True)]
+
     def alike(a: int, b: int) -> bool:
-        others = [o for o in range(len(problem.devices)) if o not in (a, b)]
         return (
             problem.caps[a] == problem.caps[b]
             and problem.links[a][b] == problem.links[b][a]
             and all(
                 problem.links[a][o] == problem.links[b][o] and problem.links[o][a] == problem.links[o][b]
-                for o in others
+                for o in range(count)
+                if o not in (a, b)
             )
-            and all(
-                block.forward_s[a] == block.forward_s[b]
-                and block.backward_s[a] == block.backward_s[b]
-                and block.update_s[a] == block.update_s[b]
-                and block.allowed[a] == block.allowed[b]
-                for block in problem.blocks
-            )
+            and pins[a] == pins[b]
+            and all(own[a + i * count] == own[b + i * count] for i in range(3))
         )
 
     classes: list[list[int]] = []
-    for device in range(len(problem.devices)):
-        for class_ in classes:
-            if alike(class_[0], device):
-                class_.append(device)
-                break
-        else:
+    for device in range(count):
+        class_ = next((class_ for class_ in classes if alike(class_[0], device)), None)
+        if class_ is None:
             classes.append([device])
+        else:
+            class_.append(device)
     return classes
 
 
 def _orders(problem: Problem) -> list[list[int]]:
     """Orders of the devices worth trying by themselves: as given, fastest first, roomiest first."""
     devices = range(len(problem.devices))
-    total_s = [sum(problem.work_s(v, d) for v in range(len(problem.blocks))) for d in devices]
     orders = [
         list(devices),
-        sorted(devices, key=total_s.__getitem__),
+        sorted(devices, key=problem.total_s.__getitem__),
         sorted(devices, key=problem.caps.__getitem__, reverse=True),
     ]
     return [order for i, order in enumerate(orders) if order not in orders[:i]]
@@ -101,7 +104,7 @@ def _even_splits(problem: Problem) -> Iterator[Stages]:
     blocks = range(len(problem.blocks))
     for order in _orders(problem):
         for count in range(1, problem.most_stages + 1):
-            total_s = [sum(problem.work_s(v, d) for v in blocks) for d in order[:count]]
+            total_s = [problem.total_s[d] for d in order[:count]]
             speed = [1 / max(total, 1e-30) for total in total_s]
             members, stage, filled = [0] * count, 0, 0.0
             for v in blocks:
@@ -168,6 +171,29 @@ class _Best:
         if loads is not None and max(loads) < self.value_s:
             self.value_s, self.stages = max(loads), stages
 
+    def take_line(self, out_of_time: Callable[[], bool]) -> None:
+        """Take the best split of a chain if it fits; without memory and ties it is a bound on all of them."""
+        problem, blocks = self.problem, range(len(self.problem.blocks))
+        split = split_line(
+            problem, blocks, _classes(problem), _orders(problem), bound_s=self.bound_s, out_of_time=out_of_time
+        )
+        if split is None:
+            return
+        self.offer(split.stages)
+        same = abs(self.value_s - split.value_s) <= LONG_SUMS * split.value_s
+        # The same loads, summed up in another order.
+        self.bound_s = self.value_s if same and split.bound_s == split.value_s else max(self.bound_s, split.bound_s)
+
+    def try_orders(self, out_of_time: Callable[[], bool]) -> None:
+        """Take the best of many orders of the blocks, if it fits, and the bound that its value allows."""
+        problem = self.problem
+        found = best_of_orders(
+            problem, _classes(problem), _orders(problem), self.stages, self.value_s, self.bound_s, out_of_time
+        )
+        for stages in found:
+            self.offer(stages)
+        self.bound_s = max(self.bound_s, min(self.value_s, transfer_bound_s(problem, self.value_s, out_of_time)))
+
     def improve(self, search: Search, *, proves: bool) -> None:
         """Take the best split of ``search``; one that ``proves`` knows every split, so its failures raise the bound."""
         low, slack = self.bound_s, 0.01
@@ -204,8 +230,11 @@ def partition(
     if _cannot_fit(problem):
         return None
     best = _Best(problem)
-    for stages in _even_splits(problem):
-        best.offer(stages)
+    if is_chain(problem):
+        best.take_line(lambda: clock() >= start_s + time_limit_s)
+    if not best.proven:
+        for stages in _even_splits(problem):
+            best.offer(stages)
     try:
         complete = _search_all(problem, best, limit, lambda share: clock() >= start_s + share * time_limit_s)
     except OutOfTimeError:
@@ -233,8 +262,6 @@ def _search_all(problem: Problem, best: _Best, limit: int, spent: Callable[[floa
         limit: how many closed sets may be searched.
         spent: whether a share of the time has passed.
     """
-    prefixes: Lattice = {(1 << v) - 1: [(v, (2 << v) - 1)] for v in range(len(problem.blocks))}
-    prefixes[(1 << len(problem.blocks)) - 1] = []
 
     def some_split(family: Lattice, sums: Mapping[int, Done]) -> None:
         if not best.stages:
@@ -246,6 +273,8 @@ def _search_all(problem: Problem, best: _Best, limit: int, spent: Callable[[floa
         return True
     if spent(1.0):
         raise OutOfTimeError
+    prefixes: Lattice = {(1 << v) - 1: [(v, (2 << v) - 1)] for v in range(len(problem.blocks))}
+    prefixes[(1 << len(problem.blocks)) - 1] = []
     family, sums = prefixes, sums_of(problem, prefixes)
     some_split(family, sums)
     # One order of the devices at a time is quick, and leaves something good should all orders take too long.
@@ -257,6 +286,8 @@ def _search_all(problem: Problem, best: _Best, limit: int, spent: Callable[[floa
     if spent(1.0):
         raise OutOfTimeError
     lattice = closed_sets(problem.predecessors, limit)
+    if lattice is None and best.stages:
+        best.try_orders(partial(spent, 1.0))
     if lattice is not None and len(lattice) > len(prefixes):
         family, sums = lattice, sums_of(problem, lattice)
         some_split(family, sums)

@@ -193,7 +193,7 @@ def _baseline(problems: Iterable[Problem], profile: Profile) -> _Option | None:
     """One device alone: the fastest that holds the model, in the first of ``problems`` in which one does."""
     for problem in problems:
         best: _Option | None = None
-        for device in range(len(problem.devices)):
+        for device in _unlike(problem, profile):
             alone = problem.alone(device)
             if not all(block.allowed[0] for block in alone.blocks):
                 continue
@@ -207,6 +207,18 @@ def _baseline(problems: Iterable[Problem], profile: Profile) -> _Option | None:
         if best is not None:
             return best
     return None
+
+
+def _unlike(problem: Problem, profile: Profile) -> list[int]:
+    """The devices without those on which the model would take the same time and memory as on an earlier one."""
+    rows = zip(*(b.forward_s + b.backward_s + b.update_s + b.unfit for b in problem.blocks), strict=True)
+    columns, count = list(rows), len(problem.devices)
+    varied = {variation.device: variation.relative for variation in profile.variations}
+    first: dict[tuple[object, ...], int] = {}
+    for device, (name, cap) in enumerate(zip(problem.devices, problem.caps, strict=True)):
+        together = problem.updates_together[device : device + 1]
+        first.setdefault((cap, together, varied.get(name), *columns[device::count]), device)
+    return list(first.values())
 
 
 def _noise_s(one: _Option, other: _Option) -> float:

@@ -36,12 +36,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from shardwright.sharder.planning.memory import EMPTY, Ledger, Walk
+from shardwright.sharder.planning.memory import EMPTY, Ledger, Walk, bits
 
 __all__ = ["Block", "Crossing", "Problem", "Schedule", "Tie", "bits", "in_flight"]
 
@@ -51,14 +51,6 @@ Schedule = Literal["1f1b", "gpipe"]
 def in_flight(schedule: Schedule, microbatches: int, stages_after: int) -> int:
     """Micro-batches whose saved tensors a stage holds at once (Narayanan et al., SC 2021, section 2.2)."""
     return microbatches if schedule == "gpipe" else min(microbatches, stages_after + 1)
-
-
-def bits(mask: int) -> Iterator[int]:
-    """The positions of the ones in ``mask``."""
-    while mask:
-        lowest = mask & -mask
-        yield lowest.bit_length() - 1
-        mask ^= lowest
 
 
 @dataclass(frozen=True)
@@ -148,12 +140,43 @@ class Problem:
 
     def work_s(self, block: int, device: int) -> float:
         """Seconds of compute that ``block`` costs ``device`` in one step."""
-        b = self.blocks[block]
-        return self.microbatches * (b.forward_s[device] + b.backward_s[device]) + b.update_s[device]
+        return self.seconds[block][device]
+
+    @cached_property
+    def seconds(self) -> list[tuple[float, ...]]:
+        """By block and device: seconds of compute in one step."""
+        return [
+            tuple(
+                self.microbatches * (forward + backward) + update
+                for forward, backward, update in zip(b.forward_s, b.backward_s, b.update_s, strict=True)
+            )
+            for b in self.blocks
+        ]
+
+    @cached_property
+    def total_s(self) -> tuple[float, ...]:
+        """By device: seconds of compute of all blocks."""
+        return tuple(map(sum, zip(*self.seconds, strict=True)))
 
     def crossing(self, closed: int) -> list[Crossing]:
         """The tensors that cross the cut after the predecessor-closed set ``closed``."""
-        return [c for c in self.crossings if closed >> c.producer & 1 and c.readers & ~closed]
+        if closed not in self._crossing:
+            inside = (~closed & closed + 1).bit_length() - 1  # all blocks before this one are
+            self._crossing[closed] = [
+                c
+                for c, last in self._last_readers
+                if last >= inside and closed >> c.producer & 1 and c.readers & ~closed
+            ]
+        return self._crossing[closed]
+
+    @cached_property
+    def _crossing(self) -> dict[int, list[Crossing]]:
+        return {}
+
+    @cached_property
+    def _last_readers(self) -> list[tuple[Crossing, int]]:
+        """The tensors, each with the last block that reads it: most do not cross by that alone."""
+        return [(c, c.readers.bit_length() - 1) for c in self.crossings]
 
     def transfer_s(self, tensors: Iterable[Crossing], source: int, target: int) -> tuple[float, float]:
         """Seconds that one micro-batch's ``tensors`` take from ``source`` to ``target``, and their gradients back."""

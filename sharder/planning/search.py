@@ -19,7 +19,9 @@ user of a parameter pays less: nothing is ruled out because a smaller stage was 
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -80,12 +82,16 @@ def _fluid_s(problem: Problem, devices: Sequence[int]) -> list[float]:
     For any weights of the devices with sum 1 the largest load is at least the weighted mean of the loads, so at least
     the sum over the blocks of the smallest weighted time. Weights in proportion to speed make that sharp.
     """
-    speed = {d: 1 / total for d in devices if (total := sum(problem.work_s(v, d) for v in range(len(problem.blocks))))}
+    speed = {d: 1 / problem.total_s[d] for d in devices if problem.total_s[d]}
     if len(speed) < len(devices):
         return [0.0 if any(block.allowed[d] for d in devices) else math.inf for block in problem.blocks]
     whole = sum(speed.values())
+    weights = [speed.get(d, 0.0) / whole for d in range(len(problem.devices))]
+    every = len(devices) == len(weights)
     return [
-        min((problem.work_s(v, d) * speed[d] / whole for d in devices if block.allowed[d]), default=math.inf)
+        min(map(operator.mul, problem.seconds[v], weights))
+        if every and all(block.allowed)
+        else min((problem.seconds[v][d] * weights[d] for d in devices if block.allowed[d]), default=math.inf)
         for v, block in enumerate(problem.blocks)
     ]
 
@@ -93,8 +99,8 @@ def _fluid_s(problem: Problem, devices: Sequence[int]) -> list[float]:
 def _least_s(problem: Problem) -> list[float]:
     """By block: its time on the fastest device that may have it."""
     return [
-        min((problem.work_s(v, d) for d in range(len(problem.devices)) if block.allowed[d]), default=math.inf)
-        for v, block in enumerate(problem.blocks)
+        min(itertools.compress(seconds, block.allowed), default=math.inf)
+        for seconds, block in zip(problem.seconds, problem.blocks, strict=True)
     ]
 
 

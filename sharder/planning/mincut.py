@@ -1,0 +1,102 @@
+r"""A bound with the transfers that no split avoids, for devices that are alike.
+
+Let all loads be at most T, and I be what comes before the s-th cut of S stages. Then I is predecessor-closed and
+
+    W - (S - s) T  <=  work(I)  <=  s T              W = work of all blocks
+    sum of all loads  =  W + 2 * sum over s of X(I)  X(I) = transfer seconds of what crosses the cut behind I
+
+so that T >= (W + 2 * sum of least X) / S. A block is in I for sure if all that may come without it is less work than
+I has at least, and out of it if what must come before it is more than I has at most. Between those the least X is a
+minimum cut: a tensor is cut once, however many readers are behind it, and an infinite edge from each block back to its
+predecessors keeps I closed (Picard, "Maximal closure of a graph and applications to combinatorial problems",
+Management Science 1976). Ties and memory only add to loads and are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import networkx as nx
+import numpy as np
+import numpy.typing as npt
+
+from shardwright.sharder.planning.problem import Crossing, Problem, bits
+
+__all__ = ["transfer_bound_s"]
+
+GRAIN = 10**9
+"""So many parts of the ceiling a flow is counted in: whole numbers, rounded down, keep the bound a bound."""
+
+
+def transfer_bound_s(problem: Problem, ceiling_s: float, out_of_time: Callable[[], bool] = lambda: False) -> float:
+    """What no largest load is below; ``ceiling_s``, some split's largest load, where none is better.
+
+    0 where the devices differ, as the work before a cut then depends on their order. Once it is ``out_of_time`` the
+    cuts that are left count as free.
+    """
+    if any(len(set(seconds)) > 1 for seconds in problem.seconds) or not 0 < ceiling_s < math.inf:
+        return 0.0
+    work = np.array([seconds[0] for seconds in problem.seconds])
+    needed, behind = _work_around(problem, work)
+    most_without = work.sum() - behind
+    price = [_least_transfer_s(problem, tensor) for tensor in problem.crossings]
+    bounds = [ceiling_s]
+    for stages in range(1, problem.most_stages + 1):
+        whole = float(work.sum())
+        if whole >= ceiling_s * stages:
+            continue
+        for cut in range(1, stages):
+            inside = most_without < (work.sum() - (stages - cut) * ceiling_s) * (1 - 1e-9)
+            outside = needed > cut * ceiling_s * (1 + 1e-9)
+            if not out_of_time():
+                whole += 2 * _least_cut_s(problem, price, inside, outside, ceiling_s)
+        bounds.append(whole / stages)
+    return min(bounds) * (1 - 1e-12)
+
+
+def _work_around(
+    problem: Problem, work: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """By block: the work of all that comes before it, and of all that comes behind it, its own included in both."""
+    before = np.eye(len(work), dtype=bool)
+    behind = np.zeros(len(work))
+    for v, direct in enumerate(problem.predecessors):
+        for u in bits(direct):
+            before[v] |= before[u]
+        behind[before[v]] += work[v]
+    return np.array([work[row].sum() for row in before]), behind
+
+
+def _least_transfer_s(problem: Problem, tensor: Crossing) -> float:
+    """Seconds of a step that ``tensor`` costs each end of the fastest link."""
+    devices = range(len(problem.devices))
+    pairs = {(problem.links[a][b], problem.links[b][a]): (a, b) for a in devices for b in devices if a != b}
+    return problem.microbatches * min(sum(problem.transfer_s([tensor], a, b)) for a, b in pairs.values())
+
+
+def _least_cut_s(
+    problem: Problem,
+    price: list[float],
+    inside: npt.NDArray[np.bool_],
+    outside: npt.NDArray[np.bool_],
+    ceiling_s: float,
+) -> float:
+    """The least transfer seconds of a cut with some blocks before it for sure, and some behind it."""
+    if not inside.any() or not outside.any():
+        return 0.0
+    graph: nx.DiGraph[object] = nx.DiGraph()
+    node = ["inside" if i else "outside" if o else v for v, (i, o) in enumerate(zip(inside, outside, strict=True))]
+    for v, before in enumerate(problem.predecessors):
+        for u in bits(before):
+            if node[v] != node[u] and node[u] != "inside":
+                graph.add_edge(node[v], node[u])
+    for number, (tensor, seconds) in enumerate(zip(problem.crossings, price, strict=True)):
+        readers = {node[v] for v in bits(tensor.readers)} - {"inside"}
+        if node[tensor.producer] == "outside" or not readers or not math.isfinite(seconds):
+            continue
+        graph.add_edge(node[tensor.producer], ("tensor", number), capacity=int(seconds / ceiling_s * GRAIN))
+        graph.add_edges_from((("tensor", number), reader) for reader in readers)
+    if "inside" not in graph or "outside" not in graph:
+        return 0.0
+    return float(nx.minimum_cut_value(graph, "inside", "outside")) / GRAIN * ceiling_s

@@ -1,0 +1,82 @@
+"""Graphs with too many closed sets: many topological orders, each cut at its best.
+
+Each order of the blocks is a line, which chain.py cuts in milliseconds. An order that keeps the stages of the best
+split one after another, with the blocks within each drawn anew, can be cut as before and in other ways besides: the
+best never gets worse, and each cut looks at all borders at once. In some orders a few blocks are moved to a
+neighbouring stage, so that blocks on both sides of a border change places.
+
+This proves nothing: the optimum may be along an order that is never drawn. The bound is another's.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+from shardwright.sharder.planning.line import split_line
+from shardwright.sharder.planning.problem import Problem, bits
+from shardwright.sharder.planning.search import Stages
+
+__all__ = ["best_of_orders", "topological"]
+
+PATIENCE = 200
+"""Orders in a row without an improvement, after which no more are tried."""
+
+
+def topological(problem: Problem, keys: Sequence[float]) -> list[int]:
+    """The blocks in a topological order, of those that are ready always one with the smallest key."""
+    waiting = [before.bit_count() for before in problem.predecessors]
+    successors: list[list[int]] = [[] for _ in problem.blocks]
+    for v, before in enumerate(problem.predecessors):
+        for u in bits(before):
+            successors[u].append(v)
+    ready = [(keys[v], v) for v, count in enumerate(waiting) if not count]
+    heapq.heapify(ready)
+    order = []
+    while ready:
+        _, v = heapq.heappop(ready)
+        order.append(v)
+        for w in successors[v]:
+            waiting[w] -= 1
+            if not waiting[w]:
+                heapq.heappush(ready, (keys[w], w))
+    return order
+
+
+def best_of_orders(
+    problem: Problem,
+    classes: Sequence[Sequence[int]],
+    device_orders: Sequence[Sequence[int]],
+    stages: Stages,
+    value_s: float,
+    bound_s: float,
+    out_of_time: Callable[[], bool],
+) -> Iterator[Stages]:
+    """Splits, each with a smaller largest load than ``value_s`` and than those before it, were there no memory."""
+    random_ = random.Random(0)
+    failures = 0
+    while failures < PATIENCE and value_s > bound_s and not out_of_time():
+        order = topological(problem, _keys(problem, stages, random_))
+        split = split_line(
+            problem, order, classes, device_orders, bound_s=bound_s, below_s=value_s, out_of_time=out_of_time
+        )
+        failures += 1
+        if split is not None:
+            if split.value_s < value_s * (1 - 1e-5):
+                failures = 0
+            stages, value_s = split.stages, split.value_s
+            yield stages
+
+
+def _keys(problem: Problem, stages: Stages, random_: random.Random) -> list[float]:
+    """By block: its stage, and a place within it that is partly drawn; a few blocks are moved across the borders."""
+    drawn = random_.choice((0.2, 1.0))
+    keys = [0.0] * len(problem.blocks)
+    for s, (_, members) in enumerate(stages):
+        inside = list(bits(members))
+        for i, v in enumerate(inside):
+            keys[v] = s + 0.999 * ((1 - drawn) * i / len(inside) + drawn * random_.random())
+    for _ in range(random_.choice((0, 0, 2, 8))):
+        keys[random_.randrange(len(keys))] += random_.choice((-1.0, 1.0))
+    return keys
