@@ -1,7 +1,8 @@
 """How well the sum of the measured units tells the step of the whole model, and what repeated profiles cost.
 
 A CPU worker measures the units as it does for ``sw.profile``, equal ones once, and in turn with them steps of the whole
-model: forward, the profile's loss, backward and update. The ratio is the sum of the medians over the median step.
+model: forward, the profile's loss, backward and update. The ratio is that of the sum to the step within each round, its
+median over the rounds: the machine's speed changes from second to second.
 
     python benchmarks/profile_accuracy.py                       # models of the zoo (make zoo)
     python benchmarks/profile_accuracy.py --cpu-time            # of the thread: on a machine that is busy otherwise
@@ -19,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import cloudpickle
+import numpy as np
 import torch
 from torch import nn
 
@@ -33,7 +35,7 @@ from shardwright.profiler.optimizers import make_optimizer
 from shardwright.profiler.pool import Pool
 from shardwright.profiler.signature import step_key
 from shardwright.profiler.stopwatch import HostStopwatch
-from shardwright.profiler.timing import Series, summarise
+from shardwright.profiler.timing import Series
 from shardwright.profiler.unitgraph import mean_square_loss
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
@@ -77,7 +79,7 @@ def fail(item, error):
 
 
 def alternate(rounds, cpu_time):
-    """Median seconds of the phases of each held step, by key, and of the whole; in turn, after one to warm up."""
+    """Seconds of the phases of each held step, by key, and of the whole, in each round; one before to warm up."""
     from shardwright.profiler.worker import resident
 
     stopwatch = HostStopwatch(time.thread_time if cpu_time else time.perf_counter)
@@ -91,9 +93,8 @@ def alternate(rounds, cpu_time):
         steps.note(series, first=count == 0)
         step(stopwatch)
         whole.append(step(stopwatch))
-    found = {resident["held"][item][0]: summarise(one) for item, one in series.items()}
-    times = {key: (timing.forward_s, timing.backward_s, timing.update_s) for key, timing in found.items()}
-    return times, [statistics.median(repeats[1:]) for repeats in zip(*whole, strict=True)]
+    times = {resident["held"][item][0]: (s.forward_s, s.backwards(), s.updates()) for item, s in series.items()}
+    return times, whole[1:]
 
 
 def compare(name, model, args, kwargs, rounds, cpu_time):
@@ -110,12 +111,14 @@ def compare(name, model, args, kwargs, rounds, cpu_time):
             pool.call({"cpu:0": (hold, (one.name, {1: one.call}, key, True, "adam", number == 0))}, limit_s=120)
         pool.call({"cpu:0": (hold_whole, (model, args, kwargs, captures[1].output_places))}, limit_s=120)
         times, whole = pool.call({"cpu:0": (alternate, (rounds, cpu_time))}, limit_s=600)["cpu:0"]
-    parts = [sum(times[keys[one.name]][phase] for one in called) for phase in range(3)]
+    parts = [np.sum([times[keys[one.name]][phase] for one in called], axis=0) for phase in range(3)]
+    found, true = np.array([*parts, sum(parts)]), np.array(whole).T
     units = sum(one.kind == "unit" for one in called)
-    pairs = zip((*parts, sum(parts)), whole, strict=True)
-    cells = " | ".join(f"{1e3 * found:.2f} of {1e3 * true:.2f} ms" for found, true in pairs)
-    print(f"| {name} | {units} | {cells} | {sum(parts) / whole[-1]:.3f} |", flush=True)
-    return sum(parts) / whole[-1]
+    pairs = zip(1e3 * np.median(found, axis=1), 1e3 * np.median(true, axis=1), strict=True)
+    cells = " | ".join(f"{ours:.2f} of {theirs:.2f} ms" for ours, theirs in pairs)
+    ratio = float(np.median(found[-1] / true[-1]))
+    print(f"| {name} | {units} | {cells} | {ratio:.3f} |", flush=True)
+    return ratio
 
 
 class Decoder(nn.Module):

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from shardwright.profiler.stopwatch import Reading, Stopwatch
-from shardwright.profiler.subject import Subject
+from shardwright.profiler.subject import Subject, as_input
 from shardwright.profiler.timing import LEAST_REPEATS, Series
 from shardwright.profiler.worker import resident
 
@@ -53,8 +53,8 @@ class Pass(Generic[Key]):
 
     A step that goes back by itself enters PyTorch's engine once more than it does as a part of a model, and its
     parameters' update calls the optimizer once more. Amid the steps an empty backward is timed, as cold as they are,
-    and after their updates one of all parameters at once; what the steps take longer by that is taken off, the same for
-    each.
+    and before their updates one of all parameters at once; what the steps take longer by that is taken off, the same
+    for each.
     """
 
     def __init__(self, subjects: Mapping[Key, Subject], *, alike: Mapping[Key, Key] | None = None) -> None:
@@ -77,6 +77,9 @@ class Pass(Generic[Key]):
         """Time every step once; see :func:`measure`. ``broken_off`` is asked before each step."""
         self.readings = {key: {} for key in self.subjects}
         for phase in PHASES:
+            if phase == "update" and self.optimizer is not None:
+                # Before the updates one by one: parameters and gradients are as cold as after a backward.
+                self.whole_update = stopwatch.time(self.optimizer.step)[1]
             keys = [*self.subjects] if phase != "backward" else [*reversed(self.subjects)]
             for position, key in enumerate(keys):
                 if broken_off():
@@ -97,21 +100,22 @@ class Pass(Generic[Key]):
                     continue
                 if reading is not None:
                     self.readings[key][phase] = reading
-            if phase == "update" and (optimizer := self._optimizer()) is not None:
-                self.whole_update = stopwatch.time(optimizer.step)[1]
+        if self.optimizer is None:
+            self.optimizer = self._optimizer()
         for subject in self.subjects.values():
             subject.release()
 
     def _optimizer(self) -> torch.optim.Optimizer | None:
         """An optimizer of the parameters of all steps, with the state of their own."""
         own = [subject.optimizer for subject in self.subjects.values() if subject.optimizer is not None]
-        if self.optimizer is None and own:
-            parameters = [p for optimizer in own for group in optimizer.param_groups for p in group["params"]]
-            make: Any = type(own[0])  # each class has settings of its own
-            self.optimizer = make([{**own[0].param_groups[0], "params": parameters}])
-            for optimizer in own:
-                self.optimizer.state.update(optimizer.state)
-        return self.optimizer
+        if not own:
+            return None
+        make: Any = type(own[0])  # each class has settings of its own
+        parameters = [p for optimizer in own for group in optimizer.param_groups for p in group["params"]]
+        made: torch.optim.Optimizer = make([{**own[0].param_groups[0], "params": parameters}])
+        for optimizer in own:
+            made.state.update(optimizer.state)
+        return made
 
     def _drop(self, key: Key) -> None:
         """Leave out a step, and those that do the same work."""
@@ -143,9 +147,9 @@ class Pass(Generic[Key]):
 
 
 def _empty_backward(device: torch.device, stopwatch: Stopwatch) -> Reading:
-    """Time the backward of a view of one number."""
+    """Time the backward of a step that hands on what it gets: one number."""
     leaf = torch.zeros(1, device=device, requires_grad=True)
-    return stopwatch.time(partial(torch.autograd.backward, [leaf.view_as(leaf)], [torch.ones_like(leaf)]))[1]
+    return stopwatch.time(partial(torch.autograd.backward, [as_input(leaf)], [torch.ones_like(leaf)]))[1]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -16,7 +16,7 @@ from shardwright.profiler.stopwatch import Reading, Stopwatch
 from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.unitgraph import Call
 
-__all__ = ["Subject"]
+__all__ = ["Subject", "as_input"]
 
 
 class Subject:
@@ -94,11 +94,22 @@ class Subject:
 
     def _called(self, stopwatch: Stopwatch, *, keeping: bool) -> tuple[Any, Reading]:
         # A copy of each input: units may change theirs in place, and a producer would just have written it.
-        args, kwargs = pytree.tree_unflatten([map_tensors(Tensor.clone, leaf) for leaf in self.leaves], self.spec)
+        args, kwargs = pytree.tree_unflatten([map_tensors(as_input, leaf) for leaf in self.leaves], self.spec)
         with torch.set_grad_enabled(keeping):
             if self.context is None:
                 return stopwatch.time(partial(self.function, *args, **kwargs))
             return stopwatch.time(partial(self.context.run, self.function, args, kwargs))
+
+
+_Sink = getattr(torch._C._functions, "UndefinedGrad", None)
+
+
+def as_input(leaf: Tensor) -> Tensor:
+    """A copy whose gradient is computed and then let go, as a producer's backward takes it.
+
+    To accumulate it in ``leaf`` could mean to copy it into another layout.
+    """
+    return _Sink()(leaf) if _Sink is not None and leaf.requires_grad and leaf.layout == torch.strided else leaf.clone()
 
 
 class _Peak:

@@ -200,8 +200,21 @@ def test_what_only_a_single_step_costs_is_taken_off():
     measure([Pass(subjects)], stopwatch, Goal(repeats=1), on_settled=settled.__setitem__)
     assert settled["a"].backwards() == [3.5]
     assert settled["b"].backwards() == [0.0]  # nothing becomes negative
-    assert stopwatch.updates[:3] == [1, 1, 2]
+    assert stopwatch.updates == [1, 1, 2, 1, 1]  # of all first, once each has its state
     assert settled["a"].updates() == settled["b"].updates() == [3.5]  # 3 + 2 * 2, once
+
+
+def test_the_gradient_of_an_input_is_let_go():
+    """It is computed, and no layout that the input happens to have is forced on it."""
+    noted = []
+    x = torch.randn(3, 2).T.requires_grad_()
+    ready = subject(nn.Linear(3, 3), x)
+    ready.leaves[0].register_hook(noted.append)
+    ready.forward(HostStopwatch())
+    ready.backward(HostStopwatch())
+    assert ready.leaves[0].grad is None
+    assert ready.parameters[0].grad is not None
+    assert noted == [None]
 
 
 class Noted(nn.Module):
