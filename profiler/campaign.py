@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shardwright.profiler.cache import Cache
 from shardwright.profiler.capture import Progress
@@ -28,6 +28,7 @@ from shardwright.profiler.measure import Goal, Pass, is_out_of_memory, measure, 
 from shardwright.profiler.pool import Pool
 from shardwright.profiler.profile import Device, Misfit, Timing, Variation
 from shardwright.profiler.signature import device_key, step_key
+from shardwright.profiler.stand_ins import filled, sendable
 from shardwright.profiler.stopwatch import CudaStopwatch, HostStopwatch, Stopwatch
 from shardwright.profiler.structure import nbytes, tensors_in
 from shardwright.profiler.subject import Subject
@@ -100,7 +101,10 @@ class Findings:
 
 @dataclass(frozen=True)
 class _Job:
-    """A step to be measured on a device, at the numbers of micro-batches for which it is not known."""
+    """A step to be measured on a device, at the numbers of micro-batches for which it is not known.
+
+    What it lacks in values is made where it is measured (see :mod:`shardwright.profiler.stand_ins`).
+    """
 
     step: str
     calls: dict[int, Call]
@@ -117,6 +121,7 @@ def investigate(
     workers: Workers,
     devices: Sequence[Device],
     captures: Mapping[int, UnitGraph],
+    inputs: Mapping[int, Sequence[Tensor]],
     *,
     train: bool,
     optimizer: str,
@@ -128,6 +133,9 @@ def investigate(
 
     All devices measure at once, as they will compute at once when the model is split, and each goes on computing until
     all are done, since CPU workers share the memory's bandwidth.
+
+    Args:
+        inputs: by number of micro-batches, what the model is called with.
     """
     items = {
         Item(count, step.name): step
@@ -140,7 +148,7 @@ def investigate(
     missing = {key for key in keys.values() if cache.get(key, Timing) is None}
     tell("known", len(set(keys.values()) - missing), len(set(keys.values())))
     found = Findings()
-    jobs = {device.name: _jobs(device, items, keys, missing, train=train) for device in devices}
+    jobs = {device.name: _jobs(device, items, keys, missing, inputs, train=train) for device in devices}
     _run(workers, devices, jobs, found, whole, goal=goal, cache=cache, train=train, optimizer=optimizer, tell=tell)
     refused = {keys[m.device, Item(m.microbatches, m.node)]: m for m in found.misfits}
     found.misfits.clear()
@@ -208,6 +216,7 @@ def _jobs(
     items: Mapping[Item, Step],
     keys: Mapping[tuple[str, Item], str],
     missing: set[str],
+    inputs: Mapping[int, Sequence[Tensor]],
     *,
     train: bool,
 ) -> list[_Job]:
@@ -221,7 +230,7 @@ def _jobs(
         key = keys[device.name, item]
         if key in missing and few.admits(key, work_bytes(step, train=train)):
             assert step.call is not None  # as all items have
-            found.setdefault(item.step, {})[item.microbatches] = step.call
+            found.setdefault(item.step, {})[item.microbatches] = sendable(step.call, inputs[item.microbatches])
     missing.difference_update(few.numbers)
     return [
         _Job(
@@ -362,14 +371,17 @@ def hold(name: str, calls: dict[int, Call], keys: dict[Item, str], train: bool, 
     for count, call in calls.items():
         item = Item(count, name)
         make = partial(
-            Subject,
+            _subject,
             call,
-            resident["device"],
             train=train,
             optimizer=optimizer if count == 1 else None,
             accumulate=count > 1,
         )
         resident["held"][item] = keys[item], make
+
+
+def _subject(call: Call, *, train: bool, optimizer: str | None, accumulate: bool) -> Subject:
+    return Subject(filled(call), resident["device"], train=train, optimizer=optimizer, accumulate=accumulate)
 
 
 def passes_held(on_refused: Callable[[Item, Exception], None]) -> list[Pass[Item]]:

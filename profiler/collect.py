@@ -18,7 +18,7 @@ from shardwright.profiler.campaign import Workers, investigate
 from shardwright.profiler.capture import Progress, captures_of, silent
 from shardwright.profiler.declared import find_site
 from shardwright.profiler.devices import spare_host_bytes
-from shardwright.profiler.inputs import batch_size, default_counts, input_specs
+from shardwright.profiler.inputs import batch_size, default_counts, input_specs, microbatch
 from shardwright.profiler.links import disk_rate, fetch_rates, measure_links, warn_of_corrupt
 from shardwright.profiler.measure import Goal
 from shardwright.profiler.optimizers import OptimizerLike, OptimizerMemory, optimizer_name
@@ -28,6 +28,7 @@ from shardwright.profiler.records import count_steps, measurements_of, nodes_of,
 from shardwright.profiler.shapes import shapes_only
 from shardwright.profiler.signature import device_key
 from shardwright.profiler.state import Snapshot
+from shardwright.profiler.structure import tensors_in
 from shardwright.profiler.unitgraph import UnitGraph
 from shardwright.profiler.units import structure_digest
 
@@ -56,15 +57,17 @@ def profile(
 ) -> Profile:
     """Time and weigh every unit of ``model`` on every device, each in a worker process of its own.
 
-    The model is not changed. All devices measure at once, as they will compute at once when the model is split. Work
-    that is equal is measured once, here and in later profiles; a profile that was broken off goes on where it was.
+    The model is not changed, and needs no values (``sw.empty_weights()``): then each unit gets weights where and while
+    it is timed, so that a model larger than this machine can be profiled. All devices measure at once, as they will
+    compute at once when the model is split. Work that is equal is measured once, here and in later profiles; a profile
+    that was broken off goes on where it was.
 
     Args:
         args: a batch, as the model is called.
         kwargs: likewise.
         devices: ``["cuda:0", "cpu:0"]``; all CUDA devices by default, or two CPU workers where there is none.
         cluster: a file that declares devices and links instead (see :mod:`shardwright.profiler.cluster`). What is not
-            on this machine is estimated; where nothing is, the model needs no values (``sw.empty_weights()``).
+            on this machine is estimated.
         train: measure backward and update too.
         optimizer: one of ``torch.optim`` by its class's name (``"adamw"``, ``"sgd(momentum=0.9)"``), a class of
             optimizers, or a ``functools.partial`` of one.
@@ -94,7 +97,6 @@ def profile(
     counts = tuple(sorted({1, *(microbatches if microbatches is not None else default_counts(batch))}))
     site = find_site(cluster, devices)
     found = site.found
-    site.check_values(model)
     cache = Cache(default_folder(), refresh=refresh)
     optimizer_given = (weighed.name, master_weights) if weighed else ()
     grain = (microbatches is not None, depth, tuple(units))
@@ -126,9 +128,18 @@ def profile(
         tell("memory", 1, 1)
     name_of_optimizer = weighed.name if weighed else ""
     goal = Goal(precision=precision, repeats=rounds, budget_s=budget_s)
+    pieces = {count: [t for _, t in tensors_in(microbatch(args, kwargs, count))] for count in captures}
     with Workers(found, tell) as workers:
         findings = investigate(
-            workers, found, captures, train=train, optimizer=name_of_optimizer, goal=goal, cache=cache, tell=tell
+            workers,
+            found,
+            captures,
+            pieces,
+            train=train,
+            optimizer=name_of_optimizer,
+            goal=goal,
+            cache=cache,
+            tell=tell,
         )
         around = _surroundings(workers, found, cache, train=train, tell=tell)
     whole = captures[1]

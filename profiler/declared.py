@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.capture import Progress
@@ -23,7 +22,6 @@ from shardwright.profiler.cluster import Cluster, load_cluster
 from shardwright.profiler.devices import find_devices
 from shardwright.profiler.estimate import ASSUMED, NOMINAL, Demand, Efficiency, Fit, demand_of, fit, roofline_s
 from shardwright.profiler.profile import Device, Estimate, Link, Measurement, Origin
-from shardwright.profiler.shapes import has_values
 from shardwright.profiler.unitgraph import UnitGraph
 from shardwright.profiler.workload import Mode, Workloads
 
@@ -71,18 +69,6 @@ class Site:
     def found(self) -> tuple[Device, ...]:
         """The devices that are here, to be measured."""
         return tuple(device for device in self.devices if not device.declared)
-
-    def check_values(self, model: nn.Module) -> None:
-        """Refuse a model without values where something is to be measured.
-
-        Raises:
-            ShardwrightError: it has none, and a device is here.
-        """
-        if self.found and not has_values(model):
-            raise ShardwrightError(
-                f"{type(model).__name__} has parameters without values, so it cannot be measured on "
-                f"{self.found[0].name}; declare all devices in a cluster file, or build it with its weights"
-            )
 
     def links(self, measured: Sequence[Link]) -> tuple[Link, ...]:
         """The measured links, and the declared ones of the other pairs."""

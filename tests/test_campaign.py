@@ -92,6 +92,7 @@ def examined(monkeypatch, cache, model, *args, counts=(1, 2), devices=("cpu:0",)
             workers,
             found,
             captures,
+            dict.fromkeys(captures, ()),
             train=train,
             optimizer="adam",
             goal=Goal(repeats=1),

@@ -301,12 +301,20 @@ def test_a_model_without_values_keeps_its_ties_and_buffers(cluster, train):
     assert empty.shift.tolist() == [1] * 16
 
 
-def test_a_model_without_values_is_not_measured():
-    """Where a device is here, that is said before anything is started."""
+@pytest.mark.parametrize("train", [True, False])
+def test_a_model_without_values_is_measured_with_values_made_for_it(train):
+    """Each unit gets them where it is timed; sizes and steps are those of the model with its own."""
+    inputs = {"args": (torch.randn(8, 16),), "kwargs": {"mask": torch.rand(8, 16)}, "microbatches": [1, 2]}
+    inputs |= {"devices": ["cpu:0"], "rounds": 1, "train": train}
     with sw.empty_weights():
-        empty = net()
-    with pytest.raises(sw.ShardwrightError, match="parameters without values, so it cannot be measured on cpu:0"):
-        sw.profile(empty, (torch.randn(8, 64),), devices=["cpu:0"])
+        empty = Tied()
+    found, expected = sw.profile(empty, **inputs), sw.profile(Tied(), **inputs)
+    assert (found.nodes, found.tensors, found.ties) == (expected.nodes, expected.tensors, expected.ties)
+    assert [(m.node, m.microbatches, m.source) for m in found.measurements] == [
+        (m.node, m.microbatches, "measured") for m in expected.measurements
+    ]
+    assert all(m.forward_s > 0 for m in found.measurements if m.node in ("first", "second"))
+    assert all(p.is_meta for p in empty.parameters())
 
 
 def test_measured_and_estimated_devices_stand_in_one_profile(cluster):

@@ -1,0 +1,91 @@
+"""Stand-ins: values made on the spot for a step of a model without values, so that it can be timed on a real device.
+
+What a step takes depends on shapes and hardly on numbers; those that are made keep clear of what is slow or fails:
+denormals, infinities, indices out of range. A model that fits neither a device nor the host is so measured a step at a
+time, each made where it is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from shardwright.profiler.structure import map_tensors, tensors_in
+from shardwright.profiler.unitgraph import Call
+
+__all__ = ["filled", "lacks_values", "sendable"]
+
+SPREAD = 0.02
+"""Of made weights of two and more dimensions; those of one, such as scales and variances, are 1."""
+
+
+def lacks_values(tensor: Tensor) -> bool:
+    """Whether there is a shape only."""
+    return isinstance(tensor, FakeTensor) or tensor.is_meta
+
+
+def sendable(call: Call, inputs: Sequence[Tensor] = ()) -> Call:
+    """``call`` with tensors that another process can take in: without values on ``meta``, and real ``inputs``.
+
+    Args:
+        inputs: what the model is called with: whole numbers in the form of one of these become it, so that indices are
+            as spread as the user's.
+    """
+    known = {(t.dtype, tuple(t.shape)): t for t in inputs if not t.is_floating_point() and not lacks_values(t)}
+
+    def sent(tensor: Tensor) -> Tensor:
+        if not lacks_values(tensor):
+            return tensor
+        real = known.get((tensor.dtype, tuple(tensor.shape)))
+        if real is not None:
+            return real
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        return made.requires_grad_(tensor.requires_grad)
+
+    args, kwargs = map_tensors(sent, (call.args, call.kwargs))
+    return Call(call.function, args, kwargs, call.context)
+
+
+def filled(call: Call) -> Call:
+    """``call`` with values for all that has none; its module gets them in place, once."""
+    function = call.function
+    if isinstance(function, nn.Module):
+        made: dict[int, Tensor] = {}
+        for module in function.modules():
+            for holder in (module._parameters, module._buffers):
+                for name, tensor in holder.items():
+                    if tensor is not None and lacks_values(tensor):
+                        holder[name] = made.setdefault(id(tensor), _weights(tensor))
+    if not any(lacks_values(tensor) for _, tensor in tensors_in((call.args, call.kwargs))):
+        return call
+    args, kwargs = map_tensors(lambda t: _activations(t) if lacks_values(t) else t, (call.args, call.kwargs))
+    return Call(function, args, kwargs, call.context)
+
+
+def _weights(tensor: Tensor) -> Tensor:
+    """A parameter or buffer of this form."""
+    made = _whole(tensor)
+    if made is None:
+        made = _empty(tensor)
+        made.normal_(std=SPREAD) if tensor.dim() > 1 else made.fill_(1)
+    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+
+
+def _activations(tensor: Tensor) -> Tensor:
+    """An input of this form."""
+    made = _whole(tensor)
+    return made if made is not None else _empty(tensor).normal_().requires_grad_(tensor.requires_grad)
+
+
+def _whole(tensor: Tensor) -> Tensor | None:
+    """Of whole numbers zeros, which are in every range; of a mask all that may be looked at; None for other numbers."""
+    if tensor.dtype == torch.bool:
+        return _empty(tensor).fill_(True)
+    return None if tensor.is_floating_point() or tensor.is_complex() else _empty(tensor).zero_()
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
