@@ -8,6 +8,7 @@ time, each made where it is timed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,8 @@ def filled(call: Call) -> Call:
     if isinstance(function, nn.Module):
         made: dict[int, Tensor] = {}
         for module in function.modules():
-            for holder in (module._parameters, module._buffers):
+            holders: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for holder in holders:
                 for name, tensor in holder.items():
                     if tensor is not None and lacks_values(tensor):
                         holder[name] = made.setdefault(id(tensor), _weights(tensor))
