@@ -31,7 +31,19 @@ def _joined(names: Sequence[str]) -> str:
 
 
 def verdict(plan: Plan) -> Verdict:
-    """Whether to shard, over what, and what to expect of it."""
+    """Whether to shard, over what, and what to expect of it; and whether data parallel would be faster."""
+    shard, text = _verdict_of_splits(plan)
+    parallel = next((one for one in plan.alternatives if one.name == "data parallel" and one.step_s is not None), None)
+    if parallel is None or parallel.step_s is None or parallel.step_s * WORTHWHILE > plan.predicted.step_s:
+        return Verdict(shard, text)
+    return Verdict(
+        shard,
+        f"{text} Data parallel over {parallel.devices} devices, the whole model on each and a part of the batch, would "
+        f"take {seconds(parallel.step_s)}: faster by {ratio(plan.predicted.step_s / parallel.step_s)}.",
+    )
+
+
+def _verdict_of_splits(plan: Plan) -> Verdict:
     predicted = plan.predicted
     step = seconds(predicted.step_s)
     if plan.obstacles and len(plan.stages) > 1:
@@ -172,7 +184,7 @@ class PlanReport:
         )
 
     def _candidates(self, options: ConsoleOptions, glyphs: Glyphs) -> Iterator[RenderableType]:
-        """What was weighed: one device alone, and the best split at each number of micro-batches."""
+        """What was weighed: one device, the best split at each number of micro-batches, and what one would do else."""
         plan, predicted = self.plan, self.plan.predicted
         rows = []
         if predicted.baseline_s is not None:
@@ -194,6 +206,11 @@ class PlanReport:
             name = "best split" if c.stages > 1 else "no split"
             load, step = seconds(c.bottleneck_s), seconds(c.step_s)
             rows.append((name, str(c.microbatches), str(c.stages), load, step, speedup, c.chosen))
+        for other in plan.alternatives:
+            if other.step_s is not None:
+                speedup = glyphs.none if other.speedup is None else ratio(other.speedup)
+                step, devices = seconds(other.step_s), str(other.devices)
+                rows.append((other.name, str(other.microbatches), devices, glyphs.none, step, speedup, False))
         if not rows:
             return
         names, microbatches, stages, loads, steps, speedups, chosen = zip(*rows, strict=True)
@@ -212,6 +229,9 @@ class PlanReport:
             options=options,
             row_styles=["bold" if it else "" for it in chosen],
         )
+        for other in plan.alternatives:
+            if other.step_s is None:
+                yield Text(f"  {other.name}: {other.why}", style="dim")
 
     def _placement(self, glyphs: Glyphs) -> Iterator[RenderableType]:
         """Every unit under its container and device, then the glue."""

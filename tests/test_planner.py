@@ -256,14 +256,14 @@ def test_tied_parameter_with_a_huge_gradient_keeps_its_users_together(chain_prof
 
 def test_search_for_what_binds_may_find_nothing(chain_profile, monkeypatch):
     """When no time is left to split without the ties the plan stands, and something else is said to bind."""
-    from shardwright.sharder.planning import planner
+    from shardwright.sharder.planning import explain
 
     def no_time_without_ties(problem, **options):
         if not problem.ties:
             raise ShardwrightError("no split that fits was found in the time allowed")
         return partition(problem, **options)
 
-    monkeypatch.setattr(planner, "partition", no_time_without_ties)
+    monkeypatch.setattr(explain, "partition", no_time_without_ties)
     result = plan(tied(chain_profile(8), "u0", "u7"), microbatches=4)
     assert result.certificate.exact
     assert "copies" not in result.certificate.binds

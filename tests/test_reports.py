@@ -18,7 +18,7 @@ from shardwright.profiler.profile import Device, Estimate, Link, Measurement, Mi
 from shardwright.reports.plan_report import PlanReport, verdict
 from shardwright.reports.profile_report import ProfileReport
 from shardwright.reports.run_report import RunReport, conclusion, equality
-from shardwright.sharder.planning.plan import Candidate, Certificate, Placement, Plan, Prediction, Stage
+from shardwright.sharder.planning.plan import Alternative, Candidate, Certificate, Placement, Plan, Prediction, Stage
 from shardwright.sharder.planning.planner import plan
 from shardwright.sharder.runtime.record import Equality, Run, Timed
 
@@ -359,6 +359,21 @@ def test_verdict(plan, shard, text):
     found = verdict(plan)
     assert found.shard is shard
     assert found.text.startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("step_s", "said"),
+    [
+        (0.2, "Data parallel over 2 devices, the whole model on each and a part of the batch, would take 200 ms: faster"),
+        (0.33, ""),
+        (None, ""),
+    ],
+)
+def test_the_verdict_says_when_data_parallel_is_faster(step_s, said):
+    """By more than noise; a plan that stands is not questioned."""
+    other = Alternative(name="data parallel", microbatches=2, devices=2, step_s=step_s, why="" if step_s else "no")
+    text = verdict(a_plan().model_copy(update={"alternatives": (other,)})).text
+    assert (said in text) if said else ("Data parallel" not in text)
 
 
 @pytest.mark.parametrize(

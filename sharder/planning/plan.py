@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from shardwright.files import Document, Record
 from shardwright.profiler.profile import NodeKind, TensorSpec
 
-__all__ = ["Candidate", "Certificate", "Placement", "Plan", "Prediction", "SplitTie", "Stage"]
+__all__ = ["Alternative", "Candidate", "Certificate", "Placement", "Plan", "Prediction", "SplitTie", "Stage"]
 
 
 class Placement(Record):
@@ -101,6 +101,19 @@ class Candidate(Record):
     chosen: bool
 
 
+class Alternative(Record):
+    """What one would do without a planner, at its best number of micro-batches, priced by the same simulator."""
+
+    name: Literal["equal count", "equal parameters", "data parallel"]
+    microbatches: PositiveInt
+    devices: PositiveInt
+    step_s: NonNegativeFloat | None
+    """None where it is not possible."""
+    speedup: NonNegativeFloat | None = None
+    why: str = ""
+    """Why it is not possible."""
+
+
 class Plan(Document):
     """Who goes where, and why."""
 
@@ -137,6 +150,7 @@ class Plan(Document):
     certificate: Certificate
     predicted: Prediction
     candidates: tuple[Candidate, ...]
+    alternatives: tuple[Alternative, ...] = ()
 
     @property
     def of_model(self) -> bool:

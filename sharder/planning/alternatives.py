@@ -1,0 +1,168 @@
+"""Alternatives: what one would do without a planner, priced by the same simulator, so that a plan can be held to them.
+
+    equal count        each device as many units as the others, in the order of the forward
+    equal parameters   each device as many bytes of weights, gradients and optimizer state
+    data parallel      each device the whole model and an equal part of the batch; gradients are summed once a step
+
+Data parallel on D devices takes, with G bytes of gradient, latency l and bandwidth b of the slowest link,
+
+    max over devices of (forward + backward of 1/D of the batch + update)  +  2 (D - 1) (l + G / (D b))
+
+the second term being a ring that scatters and gathers (Patarasuk and Yuan, JPDC 2009). Libraries that overlap it with
+the backward take less.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from shardwright.profiler.profile import Profile
+from shardwright.sharder.planning.partition import Partition, stage_loads
+from shardwright.sharder.planning.plan import Alternative
+from shardwright.sharder.planning.pricing import price
+from shardwright.sharder.planning.problem import Block, Problem
+from shardwright.sharder.planning.search import Stages
+
+__all__ = ["alternatives_of", "cut_evenly", "data_parallel_s"]
+
+DRAWS = 101
+
+
+def alternatives_of(
+    problems: Sequence[Problem], every: Sequence[Problem], profile: Profile, baseline_s: float | None
+) -> tuple[Alternative, ...]:
+    """The alternatives to a split of ``problems``, pins aside; none where there is one device.
+
+    Args:
+        problems: at the numbers of micro-batches that a split may have.
+        every: at all profiled numbers, of which data parallel needs that of the devices.
+        baseline_s: the step of one device.
+    """
+    if len(problems[0].devices) < 2:
+        return ()
+    found = (
+        _naive("equal count", problems, profile, lambda block: len(block.units)),
+        _naive("equal parameters", problems, profile, lambda block: block.static_bytes),
+        _data_parallel(every, profile),
+    )
+    return tuple(
+        one.model_copy(update={"speedup": baseline_s / one.step_s}) if baseline_s and one.step_s else one
+        for one in found
+    )
+
+
+def cut_evenly(weights: Sequence[float], parts: int) -> list[int]:
+    """Where each part ends for equal shares of ``weights``, as nearly as whole items allow; every part gets one."""
+    total, ends, running, position = sum(weights), [], 0.0, 0
+    for part in range(1, parts):
+        target = total * part / parts
+        last = len(weights) - (parts - part)  # the others need one each
+        first = ends[-1] + 1 if ends else 1
+        while position < last and (position < first or running + weights[position] / 2 < target):
+            running += weights[position]
+            position += 1
+        ends.append(position)
+    return [*ends, len(weights)]
+
+
+def _naive(
+    name: Literal["equal count", "equal parameters"],
+    problems: Sequence[Problem],
+    profile: Profile,
+    weight: Callable[[Block], float],
+) -> Alternative:
+    """A split into equal shares of ``weight`` over the devices as given, at its best number of micro-batches."""
+    priced = []
+    for problem in map(_unpinned, problems):
+        stages = _even_stages(problem, weight)
+        loads = stage_loads(problem, stages) if stages else None
+        if loads is not None:
+            option = price(problem, Partition(stages, max(loads), max(loads), exact=False), profile)
+            priced.append((option.step_s, problem.microbatches, len(stages)))
+    if not priced or math.isinf(min(priced)[0]):
+        last, why = problems[-1], "a link is not to be used" if priced else "it does not fit"
+        devices = min(len(last.devices), len(last.blocks))
+        return Alternative(name=name, microbatches=last.microbatches, devices=devices, step_s=None, why=why)
+    step_s, microbatches, devices = min(priced)
+    return Alternative(name=name, microbatches=microbatches, devices=devices, step_s=step_s)
+
+
+def _unpinned(problem: Problem) -> Problem:
+    """The problem with every block allowed wherever it fits."""
+    every = range(len(problem.devices))
+    blocks = (dataclasses.replace(b, allowed=tuple(b.fits_on(device) for device in every)) for b in problem.blocks)
+    return dataclasses.replace(problem, blocks=tuple(blocks))
+
+
+def _even_stages(problem: Problem, weight: Callable[[Block], float]) -> Stages:
+    """The equal split over most devices that is possible; nothing if there is none over two."""
+    weights = [weight(block) for block in problem.blocks]
+    for parts in range(min(problem.most_stages, len(weights)), 1, -1):
+        ends = cut_evenly(weights, parts)
+        members = [(1 << end) - (1 << start) for start, end in zip([0, *ends], ends, strict=False)]
+        stages = tuple(enumerate(members))
+        if stage_loads(problem, stages) is not None:
+            return stages
+    return ()
+
+
+def _data_parallel(problems: Sequence[Problem], profile: Profile) -> Alternative:
+    """The whole model on every device, if its share of the batch was profiled and it fits."""
+    devices = len(problems[0].devices)
+    problem = next((p for p in problems if p.microbatches == devices), None)
+    why, step_s = "", None
+    if problem is None:
+        why = f"no profile of 1/{devices} of the batch"
+    elif not _fits_everywhere(problem):
+        why = "the whole does not fit on each device"
+    else:
+        gradient_bytes = sum(node.grad_bytes for node in profile.nodes) if profile.train else 0
+        varied = {variation.device: variation.relative for variation in profile.variations}
+        step_s = data_parallel_s(problem, gradient_bytes, [varied.get(name, ()) for name in problem.devices])
+        if math.isinf(step_s):
+            why, step_s = "a link is not to be used", None
+    return Alternative(name="data parallel", microbatches=devices, devices=devices, step_s=step_s, why=why)
+
+
+def _fits_everywhere(problem: Problem) -> bool:
+    """Whether each device holds the whole model with one micro-batch."""
+    for device in range(len(problem.devices)):
+        alone = dataclasses.replace(problem.alone(device), microbatches=1)
+        fits = all(block.allowed[0] for block in alone.blocks)
+        if not fits or alone.memory_bytes(0, (1 << len(alone.blocks)) - 1, 0, 0) > alone.caps[0]:
+            return False
+    return True
+
+
+def data_parallel_s(problem: Problem, gradient_bytes: int, variations: Sequence[Sequence[float]]) -> float:
+    """Median seconds of a data-parallel step; ``problem`` has as many micro-batches as devices.
+
+    Args:
+        variations: by device, relative times to draw from, as for
+            :func:`~shardwright.sharder.planning.simulate.expected_step_s`: all wait for the slowest.
+    """
+    devices = range(len(problem.devices))
+    work_s = [sum(b.forward_s[d] + b.backward_s[d] + b.update_s[d] for b in problem.blocks) for d in devices]
+    generator = random.Random(0)
+    slowest = [
+        max(
+            s * (generator.choice(relative) if relative else 1.0)
+            for s, relative in zip(work_s, variations, strict=True)
+        )
+        for _ in range(DRAWS)
+    ]
+    return statistics.median(slowest) + _sum_s(problem, gradient_bytes)
+
+
+def _sum_s(problem: Problem, gradient_bytes: int) -> float:
+    """Seconds in which a ring sums the gradients of all devices."""
+    count = len(problem.devices)
+    if not gradient_bytes or count < 2:
+        return 0.0
+    links = [problem.links[a][b] for a in range(count) for b in range(count) if a != b]
+    return 2 * (count - 1) * max(latency + gradient_bytes / (count * bandwidth) for latency, bandwidth in links)

@@ -1,0 +1,176 @@
+"""Explanations: how good a plan is, what stands in the way of a better one, and why nothing fits."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+
+from shardwright.errors import ShardwrightError
+from shardwright.sharder.planning.partition import partition
+from shardwright.sharder.planning.plan import Certificate
+from shardwright.sharder.planning.pricing import Option
+from shardwright.sharder.planning.problem import Block, Problem, bits
+from shardwright.sharder.planning.search import simple_bound_s
+
+__all__ = ["certify", "gap_percent", "why_nothing_fits"]
+
+
+def gap_percent(value: float, bound: float) -> float:
+    """How far ``value`` can be above the best, in percent of the proven ``bound``."""
+    return max(0.0, 100.0 * (value / bound - 1.0)) if bound else 0.0
+
+
+def certify(chosen: Option, options: list[Option], baseline: Option | None, deadline_s: float) -> Certificate:
+    """Value, bound, gap and what binds."""
+    split = chosen.split
+    if chosen is baseline:
+        # The bound is over the splits as well: one device was preferred to them for its step, not for its load.
+        same = [option for option in options if option.problem.microbatches == chosen.problem.microbatches]
+        bound_s = min([split.value_s, *(option.split.bound_s for option in same)]) if same else 0.0
+        fastest_s = min(option.step_s for option in options)
+        barred = [option for option in options if option.problem.unusable]
+        return Certificate(
+            value_s=split.value_s,
+            bound_s=bound_s,
+            gap_percent=gap_percent(split.value_s, bound_s),
+            exact=bound_s == split.value_s,
+            binds=(
+                what_binds(max(barred, key=lambda option: option.problem.microbatches), deadline_s)
+                if barred
+                else f"filling and draining: a step of the best split takes {fastest_s / split.value_s:.2f}x this"
+                if fastest_s > split.value_s
+                else what_binds(chosen, deadline_s)
+            ),
+        )
+    return Certificate(
+        value_s=split.value_s,
+        bound_s=split.bound_s,
+        gap_percent=gap_percent(split.value_s, split.bound_s),
+        exact=split.exact,
+        binds=what_binds(chosen, deadline_s),
+    )
+
+
+def what_binds(chosen: Option, deadline_s: float) -> str:
+    """The part of the largest load, or the cap, that keeps it from being smaller."""
+    problem, split, loads = chosen.problem, chosen.split, chosen.loads
+    for what, relaxed, enough in _relaxations(problem):
+        free = None
+        with contextlib.suppress(ShardwrightError):  # no time is left to find a split of the relaxed problem
+            free = partition(relaxed, time_limit_s=max(0.0, min(5.0, deadline_s - time.monotonic())))
+        if free is not None and free.exact and free.value_s < enough * split.value_s:
+            return f"{what}: without them the largest load would be {free.value_s / split.value_s:.0%} of this"
+    index = max(range(len(loads)), key=loads.__getitem__)
+    if not loads[index]:
+        return "nothing: no unit takes time"
+    device, members = split.stages[index]
+    stage = f"stage {index} on {problem.devices[device]}"
+    compute = {v: problem.work_s(v, device) for v in bits(members)}
+    transfers = 1 - (sum(compute.values()) + problem.ties_s(members, device)) / loads[index]
+    if transfers > 0.5:
+        return f"the links of {stage}: transfers are {transfers:.0%} of its load"
+    largest = max(compute, key=compute.__getitem__)
+    block = problem.blocks[largest]
+    share = compute[largest] / loads[index]
+    name = _name(block)
+    if share > 0.9 * (1 - transfers):
+        return f"{name}, which is {stage} alone and cannot be split"
+    if split.value_s <= 1.02 * simple_bound_s(problem):
+        return f"the work itself: {stage} holds an even share of it"
+    return f"the grain of the units: {stage} cannot be evened out, its largest is {name} with {share:.0%}"
+
+
+def _relaxations(problem: Problem) -> Iterator[tuple[str, Problem, float]]:
+    """What may stand in the way of a smaller load, the problem without it, and the share of the load that tells."""
+    whole = problem.memory_bytes(0, (1 << len(problem.blocks)) - 1, 0, len(problem.devices) - 1)
+    if whole > min(problem.caps):
+        caps = (whole * len(problem.devices),) * len(problem.devices)
+        yield "the memory caps", dataclasses.replace(problem, caps=caps), 0.999
+    if problem.unusable:
+        yield (
+            f"the faults of corrupt links, which are not used ({_links_in_words(problem)})",
+            _all_usable(problem),
+            0.999,
+        )
+    if problem.ties:
+        dearest = max(problem.ties, key=lambda tie: (tie.gradient_bytes, tie.copy_bytes)).name
+        more = f" and {len(problem.ties) - 1} more" if len(problem.ties) > 1 else ""
+        # Every split of a tied parameter pays something: it is worth naming when that is a good part.
+        yield f"the copies of {dearest}{more}", dataclasses.replace(problem, ties=()), 0.95
+
+
+def _all_usable(problem: Problem) -> Problem:
+    """The problem with corrupt links that cost nothing but their bandwidth: no worse than if they were mended."""
+    links = tuple(tuple((0.0 if math.isinf(s) else s, rate) for s, rate in row) for row in problem.links)
+    return dataclasses.replace(problem, links=links)
+
+
+def _links_in_words(problem: Problem) -> str:
+    return ", ".join(f"{source} -> {target}" for source, target in problem.unusable)
+
+
+def _fits(problem: Problem, deadline_s: float) -> bool:
+    """Whether some split of ``problem`` was found in the time that is left."""
+    with contextlib.suppress(ShardwrightError):
+        return partition(problem, time_limit_s=max(0.0, min(5.0, deadline_s - time.monotonic()))) is not None
+    return False
+
+
+def _name(block: Block) -> str:
+    """A block in words: its first unit, and how many nodes stay with it."""
+    first = block.units[0] if block.units else block.nodes[0]
+    others = len(block.nodes) - 1
+    return f"{first} and {others} node{'s that stay' if others > 1 else ' that stays'} with it" if others else first
+
+
+def _size(count: int) -> str:
+    """Bytes in words, for an error."""
+    unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if count >= u), (1, "B"))
+    return f"{count / unit:.4g} {name}"
+
+
+def why_nothing_fits(problems: list[Problem], deadline_s: float) -> str:
+    """Which block or whole exceeds the memory, at the smallest micro-batch, or that the pins leave nothing."""
+    problem = max(problems, key=lambda p: p.microbatches)
+    for v, block in enumerate(problem.blocks):
+        rooms = [
+            (problem.caps[d], name, problem.least_bytes(v, d))
+            for d, name in enumerate(problem.devices)
+            if block.allowed[d]
+        ]
+        if not rooms:
+            return f"{_name(block)} is pinned to where it does not fit, not even alone: remove the pin"
+        room, device, need = max(rooms)
+        if need > room:
+            which = "the roomiest device" if all(block.allowed) else "where it is pinned"
+            return (
+                f"{_name(block)} needs {_size(need)} at {problem.microbatches} micro-batches; {device}, {which}, has "
+                f"{_size(room)}: profile more micro-batches, or use a larger device"
+            )
+    if problem.unusable and _fits(_all_usable(problem), deadline_s):
+        return (
+            f"no split fits without corrupt links ({_links_in_words(problem)}), which change what they carry: give the "
+            "devices more memory with --memory, or mend the links; `report` on the profile says how"
+        )
+    if not all(all(block.allowed) for block in problem.blocks):
+        every = range(len(problem.devices))
+        blocks = tuple(
+            dataclasses.replace(block, allowed=tuple(block.fits_on(d) for d in every)) for block in problem.blocks
+        )
+        unpinned = dataclasses.replace(problem, blocks=blocks)
+        if _fits(unpinned, deadline_s):
+            return (
+                "no split obeys the pins, though one without them fits: each device takes one piece of the forward, in "
+                "its order; pin neighbours alike, or remove a pin"
+            )
+    static = sum(block.static_bytes for block in problem.blocks)
+    whole = problem.memory_bytes(0, (1 << len(problem.blocks)) - 1, 0, 0)
+    caps = ", ".join(f"{device} {_size(cap)}" for device, cap in zip(problem.devices, problem.caps, strict=True))
+    return (
+        f"no split fits: at {problem.microbatches} micro-batches the model needs {_size(whole)} in one piece "
+        f"({_size(static)} of it weights, gradients and optimizer state); the devices have {caps}: add a device, raise "
+        "--memory, or profile more micro-batches"
+    )

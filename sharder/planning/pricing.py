@@ -1,0 +1,122 @@
+"""Prices: what a split costs in a step, simulated, and the one device that a split has to beat."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from shardwright.errors import ShardwrightError
+from shardwright.profiler.profile import Profile
+from shardwright.sharder.planning.partition import Partition, partition, stage_loads
+from shardwright.sharder.planning.problem import Problem, bits
+from shardwright.sharder.planning.simulate import StageCost, expected_step_s, simulate
+from shardwright.sharder.planning.timeline import Timeline
+
+__all__ = ["Option", "baseline_of", "noise_s", "price", "solve"]
+
+LEAST_NOISE = 0.05
+"""One device counts as faster than an earlier one from this relative difference on, however steady both were."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A split at one number of micro-batches, priced."""
+
+    problem: Problem
+    split: Partition
+    loads: list[float]
+    costs: tuple[StageCost, ...]
+    timeline: Timeline
+    """Of the median times."""
+    step_s: float
+    """The median step of devices whose speed varies."""
+    step_spread_s: float
+    tiers: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    """Blocks whose weights stay elsewhere -> where."""
+
+
+def solve(problem: Problem, profile: Profile, *, time_limit_s: float) -> Option | None:
+    """The best split of ``problem``, under GPipe if 1F1B leaves too few stages to fit; None when nothing fits."""
+    attempts = [problem]
+    if problem.most_stages < len(problem.devices):
+        attempts.append(dataclasses.replace(problem, schedule="gpipe"))
+    unfinished: ShardwrightError | None = None
+    for attempt in attempts:
+        try:
+            split = partition(attempt, time_limit_s=time_limit_s / len(attempts))
+        except ShardwrightError as error:
+            unfinished = error
+            continue
+        if split is not None:
+            return price(attempt, split, profile)
+    if unfinished is not None:
+        raise unfinished
+    return None
+
+
+def price(problem: Problem, split: Partition, profile: Profile) -> Option:
+    """Loads, costs of each stage, and the simulated step."""
+    loads = stage_loads(problem, split.stages)
+    assert loads is not None, "a split that was found is feasible"
+    costs = []
+    closed = 0
+    for position, (device, members) in enumerate(split.stages):
+        blocks = [problem.blocks[v] for v in bits(members)]
+        closed |= members
+        send, receive = 0.0, 0.0
+        if position + 1 < len(split.stages):
+            send, receive = problem.transfer_s(problem.crossing(closed), device, split.stages[position + 1][0])
+        costs.append(
+            StageCost(
+                forward_s=sum(b.forward_s[device] for b in blocks),
+                backward_s=sum(b.backward_s[device] for b in blocks),
+                update_s=sum(b.update_s[device] for b in blocks),
+                send_forward_s=send,
+                receive_backward_s=receive,
+                tie_s=problem.ties_s(members, device),
+            )
+        )
+    schedule, train = problem.schedule, profile.train
+    timeline = simulate(costs, problem.microbatches, schedule=schedule, train=train)
+    varied = {variation.device: variation.relative for variation in profile.variations}
+    relative = [varied.get(problem.devices[device], ()) for device, _ in split.stages]
+    step_s, spread_s = expected_step_s(costs, relative, problem.microbatches, schedule=schedule, train=train)
+    return Option(problem, split, loads, tuple(costs), timeline, step_s, spread_s)
+
+
+def baseline_of(problems: Iterable[Problem], profile: Profile) -> Option | None:
+    """One device alone: the fastest that holds the model, in the first of ``problems`` in which one does."""
+    for problem in problems:
+        best: Option | None = None
+        for device in _unlike(problem, profile):
+            alone = problem.alone(device)
+            if not all(block.allowed[0] for block in alone.blocks):
+                continue
+            whole = ((0, (1 << len(alone.blocks)) - 1),)
+            loads = stage_loads(alone, whole)
+            if loads is None:
+                continue
+            option = price(alone, Partition(whole, loads[0], loads[0], exact=True), profile)
+            if best is None or option.step_s < best.step_s - noise_s(option, best):
+                best = option
+        if best is not None:
+            return best
+    return None
+
+
+def _unlike(problem: Problem, profile: Profile) -> list[int]:
+    """The devices without those on which the model would take the same time and memory as on an earlier one."""
+    rows = zip(*(b.forward_s + b.backward_s + b.update_s + b.unfit for b in problem.blocks), strict=True)
+    columns, count = list(rows), len(problem.devices)
+    varied = {variation.device: variation.relative for variation in profile.variations}
+    first: dict[tuple[object, ...], int] = {}
+    for device, (name, cap) in enumerate(zip(problem.devices, problem.caps, strict=True)):
+        together = problem.updates_together[device : device + 1]
+        first.setdefault((cap, together, varied.get(name), *columns[device::count]), device)
+    return list(first.values())
+
+
+def noise_s(one: Option, other: Option) -> float:
+    """The difference of two steps that says nothing about their devices: their spread while they were measured."""
+    return max(LEAST_NOISE * other.step_s, one.step_spread_s, other.step_spread_s)

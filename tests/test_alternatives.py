@@ -1,0 +1,86 @@
+"""Alternatives: what one would do without a planner, against the same simulator."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardwright.sharder.planning.alternatives import cut_evenly, data_parallel_s
+from shardwright.sharder.planning.planner import plan
+from shardwright.sharder.planning.problem import Block, Problem
+
+
+def problem_of(work, *, links=(0.0, math.inf), microbatches=2):
+    """Blocks with a forward of so many seconds on each of as many devices as the first has numbers."""
+    devices = len(work[0])
+    blocks = tuple(
+        Block((f"u{i}",), tuple(each), (0.0,) * devices, (0.0,) * devices, 0, (f"u{i}",), (True,) * devices)
+        for i, each in enumerate(work)
+    )
+    before = tuple((1 << i) - 1 for i in range(len(work)))
+    names = tuple(f"d{i}" for i in range(devices))
+    rows = tuple(tuple(links for _ in names) for _ in names)
+    return Problem(blocks, before, (), names, (10**9,) * devices, rows, microbatches)
+
+
+@pytest.mark.parametrize(
+    ("weights", "parts", "ends"),
+    [([1, 1, 1, 1], 2, [2, 4]), ([4, 1, 1, 4], 2, [2, 4]), ([9, 1, 1], 3, [1, 2, 3]), ([0, 0, 0], 2, [1, 3])],
+)
+def test_equal_shares_end_where_the_sum_is_nearest(weights, parts, ends):
+    """In the order of the items, and every part has one."""
+    assert cut_evenly(weights, parts) == ends
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(1, 12))
+def test_every_part_has_an_item(weights, parts):
+    """Whatever the weights are."""
+    ends = cut_evenly(weights, min(parts, len(weights)))
+    assert ends[-1] == len(weights)
+    assert all(end > start for start, end in zip([0, *ends], ends, strict=False))
+
+
+def test_data_parallel_waits_for_the_slowest_and_sums_the_gradients():
+    """max(2 + 1, 4 + 2) s of work; a ring of two sends half the gradient twice: 2 * (0.5 + 100 / (2 * 10)) s."""
+    problem = problem_of([(2.0, 4.0), (1.0, 2.0)], links=(0.5, 10.0))
+    assert data_parallel_s(problem, 100, [(), ()]) == 6.0 + 2 * (0.5 + 5.0)
+    assert data_parallel_s(problem, 0, [(), ()]) == 6.0
+
+
+def test_unsteady_devices_wait_for_each_other():
+    """The median of the slowest of two is above the median of each."""
+    problem = problem_of([(1.0, 1.0)])
+    drawn = [0.5, 1.0, 1.5]
+    assert data_parallel_s(problem, 0, [drawn, drawn]) > 1.0
+
+
+def test_no_alternative_is_better_than_the_proven_plan(chain_profile):
+    """The splits are among those that the planner searches; each says at how many micro-batches it is best."""
+    result = plan(chain_profile(8))
+    splits = [one for one in result.alternatives if one.name != "data parallel"]
+    assert [one.name for one in splits] == ["equal count", "equal parameters"]
+    assert all(one.step_s >= result.predicted.step_s * (1 - 1e-9) for one in splits)
+    assert all(one.speedup == pytest.approx(result.predicted.baseline_s / one.step_s) for one in splits)
+
+
+def test_pins_are_no_matter_of_the_alternatives(chain_profile):
+    """They are what one would do else."""
+    profile = chain_profile(8)
+    pinned = plan(profile, microbatches=4, pins={"net.u0": "cpu:1", "net.u7": "cpu:0"})
+    assert pinned.alternatives == plan(profile, microbatches=4).alternatives
+
+
+def test_what_is_not_possible_says_why(chain_profile):
+    """A share of the batch that was not profiled; a device that does not hold the whole."""
+    profile = chain_profile(8)
+    without = plan(profile.model_copy(update={"microbatches": (1, 4)}))
+    assert without.alternatives[2].why == "no profile of 1/2 of the batch"
+    static = sum(node.param_bytes + node.grad_bytes + node.optimizer_bytes for node in profile.nodes)
+    tight = plan(profile, memory={"cpu:0": static - 1, "cpu:1": 10 * static + 10**9})
+    assert tight.alternatives[2].why == "the whole does not fit on each device"
+
+
+def test_one_device_has_no_alternative(chain_profile):
+    """There is nothing to divide."""
+    assert plan(chain_profile(8), devices=["cpu:0"]).alternatives == ()
