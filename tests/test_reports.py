@@ -364,7 +364,10 @@ def test_verdict(plan, shard, text):
 @pytest.mark.parametrize(
     ("step_s", "said"),
     [
-        (0.2, "Data parallel over 2 devices, the whole model on each and a part of the batch, would take 200 ms: faster"),
+        (
+            0.2,
+            "Data parallel over 2 devices, the whole model on each and a part of the batch, would take 200 ms: faster",
+        ),
         (0.33, ""),
         (None, ""),
     ],
