@@ -394,7 +394,7 @@ def passes_held(on_refused: Callable[[Item, Exception], None]) -> list[Pass[Item
         subjects: dict[Item, Subject] = {}
         first: dict[str, Item] = {}
         for item, (key, make) in list(resident["held"].items()):
-            if item.microbatches != count:
+            if item.microbatches != count or item not in resident["held"]:
                 continue
             try:
                 subjects[item] = make()
@@ -403,6 +403,7 @@ def passes_held(on_refused: Callable[[Item, Exception], None]) -> list[Pass[Item
                 if not is_out_of_memory(error):
                     raise
                 on_refused(item, error)
+        subjects = {item: subject for item, subject in subjects.items() if item in resident["held"]}
         alike = {item: first[resident["held"][item][0]] for item in subjects}
         made.append(Pass(subjects, alike=alike))
     return made
@@ -424,7 +425,9 @@ def measure_held(goal: Goal, elsewhere_bytes: int, folder: str, devices: int) ->
 
     def refuse(item: Item, error: Exception) -> None:
         refused[item] = " ".join(str(error).split())[:200] or type(error).__name__
-        resident["held"].pop(item)
+        key = resident["held"][item][0]
+        for other in [other for other, (like, _) in resident["held"].items() if like == key]:
+            del resident["held"][other]
         _let_go()
 
     passes = passes_held(refuse)

@@ -23,7 +23,7 @@ from shardwright.profiler.links import disk_rate, fetch_rates, measure_links, wa
 from shardwright.profiler.measure import Goal
 from shardwright.profiler.optimizers import OptimizerLike, OptimizerMemory, optimizer_name
 from shardwright.profiler.profile import Device, Link, Measurement, Profile
-from shardwright.profiler.recall import Known, Subject, keep, recall
+from shardwright.profiler.recall import Request, keep, recall
 from shardwright.profiler.records import count_steps, measurements_of, nodes_of, tensors_of, ties_of
 from shardwright.profiler.shapes import shapes_only
 from shardwright.profiler.signature import device_key
@@ -100,12 +100,14 @@ def profile(
     cache = Cache(default_folder(), refresh=refresh)
     optimizer_given = (weighed.name, master_weights) if weighed else ()
     grain = (microbatches is not None, depth, tuple(units))
-    how = repr((optimizer_given, grain, precision, rounds, budget_s, _keys(found)))
+    disk = "" if train else tempfile.gettempdir()
+    how = repr((optimizer_given, grain, precision, rounds, budget_s, _keys(found), disk))
 
     with shapes_only(model, args, kwargs) as inputs:
         as_found = Snapshot(model)
-        subject = Subject(model, *inputs, counts, train, how)
-        known = recall(subject, cache, as_found) if site.cluster is None else Known(None, None)
+        is_plain = site.cluster is None and (weighed is None or "." not in weighed.name.partition("(")[0])
+        request = Request(model, *inputs, counts, train, how, is_plain)
+        known = recall(request, cache, as_found)
         if known.profile is not None:
             tell("known", len(known.profile.measurements), len(known.profile.measurements))
             return _as_of_now(known.profile, found).model_copy(update={"model": name or type(model).__name__})
@@ -174,7 +176,7 @@ def profile(
         misfits=tuple(findings.misfits),
         variations=tuple(findings.variations),
     )
-    keep(subject, known, captures, made, cache)
+    keep(request, known, captures, made, cache)
     return made
 
 

@@ -10,6 +10,7 @@ without a fingerprint.
 
 from __future__ import annotations
 
+import dis
 import enum
 import functools
 import hashlib
@@ -57,6 +58,8 @@ _BUILTIN = (
     *(types.GetSetDescriptorType, types.MemberDescriptorType, types.ClassMethodDescriptorType, np.ufunc),
     *(torch._ops.OpOverload, torch._ops.OpOverloadPacket),
 )
+_REACHING = frozenset(["globals", "locals", "modules", "import_module", "__import__", "open", "eval", "exec"])
+"""Names with which code reaches what cannot be followed from it."""
 _ASIDE = frozenset(["__dict__", "__weakref__", "__doc__", "__annotations__", "__firstlineno__", "_abc_impl"])
 """Attributes of classes that no forward depends on."""
 
@@ -113,6 +116,7 @@ def _switches() -> tuple[Any, ...]:
         *(torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled),
         *(*sdp, torch.backends.cuda.math_sdp_enabled(), torch.is_inference_mode_enabled(), torch.is_grad_enabled()),
         *(torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_float32_matmul_precision()),
+        *(torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda")),
     )
 
 
@@ -178,7 +182,7 @@ class _Teller:
         elif isinstance(value, type):
             self._tell_class(value)
         elif isinstance(value, types.ModuleType):
-            self._write(f"module {value.__name__} {getattr(value, '__version__', '')}")
+            self._tell_module(value)
         elif isinstance(value, types.FunctionType):
             self._tell_function(value)
         elif isinstance(value, logging.Logger):
@@ -246,10 +250,34 @@ class _Teller:
             self._tell_code(function.__code__)
             self._tell_globals(function)
 
+    def _tell_module(self, module: types.ModuleType) -> None:
+        """A module by its name and version; one of the user's by its file, and by all that it holds."""
+        self._write(f"module {module.__name__} {getattr(module, '__version__', '')}")
+        if _is_explained(module):
+            return
+        file = _file(module.__name__)
+        if not file or not os.path.exists(file):
+            raise _UntoldError
+        self.digest.update(Path(file).read_bytes())
+        held = {name: value for name, value in vars(module).items() if not name.startswith("__")}
+        self._tell_all("held", (part for item in sorted(held.items(), key=lambda item: item[0]) for part in item))
+
+    def _tell_imports(self, code: types.CodeType) -> None:
+        """The modules that code imports when it runs."""
+        for instruction in dis.get_instructions(code):
+            if instruction.opname == "IMPORT_NAME":
+                module = sys.modules.get(instruction.argval)
+                if module is None:
+                    raise _UntoldError
+                self.tell(module)
+
     def _tell_code(self, code: types.CodeType) -> None:
         names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
         counts = (code.co_flags, code.co_argcount, code.co_kwonlyargcount, code.co_posonlyargcount)
+        if not _REACHING.isdisjoint(code.co_names):
+            raise _UntoldError
         self._write(f"{code.co_code!r} {names} {counts}")
+        self._tell_imports(code)
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
                 self._tell_code(constant)
@@ -262,8 +290,6 @@ class _Teller:
         found = {name: function.__globals__[name] for name in names if name in function.__globals__}
         for name, value in found.items():
             self._tell_all(name, [value])
-            if isinstance(value, types.ModuleType) and not _is_explained(value):
-                self._tell_all("attributes", (getattr(value, inner) for inner in names if hasattr(value, inner)))
         if not {"environ", "getenv"}.isdisjoint(names):
             self.tell(dict(os.environ))
 

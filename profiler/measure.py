@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
+from shardwright.profiler.optimizers import make_optimizer
 from shardwright.profiler.stopwatch import Reading, Stopwatch
 from shardwright.profiler.subject import Subject, as_input
 from shardwright.profiler.timing import LEAST_REPEATS, Series
@@ -59,6 +60,7 @@ class Pass(Generic[Key]):
 
     def __init__(self, subjects: Mapping[Key, Subject], *, alike: Mapping[Key, Key] | None = None) -> None:
         self.subjects = dict(subjects)
+        self.device = next((subject.device for subject in self.subjects.values()), torch.device("cpu"))
         self.named = {key: (alike or {}).get(key, key) for key in self.subjects}
         self.optimizer: torch.optim.Optimizer | None = None
         self.readings: dict[Key, dict[str, Reading]] = {}
@@ -76,16 +78,16 @@ class Pass(Generic[Key]):
     ) -> None:
         """Time every step once; see :func:`measure`. ``broken_off`` is asked before each step."""
         self.readings = {key: {} for key in self.subjects}
+        self.empty_backward = self.whole_update = None
         for phase in PHASES:
-            if phase == "update" and self.optimizer is not None:
-                # Before the updates one by one: parameters and gradients are as cold as after a backward.
-                self.whole_update = stopwatch.time(self.optimizer.step)[1]
+            if phase == "update":
+                self._update_all(stopwatch)
             keys = [*self.subjects] if phase != "backward" else [*reversed(self.subjects)]
             for position, key in enumerate(keys):
                 if broken_off():
                     break
                 if phase == "backward" and position == len(keys) // 2:
-                    self.empty_backward = _empty_backward(self.subjects[keys[0]].device, stopwatch)
+                    self.empty_backward = _empty_backward(self.device, stopwatch)
                 if key not in self.subjects:
                     continue
                 if phase in ("forward", "backward"):
@@ -107,15 +109,23 @@ class Pass(Generic[Key]):
 
     def _optimizer(self) -> torch.optim.Optimizer | None:
         """An optimizer of the parameters of all steps, with the state of their own."""
-        own = [subject.optimizer for subject in self.subjects.values() if subject.optimizer is not None]
-        if not own:
-            return None
-        make: Any = type(own[0])  # each class has settings of its own
-        parameters = [p for optimizer in own for group in optimizer.param_groups for p in group["params"]]
-        made: torch.optim.Optimizer = make([{**own[0].param_groups[0], "params": parameters}])
-        for optimizer in own:
-            made.state.update(optimizer.state)
+        updated = [subject for subject in self.subjects.values() if subject.optimizer is not None]
+        name = next((subject.optimizer_name for subject in updated), None)
+        made = make_optimizer(name, [p for subject in updated for p in subject.parameters]) if name else None
+        for subject in updated:
+            if made is not None and subject.optimizer is not None:
+                made.state.update(subject.optimizer.state)
         return made
+
+    def _update_all(self, stopwatch: Stopwatch) -> None:
+        """Time the update of all at once, before one by one: so parameters are as cold as after a backward."""
+        if self.optimizer is None:
+            return
+        try:
+            self.whole_update = stopwatch.time(self.optimizer.step)[1]
+        except Exception as error:
+            if not is_out_of_memory(error):  # one by one they may fit
+                raise
 
     def _drop(self, key: Key) -> None:
         """Leave out a step, and those that do the same work."""

@@ -29,13 +29,13 @@ from shardwright.profiler.structure import dense_parts
 from shardwright.profiler.trace import trace
 from shardwright.profiler.unitgraph import UnitGraph
 
-__all__ = ["Known", "Subject", "keep", "recall"]
+__all__ = ["Known", "Request", "keep", "recall"]
 
 METHOD = 1
 """How profiles are made; counted up when those of an earlier release would not be made alike."""
 
 
-class Subject(NamedTuple):
+class Request(NamedTuple):
     """What is profiled, and how."""
 
     model: nn.Module
@@ -45,6 +45,8 @@ class Subject(NamedTuple):
     train: bool
     how: str
     """All else that the profile follows from: devices and options."""
+    is_plain: bool = True
+    """Whether all that ``how`` names is told by its name: an optimizer from elsewhere than PyTorch is not."""
 
 
 class _Remembered(Record):
@@ -58,52 +60,52 @@ class _Remembered(Record):
 
 
 class Known(NamedTuple):
-    """What is known of a subject before it is profiled."""
+    """What is known of a request before it is profiled."""
 
     fingerprint: Fingerprint | None
     profile: Profile | None
 
 
-def recall(subject: Subject, cache: Cache, found: Snapshot) -> Known:
-    """The profile of an equal ``subject`` from ``cache``, if it would be made alike today; the model runs once then.
+def recall(request: Request, cache: Cache, found: Snapshot) -> Known:
+    """The profile of an equal ``request`` from ``cache``, if it would be made alike today; the model runs once then.
 
     Args:
         found: the model as it is now.
     """
-    inputs = (subject.args, subject.kwargs)
-    fingerprint = fingerprint_of(subject.model, inputs) if has_values(subject.model) else None
-    remembered = cache.get(_key(subject, fingerprint), _Remembered) if fingerprint is not None else None
+    inputs = (request.args, request.kwargs)
+    fingerprint = fingerprint_of(request.model, inputs) if has_values(request.model) and request.is_plain else None
+    remembered = cache.get(_key(request, fingerprint), _Remembered) if fingerprint is not None else None
     if fingerprint is None or remembered is None or not _alike(fingerprint.scales, remembered.scales):
         return Known(fingerprint, None)
-    units = {path: subject.model.get_submodule(path) for path in remembered.units}
+    units = {path: request.model.get_submodule(path) for path in remembered.units}
     try:
-        piece = microbatch(*inputs, subject.counts[-1])
-        capture = trace(subject.model, *piece, train=subject.train, units=units, found=found)
+        piece = microbatch(*inputs, request.counts[-1])
+        capture = trace(request.model, *piece, train=request.train, units=units, found=found)
     except ShardwrightError:  # the captures will say what is wrong
         return Known(fingerprint, None)
-    same = _digest(capture, train=subject.train) == remembered.capture
+    same = _digest(capture, train=request.train) == remembered.capture
     return Known(fingerprint, remembered.profile if same else None)
 
 
-def keep(subject: Subject, known: Known, captures: Mapping[int, UnitGraph], profile: Profile, cache: Cache) -> None:
-    """Have ``profile`` recalled for equal subjects, if its captures do not depend on numbers."""
+def keep(request: Request, known: Known, captures: Mapping[int, UnitGraph], profile: Profile, cache: Cache) -> None:
+    """Have ``profile`` recalled for equal requests, if its captures do not depend on numbers."""
     whole = captures[1]
-    if known.fingerprint is None or tuple(captures) != subject.counts or profile.misfits:
+    if known.fingerprint is None or tuple(captures) != request.counts or profile.misfits:
         return
     if any(capture.obstacles or capture.guards or capture.reads_numbers for capture in captures.values()):
         return
-    smallest = captures[subject.counts[-1]]
+    smallest = captures[request.counts[-1]]
     remembered = _Remembered(
         units=tuple(whole.units),
         scales=tuple(map(tuple, known.fingerprint.scales)),  # type: ignore[arg-type]  # three numbers each
-        capture=_digest(smallest, train=subject.train),
+        capture=_digest(smallest, train=request.train),
         profile=profile,
     )
-    cache.put(_key(subject, known.fingerprint), remembered)
+    cache.put(_key(request, known.fingerprint), remembered)
 
 
-def _key(subject: Subject, fingerprint: Fingerprint) -> str:
-    return f"profile {METHOD} {fingerprint.digest} {subject.counts} {subject.train} {subject.how}"
+def _key(request: Request, fingerprint: Fingerprint) -> str:
+    return f"profile {METHOD} {fingerprint.digest} {request.counts} {request.train} {request.how}"
 
 
 def _alike(scales: Sequence[Scale], others: Sequence[tuple[float, float, float]]) -> bool:

@@ -60,7 +60,9 @@ def filled(call: Call) -> Call:
             for holder in holders:
                 for name, tensor in holder.items():
                     if tensor is not None and lacks_values(tensor):
-                        holder[name] = made.setdefault(id(tensor), _weights(tensor))
+                        if id(tensor) not in made:
+                            made[id(tensor)] = _weights(tensor)
+                        holder[name] = made[id(tensor)]
     if not any(lacks_values(tensor) for _, tensor in tensors_in((call.args, call.kwargs))):
         return call
     args, kwargs = map_tensors(lambda t: _activations(t) if lacks_values(t) else t, (call.args, call.kwargs))
@@ -69,25 +71,24 @@ def filled(call: Call) -> Call:
 
 def _weights(tensor: Tensor) -> Tensor:
     """A parameter or buffer of this form."""
-    made = _whole(tensor)
-    if made is None:
-        made = _empty(tensor)
-        made.normal_(std=SPREAD) if tensor.dim() > 1 else made.fill_(1)
+    made = _made(tensor, spread=SPREAD if tensor.dim() > 1 else 0.0, middle=1.0 if tensor.dim() < 2 else 0.0)
     return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
 
 def _activations(tensor: Tensor) -> Tensor:
     """An input of this form."""
-    made = _whole(tensor)
-    return made if made is not None else _empty(tensor).normal_().requires_grad_(tensor.requires_grad)
+    return _made(tensor, spread=1.0, middle=0.0).requires_grad_(tensor.requires_grad)
 
 
-def _whole(tensor: Tensor) -> Tensor | None:
-    """Of whole numbers zeros, which are in every range; of a mask all that may be looked at; None for other numbers."""
+def _made(tensor: Tensor, *, spread: float, middle: float) -> Tensor:
+    """Numbers in this form; of whole numbers zeros, which are in every range, of a mask all that may be looked at."""
+    shape = [1 if not stride else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    base = torch.empty_strided(shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
     if tensor.dtype == torch.bool:
-        return _empty(tensor).fill_(True)
-    return None if tensor.is_floating_point() or tensor.is_complex() else _empty(tensor).zero_()
-
-
-def _empty(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        base.fill_(True)
+    elif tensor.is_floating_point() or tensor.is_complex():
+        exact = torch.complex64 if tensor.is_complex() else torch.float32  # small types cannot draw
+        base.copy_(torch.randn(shape, dtype=exact) * spread + middle)
+    else:
+        base.zero_()
+    return base.expand(tensor.shape)  # what was expanded has one number for many places

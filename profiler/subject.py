@@ -40,6 +40,7 @@ class Subject:
         if isinstance(self.function, nn.Module):
             self.function.train(train)
             self.parameters = [p for p in self.function.parameters() if p.requires_grad]
+        self.optimizer_name = optimizer
         self.optimizer = make_optimizer(optimizer, self.parameters) if train and optimizer else None
         self.outputs: list[Tensor] = []
         self.grads: list[Tensor] | None = None
@@ -109,7 +110,8 @@ def as_input(leaf: Tensor) -> Tensor:
 
     To accumulate it in ``leaf`` could mean to copy it into another layout.
     """
-    return _Sink()(leaf) if _Sink is not None and leaf.requires_grad and leaf.layout == torch.strided else leaf.clone()
+    plain = type(leaf) in (Tensor, nn.Parameter) and leaf.layout == torch.strided
+    return _Sink()(leaf) if _Sink is not None and plain and leaf.requires_grad else leaf.clone()
 
 
 class _Peak:

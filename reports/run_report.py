@@ -8,7 +8,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
 from shardwright.reports.layout import Column, Glyphs, section, tables
-from shardwright.reports.quantities import count, percent, ratio, seconds, spread
+from shardwright.reports.quantities import count, number_of_bytes, percent, ratio, seconds, spread
 from shardwright.sharder.runtime.record import Run, Timed
 
 __all__ = ["RunReport", "conclusion", "equality"]
@@ -69,8 +69,24 @@ class RunReport:
         note = f"{how}, batch {run.batch}; median of {count(run.steps, 'step')} of each, in turn"
         yield section("Run", note)
         yield from self._steps(options, glyphs)
+        yield from self._memory(options)
         slower = run.speedup is not None and run.speedup < 1
         yield Text(f"\n{conclusion(run)}", style="bold yellow" if slower else "bold")
+
+    def _memory(self, options: ConsoleOptions) -> Iterator[RenderableType]:
+        memory = self.run.memory
+        if not memory:
+            return
+        yield section("Memory", "peak of each device in a step")
+        yield from tables(
+            Column("", [weighed.device for weighed in memory], "left"),
+            [
+                Column("predicted", [number_of_bytes(weighed.predicted_bytes) for weighed in memory]),
+                Column("measured", [number_of_bytes(weighed.measured_bytes) for weighed in memory]),
+                Column("prediction off by", [percent(weighed.error_percent, signed=True) for weighed in memory]),
+            ],
+            options=options,
+        )
 
     def _steps(self, options: ConsoleOptions, glyphs: Glyphs) -> Iterator[RenderableType]:
         run = self.run

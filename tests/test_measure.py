@@ -10,7 +10,7 @@ from torch import nn
 
 from shardwright.profiler.measure import Goal, Pass, excess_s, measure
 from shardwright.profiler.stopwatch import HostStopwatch
-from shardwright.profiler.subject import Subject
+from shardwright.profiler.subject import Subject, as_input
 from shardwright.profiler.timing import LEAST_REPEATS
 from shardwright.profiler.unitgraph import Call
 
@@ -281,3 +281,58 @@ def test_timing_the_update_of_all_leaves_each_its_state(optimizer):
     for ready in subjects.values():
         for parameter in ready.parameters:
             assert steps.optimizer.state[parameter] is ready.optimizer.state[parameter]
+
+
+class GreedyBack(nn.Module):
+    """A unit that there is no memory for in its backward."""
+
+    def forward(self, x):
+        y = x * 2
+        y.register_hook(self.fail)
+        return y
+
+    def fail(self, _grad):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_what_fails_first_in_the_backward_is_left_out_too():
+    """The last step of the forward is the first of the backward; the others are measured, empty calls with them."""
+    x = torch.ones(3, requires_grad=True)
+    subjects = {name: subject(nn.Linear(3, 3), x) for name in "ab"} | {"c": subject(GreedyBack(), x)}
+    settled, refused = {}, {}
+    steps = Pass(subjects)
+    measure([steps], HostStopwatch(), Goal(repeats=2), on_settled=settled.__setitem__, on_refused=refused.__setitem__)
+    assert (list(settled), list(refused)) == (["a", "b"], ["c"])
+
+
+class Needs(torch.optim.SGD):
+    """An optimizer with a setting of its own that has no default, and that is in no group."""
+
+    def __init__(self, params, base):
+        super().__init__(params, lr=base)
+        self.base = base
+
+    def step(self):
+        assert self.base == 0.5
+        return super().step()
+
+
+def test_an_optimizer_of_all_is_made_as_each_is(monkeypatch):
+    """With its settings, whatever they are and wherever it keeps them."""
+    monkeypatch.setattr(torch.optim, "Needs", Needs, raising=False)
+    subjects = {name: subject(nn.Linear(3, 3), torch.ones(3), optimizer="torch.optim.Needs(base=0.5)") for name in "ab"}
+    steps = Pass(subjects)
+    for _ in range(2):
+        steps.run(HostStopwatch())
+    assert steps.optimizer.base == 0.5
+    assert steps.whole_update is not None
+
+
+class Marked(torch.Tensor):
+    """A tensor of a class of its own."""
+
+
+def test_an_input_keeps_its_class():
+    """A unit may go by it."""
+    marked = torch.ones(3).as_subclass(Marked).requires_grad_()
+    assert type(as_input(marked)) is Marked

@@ -46,7 +46,8 @@ def test_splits_only_improve_and_each_is_valid():
     loads = stage_loads(problem, first)
     assert loads is not None
     value = max(loads)
-    for stages in best_of_orders(problem, [[0, 1, 2]], [[0, 1, 2]], first, value, 0.0, lambda: False):
+    best = [(first, value)]
+    for stages in best_of_orders(problem, [[0, 1, 2]], [[0, 1, 2]], lambda: best[-1], 0.0, lambda: False):
         closed = 0
         for _, members in stages:
             closed |= members
@@ -55,6 +56,7 @@ def test_splits_only_improve_and_each_is_valid():
         assert loads is not None
         assert max(loads) < value
         value = max(loads)
+        best.append((stages, value))
     assert value < math.inf
 
 
@@ -72,4 +74,4 @@ def test_time_ends_the_orders():
     """With no time left no order is tried."""
     problem = streams(8, 4)
     first = ((0, (1 << 34) - 1),)
-    assert list(best_of_orders(problem, [[0, 1, 2]], [[0, 1, 2]], first, 1e9, 0.0, lambda: True)) == []
+    assert list(best_of_orders(problem, [[0, 1, 2]], [[0, 1, 2]], lambda: (first, 1e9), 0.0, lambda: True)) == []

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import shardwright as sw
 from shardwright.profiler.inputs import outputs_of
 from shardwright.profiler.placed import placement_hooks
+from shardwright.sharder.runtime.calls import open_calls
 from shardwright.sharder.runtime.hooks import MoveInputs
 from shardwright.sharder.runtime.sim import Simulated, on_host, sim_device
 
@@ -691,6 +692,27 @@ def test_a_list_is_the_callers_again_after_a_unit(captured_profile):
     """Its tensors are where they were, for the glue that comes."""
     pins = {"layers.0": "cpu:0", "layers.1": "cpu:0", "layers.2": "cpu:1"}
     assert_placed_alike(captured_profile, Lists(), (torch.randn(4, 8),), pins=pins)
+
+
+class HandsList(nn.Module):
+    """Hands a list to a unit whose own hook takes a tensor out of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.layers[1].register_forward_pre_hook(lambda _module, args: (args[0][0],))
+
+    def forward(self, x):
+        held = [self.layers[0](x)]
+        y = self.layers[1](held)
+        return held[0] + self.layers[2](y)
+
+
+def test_a_list_is_the_callers_again_whatever_hooks_make_of_it(captured_profile):
+    """That a user's hook hands the unit one tensor does not hide that a list was given."""
+    pins = {"layers.0": "cpu:0", "layers.1": "cpu:1", "layers.2": "cpu:1"}
+    assert_placed_alike(captured_profile, HandsList(), (torch.randn(4, 8),), pins=pins)
+    assert open_calls() == []
 
 
 def test_a_list_is_the_callers_again_after_an_error(captured_profile):

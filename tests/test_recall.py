@@ -1,8 +1,10 @@
 """A profile is handed out again only where model, code, inputs and capture are what they were."""
 
 import functools
+import importlib
 import operator
 import random
+import sys
 import threading
 import time
 import types
@@ -50,7 +52,7 @@ def at_another_time(module):
 
 
 def subject(model, x):
-    return recall.Subject(model, (x,), {}, (1, 2), True, "as ever")
+    return recall.Request(model, (x,), {}, (1, 2), True, "as ever")
 
 
 @pytest.fixture
@@ -233,3 +235,61 @@ def test_what_no_fingerprint_sees_shows_in_the_capture(known, monkeypatch):
     assert recalled(Hidden(), rows(0)) is not None
     monkeypatch.setattr(time, "time", iter([0.0] * 9).__next__)
     assert recalled(Hidden(), rows(0)) is None
+
+
+def in_package(tmp_path, monkeypatch, limit):
+    """A package of the user's, two levels deep, whose inner module holds a number."""
+    folder = tmp_path / "apackage" / "inner"
+    folder.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "apackage" / "__init__.py").write_text("from . import inner\n")
+    (folder / "__init__.py").write_text("from . import settings\n")
+    (folder / "settings.py").write_text(f"LIMIT = {limit}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.startswith("apackage")]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    return importlib.import_module("apackage")
+
+
+@pytest.mark.parametrize("way", ["global", "attribute", "import"])
+def test_what_modules_of_the_user_hold_is_looked_at(tmp_path, monkeypatch, way):
+    """However deep, and however the forward comes by it."""
+
+    def fingerprint(limit):
+        package = in_package(tmp_path, monkeypatch, limit)
+        model = nn.Sequential(nn.Linear(2, 2))
+        if way == "attribute":
+            model.settings = package
+        space = {"apackage": package} if way == "global" else {}
+        code = "import apackage.inner.settings as s; s.LIMIT" if way == "import" else "apackage.inner.settings.LIMIT"
+        exec(f"def act(x):\n    {code}\n    return x\n", space)
+        model.act = space["act"]
+        return fingerprint_of(model, ()).digest
+
+    assert fingerprint(1) != fingerprint(2)
+    assert fingerprint(2) == fingerprint(2)
+
+
+def test_code_that_reaches_beyond_what_is_seen_is_not_remembered():
+    """Such as a global by a name that is made when it runs."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.act = lambda x: x * globals()["FACTOR"]
+    assert fingerprint_of(model, ()) is None
+
+
+def test_an_optimizer_from_elsewhere_is_weighed_anew(monkeypatch, tmp_path):
+    """Its name does not tell its state."""
+    monkeypatch.setenv("SHARDWRIGHT_CACHE", str(tmp_path))
+    model, told = nn.Sequential(nn.Linear(WIDTH, WIDTH)), []
+    for _ in range(2):
+        told.clear()
+        sw.profile(
+            model,
+            (torch.randn(ROWS, WIDTH),),
+            devices=["cpu:0"],
+            rounds=1,
+            optimizer="torch.optim.adam.Adam",
+            progress=lambda *news: told.append(news[0]),
+        )
+    assert "capture" in told

@@ -38,6 +38,18 @@ def test_piped_gradients_equal_the_models(containers, captured_profile, name):
     assert run.speedup == run.baseline.measured_s / run.sharded.measured_s
 
 
+def test_predicted_memory_is_held_against_what_a_step_took():
+    """Counted in each stage, the engine's buffers with it; a fifth is what gradients that come and go may make."""
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(6)])
+    x = torch.randn(256, 64)
+    profile = sw.profile(model, (x,), devices=["cpu:0", "cpu:1"], microbatches=[1, 4], rounds=1)
+    plan = sw.plan(profile, microbatches=4, pins={"[0-2]": "cpu:0", "[3-5]": "cpu:1"})
+    run = sw.run(model, plan, (x,), steps=1)
+    assert [weighed.device for weighed in run.memory] == ["cpu:0", "cpu:1"]
+    for weighed in run.memory:
+        assert weighed.measured_bytes == pytest.approx(weighed.predicted_bytes, rel=0.2), weighed
+
+
 class Mixed(nn.Module):
     """Batch statistics, dropout of every kind, an integer input, a mask for all samples, two outputs, a frozen unit."""
 

@@ -67,3 +67,15 @@ def test_values_that_are_there_are_left():
     call = Call(nn.Linear(2, 2), (torch.ones(1, 2),), {})
     assert filled(call) is call
     assert sendable(call).args[0] is call.args[0]
+
+
+def test_what_was_expanded_has_one_number_for_many_places():
+    """As a class token that is handed to every sample; small types, which cannot draw, are made too."""
+    token, small = torch.empty(1, 4).expand(8, 4), torch.empty(3, 3, dtype=torch.float8_e4m3fn)
+    with sw.empty_weights():
+        block = nn.Module()
+        block.small = nn.Parameter(small.to("meta"), requires_grad=False)
+    made = filled(Call(block, (token.to("meta").as_strided((8, 4), (0, 1)),), {}))
+    assert made.args[0].stride() == (0, 1)
+    assert made.args[0][0].equal(made.args[0][7])
+    assert made.function.small.dtype == torch.float8_e4m3fn

@@ -1,7 +1,7 @@
 """Alternatives: what one would do without a planner, priced by the same simulator, so that a plan can be held to them.
 
     equal count        each device as many units as the others, in the order of the forward
-    equal parameters   each device as many bytes of weights, gradients and optimizer state
+    by parameters   each device as many bytes of weights, gradients and optimizer state
     data parallel      each device the whole model and an equal part of the batch; gradients are summed once a step
 
 Data parallel on D devices takes, with G bytes of gradient, latency l and bandwidth b of the slowest link,
@@ -47,7 +47,7 @@ def alternatives_of(
         return ()
     found = (
         _naive("equal count", problems, profile, lambda block: len(block.units)),
-        _naive("equal parameters", problems, profile, lambda block: block.static_bytes),
+        _naive("by parameters", problems, profile, lambda block: block.static_bytes),
         _data_parallel(every, profile),
     )
     return tuple(
@@ -58,7 +58,8 @@ def alternatives_of(
 
 def cut_evenly(weights: Sequence[float], parts: int) -> list[int]:
     """Where each part ends for equal shares of ``weights``, as nearly as whole items allow; every part gets one."""
-    total, ends, running, position = sum(weights), [], 0.0, 0
+    ends: list[int] = []
+    total, running, position = sum(weights), 0.0, 0
     for part in range(1, parts):
         target = total * part / parts
         last = len(weights) - (parts - part)  # the others need one each
@@ -71,7 +72,7 @@ def cut_evenly(weights: Sequence[float], parts: int) -> list[int]:
 
 
 def _naive(
-    name: Literal["equal count", "equal parameters"],
+    name: Literal["equal count", "by parameters"],
     problems: Sequence[Problem],
     profile: Profile,
     weight: Callable[[Block], float],

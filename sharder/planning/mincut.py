@@ -72,7 +72,8 @@ def _least_transfer_s(problem: Problem, tensor: Crossing) -> float:
     """Seconds of a step that ``tensor`` costs each end of the fastest link."""
     devices = range(len(problem.devices))
     pairs = {(problem.links[a][b], problem.links[b][a]): (a, b) for a in devices for b in devices if a != b}
-    return problem.microbatches * min(sum(problem.transfer_s([tensor], a, b)) for a, b in pairs.values())
+    each = (sum(problem.transfer_s([tensor], a, b)) for a, b in pairs.values())
+    return problem.microbatches * min(each, default=0.0)
 
 
 def _least_cut_s(

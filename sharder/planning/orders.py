@@ -48,25 +48,28 @@ def best_of_orders(
     problem: Problem,
     classes: Sequence[Sequence[int]],
     device_orders: Sequence[Sequence[int]],
-    stages: Stages,
-    value_s: float,
+    best: Callable[[], tuple[Stages, float]],
     bound_s: float,
     out_of_time: Callable[[], bool],
 ) -> Iterator[Stages]:
-    """Splits, each with a smaller largest load than ``value_s`` and than those before it, were there no memory."""
+    """Splits, each with a smaller largest load than the ``best`` so far, were there no memory and no ties.
+
+    Args:
+        best: the stages of the best split that was taken, and its largest load.
+    """
     random_ = random.Random(0)
     failures = 0
-    while failures < PATIENCE and value_s > bound_s and not out_of_time():
+    while failures < PATIENCE and best()[1] > bound_s and not out_of_time():
+        stages, value_s = best()
         order = topological(problem, _keys(problem, stages, random_))
         split = split_line(
             problem, order, classes, device_orders, bound_s=bound_s, below_s=value_s, out_of_time=out_of_time
         )
         failures += 1
         if split is not None:
-            if split.value_s < value_s * (1 - 1e-5):
+            yield split.stages
+            if best()[1] < value_s * (1 - 1e-5):
                 failures = 0
-            stages, value_s = split.stages, split.value_s
-            yield stages
 
 
 def _keys(problem: Problem, stages: Stages, random_: random.Random) -> list[float]:

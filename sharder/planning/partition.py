@@ -188,7 +188,12 @@ class _Best:
         """Take the best of many orders of the blocks, if it fits, and the bound that its value allows."""
         problem = self.problem
         found = best_of_orders(
-            problem, _classes(problem), _orders(problem), self.stages, self.value_s, self.bound_s, out_of_time
+            problem,
+            _classes(problem),
+            _orders(problem),
+            lambda: (self.stages, self.value_s),
+            self.bound_s,
+            out_of_time,
         )
         for stages in found:
             self.offer(stages)

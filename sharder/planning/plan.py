@@ -104,7 +104,7 @@ class Candidate(Record):
 class Alternative(Record):
     """What one would do without a planner, at its best number of micro-batches, priced by the same simulator."""
 
-    name: Literal["equal count", "equal parameters", "data parallel"]
+    name: Literal["equal count", "by parameters", "data parallel"]
     microbatches: PositiveInt
     devices: PositiveInt
     step_s: NonNegativeFloat | None

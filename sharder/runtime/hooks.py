@@ -87,9 +87,9 @@ class PutBack(PlacementHook):
     def __init__(self, move: MoveInputs) -> None:
         self.move = move
 
-    def __call__(self, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
         """Put back what :class:`MoveInputs` replaced in this call."""
-        if kwargs or not _is_one_tensor(args):
+        if open_calls():
             self._put_back(output)
 
     @_left_to_python

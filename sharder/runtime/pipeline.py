@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from torch.distributed.pipelining.microbatch import TensorChunkSpec, _Replicate
 from torch.overrides import TorchFunctionMode
 
 from shardwright.profiler.inputs import all_microbatches, is_batched, outputs_of
+from shardwright.profiler.memory import MemoryCounter, total_bytes
 from shardwright.profiler.optimizers import make_optimizer
-from shardwright.profiler.structure import map_tensors
+from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.unitgraph import mean_square_loss
 from shardwright.profiler.worker import resident
 from shardwright.sharder.runtime.cut import StageProgram, trainable
@@ -36,6 +38,7 @@ __all__ = [
     "hold_whole",
     "step_stage",
     "step_whole",
+    "weigh_stage",
 ]
 
 
@@ -85,6 +88,9 @@ class _Held:
     """One step without the optimizer."""
     outputs: list[Tensor] | None = None
     """Filled during a check."""
+    inputs: tuple[Tensor, ...] = ()
+    buffers: Callable[[], list[Tensor]] = list
+    """The engine's own."""
 
 
 def _synchronize(device: torch.device) -> None:
@@ -110,6 +116,7 @@ def hold_stage(job: Job, program: StageProgram, inputs: tuple[Tensor, ...]) -> N
     )
     here = tuple(t.to(device) for t in inputs)
     held = _Held(job, device, module, _optimizer(job, module), lambda: None)
+    held.inputs, held.buffers = here, partial(_engine_buffers, stage)
 
     def loss(outputs: Any, _target: Tensor) -> Tensor:
         return mean_square_loss(outputs)
@@ -211,6 +218,35 @@ def _timed_step(held: _Held) -> float:
         held.optimizer.step()
     _synchronize(held.device)
     return time.perf_counter() - start
+
+
+def weigh_stage() -> int:
+    """One more step of this stage, together with the others; its peak in bytes.
+
+    A GPU's allocator says it. On the CPU storages are counted: those that are there before the step, the engine's
+    buffers among them, and those that come and go in it.
+    """
+    held: _Held = resident["stage"]
+    dist.all_reduce(torch.zeros(1))
+    if held.optimizer is not None:
+        held.optimizer.zero_grad()
+    if held.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(held.device)
+        _timed_step(held)
+        return torch.cuda.max_memory_allocated(held.device)
+    states = [t for _, t in tensors_in(list(held.optimizer.state.values()))] if held.optimizer is not None else []
+    there = [*held.module.parameters(), *held.module.buffers(), *states, *held.inputs, *held.buffers()]
+    counter = MemoryCounter()
+    with counter:
+        _timed_step(held)
+    return total_bytes(there) + counter.peak_bytes
+
+
+def _engine_buffers(stage: PipelineStage) -> list[Tensor]:
+    """What the engine receives into: it holds them for the whole of the training."""
+    infos = [info for by_chunk in (stage.args_recv_info, stage.grad_recv_info) for info in by_chunk.values()]
+    buffers = [getattr(received, "buffer", None) for each in infos for received in each or ()]
+    return [buffer for buffer in buffers if isinstance(buffer, Tensor)]
 
 
 def check_stage() -> Comparison:

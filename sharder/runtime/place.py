@@ -111,7 +111,7 @@ def _hook(model: nn.Module, plan: Plan, homes: dict[str, torch.device], origins:
         if path in moves.units:
             move = MoveInputs(device, lengths_stay=no_cpu)
             before(unit, move, with_kwargs=True, prepend=True)
-            after(unit, PutBack(move), with_kwargs=True, always_call=True)
+            after(unit, PutBack(move), always_call=True)
         if path in borrowed:
             borrow = Borrow(device, [_holder(model, name) for name in borrowed[path]])
             before(unit, borrow, prepend=True)

@@ -8,7 +8,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from shardwright.files import Document, Record
 
-__all__ = ["Equality", "Run", "Timed"]
+__all__ = ["Equality", "Run", "Timed", "Weighed"]
 
 
 class Equality(Record):
@@ -37,6 +37,19 @@ class Timed(Record):
         return 100.0 * (self.predicted_s / self.measured_s - 1.0)
 
 
+class Weighed(Record):
+    """Peak bytes of a device in a step: stated by the plan, and found in one step that was not timed."""
+
+    device: str
+    predicted_bytes: NonNegativeInt
+    measured_bytes: NonNegativeInt
+
+    @property
+    def error_percent(self) -> float:
+        """How far the prediction was from the measurement; positive when it stated too much."""
+        return 100.0 * (self.predicted_bytes / self.measured_bytes - 1.0) if self.measured_bytes else 0.0
+
+
 class Run(Document):
     """One plan, run and timed against one device in the same session."""
 
@@ -58,6 +71,8 @@ class Run(Document):
     baseline_device: str | None
     baseline: Timed | None
     """One device alone; None when the model fits on none."""
+    memory: tuple[Weighed, ...] = ()
+    """Of each stage's device."""
 
     @property
     def speedup(self) -> float | None:

@@ -39,8 +39,9 @@ from shardwright.sharder.runtime.pipeline import (
     hold_whole,
     step_stage,
     step_whole,
+    weigh_stage,
 )
-from shardwright.sharder.runtime.record import Equality, Run, Timed
+from shardwright.sharder.runtime.record import Equality, Run, Timed, Weighed
 
 __all__ = ["compare", "run"]
 
@@ -106,9 +107,10 @@ def run(
     with tempfile.TemporaryDirectory() as folder, Pool(devices) as pool:
         tell("start workers", 0, 1)
         pool.call({d.name: (prepare, (d.name, max(1, len(d.cores)))) for d in devices}, limit_s=START_LIMIT_S)
-        store = str(Path(folder) / "store")
         stages = {stage.device: index for index, stage in enumerate(plan.stages)}
-        pool.call({d: (join, (i, len(stages), store)) for d, i in stages.items()}, limit_s=limit_s)
+        pool.call(
+            {d: (join, (i, len(stages), str(Path(folder) / "store"))) for d, i in stages.items()}, limit_s=limit_s
+        )
         pool.call(
             {
                 d: (hold_stage, (job(plan.schedule, plan.microbatches), programs[i], flat if i == 0 else ()))
@@ -135,6 +137,7 @@ def run(
             if baseline:
                 whole_s.append(pool.call({baseline: (step_whole, ())}, limit_s=limit_s)[baseline])
             step_s.append(max(pool.call(dict.fromkeys(stages, (step_stage, ())), limit_s=limit_s).values()))
+        peaks = pool.call(dict.fromkeys(stages, (weigh_stage, ())), limit_s=limit_s)
         tell("time", WARMUP_STEPS + steps, WARMUP_STEPS + steps)
 
     return Run(
@@ -149,6 +152,10 @@ def run(
         sharded=_timed(step_s[WARMUP_STEPS:], plan.predicted.step_s),
         baseline_device=baseline,
         baseline=_timed(whole_s[WARMUP_STEPS:], plan.predicted.baseline_s) if baseline else None,
+        memory=tuple(
+            Weighed(device=stage.device, predicted_bytes=stage.memory_bytes, measured_bytes=peaks[stage.device])
+            for stage in plan.stages
+        ),
     )
 
 
