@@ -22,8 +22,9 @@ demo: $(READY)
 	$(BIN)/python cli.py profile examples/containers.py:NetDict --devices cpu:0,cpu:1 --out netdict.profile.json
 	$(BIN)/python cli.py shard examples/containers.py:NetDict --profile netdict.profile.json --out netdict.plan.json --run
 
+# On two cores: half of the suite is waiting for workers, and tests that time nothing do not mind a neighbour.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # The zoo's models come from other libraries; without them `make test` leaves those out.
 zoo: $(READY)

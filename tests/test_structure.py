@@ -232,7 +232,7 @@ def test_a_hole_without_a_tensor_stays():
         *[(v, True) for v in ([], {}, {1}, Plain(x=1), Record(1), Slots(1, 2), Output(1))],
         *[(v, False) for v in (a, 1, "x", None, nn.Linear(1, 1), len, torch.float32, range(3), Plain())],
     ],
-    ids=str,
+    ids=lambda value: str(value).partition(" object at ")[0].partition(".")[2] or str(value),
 )
 def test_state_is_what_a_call_could_change(value, answer):
     """Collections and objects with attributes have state; numbers, tensors, modules and functions have none."""
