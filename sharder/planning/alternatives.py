@@ -86,7 +86,7 @@ def _naive(
             option = price(problem, Partition(stages, max(loads), max(loads), exact=False), profile)
             priced.append((option.step_s, problem.microbatches, len(stages)))
     if not priced or math.isinf(min(priced)[0]):
-        last, why = problems[-1], "a link is not to be used" if priced else "it does not fit"
+        last, why = problems[-1], "a link is not to be used" if priced else "none fits that gives each device a unit"
         devices = min(len(last.devices), len(last.blocks))
         return Alternative(name=name, microbatches=last.microbatches, devices=devices, step_s=None, why=why)
     step_s, microbatches, devices = min(priced)
