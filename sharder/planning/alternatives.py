@@ -1,4 +1,4 @@
-"""Alternatives: what one would do without a planner, priced by the same simulator, so that a plan can be held to them.
+"""Alternatives: what one would do without a planner, priced from the same costs, so that a plan can be held to them.
 
     equal count        each device as many units as the others, in the order of the forward
     by parameters   each device as many bytes of weights, gradients and optimizer state

@@ -102,7 +102,7 @@ class Candidate(Record):
 
 
 class Alternative(Record):
-    """What one would do without a planner, at its best number of micro-batches, priced by the same simulator."""
+    """What one would do without a planner, at its best number of micro-batches, priced from the same costs."""
 
     name: Literal["equal count", "by parameters", "data parallel"]
     microbatches: PositiveInt
