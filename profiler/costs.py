@@ -80,6 +80,8 @@ class CostsOfUnit(Record):
     """Parameters, gradients and optimizer state; ``param_bytes`` by default."""
     param_bytes: NonNegativeInt = 0
     """The parameters among them."""
+    grad_bytes: NonNegativeInt | None = None
+    """The gradients among them, which data parallel sums; by default ``param_bytes``, as far as there is room."""
     saved_bytes: NonNegativeInt = 0
     """Kept for backward by one micro-batch."""
     output_bytes: NonNegativeInt = 0

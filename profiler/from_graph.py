@@ -20,7 +20,7 @@ from shardwright.profiler.profile import Measurement, Misfit, Node, NodeKind, Pr
 __all__ = ["profile_from_graph"]
 
 _TIMES = ("forward_s", "backward_s", "update_s")
-_BYTES = ("static_bytes", "param_bytes", "saved_bytes", "output_bytes")
+_BYTES = ("static_bytes", "param_bytes", "grad_bytes", "saved_bytes", "output_bytes")
 _PEAKS = ("forward_peak_bytes", "backward_peak_bytes", "input_gradient_bytes")
 _OF_NODES = (
     *("kind", "type", "unit", "site", "copied", "unfit", *_TIMES, *_BYTES, *_PEAKS),
@@ -119,6 +119,10 @@ class _Reading:
             raise ShardwrightError(
                 f"node {name}: param_bytes is {params}, more than static_bytes, {params + rest}, which has them in it"
             )
+        gradients = sizes.get("grad_bytes", min(params, rest) if self.train else 0)
+        if gradients > (rest if self.train else 0):
+            room = f"static_bytes leaves {rest} beside param_bytes" if self.train else "train is False"
+            raise ShardwrightError(f"node {name}: grad_bytes is {gradients}, and {room}; correct one of them")
         return Node(
             name=name,
             kind=kind,
@@ -127,8 +131,9 @@ class _Reading:
             site=str(data.get("site", "")),
             inputs=tuple(tensor for source in self.graph.predecessors(name) for tensor in self._on_edge(source, name)),
             param_bytes=params,
-            # The rest is in one field: a graph does not tell buffers, gradients and optimizer state apart.
-            optimizer_bytes=rest if self.train else 0,
+            grad_bytes=gradients,
+            # The rest is in one field: a graph does not tell buffers and optimizer state apart.
+            optimizer_bytes=rest - gradients if self.train else 0,
             buffer_bytes=0 if self.train else rest,
             output_bytes={self.microbatches: sizes.get("output_bytes", self.made_bytes.get(name, 0))},
             saved_bytes={self.microbatches: sizes.get("saved_bytes", 0)},

@@ -37,6 +37,7 @@ Node attributes
     unfit             names of the devices that it does not fit on, even alone, and has no times for [none]
     static_bytes      parameters, buffers, gradients and optimizer state; of an input the whole batch [param_bytes]
     param_bytes       the parameters among them [0]
+    grad_bytes        the gradients among them [in training param_bytes, as far as static_bytes has room]
     saved_bytes       kept for backward [0]
     output_bytes      made by the node [the bytes of the tensors on its edges]
     forward_peak_bytes, backward_peak_bytes, input_gradient_bytes, update_peak_bytes, update_left_bytes
@@ -118,6 +119,7 @@ def cost_graph(profile: Profile, microbatches: int) -> nx.DiGraph[str]:
             unfit=unfit.get(node.name, ()),
             static_bytes=node.static_bytes + (inputs.get(node.name, 0) if node.kind == "input" else 0),
             param_bytes=node.param_bytes,
+            grad_bytes=node.grad_bytes,
             saved_bytes=node.saved_bytes.get(microbatches, 0),
             output_bytes=node.output_bytes.get(microbatches, 0),
             forward_peak_bytes=node.forward_peak_bytes.get(microbatches, 0),

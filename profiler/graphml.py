@@ -39,8 +39,15 @@ _TIMES = ("forward_s", "backward_s", "update_s")
 _OF_DEVICE = ("kind", "memory_bytes", "fetch_bytes_per_s", "variation")
 _OF_LINK = ("latency_s", "bandwidth_bytes_per_s")
 _OF_NODE = (
-    *("kind", "type", "unit", "site", "copied", "static_bytes", "param_bytes", "saved_bytes", "output_bytes"),
-    *("forward_peak_bytes", "backward_peak_bytes", "input_gradient_bytes", "update_left_bytes"),
+    *("kind", "type", "unit", "site", "copied", "static_bytes", "param_bytes", "grad_bytes"),
+    *(
+        "saved_bytes",
+        "output_bytes",
+        "forward_peak_bytes",
+        "backward_peak_bytes",
+        "input_gradient_bytes",
+        "update_left_bytes",
+    ),
 )
 _LISTS = ("colocate", "ties", "obstacles")
 

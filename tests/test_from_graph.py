@@ -162,6 +162,10 @@ MISTAKES = [
     (node("head", wait_s=1.0), "node head has wait_s, which costs do not have; there are kind, type, unit, site"),
     (node("head", saved_bytes=1.5), "node head: saved_bytes is 1.5; give a whole number, 0 or more"),
     (node("head", static_bytes="2GB"), "node head: static_bytes is '2GB'; give a whole number"),
+    (
+        node("head", param_bytes=2, static_bytes=3, grad_bytes=2),
+        "node head: grad_bytes is 2, and static_bytes leaves 1 beside param_bytes; correct one of them",
+    ),
     (node("head", static_bytes=1, param_bytes=2), "node head: param_bytes is 2, more than static_bytes, 1, which has"),
     (edge("embed", "body", bytes=-4), "edge embed -> body: bytes of embed is -4; give a whole number, 0 or more"),
     (edge("embed", "head", bytes=5), "edge embed -> head: tensor embed has 5 bytes and a gradient here and 4000000 "
@@ -237,16 +241,18 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 
     units = []
     for at, name in enumerate(names):
-        param_bytes = draw(BYTES)
+        param_bytes, more = draw(BYTES), draw(BYTES)
         unit = {
             "name": name,
             "inputs": draw(st.lists(st.sampled_from(names[:at]), unique=True, max_size=3)) if at else [],
             "forward_s": times(),
             "param_bytes": param_bytes,
-            "static_bytes": param_bytes + draw(BYTES),
+            "static_bytes": param_bytes + more,
             "saved_bytes": draw(BYTES) if train else 0,
             "output_bytes": draw(BYTES),
         }
+        if train and draw(st.booleans()):
+            unit["grad_bytes"] = draw(st.integers(0, more))
         units.append(unit | ({"backward_s": times(), "update_s": times()} if train else {}))
     pairs = [(a, b) for a in devices for b in devices if a != b]
     return {
@@ -267,6 +273,12 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "units": units,
         "colocate": [draw(st.lists(st.sampled_from(names), min_size=1, max_size=2, unique=True))],
     }
+
+
+def gradients(unit: dict[str, Any]) -> int:
+    """The gradients among a unit's bytes where nothing else is said."""
+    given: int = unit.get("grad_bytes", min(unit["param_bytes"], unit["static_bytes"] - unit["param_bytes"]))
+    return given
 
 
 def as_profile(case: dict[str, Any]) -> Profile:
@@ -294,7 +306,8 @@ def as_profile(case: dict[str, Any]) -> Profile:
                 unit=unit["name"],
                 inputs=tuple(unit["inputs"]),
                 param_bytes=unit["param_bytes"],
-                grad_bytes=unit["static_bytes"] - unit["param_bytes"],
+                grad_bytes=gradients(unit) if train else 0,
+                buffer_bytes=unit["static_bytes"] - unit["param_bytes"] - (gradients(unit) if train else 0),
                 output_bytes={m: unit["output_bytes"]},
                 saved_bytes={m: unit["saved_bytes"]},
             )
