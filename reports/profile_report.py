@@ -187,13 +187,10 @@ class ProfileReport:
         """What the model holds on one device, in one line."""
         whole = _Row("", "", self.profile.nodes)
         parts = [("param_bytes", "parameters"), ("buffer_bytes", "buffers")]
-        if not self.profile.of_model:  # which does not tell the rest apart
-            rest = "gradients and optimizer state" if self.profile.train else "buffers"
-            parts = [("param_bytes", "parameters"), ("optimizer_bytes", rest), ("buffer_bytes", rest)]
-            parts += [("saved_bytes", "saved for backward")]
-        elif self.profile.train:
-            parts += [("grad_bytes", "gradients"), ("optimizer_bytes", "optimizer state")]
-            parts += [("saved_bytes", "saved for backward")]
+        if self.profile.train:
+            # Costs from elsewhere do not tell buffers and optimizer state apart.
+            state = "optimizer state" if self.profile.of_model else "optimizer state and buffers"
+            parts += [("grad_bytes", "gradients"), ("optimizer_bytes", state), ("saved_bytes", "saved for backward")]
         sizes = [(whole.memory(quantity, self.microbatches), name) for quantity, name in parts]
         parts_text = " + ".join(f"{name} {number_of_bytes(size)}" for size, name in sizes if size)
         yield section("Memory", "of a step on one device, temporaries apart")

@@ -48,6 +48,7 @@ def test_attributes_at_a_number_of_microbatches(make_profile):
         "update_s": {"cpu:0": 0.0, "cpu:1": 0.0},
         "static_bytes": 2_000,
         "param_bytes": 1_000,
+        "grad_bytes": 1_000,
         "saved_bytes": 400,
         "output_bytes": 40,
         "forward_peak_bytes": 0,

@@ -256,7 +256,7 @@ KEY_NUMBERS = {
         "costs as given, of no model",
         "14.6 ms",
         "22.4 GiB",
-        "gradients and optimizer state",
+        "optimizer state and buffers",
         "50.0 GB/s",
     ],
     "plan-costs": [
