@@ -233,6 +233,10 @@ def shard(
     time_limit: Annotated[
         float, typer.Option("--time-limit", metavar="SECONDS", min=0, help="For the search of the plan.")
     ] = 30.0,
+    replans: Annotated[
+        int,
+        typer.Option("--replans", min=0, max=101, help="Plan anew so often with costs drawn within their uncertainty."),
+    ] = 0,
     steps: Annotated[int, typer.Option("--steps", min=1, help="With --run: how many steps of each are timed.")] = 11,
     run_out: Annotated[
         Path | None, typer.Option("--run-out", metavar="FILE", help="With --run: where to write what was measured.")
@@ -271,6 +275,7 @@ def shard(
         schedule=cast("Schedule", schedule),
         offload=offload,
         time_limit_s=time_limit,
+        replans=replans,
     )
     plan.save(path)
     out.print(PlanReport(plan))

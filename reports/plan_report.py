@@ -10,12 +10,12 @@ from rich.text import Text
 
 from shardwright.reports.layout import Column, Glyphs, bar, facts, listing, name_ranges, section, tables
 from shardwright.reports.quantities import count, number_of_bytes, percent, ratio, seconds, used_of
-from shardwright.sharder.planning.plan import Placement, Plan
+from shardwright.sharder.planning.plan import WORTHWHILE, Change, PinPrice, Placement, Plan
 
-__all__ = ["WORTHWHILE", "PlanReport", "Verdict", "verdict"]
+__all__ = ["PlanReport", "Verdict", "verdict"]
 
-WORTHWHILE = 1.03
-"""A predicted speedup below this is within the noise of the measurements, and not worth a pipeline."""
+SURE = 0.9
+"""A plan that beats its rival in fewer of the draws is best only by noise."""
 
 
 class Verdict(NamedTuple):
@@ -104,6 +104,14 @@ class PlanReport:
         of_costs = f"{plan.model}, {'training' if plan.train else 'inference'}, by costs as given"
         yield Text(text, style="bold green" if shard else "bold yellow")
         yield Text(f"{plan.model}, {work}, batch {plan.batch}" if plan.of_model else of_costs, style="dim")
+        if plan.changes is not None and not shard:
+            yield Text(_what_would_change(plan.changes))
+        if plan.sensitivity is not None and plan.sensitivity.faster_share < SURE:
+            yield Text(
+                f"Best only by noise: with costs drawn within their uncertainty, {plan.sensitivity.rival} is as fast "
+                f"or faster in {percent(100 * (1 - plan.sensitivity.faster_share))} of the draws.",
+                style="yellow",
+            )
         declared = [device for device in plan.devices if device in plan.declared_devices]
         if declared:
             yield Text(f"Nothing was measured on {_joined(declared)}: the times there are estimates.", style="yellow")
@@ -180,8 +188,28 @@ class PlanReport:
                 ("lower bound", f"{seconds(certificate.bound_s)}, proven for every split"),
                 ("gap", gap),
                 ("what binds", certificate.binds),
+                *((f"pin {pin.unit}={pin.device}", _price_of(pin, certificate.value_s)) for pin in plan.pins),
+                *self._uncertainty(),
             ]
         )
+
+    def _uncertainty(self) -> Iterator[tuple[str, str]]:
+        """How the prediction and the plan move within the uncertainty of the profile."""
+        found = self.plan.sensitivity
+        if found is None:
+            return
+        low, high = seconds(found.step_low_s), seconds(found.step_high_s)
+        text = f"step {low} to {high} in 90% of {found.draws} draws of the costs"
+        if found.rival:
+            text += f"; not slower than {found.rival} in {percent(100 * found.faster_share)} of them"
+        yield "uncertainty", text
+        if found.replans is not None:
+            most = percent(found.replans.most_lost_percent)
+            yield (
+                "planned anew",
+                f"another split was better in {found.replans.others} of {count(found.replans.planned, 'draw')}, its "
+                f"largest load smaller by {most} at most",
+            )
 
     def _candidates(self, options: ConsoleOptions, glyphs: Glyphs) -> Iterator[RenderableType]:
         """What was weighed: one device, the best split at each number of micro-batches, and what one would do else."""
@@ -251,6 +279,30 @@ class PlanReport:
             if units:
                 yield section("Offloaded", f"weights that stay {where} and are brought in for each call")
                 yield listing(("", "", "units"), [("", "", name_ranges(units, glyphs.dots))])
+
+
+def _what_would_change(changes: Sequence[Change]) -> str:
+    """With what a split would be worth it."""
+    if not changes:
+        return "Nothing that was tried changes that: a batch up to 32 times as large, links up to 10 times as fast."
+    words = []
+    for change in changes:
+        if change.what == "batch":
+            what = f"a batch {change.factor} times as large, in micro-batches of the same size"
+        else:
+            what = f"links {change.factor} times as fast"
+        words.append(f"{what} ({ratio(change.speedup)} with {count(change.microbatches, 'micro-batch')})")
+    return f"What would change that: {'; or '.join(words)}."
+
+
+def _price_of(pin: PinPrice, value_s: float) -> str:
+    """What a pin costs."""
+    if pin.without_s is None:
+        return "its price was not found in the time"
+    if not value_s or pin.without_s >= value_s * (1 - 1e-9):
+        return "costs nothing" if pin.exact else "no better split was found without it"
+    more = percent(100 * (value_s / pin.without_s - 1)) if pin.without_s else "all of it"
+    return f"costs {more}{'' if pin.exact else ' or more'}: the largest load is {seconds(pin.without_s)} without it"
 
 
 def _first_of(units: Sequence[str], glyphs: Glyphs) -> str:

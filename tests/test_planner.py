@@ -161,7 +161,7 @@ def test_unit_larger_than_every_device_is_refused_by_name(chain_profile):
 
 def test_model_larger_than_all_devices_is_refused_with_both_numbers(chain_profile):
     """The error has what the model needs and what each device has."""
-    with pytest.raises(ShardwrightError, match=r"needs 16 MiB in one piece .*cpu:0 5 MiB, cpu:1 6 MiB: add a device"):
+    with pytest.raises(ShardwrightError, match=r"needs 16 MiB in one piece .*cpu:0 5 MiB, cpu:1 6 MiB: give "):
         plan(chain_profile(8, param_bytes=2**20), memory={"cpu:0": "5MiB", "cpu:1": "6MiB"})
 
 

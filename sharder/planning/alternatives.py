@@ -26,6 +26,7 @@ from shardwright.sharder.planning.partition import Partition, stage_loads
 from shardwright.sharder.planning.plan import Alternative
 from shardwright.sharder.planning.pricing import price
 from shardwright.sharder.planning.problem import Block, Problem
+from shardwright.sharder.planning.relaxed import unpinned
 from shardwright.sharder.planning.search import Stages
 
 __all__ = ["alternatives_of", "cut_evenly", "data_parallel_s"]
@@ -79,7 +80,7 @@ def _naive(
 ) -> Alternative:
     """A split into equal shares of ``weight`` over the devices as given, at its best number of micro-batches."""
     priced = []
-    for problem in map(_unpinned, problems):
+    for problem in map(unpinned, problems):
         stages = _even_stages(problem, weight)
         loads = stage_loads(problem, stages) if stages else None
         if loads is not None:
@@ -91,13 +92,6 @@ def _naive(
         return Alternative(name=name, microbatches=last.microbatches, devices=devices, step_s=None, why=why)
     step_s, microbatches, devices = min(priced)
     return Alternative(name=name, microbatches=microbatches, devices=devices, step_s=step_s)
-
-
-def _unpinned(problem: Problem) -> Problem:
-    """The problem with every block allowed wherever it fits."""
-    every = range(len(problem.devices))
-    blocks = (dataclasses.replace(b, allowed=tuple(b.fits_on(device) for device in every)) for b in problem.blocks)
-    return dataclasses.replace(problem, blocks=tuple(blocks))
 
 
 def _even_stages(problem: Problem, weight: Callable[[Block], float]) -> Stages:

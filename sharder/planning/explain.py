@@ -1,10 +1,9 @@
-"""Explanations: how good a plan is, what stands in the way of a better one, and why nothing fits."""
+"""Explanations: how good a plan is, and what stands in the way of a better one."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Iterator
 
@@ -12,10 +11,12 @@ from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.plan import Certificate
 from shardwright.sharder.planning.pricing import Option
-from shardwright.sharder.planning.problem import Block, Problem, bits
+from shardwright.sharder.planning.problem import Problem, bits
+from shardwright.sharder.planning.relaxed import all_usable
 from shardwright.sharder.planning.search import simple_bound_s
+from shardwright.sharder.planning.words import links_in_words, name_of
 
-__all__ = ["certify", "gap_percent", "why_nothing_fits"]
+__all__ = ["certify", "gap_percent", "what_binds"]
 
 
 def gap_percent(value: float, bound: float) -> float:
@@ -75,7 +76,7 @@ def what_binds(chosen: Option, deadline_s: float) -> str:
     largest = max(compute, key=compute.__getitem__)
     block = problem.blocks[largest]
     share = compute[largest] / loads[index]
-    name = _name(block)
+    name = name_of(block)
     if share > 0.9 * (1 - transfers):
         return f"{name}, which is {stage} alone and cannot be split"
     if split.value_s <= 1.02 * simple_bound_s(problem):
@@ -91,8 +92,8 @@ def _relaxations(problem: Problem) -> Iterator[tuple[str, Problem, float]]:
         yield "the memory caps", dataclasses.replace(problem, caps=caps), 0.999
     if problem.unusable:
         yield (
-            f"the faults of corrupt links, which are not used ({_links_in_words(problem)})",
-            _all_usable(problem),
+            f"the faults of corrupt links, which are not used ({links_in_words(problem)})",
+            all_usable(problem),
             0.999,
         )
     if problem.ties:
@@ -100,77 +101,3 @@ def _relaxations(problem: Problem) -> Iterator[tuple[str, Problem, float]]:
         more = f" and {len(problem.ties) - 1} more" if len(problem.ties) > 1 else ""
         # Every split of a tied parameter pays something: it is worth naming when that is a good part.
         yield f"the copies of {dearest}{more}", dataclasses.replace(problem, ties=()), 0.95
-
-
-def _all_usable(problem: Problem) -> Problem:
-    """The problem with corrupt links that cost nothing but their bandwidth: no worse than if they were mended."""
-    links = tuple(tuple((0.0 if math.isinf(s) else s, rate) for s, rate in row) for row in problem.links)
-    return dataclasses.replace(problem, links=links)
-
-
-def _links_in_words(problem: Problem) -> str:
-    return ", ".join(f"{source} -> {target}" for source, target in problem.unusable)
-
-
-def _fits(problem: Problem, deadline_s: float) -> bool:
-    """Whether some split of ``problem`` was found in the time that is left."""
-    with contextlib.suppress(ShardwrightError):
-        return partition(problem, time_limit_s=max(0.0, min(5.0, deadline_s - time.monotonic()))) is not None
-    return False
-
-
-def _name(block: Block) -> str:
-    """A block in words: its first unit, and how many nodes stay with it."""
-    first = block.units[0] if block.units else block.nodes[0]
-    others = len(block.nodes) - 1
-    return f"{first} and {others} node{'s that stay' if others > 1 else ' that stays'} with it" if others else first
-
-
-def _size(count: int) -> str:
-    """Bytes in words, for an error."""
-    unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if count >= u), (1, "B"))
-    return f"{count / unit:.4g} {name}"
-
-
-def why_nothing_fits(problems: list[Problem], deadline_s: float) -> str:
-    """Which block or whole exceeds the memory, at the smallest micro-batch, or that the pins leave nothing."""
-    problem = max(problems, key=lambda p: p.microbatches)
-    for v, block in enumerate(problem.blocks):
-        rooms = [
-            (problem.caps[d], name, problem.least_bytes(v, d))
-            for d, name in enumerate(problem.devices)
-            if block.allowed[d]
-        ]
-        if not rooms:
-            return f"{_name(block)} is pinned to where it does not fit, not even alone: remove the pin"
-        room, device, need = max(rooms)
-        if need > room:
-            which = "the roomiest device" if all(block.allowed) else "where it is pinned"
-            return (
-                f"{_name(block)} needs {_size(need)} at {problem.microbatches} micro-batches; {device}, {which}, has "
-                f"{_size(room)}: profile more micro-batches, or use a larger device"
-            )
-    if problem.unusable and _fits(_all_usable(problem), deadline_s):
-        return (
-            f"no split fits without corrupt links ({_links_in_words(problem)}), which change what they carry: give the "
-            "devices more memory with --memory, or mend the links; `report` on the profile says how"
-        )
-    if not all(all(block.allowed) for block in problem.blocks):
-        every = range(len(problem.devices))
-        blocks = tuple(
-            dataclasses.replace(block, allowed=tuple(block.fits_on(d) for d in every)) for block in problem.blocks
-        )
-        unpinned = dataclasses.replace(problem, blocks=blocks)
-        if _fits(unpinned, deadline_s):
-            return (
-                "no split obeys the pins, though one without them fits: each device takes one piece of the forward, in "
-                "its order; pin neighbours alike, or remove a pin"
-            )
-    static = sum(block.static_bytes for block in problem.blocks)
-    whole = problem.memory_bytes(0, (1 << len(problem.blocks)) - 1, 0, 0)
-    caps = ", ".join(f"{device} {_size(cap)}" for device, cap in zip(problem.devices, problem.caps, strict=True))
-    return (
-        f"no split fits: at {problem.microbatches} micro-batches the model needs {_size(whole)} in one piece "
-        f"({_size(static)} of it weights, gradients and optimizer state); the devices have {caps}: add a device, raise "
-        "--memory, or profile more micro-batches"
-    )

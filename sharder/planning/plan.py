@@ -9,7 +9,24 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from shardwright.files import Document, Record
 from shardwright.profiler.profile import NodeKind, TensorSpec
 
-__all__ = ["Alternative", "Candidate", "Certificate", "Placement", "Plan", "Prediction", "SplitTie", "Stage"]
+__all__ = [
+    "WORTHWHILE",
+    "Alternative",
+    "Candidate",
+    "Certificate",
+    "Change",
+    "PinPrice",
+    "Placement",
+    "Plan",
+    "Prediction",
+    "Replans",
+    "Sensitivity",
+    "SplitTie",
+    "Stage",
+]
+
+WORTHWHILE = 1.03
+"""A predicted speedup below this is within the noise of the measurements, and not worth a pipeline."""
 
 
 class Placement(Record):
@@ -114,6 +131,58 @@ class Alternative(Record):
     """Why it is not possible."""
 
 
+class PinPrice(Record):
+    """What the largest load would be without one of the pins."""
+
+    unit: str
+    """Name or pattern."""
+    device: str
+    without_s: NonNegativeFloat | None
+    """The plan's own largest load, or less; None where the time did not allow to find it."""
+    exact: bool
+    """Whether it is proven, or only the best that was found."""
+
+
+class Change(Record):
+    """A change of the task with which a split would be worth it."""
+
+    what: Literal["batch", "links"]
+    """``"batch"``: a larger one, in more micro-batches of the same size; ``"links"``: faster ones."""
+    factor: PositiveInt
+    """So many times as large, or as fast."""
+    microbatches: PositiveInt
+    step_s: NonNegativeFloat
+    speedup: NonNegativeFloat
+    """Over the one device, with the same batch."""
+
+
+class Replans(Record):
+    """What planning with drawn costs found."""
+
+    planned: NonNegativeInt
+    """How often."""
+    others: NonNegativeInt
+    """How often another split had a largest load that was smaller by more than half a percent."""
+    most_lost_percent: NonNegativeFloat
+    """By how much at most, in percent of the plan's own with the same costs."""
+
+
+class Sensitivity(Record):
+    """How the prediction moves when costs are drawn within the uncertainty of what was measured."""
+
+    draws: PositiveInt
+    step_low_s: NonNegativeFloat
+    """The plan's step is below this in 5% of the draws."""
+    step_high_s: NonNegativeFloat
+    """It is above this in 5% of them."""
+    rival: str
+    """Of what else was weighed, that which the plan beats least surely; "" where there was nothing else."""
+    rival_step_s: NonNegativeFloat
+    faster_share: float = Field(ge=0, le=1)
+    """The share of the draws in which the plan's step is not longer than the rival's."""
+    replans: Replans | None = None
+
+
 class Plan(Document):
     """Who goes where, and why."""
 
@@ -151,6 +220,12 @@ class Plan(Document):
     predicted: Prediction
     candidates: tuple[Candidate, ...]
     alternatives: tuple[Alternative, ...] = ()
+    pins: tuple[PinPrice, ...] = ()
+    """What the planner was told, and what that costs."""
+    changes: tuple[Change, ...] | None = None
+    """Where sharding is not worth it: what would change that; None where it is, or nothing fits one device."""
+    sensitivity: Sensitivity | None = None
+    """None where the profile does not say how sure its times are."""
 
     @property
     def of_model(self) -> bool:

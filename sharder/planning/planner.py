@@ -13,12 +13,25 @@ from shardwright.profiler.graph import cost_graph
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.alternatives import alternatives_of
 from shardwright.sharder.planning.blocks import problem_from_graph
-from shardwright.sharder.planning.explain import certify, gap_percent, why_nothing_fits
+from shardwright.sharder.planning.explain import certify, gap_percent
+from shardwright.sharder.planning.infeasible import why_nothing_fits
 from shardwright.sharder.planning.offload import Rates
 from shardwright.sharder.planning.offload import offload as offload_some
-from shardwright.sharder.planning.plan import Alternative, Candidate, Placement, Plan, Prediction, SplitTie, Stage
+from shardwright.sharder.planning.plan import (
+    WORTHWHILE,
+    Alternative,
+    Candidate,
+    Certificate,
+    Placement,
+    Plan,
+    Prediction,
+    SplitTie,
+    Stage,
+)
 from shardwright.sharder.planning.pricing import Option, baseline_of, noise_s, price, solve
 from shardwright.sharder.planning.problem import Problem, Schedule, bits, in_flight
+from shardwright.sharder.planning.remedies import changes_that_pay, prices_of_pins
+from shardwright.sharder.planning.sensitivity import sensitivity_of
 from shardwright.sharder.planning.simulate import StageCost
 
 if TYPE_CHECKING:
@@ -38,6 +51,7 @@ def plan(
     schedule: Schedule = "1f1b",
     offload: bool = True,
     time_limit_s: float = 30.0,
+    replans: int = 0,
 ) -> Plan:
     """Split the profiled model over its devices.
 
@@ -57,6 +71,8 @@ def plan(
         offload: whether, in inference, the weights of units that fit on no device may stay in the host's memory or on
             its disk, from where they are brought for each call.
         time_limit_s: seconds for the whole search; after it, the best so far with an honest gap.
+        replans: how often to plan anew with costs drawn within the uncertainty of the profile's times, to see how the
+            plan moves; the prediction is drawn anew in any case.
 
     Raises:
         ShardwrightError: nothing fits the memory, an argument names what the profile does not have, or a graph's
@@ -71,7 +87,7 @@ def plan(
     names = tuple(devices) if devices is not None else None
     deadline_s = time.monotonic() + time_limit_s
 
-    def problem_at(count: int) -> Problem:
+    def problem_at(count: int, pins: Mapping[str, str] | None = pins) -> Problem:
         graph = cost_graph(profile, count)
         order: Schedule = schedule if profile.train else "gpipe"
         return problem_from_graph(graph, devices=names, memory=memory, pins=pins, schedule=order)
@@ -91,7 +107,9 @@ def plan(
     if not options and offload and not profile.train:
         options = _offloaded(problems, profile, deadline_s)
     if not options:
-        raise unfinished or ShardwrightError(why_nothing_fits(problems, deadline_s))
+        raise unfinished or ShardwrightError(
+            why_nothing_fits(problems, deadline_s, batch=profile.batch, train=profile.train)
+        )
 
     by_count = {problem.microbatches: problem for problem in problems}
     every = [by_count.get(count) or problem_at(count) for count in sorted(profile.microbatches)]
@@ -104,7 +122,35 @@ def plan(
         margin_s = noise_s(best, baseline) if len(best.split.stages) == 1 else 0.0
         if baseline.step_s < best.step_s + margin_s:
             chosen = baseline
-    return _write(profile, chosen, options, baseline, alternatives, deadline_s)
+    certificate = certify(chosen, options, baseline, deadline_s)
+    written = _write(profile, chosen, options, baseline, alternatives, certificate)
+    return written.model_copy(
+        update={
+            "pins": prices_of_pins(
+                chosen, pins or {}, lambda others: problem_at(chosen.problem.microbatches, others), deadline_s
+            ),
+            "changes": (
+                None
+                if baseline is None or (written.predicted.speedup or 0.0) >= WORTHWHILE
+                else changes_that_pay(options, baseline, profile, deadline_s)
+            ),
+            "sensitivity": sensitivity_of(
+                chosen, _rivals(chosen, options, baseline), profile, replans=replans, deadline_s=deadline_s
+            ),
+        }
+    )
+
+
+def _rivals(chosen: Option, options: list[Option], baseline: Option | None) -> list[tuple[str, Option]]:
+    """What else was weighed, by name."""
+    rivals = [
+        (f"the best split over {len(o.split.stages)} devices at {o.problem.microbatches} micro-batches", o)
+        for o in options
+        if o is not chosen and len(o.split.stages) > 1
+    ]
+    if baseline is not None and chosen is not baseline:
+        rivals.append((f"{baseline.problem.devices[0]} alone", baseline))
+    return rivals
 
 
 def _offloaded(problems: list[Problem], profile: Profile, deadline_s: float) -> list[Option]:
@@ -124,7 +170,7 @@ def _write(
     options: list[Option],
     baseline: Option | None,
     alternatives: tuple[Alternative, ...],
-    deadline_s: float,
+    certificate: Certificate,
 ) -> Plan:
     """The records of the chosen option."""
     problem, split = chosen.problem, chosen.split
@@ -186,7 +232,7 @@ def _write(
         ties=_split_ties(profile, chosen),
         obstacles=profile.obstacles,
         guards=profile.guards,
-        certificate=certify(chosen, options, baseline, deadline_s),
+        certificate=certificate,
         predicted=Prediction(
             step_s=chosen.step_s,
             step_spread_s=chosen.step_spread_s,

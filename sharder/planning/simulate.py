@@ -34,7 +34,7 @@ from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.schedule import BACKWARD, FORWARD, KINDS, Order, PipelineSchedule, order
 from shardwright.sharder.planning.timeline import Timeline
 
-__all__ = ["StageCost", "Transfers", "expected_step_s", "simulate"]
+__all__ = ["StageCost", "Transfers", "expected_step_s", "simulate", "steps_at"]
 
 Transfers = Literal["serial", "overlapped"]
 
@@ -156,15 +156,47 @@ def expected_step_s(
         draws, variations = 1, [()] * todo.devices
     generator = random.Random(0)
     factors = [[generator.choice(relative) if relative else 1.0 for relative in variations] for _ in range(draws)]
-    steps: list[float] = []
-    at_once = max(1, AT_ONCE // todo.kinds.size)
-    for first in range(0, draws, at_once):
-        prices = _prices(costs, np.array(factors[first : first + at_once]).T, schedule, train, transfers)
-        steps += (_play(todo, prices).free_s + prices.last).max(axis=0).tolist()
+    steps = _steps(costs, np.array(factors), todo, schedule, train, transfers)
     if len(steps) == 1:
         return steps[0], 0.0
     low, median, high = statistics.quantiles(steps, n=4)
     return median, high - low
+
+
+def steps_at(
+    costs: Sequence[StageCost],
+    factors: npt.ArrayLike,
+    microbatches: int,
+    *,
+    schedule: PipelineSchedule = "1f1b",
+    train: bool = True,
+    stages_per_device: int = 1,
+    transfers: Transfers = "serial",
+) -> list[float]:
+    """The step of each draw: seconds.
+
+    ``factors`` has shape (draws, devices) and multiplies a device's compute and update. The other arguments and the
+    errors are those of :func:`simulate`.
+    """
+    todo = _order(costs, microbatches, schedule, train, stages_per_device)
+    return _steps(costs, np.asarray(factors, float), todo, schedule, train, transfers)
+
+
+def _steps(
+    costs: Sequence[StageCost],
+    factors: _Floats,
+    todo: Order,
+    schedule: PipelineSchedule,
+    train: bool,
+    transfers: Transfers,
+) -> list[float]:
+    """The steps of draws, as many at once as memory allows."""
+    steps: list[float] = []
+    at_once = max(1, AT_ONCE // todo.kinds.size)
+    for first in range(0, len(factors), at_once):
+        prices = _prices(costs, factors[first : first + at_once].T, schedule, train, transfers)
+        steps += (_play(todo, prices).free_s + prices.last).max(axis=0).tolist()
+    return steps
 
 
 def _order(

@@ -1,0 +1,151 @@
+"""Problems that differ from a given one in one thing: what it costs, or what would do without it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+from shardwright.sharder.planning.memory import Ledger, Step, Storage
+from shardwright.sharder.planning.problem import Problem
+
+__all__ = [
+    "all_usable",
+    "checkpointed",
+    "unpinned",
+    "with_another",
+    "with_caps_times",
+    "with_links_times",
+    "with_smaller_microbatches",
+]
+
+
+def unpinned(problem: Problem) -> Problem:
+    """Every block allowed wherever it fits."""
+    every = range(len(problem.devices))
+    blocks = (dataclasses.replace(b, allowed=tuple(b.fits_on(device) for device in every)) for b in problem.blocks)
+    return dataclasses.replace(problem, blocks=tuple(blocks))
+
+
+def all_usable(problem: Problem) -> Problem:
+    """Corrupt links that cost nothing but their bandwidth: no worse than if they were mended."""
+    links = tuple(tuple((0.0 if math.isinf(s) else s, rate) for s, rate in row) for row in problem.links)
+    return dataclasses.replace(problem, links=links)
+
+
+def with_links_times(problem: Problem, factor: float) -> Problem:
+    """Links so many times as fast, latency and bandwidth."""
+    links = tuple(tuple((latency / factor, rate * factor) for latency, rate in row) for row in problem.links)
+    return dataclasses.replace(problem, links=links)
+
+
+def with_caps_times(problem: Problem, factor: float) -> Problem:
+    """Memory caps so many times as large."""
+    return dataclasses.replace(problem, caps=tuple(math.ceil(cap * factor) for cap in problem.caps))
+
+
+def with_another(problem: Problem, device: int) -> Problem:
+    """One more device like ``device``, over links like its own; between the two lies the slowest of these."""
+    others = [o for o in range(len(problem.devices)) if o != device]
+    row, column = problem.links[device], [links[device] for links in problem.links]
+    between = _slowest([*(row[o] for o in others), *(column[o] for o in others)])
+    links = [[*row] for row in problem.links]
+    for other in range(len(links)):
+        links[other].append(between if other == device else column[other])
+    links.append([*(between if other == device else row[other] for other in range(len(row))), row[device]])
+    together = problem.updates_together
+    blocks = (
+        dataclasses.replace(
+            b,
+            forward_s=(*b.forward_s, b.forward_s[device]),
+            backward_s=(*b.backward_s, b.backward_s[device]),
+            update_s=(*b.update_s, b.update_s[device]),
+            allowed=(*b.allowed, b.allowed[device]),
+            unfit=(*b.unfit, b.unfit[device]) if b.unfit else (),
+        )
+        for b in problem.blocks
+    )
+    return dataclasses.replace(
+        problem,
+        blocks=tuple(blocks),
+        devices=(*problem.devices, f"another {problem.devices[device]}"),
+        caps=(*problem.caps, problem.caps[device]),
+        links=tuple(map(tuple, links)),
+        updates_together=(*together, together[device]) if together else (),
+    )
+
+
+def _slowest(links: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """The largest latency with the smallest bandwidth; free where there is no link."""
+    latencies, rates = zip(*links, strict=True) if (links := list(links)) else ((0.0,), (math.inf,))
+    return max(latencies), min(rates)
+
+
+def with_smaller_microbatches(problem: Problem, factor: int) -> Problem:
+    """So many times as many micro-batches, each as much smaller: times and bytes are taken as in proportion."""
+    blocks = (
+        dataclasses.replace(
+            b,
+            forward_s=tuple(s / factor for s in b.forward_s),
+            backward_s=tuple(s / factor for s in b.backward_s),
+        )
+        for b in problem.blocks
+    )
+    crossings = (
+        dataclasses.replace(
+            c, forward_bytes=-(-c.forward_bytes // factor), backward_bytes=-(-c.backward_bytes // factor)
+        )
+        for c in problem.crossings
+    )
+
+    def part(size: int) -> int:
+        return -(-size // factor)
+
+    ledger = problem.ledger
+    steps = (s._replace(saved=part(s.saved), forward=part(s.forward), backward=part(s.backward)) for s in ledger.steps)
+    return dataclasses.replace(
+        problem,
+        blocks=tuple(blocks),
+        crossings=tuple(crossings),
+        microbatches=problem.microbatches * factor,
+        ledger=Ledger(
+            tuple(steps),
+            tuple(s._replace(size=part(s.size)) for s in ledger.storages),
+            # The gradient of weights is as large for a part of the batch.
+            tuple(
+                g if g.maker is None else g._replace(size=part(g.size), added=part(g.added)) for g in ledger.gradients
+            ),
+        ),
+    )
+
+
+def checkpointed(problem: Problem) -> Problem:
+    """Each node keeps what it reads and computes the rest anew in the backward; in time, a second forward.
+
+    The peaks are upper bounds: what a node saved is taken as there in its backward beside all that it reads.
+    """
+    ledger = problem.ledger
+    savers = {number: min(s.readers) for number, s in enumerate(ledger.storages) if s.readers}
+    kept: dict[int, int] = {}
+    for number, saver in savers.items():
+        kept[saver] = kept.get(saver, 0) + ledger.storages[number].size
+
+    def of_step(position: int, step: Step) -> Step:
+        return step._replace(saved=kept.get(position, 0), backward=step.backward + step.saved)
+
+    def of_storage(number: int, storage: Storage) -> Storage:
+        return storage._replace(saver=savers.get(number))
+
+    blocks = (
+        dataclasses.replace(b, backward_s=tuple(f + s for f, s in zip(b.forward_s, b.backward_s, strict=True)))
+        for b in problem.blocks
+    )
+    return dataclasses.replace(
+        problem,
+        blocks=tuple(blocks),
+        ledger=dataclasses.replace(
+            ledger,
+            steps=tuple(of_step(i, s) for i, s in enumerate(ledger.steps)),
+            storages=tuple(of_storage(i, s) for i, s in enumerate(ledger.storages)),
+        ),
+    )

@@ -1,0 +1,112 @@
+"""What would fit where nothing does: each change is held against planning with it."""
+
+import re
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shardwright.errors import ShardwrightError
+from shardwright.profiler.graph import cost_graph
+from shardwright.sharder.planning.blocks import problem_from_graph
+from shardwright.sharder.planning.infeasible import changes_that_fit
+from shardwright.sharder.planning.partition import partition
+from shardwright.sharder.planning.planner import plan
+from shardwright.sharder.planning.relaxed import checkpointed, with_another, with_caps_times, with_smaller_microbatches
+
+LATER = float("inf")
+
+
+def message_of(profile, **options):
+    """Why nothing fits."""
+    with pytest.raises(ShardwrightError) as caught:
+        plan(profile, **options)
+    return str(caught.value)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(units=st.integers(5, 8), mib=st.lists(st.integers(3, 12), min_size=2, max_size=2))
+def test_the_memory_that_is_asked_for_is_enough_and_little_less_is_not(chain_profile, units, mib):
+    """Planning with the caps of the message works; with all caps 3 MiB lower it does not."""
+    profile = chain_profile(units, param_bytes=3 * 2**20)  # 6 MiB a unit with its gradient
+    caps = {"cpu:0": f"{max(6, mib[0])}MiB", "cpu:1": f"{max(7, mib[1])}MiB"}  # each unit fits alone
+    text = message_of(profile, memory=caps)
+    asked = {name: int(size) for name, size in re.findall(r"--memory (cpu:\d)=(\d+)MiB", text)}
+    assert plan(profile, memory={name: f"{size}MiB" for name, size in asked.items()}).stages
+    message_of(profile, memory={name: f"{size - 3}MiB" for name, size in asked.items()})
+
+
+def test_devices_more_are_as_few_as_can_be(chain_profile):
+    """Eight units of 2 MiB, 5 and 6 MiB of memory: two more devices of the larger kind."""
+    profile = chain_profile(8, param_bytes=2**20)
+    text = message_of(profile, memory={"cpu:0": "5MiB", "cpu:1": "6MiB"})
+    assert "or add 2 devices like cpu:1" in text
+    problem = problem_from_graph(cost_graph(profile, 4), memory={"cpu:0": "5MiB", "cpu:1": "6MiB"})
+    assert partition(with_another(problem, 1)) is None
+    assert partition(with_another(with_another(problem, 1), 1)) is not None
+
+
+def test_smaller_microbatches_and_checkpoints_are_named_where_activations_are_too_large(chain_profile):
+    """What is saved for backward is what does not fit: both ways to save less are found, and said to be estimates."""
+    profile = chain_profile(6, saved_bytes=8 * 2**20, tensor_bytes=2**16, microbatches=(2,))
+    text = message_of(profile, memory={"cpu:0": "13MiB", "cpu:1": "13MiB"})
+    assert "profile --microbatches 4, which should fit (estimated)" in text
+    assert "compute activations anew in the backward" in text
+    profile = chain_profile(6, saved_bytes=8 * 2**20, tensor_bytes=2**16, microbatches=(8,))
+    assert "--microbatches" not in message_of(profile, memory={"cpu:0": "3MiB", "cpu:1": "3MiB"})  # batch of 8
+
+
+def test_no_change_is_named_that_does_not_help(chain_profile):
+    """Weights are too large: micro-batches and checkpoints change nothing, and are not named."""
+    text = message_of(chain_profile(8, param_bytes=2**20), memory={"cpu:0": "5MiB", "cpu:1": "6MiB"})
+    assert "micro-batches, which" not in text
+    assert "anew" not in text
+
+
+def test_no_time_no_changes(chain_profile):
+    """Without time nothing is tried, and nothing is claimed."""
+    problem = problem_from_graph(cost_graph(chain_profile(8, param_bytes=2**20), 4), memory={"cpu:0": 1, "cpu:1": 1})
+    assert list(changes_that_fit(problem, 0.0, batch=8, train=True)) == []
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_another_device_is_like_its_twin(make_profile, count):
+    """A twin of each device: times, cap and links are those of the twin, and a split over both is as good."""
+    speed = {f"cpu:{d}": 1.0 + d for d in range(count)}
+    problem = problem_from_graph(cost_graph(make_profile({"a": ["x"], "b": ["a"], "c": ["b"]}, speed=speed), 4))
+    for device in range(count):
+        more = with_another(problem, device)
+        assert more.caps[-1] == problem.caps[device]
+        assert all(b.forward_s[-1] == b.forward_s[device] and b.backward_s[-1] == b.backward_s[device] for b in more.blocks)
+        assert len(more.links) == len(more.links[0]) == count + 1
+        for other in set(range(count)) - {device}:
+            assert more.links[-1][other] == problem.links[device][other]
+            assert more.links[other][-1] == problem.links[other][device]
+
+
+def test_smaller_microbatches_are_the_same_work(chain_profile):
+    """Twice as many of half the size: the largest load of a step is the same, and less memory is taken."""
+    problem = problem_from_graph(cost_graph(chain_profile(6, saved_bytes=2**20), 4))
+    halved = with_smaller_microbatches(problem, 2)
+    split = partition(problem)
+    assert partition(halved).value_s == pytest.approx(split.value_s, rel=1e-3)  # latencies are paid more often
+    members = (1 << len(problem.blocks)) - 1
+    assert halved.memory_bytes(0, members, 0, 0) < problem.memory_bytes(0, members, 0, 0)
+
+
+def test_checkpoints_keep_what_is_read_only(chain_profile):
+    """A chain keeps one tensor a unit instead of what its units save, and computes each forward twice."""
+    profile = chain_profile(4, saved_bytes=8_000_000, tensor_bytes=80, microbatches=(1,))
+    problem = problem_from_graph(cost_graph(profile, 1))
+    again = checkpointed(problem)
+    every = (1 << len(problem.blocks)) - 1
+    assert problem.ledger.walk(every).kept > 4 * 8_000_000 - 1
+    assert again.ledger.walk(every).kept <= 4 * 80 + 80
+    assert 8_000_000 <= again.ledger.walk(every).backward < 2 * 8_000_000
+    assert [b.backward_s[0] for b in again.blocks] == [b.backward_s[0] + b.forward_s[0] for b in problem.blocks]
+
+
+def test_larger_caps_are_rounded_up(chain_profile):
+    """So that a factor of just enough is enough."""
+    problem = problem_from_graph(cost_graph(chain_profile(2), 1), memory={"cpu:0": 999, "cpu:1": 1000})
+    assert with_caps_times(problem, 1.001).caps == (1000, 1001)

@@ -1,0 +1,108 @@
+"""What a pin costs, and with what a split would be worth it: each against planning with it."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from shardwright.profiler.profile import Link
+from shardwright.reports.plan_report import PlanReport, verdict
+from shardwright.sharder.planning.plan import WORTHWHILE
+from shardwright.sharder.planning.planner import plan
+
+
+def text_of(report):
+    """What a wide console would show."""
+    stream = io.StringIO()
+    Console(file=stream, width=200).print(report)
+    return stream.getvalue()
+
+
+def over_links(profile, latency_s, bandwidth):
+    """The profile with other links."""
+    links = (
+        Link(source=li.source, target=li.target, latency_s=latency_s, bandwidth_bytes_per_s=bandwidth)
+        for li in profile.links
+    )
+    return profile.model_copy(update={"links": tuple(links)})
+
+
+def test_a_pin_costs_what_planning_without_it_gains(chain_profile):
+    """Each pin is priced with the others kept."""
+    profile = chain_profile(8, speed={"cpu:0": 1.0, "cpu:1": 3.0})
+    pins = {"net.u[0-5]": "cpu:0", "net.u7": "cpu:1"}
+    result = plan(profile, microbatches=4, pins=pins)
+    assert [(price.unit, price.device) for price in result.pins] == [*pins.items()]
+    first, second = result.pins
+    assert first.without_s == plan(profile, microbatches=4, pins={"net.u7": "cpu:1"}).certificate.value_s
+    assert first.without_s < result.certificate.value_s
+    assert second.without_s == result.certificate.value_s  # it would be there anyway
+    assert first.exact
+    assert second.exact
+
+
+def test_prices_of_pins_are_shown(chain_profile):
+    """In percent of the load without the pin."""
+    profile = chain_profile(8, speed={"cpu:0": 1.0, "cpu:1": 3.0})
+    text = text_of(PlanReport(plan(profile, microbatches=4, pins={"net.u[0-5]": "cpu:0", "net.u7": "cpu:1"})))
+    assert "pin net.u[0-5]=cpu:0" in text
+    assert "costs 200%: the largest load is" in text
+    assert "costs nothing" in text
+
+
+def test_no_time_for_prices_is_said(chain_profile):
+    """A pin whose price was not found has none."""
+    result = plan(chain_profile(8), microbatches=4, pins={"net.u0": "cpu:0"})
+    unpriced = result.pins[0].model_copy(update={"without_s": None, "exact": False})
+    text = text_of(PlanReport(result.model_copy(update={"pins": (unpriced,)})))
+    assert "its price was not found in the time" in text
+
+
+def test_a_larger_batch_that_pays_is_found(chain_profile):
+    """Transfers and an empty pipeline eat the gain of two micro-batches, not of many: planned, it is as predicted."""
+
+    def at(factor):
+        larger = chain_profile(2, microbatches=(2 * factor,), forward_s=float(factor), tensor_bytes=100 * factor)
+        return plan(over_links(larger, 0.5, 1e9))
+
+    (batch,) = [change for change in at(1).changes if change.what == "batch"]
+    assert batch.microbatches == 2 * batch.factor
+    paid = at(batch.factor).predicted
+    assert (paid.step_s, paid.speedup) == (pytest.approx(batch.step_s), pytest.approx(batch.speedup))
+    assert batch.speedup >= WORTHWHILE
+    assert at(batch.factor // 2).changes is not None  # half as much is not worth it
+
+
+def test_faster_links_that_pay_are_found(chain_profile):
+    """With links of that speed the planner itself shards; with those of the step before it does not."""
+    profile = over_links(chain_profile(8, microbatches=(4,), tensor_bytes=1000), 0.0, 25.0)
+    result = plan(profile)
+    (links,) = [change for change in result.changes if change.what == "links"]
+    faster = plan(over_links(profile, 0.0, 25.0 * links.factor))
+    assert verdict(faster).shard
+    assert faster.predicted.step_s == pytest.approx(links.step_s)
+    slower = {2: 1, 4: 2, 10: 4}[links.factor]
+    assert not verdict(plan(over_links(profile, 0.0, 25.0 * slower))).shard
+
+
+def test_where_nothing_pays_it_says_so(chain_profile):
+    """One unit cannot be split, whatever the batch and the links are."""
+    result = plan(chain_profile(1))
+    assert result.changes == ()
+    assert "Nothing that was tried changes that" in text_of(PlanReport(result))
+
+
+def test_a_plan_worth_it_needs_no_change(chain_profile):
+    """Nor does one that no single device holds."""
+    assert plan(chain_profile(8)).changes is None
+    static = 2 * 8 * 1_000_000
+    large = chain_profile(8, param_bytes=1_000_000)
+    assert plan(large, memory={"cpu:0": static - 1, "cpu:1": static - 1}).changes is None
+
+
+def test_the_changes_are_in_words(chain_profile):
+    """Beside the verdict."""
+    profile = over_links(chain_profile(8, microbatches=(4,), tensor_bytes=1000), 0.0, 25.0)
+    text = text_of(PlanReport(plan(profile)))
+    assert "What would change that:" in text
+    assert "times as fast" in text
