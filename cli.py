@@ -279,6 +279,8 @@ def shard(
     )
     plan.save(path)
     out.print(PlanReport(plan))
+    if replans and plan.sensitivity is None:
+        out.print(f"\nNot planned anew: {source} does not say how sure its times are.", highlight=False, soft_wrap=True)
     out.print(f"\nWrote {path}.", highlight=False, soft_wrap=True)
     if not run:
         return

@@ -133,8 +133,10 @@ def test_a_saved_profile_is_planned_without_its_model(profiled, run_cli):
 def test_costs_are_planned_shown_and_exported(profiled, run_cli):
     """Costs by hand are taken wherever a profile is."""
     (profiled / "costs.json").write_text(json.dumps(COSTS))
-    planned = run_cli("shard", "--profile", "costs.json", "--out", "by-hand.plan.json", cwd=profiled, in_process=True)
+    asked = ("--out", "by-hand.plan.json", "--replans", "2")
+    planned = run_cli("shard", "--profile", "costs.json", *asked, cwd=profiled, in_process=True)
     assert planned.returncode == 0, planned.stderr
+    assert "Not planned anew: costs.json does not say how sure its times are." in planned.stdout
     assert sw.Plan.load(profiled / "by-hand.plan.json").placement() == {"body": "cuda:0", "head": "cuda:1"}
     shown = run_cli("report", "costs.json", "--graphml", "costs.graphml", cwd=profiled, in_process=True)
     assert "costs as given, of no model" in shown.stdout
