@@ -14,9 +14,9 @@ Placed are copies of one network, which have to give equal outputs:
   itself it would run on the GPU what the map has on the CPU. They do not align sums: where those fail, so it says.
 
 In each round all make two forwards, in an order drawn anew; the second is timed, with warm caches. Where its tensors
-and modules happen to lie makes a copy faster or slower than its like by one or two percent, so all are copied anew
-several times. Ratios and differences are taken within rounds; their medians are printed, the ratio to the hand-written
-one with its quartiles.
+and modules happen to lie makes a copy faster or slower than its like by some percent, as does which was made first; so
+all are copied anew several times, in another order each time. Ratios and differences are taken within rounds; their
+medians are printed, the ratio to the hand-written one with its quartiles.
 Beside inference is a forward for training (gradients on, no backward), all in one thread. What the devices show:
 
 - two real devices: what a user gets;
@@ -34,6 +34,7 @@ import platform
 import random
 import statistics
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 import torch
@@ -139,17 +140,25 @@ def placed_by_accelerate(model: nn.Module, homes: Homes) -> nn.Module:
 
 
 def contenders(model: nn.Module, plan: sw.Plan, homes: Homes) -> dict[str, nn.Module]:
-    """Copies of the model, each placed in another way."""
-    by_hand = ResidualByHand if isinstance(model, Residual) else ChainByHand
-    with parameters_may_move():
-        plain = copy.deepcopy(model).to(homes[0])
-    return {
+    """Copies of the model, each placed in another way; made in an order drawn anew, which counts for their speed."""
+
+    def plain() -> nn.Module:
+        with parameters_may_move():
+            return copy.deepcopy(model).to(homes[0])
+
+    def by_hand() -> nn.Module:
+        layers = [*layers_of(copy.deepcopy(model)).values()]
+        return (ResidualByHand if isinstance(model, Residual) else ChainByHand)(layers, homes)
+
+    ways: dict[str, Callable[[], nn.Module]] = {
         "plain": plain,
-        BY_HAND: by_hand([*layers_of(copy.deepcopy(model)).values()], homes),
-        "by hand, again": by_hand([*layers_of(copy.deepcopy(model)).values()], homes),
-        "shardwright": placed_by_us(copy.deepcopy(model), plan, homes),
-        "Accelerate": placed_by_accelerate(copy.deepcopy(model), homes),
+        BY_HAND: by_hand,
+        "by hand, again": by_hand,
+        "shardwright": lambda: placed_by_us(copy.deepcopy(model), plan, homes),
+        "Accelerate": lambda: placed_by_accelerate(copy.deepcopy(model), homes),
     }
+    made = {name: ways[name]() for name in random.sample([*ways], len(ways))}
+    return {name: made[name] for name in ways}
 
 
 def run(model: nn.Module, x: Tensor) -> float:
