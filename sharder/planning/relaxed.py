@@ -35,8 +35,11 @@ def all_usable(problem: Problem) -> Problem:
 
 def with_links_times(problem: Problem, factor: float) -> Problem:
     """Links so many times as fast, latency and bandwidth."""
-    links = tuple(tuple((latency / factor, rate * factor) for latency, rate in row) for row in problem.links)
-    return dataclasses.replace(problem, links=links)
+    links, hosts = (
+        tuple(tuple((latency / factor, rate * factor) for latency, rate in row) for row in rows)
+        for rows in (problem.links, problem.hosts)
+    )
+    return dataclasses.replace(problem, links=links, hosts=hosts)
 
 
 def with_caps_times(problem: Problem, factor: float) -> Problem:
@@ -72,6 +75,7 @@ def with_another(problem: Problem, device: int) -> Problem:
         caps=(*problem.caps, problem.caps[device]),
         links=tuple(map(tuple, links)),
         updates_together=(*together, together[device]) if together else (),
+        hosts=(*problem.hosts, problem.hosts[device]) if problem.hosts else (),
     )
 
 
