@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 
@@ -14,7 +13,6 @@ from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.memory import Ledger, Step
 from shardwright.sharder.planning.partition import partition, stage_loads
 from shardwright.sharder.planning.problem import Block, Crossing, Problem, Tie
-from shardwright.sharder.planning.transfers import as_staged, traffic_of
 
 KINDS = ["relayed", "staged", "direct"]
 QUIET = {"derandomize": True, "deadline": None, "suppress_health_check": list(HealthCheck)}
@@ -46,9 +44,8 @@ def problems(draw, most_blocks=7, kinds=KINDS):
     for producer in range(count):
         readers = sum(1 << v for v in range(count) if before[v] >> producer & 1)
         kept = readers & draw(st.integers(0, (1 << count) - 1))
-        for i, mask in enumerate((readers, kept)):
-            mask &= 2 << producer if only_next else ~0
-            if mask:
+        for i, read in enumerate((readers, kept)):
+            if mask := read & (2 << producer if only_next else ~0):
                 tensors.append(Crossing(f"t{producer}.{i}", producer, mask, draw(size), draw(size)))
     ties = []
     if count > 1 and draw(st.booleans()):

@@ -99,7 +99,7 @@ class Direct:
         return grown if all(self._is_low(stage, closed[end]) for stage in grown) else None
 
     def _is_low(self, stage: _Stage, closed: int) -> bool:
-        """Whether the load of ``stage`` is below the ceiling, with what it has yet to send behind ``closed`` at best."""
+        """Whether the load of ``stage`` is below the ceiling, with what it has yet to send at best."""
         there, back = self.relaxed.problem.ways[stage.device]
         forward_s, backward_s = stage.traffic.forward_out_s, stage.traffic.backward_in_s
         for tensor in self._unread(stage.members, closed):

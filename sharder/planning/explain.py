@@ -71,9 +71,9 @@ def what_binds(chosen: Option, deadline_s: float) -> str:
     stage = f"stage {index} on {problem.devices[device]}"
     compute = {v: problem.work_s(v, device) for v in bits(members)}
     computes_s = sum(compute.values()) + problem.ties_s(members, device)
-    if problem.overlap and computes_s < loads[index] * (1 - 1e-9):
-        return f"the links of {stage}: transfers take longer than the {computes_s / loads[index]:.0%} that it computes"
     transfers = max(0.0, 1 - computes_s / loads[index])
+    if problem.overlap and transfers > 1e-9:
+        transfers = 1.0  # sends or receives are all of the load, and compute is beside them
     if transfers > 0.5:
         return f"the links of {stage}: transfers are {transfers:.0%} of its load"
     largest = max(compute, key=compute.__getitem__)

@@ -5,9 +5,11 @@ Let all loads be at most T, and I be what comes before the s-th cut of S stages.
     W - (S - s) T  <=  work(I)  <=  s T              W = work of all blocks
     sum of all loads  =  W + 2 * sum over s of X(I)  X(I) = transfer seconds of what crosses the cut behind I
 
-so that T >= (W + 2 * sum of least X) / S. What is staged or direct does not cross every cut: there a tensor behind which
-a reader is costs its sender and one reader at least, however many cuts are between them, and the largest least X counts
-in place of the sum. Transfers beside compute are a sum by themselves: what all send is at most S T, as W is. A block is in I for sure if all that may come without it is less work than
+so that T >= (W + 2 * sum of least X) / S. What is staged or direct does not pay for every cut: it costs its sender and
+one reader at least, however many cuts are between them, and the largest least X counts in place of the sum. Transfers
+beside compute are a sum by themselves: what all send is at most S T, as W is.
+
+A block is in I for sure if all that may come without it is less work than
 I has at least, and out of it if what must come before it is more than I has at most. Between those the least X is a
 minimum cut: a tensor is cut once, however many readers are behind it, and an infinite edge from each block back to its
 predecessors keeps I closed (Picard, "Maximal closure of a graph and applications to combinatorial problems",
@@ -75,7 +77,7 @@ def _work_around(
 
 
 def _least_transfer_s(problem: Problem, tensor: Crossing) -> float:
-    """Seconds of a step that crossing a cut makes ``tensor`` cost all its ends at least; of overlapped, those that send."""
+    """Seconds of a step that crossing a cut makes ``tensor`` cost all its ends at least; if overlapped, the senders."""
     devices = range(len(problem.devices))
     forward, backward = tensor.forward_bytes, tensor.backward_bytes
     if problem.transfers == "staged":

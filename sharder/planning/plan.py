@@ -208,8 +208,8 @@ class Plan(Document):
     """Those of them that nothing was measured on: the predictions rest on estimates there."""
     objective: Literal["throughput"]
     transfers: Literal["relayed", "staged", "direct"]
-    """How tensors were taken to pass: from neighbour to neighbour, as the pipeline engine sends them; through the host's
-    memory; or straight to each stage that reads them."""
+    """How tensors were taken to pass: from neighbour to neighbour, as the pipeline engine sends them; through the
+    host's memory; or straight to each stage that reads them."""
     overlap: bool = False
     """Whether transfers were taken to go on beside compute."""
     schedule: Literal["1f1b", "gpipe"]

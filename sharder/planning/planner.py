@@ -71,10 +71,10 @@ def plan(
         pins: unit name or pattern -> device.
         devices: which devices to use; all that were profiled by default.
         schedule: ``"1f1b"``, or ``"gpipe"``, which holds all micro-batches at once; inference has forwards only.
-        transfers: how tensors pass between stages: ``"relayed"`` from neighbour to neighbour, as the pipeline engine sends
-            them; ``"direct"`` to each stage that reads them; ``"staged"`` through the host's memory, once out and once
-            into each stage that reads.
-        overlap: whether sends and receives go on beside compute and each other; a load is then the longest of the three.
+        transfers: how tensors pass between stages: ``"relayed"`` from neighbour to neighbour, as the pipeline engine
+            sends them; ``"direct"`` to each stage that reads them; ``"staged"`` through the host's memory, once out and
+            once into each stage that reads.
+        overlap: whether sends and receives go on beside compute and each other; a load is the longest of the three.
         together: unit names or patterns, or groups of them, whose units must share a device.
         offload: whether, in inference, the weights of units that fit on no device may stay in the host's memory or on
             its disk, from where they are brought for each call.

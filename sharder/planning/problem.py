@@ -19,17 +19,18 @@ x(a -> b) = latency + bytes / bandwidth of the way from device a to b; p the sta
 stages, and d(s) the device of s:
 
     relayed   t crosses every cut between p and the last of R, as the pipeline engine sends it, from neighbour to
-              neighbour: for each of those cuts, between s and s + 1, f(t) is out of s and in for s + 1, and b(t) is out
-              of s + 1 and in for s; both over the link of d(s) and d(s + 1)
+              neighbour: for each of those cuts, between s and s + 1, f(t) is out of s and in for s + 1, and b(t) is
+              out of s + 1 and in for s; both over the link of d(s) and d(s + 1)
     direct    for each r of R, f(t) is out of p and in for r, and b(t) is out of r and in for p, over the link of
               d(p) and d(r)
-    staged    through the host's memory: f(t) is out of p once if there is any r, and in for each r; b(t) is out of each r,
-              is summed up in the host's memory, and in for p once. Each over the way of that device to or from the host
+    staged    through the host's memory: f(t) is out of p once if there is any r, and in for each r; b(t) is out of
+              each r, is summed up in the host's memory, and in for p once; each over the way of that device to or from
+              the host
 
 So what a stage costs follows under staged transfers from its own blocks and device alone, under relayed ones from its
 neighbours' devices too, and under direct ones from all that is behind it. Staged transfers over ways as good as the
-best link of each device cost no more than direct ones: a bound on them. Of a chain whose tensors all go to the next block
-relayed and direct are the same.
+best link of each device cost no more than direct ones: a bound on them. Where every tensor goes to the next block of a
+chain, relayed and direct are the same.
 
 kept and peak of one micro-batch come from a walk through the stage's nodes (memory.py). The pipeline engine holds on to
 what a stage sends until its backward. For each micro-batch it has a buffer for every tensor and gradient that the stage

@@ -9,8 +9,8 @@ An operation starts when its device is free and its input is there:
     arrived = max(end, sent) + out + passage;  sent = max(end, sent) + out  of the result at its reader
 
 Serial with compute, a transfer of t seconds keeps its sender busy for t after the operation (send = out = t), and the
-receiver for t as well (receive = t, into = 0): at the same time if it waits and afterwards if it does not. So a device is
-busy for its load (problem.py) in every step, and the rest of the step is its bubble. Overlapped with compute (send =
+receiver for t as well (receive = t, into = 0): at the same time if it waits and afterwards if it does not. So a device
+is busy for its load (problem.py) in every step, and the rest of the step is its bubble. Overlapped with compute (send =
 receive = 0) a transfer keeps no device from computing, but a device sends one thing after another (sent), and receives
 one after another (received, into = t), in the order in which it needs them.
 
@@ -339,7 +339,8 @@ def _play(todo: Order, prices: _Prices) -> _Played:
         upcoming[ready] += 1
         left -= ready.size
     shape = devices, columns, draws
-    return _Played(*(part.reshape(shape)[:, :-1] for part in (started, arrived[:-1], come)), free)
+    start, there, come = (part.reshape(shape)[:, :-1] for part in (started, arrived[:-1], come))
+    return _Played(start, there, come, free)
 
 
 def _play_alone(todo: Order, prices: _Prices) -> _Played:

@@ -242,16 +242,17 @@ class Stagewise:
             low, high = np.searchsorted(work, [done_s * (1 - MARGIN), done_s + self.ceiling_s])
             at = order[low:high][::-1]
             at = at[(self.size[at] > self.size[start]) & (at != self.everything)]
-            at = at[self._left_s(free, after)[at] * (1 - MARGIN) < self.ceiling_s]
+            at = at[self._left_s(at, free, after) * (1 - MARGIN) < self.ceiling_s]
         at = at[(self.units[at] > self.units[start]) & (self.barred[device][at] == self.barred[device][start])]
         if after and not self.prefixes:
             for word in range(self.words.shape[1]):
                 own = self.words[start, word]
                 if own:
                     at = at[(self.words[at, word] & own) == own]
-        return at
+        found: Integers = at
+        return found
 
-    def _left_s(self, free: int, after: int) -> Floats:
+    def _left_s(self, at: Integers, free: int, after: int) -> Floats:
         """By closed set: a bound on the largest load of what is behind it, over ``after`` of the ``free`` devices."""
         if free not in self.rests:
             share = fluid_s(self.problem, list(bits(free)))
@@ -261,7 +262,8 @@ class Stagewise:
             room = sum(self.problem.caps[d] for d in bits(free))
             rest[(self.static[-1] - self.static > room).astype(bool)] = np.inf
             self.rests[free] = rest
-        return np.maximum(self.rests[free], (self.least[-1] - self.least) / after)
+        left: Floats = np.maximum(self.rests[free][at], (self.least[-1] - self.least[at]) / after)
+        return left
 
     def _traffic(self, start: int, before: int, device: int, at: Integers) -> tuple[Floats, Floats]:
         """Seconds of a step that stages from ``start`` to each of the ends ``at`` send and receive."""

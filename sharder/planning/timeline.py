@@ -26,8 +26,8 @@ class Slot(NamedTuple):
 class Transfer(NamedTuple):
     """When the result of an operation crossed from its device to the next reader's, in seconds from the step's start.
 
-    The sender is at it from ``start_s``, the receiver until ``received_s``, both for as long as the transfer takes them;
-    serial with compute, they do nothing else meanwhile.
+    The sender is at it from ``start_s``, the receiver until ``received_s``, each for as long as the transfer takes it;
+    serial with compute, it does nothing else meanwhile.
     """
 
     operation: Operation

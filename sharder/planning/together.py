@@ -44,6 +44,6 @@ def _refuse_several_devices(words: str, units: Iterable[str], pins: Mapping[str,
     if len(pinned) > 1:
         (one, a), (other, b) = list(pinned.items())[:2]
         raise ShardwrightError(
-            f"together {words} has {a}, which is pinned to {one}, and {b}, which is pinned to {other}: pin them alike, or "
-            "leave one of them out of the group"
+            f"together {words} has {a}, which is pinned to {one}, and {b}, which is pinned to {other}: pin them alike, "
+            "or leave one of them out of the group"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -61,7 +62,7 @@ def _relayed(problem: Problem, stages: Stages) -> list[list[float]]:
     """What crosses each cut, from one neighbour to the other."""
     traffic = [[0.0] * 4 for _ in stages]
     closed = 0
-    for position, ((device, members), (following, _)) in enumerate(zip(stages, stages[1:], strict=False)):
+    for position, ((device, members), (following, _)) in enumerate(itertools.pairwise(stages)):
         closed |= members
         forward_s, backward_s = problem.transfer_s(problem.crossing(closed), device, following)
         traffic[position][0] = traffic[position + 1][1] = forward_s
@@ -91,7 +92,7 @@ def _staged(problem: Problem, stages: Stages) -> list[list[float]]:
 def _direct(problem: Problem, stages: Stages) -> list[list[float]]:
     """Each tensor for each stage that reads it, over the link of its two devices."""
     traffic = [[0.0] * 4 for _ in stages]
-    stage_of = {}
+    stage_of: dict[int, int] = {}
     start = 0
     for position, (device, members) in enumerate(stages):
         for tensor in problem.received(start, members):
@@ -109,8 +110,8 @@ def _direct(problem: Problem, stages: Stages) -> list[list[float]]:
 def as_staged(problem: Problem) -> Problem:
     """Direct transfers relaxed to staged ones, over ways as good as the best of each device's links.
 
-    A direct split has no smaller load than the same split of this problem: a tensor is sent to one reader at least, over
-    some link of its sender.
+    No stage of a split costs less directly than in this problem: a tensor is sent to one reader at least, over a
+    of its sender.
     """
     devices = range(len(problem.devices))
     if len(devices) == 1:
@@ -133,5 +134,5 @@ def _best(links: Iterable[Link]) -> Link:
 
 def is_next_only(order: Sequence[int], crossings: Sequence[Crossing]) -> bool:
     """Whether every tensor is read by the block right behind its producer in ``order``, and by no other."""
-    following = dict(zip(order, order[1:], strict=False))
+    following = dict(itertools.pairwise(order))
     return all(c.producer in following and c.readers == 1 << following[c.producer] for c in crossings)
