@@ -111,7 +111,7 @@ def as_staged(problem: Problem) -> Problem:
     """Direct transfers relaxed to staged ones, over ways as good as the best of each device's links.
 
     No stage of a split costs less directly than in this problem: a tensor is sent to one reader at least, over a
-    of its sender.
+    link of its sender.
     """
     devices = range(len(problem.devices))
     if len(devices) == 1:
