@@ -40,6 +40,7 @@ __all__ = ["Stagewise"]
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
 
 MARGIN = 1e-9
 """A share by which bounds are lowered, so that no rounding rules a split out."""
@@ -108,7 +109,7 @@ class Stagewise:
         self.out_of_time = out_of_time
         self.staged = problem.transfers == "staged"
         self.ceiling_s = 0.0
-        self.failed: set[tuple[int, ...]] = set()
+        self.failed: dict[tuple[int, ...], Bytes] = {}
         self.rests: dict[int, Floats] = {}
         self.closed = list(lattice)
         self.everything = len(self.closed) - 1
@@ -176,25 +177,44 @@ class Stagewise:
 
     def extend(self, start: int, before: int, device: int, free: int, after: int) -> Stages | None:
         """Stages from ``start`` on, the first on ``device`` and ``after`` more behind it, or None."""
-        key = (start, device, free, after) if self.staged else (start, before, device, free, after)
-        if key in self.failed:
+        failed = self.failed_from(before, device, free, after)
+        if failed[start >> 3] >> (start & 7) & 1:
             return None
         if self.out_of_time():
             raise OutOfTimeError
         ends = self.ends(start, before, device, free, after)
+        behind = self.behind(device, free, after)
         for position, end in enumerate(ends.at.tolist()):
-            if not self.fits(start, end, device, after):
+            following = [
+                (other, left)
+                for other, left, gone in behind
+                if not gone[end >> 3] >> (end & 7) & 1 and (self.staged or self.passes(ends, position, device, other))
+            ]
+            if (after and not following) or not self.fits(start, end, device, after):
                 continue
             members = self.closed[end] & ~self.closed[start]
             if after == 0:
                 return ((device, members),)
-            for following in self.candidates(free):
-                if self.staged or self.passes(ends, position, device, following):
-                    rest = self.extend(end, device, following, free & ~(1 << following), after - 1)
-                    if rest is not None:
-                        return ((device, members), *rest)
-        self.failed.add(key)
+            for other, left in following:
+                rest = self.extend(end, device, other, left, after - 1)
+                if rest is not None:
+                    return ((device, members), *rest)
+        failed[start >> 3] |= 1 << (start & 7)
         return None
+
+    def failed_from(self, before: int, device: int, free: int, after: int) -> Bytes:
+        """A bit for each closed set from which the question was answered with no."""
+        key = (device, free, after) if self.staged else (before, device, free, after)
+        if key not in self.failed:
+            self.failed[key] = np.zeros(len(self.closed) // 8 + 1, np.uint8)
+        return self.failed[key]
+
+    def behind(self, device: int, free: int, after: int) -> list[tuple[int, int, Bytes]]:
+        """The devices that may follow ``device``, with those that are free then, and from where they have failed."""
+        if after == 0:
+            return []
+        left = [(other, free & ~(1 << other)) for other in self.candidates(free)]
+        return [(other, rest, self.failed_from(device, other, rest, after - 1)) for other, rest in left]
 
     def passes(self, ends: Ends, position: int, device: int, following: int) -> bool:
         """Whether a stage stays below the ceiling with what it exchanges with the one behind it, on ``following``."""
@@ -242,6 +262,8 @@ class Stagewise:
             low, high = np.searchsorted(work, [done_s * (1 - MARGIN), done_s + self.ceiling_s])
             at = order[low:high][::-1]
             at = at[(self.size[at] > self.size[start]) & (at != self.everything)]
+            gone = [failed[at >> 3] >> (at & 7) & 1 for _, _, failed in self.behind(device, free, after)]
+            at = at[~np.bitwise_and.reduce(gone, axis=0).astype(bool)] if gone else at[:0]
             at = at[self._left_s(at, free, after) * (1 - MARGIN) < self.ceiling_s]
         at = at[(self.units[at] > self.units[start]) & (self.barred[device][at] == self.barred[device][start])]
         if after and not self.prefixes:
