@@ -18,7 +18,7 @@ from shardwright.errors import ShardwrightError
 if TYPE_CHECKING:
     from shardwright.profiler.capture import Progress
     from shardwright.profiler.profile import Profile
-    from shardwright.sharder.planning.problem import Schedule
+    from shardwright.sharder.planning.problem import Schedule, Transfers
 
 app = typer.Typer(
     name="shardwright",
@@ -227,6 +227,19 @@ def shard(
         typer.Option("--pin", metavar="UNIT=DEVICE", help="Keep a unit (or pattern) on a device; repeatable."),
     ] = None,
     schedule: Annotated[str, typer.Option("--schedule", help="1f1b, or gpipe.")] = "1f1b",
+    transfers: Annotated[
+        str,
+        typer.Option(
+            "--transfers", help="relayed (neighbour to neighbour, as --run does), staged (through the host), or direct."
+        ),
+    ] = "relayed",
+    overlap: Annotated[bool, typer.Option("--overlap", help="Take transfers to go on beside compute.")] = False,
+    together: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--together", metavar="UNITS", help="Units (or patterns, by comma) that share a device; repeatable."
+        ),
+    ] = None,
     offload: Annotated[
         bool, typer.Option(help="In inference, leave weights that fit on no device on the host, as a last resort.")
     ] = True,
@@ -273,6 +286,9 @@ def shard(
         pins=_pairs(pins, "--pin", "head=cuda:1"),
         devices=_names(devices),
         schedule=cast("Schedule", schedule),
+        transfers=cast("Transfers", transfers),
+        overlap=overlap,
+        together=[_names(group) or [] for group in together or ()],
         offload=offload,
         time_limit_s=time_limit,
         replans=replans,

@@ -50,6 +50,9 @@ class _DeclaredDevices(Record):
     memory: str | int | None = None
     memory_bytes_per_s: PositiveFloat | None = None
     peak_flops: dict[Dtype, PositiveFloat] = Field(default_factory=dict)
+    host_latency_s: NonNegativeFloat | None = None
+    host_bandwidth_bytes_per_s: PositiveFloat | None = None
+    in_host_memory: bool = False
 
     @model_validator(mode="after")
     def _is_named_once(self) -> Self:
@@ -170,6 +173,9 @@ def _device(path: Path, entry: _DeclaredDevices, name: str) -> Device:
         model=model.model if model is not None else "",
         declared=entry.has_figures,
         fetch_bytes_per_s=host.bandwidth_bytes_per_s if host is not None else None,
+        host_latency_s=entry.host_latency_s,
+        host_bandwidth_bytes_per_s=entry.host_bandwidth_bytes_per_s,
+        in_host_memory=entry.in_host_memory,
     )
 
 

@@ -38,6 +38,11 @@ class CostsOfDevice(Record):
     """What a plan may use there; more than any device has by default."""
     fetch_bytes_per_s: PositiveFloat | None = None
     """How fast weights come from the host's memory, for weights that fit on no device (inference)."""
+    host_latency_s: NonNegativeFloat | None = None
+    """Of a staged transfer to or from the host's memory; without it and the bandwidth, those of the slowest link."""
+    host_bandwidth_bytes_per_s: PositiveFloat | None = None
+    in_host_memory: bool = False
+    """Whether the device's memory is the host's, so that staged transfers take it no time."""
 
 
 class CostsOfLink(Record):

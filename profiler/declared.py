@@ -21,6 +21,7 @@ from shardwright.profiler.catalogue import Rates, catalogue, model_of
 from shardwright.profiler.cluster import Cluster, load_cluster
 from shardwright.profiler.devices import find_devices
 from shardwright.profiler.estimate import ASSUMED, NOMINAL, Demand, Efficiency, Fit, demand_of, fit, roofline_s
+from shardwright.profiler.graph import OF_HOST
 from shardwright.profiler.profile import Device, Estimate, Link, Measurement, Origin
 from shardwright.profiler.unitgraph import UnitGraph
 from shardwright.profiler.workload import Mode, Workloads
@@ -142,11 +143,12 @@ def find_site(cluster: str | Path | None, devices: Sequence[str] | None) -> Site
 
 
 def _merged(declared: Device, found: Device | None) -> Device:
-    """A device of the cluster; one that was found with its node, its model, and no more memory than is declared."""
+    """A device of the cluster; one that was found with its node, model and way to the host, and no more memory."""
     if found is None:
         return declared
     memory = min(found.memory_bytes, declared.memory_bytes)
-    return found.model_copy(update={"node": declared.node, "model": declared.model, "memory_bytes": memory})
+    given = {key: getattr(declared, key) for key in ("node", "model", *OF_HOST)}
+    return found.model_copy(update=given | {"memory_bytes": memory})
 
 
 def _is_here(device: Device, cluster: Cluster) -> bool:

@@ -11,6 +11,7 @@ import networkx as nx
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.given import rate, refuse_misspelt, seconds, whole
+from shardwright.profiler.graph import OF_HOST
 from shardwright.profiler.profile import Device, Link, Variation
 
 __all__ = ["AMPLE_BYTES", "devices_of", "links_of", "variations_of"]
@@ -19,7 +20,7 @@ AMPLE_BYTES = 2**60
 """The memory of a device of which nothing is said: more than any has."""
 
 _TIMES = ("forward_s", "backward_s", "update_s")
-_OF_DEVICES = ("kind", "memory_bytes", "fetch_bytes_per_s", "variation")
+_OF_DEVICES = ("kind", "memory_bytes", "fetch_bytes_per_s", "variation", *OF_HOST)
 
 
 def devices_of(graph: nx.DiGraph[str]) -> tuple[Device, ...]:
@@ -48,13 +49,19 @@ def _device(name: str, facts: Any) -> Device:
     memory_bytes = whole(f"{where}: memory_bytes", facts.get("memory_bytes", AMPLE_BYTES))
     if not memory_bytes:
         raise ShardwrightError(f"{where}: memory_bytes is 0; give what a plan may use there, or leave the device out")
-    fetch = facts.get("fetch_bytes_per_s")
+    fetch, latency_s = facts.get("fetch_bytes_per_s"), facts.get("host_latency_s")
+    bandwidth = facts.get("host_bandwidth_bytes_per_s")
     return Device(
         name=name,
         kind=kind,
         description="",
         memory_bytes=memory_bytes,
         fetch_bytes_per_s=None if fetch is None else rate(f"{where}: fetch_bytes_per_s", fetch),
+        host_latency_s=None if latency_s is None else seconds(f"{where}: host_latency_s", latency_s),
+        host_bandwidth_bytes_per_s=None
+        if bandwidth is None
+        else rate(f"{where}: host_bandwidth_bytes_per_s", bandwidth),
+        in_host_memory=bool(facts.get("in_host_memory", False)),
     )
 
 

@@ -10,6 +10,9 @@ Graph attributes
     train             bool [True]
     devices           {name: {"kind": "cpu", "cuda" or "other", "memory_bytes": int [2**60],
                       "fetch_bytes_per_s": how fast weights come from the host's memory [None],
+                      "host_latency_s", "host_bandwidth_bytes_per_s": of a staged transfer to or from the host's memory
+                      [those of its slowest link], "in_host_memory": whether that is its own memory, so that staged
+                      transfers take it no time [False],
                       "variation": the device's speed over time, as in a profile [()]}},
                       or a sequence of names [the devices in the nodes' times]
     links             {(source, target): (latency in s, bandwidth in bytes/s)} for every ordered pair, or one (latency,
@@ -60,7 +63,10 @@ import networkx as nx
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile, Tensor
 
-__all__ = ["cost_graph"]
+__all__ = ["OF_HOST", "cost_graph"]
+
+OF_HOST = ("host_latency_s", "host_bandwidth_bytes_per_s", "in_host_memory")
+"""What a device may say of its way to the host's memory; in the graph of a profile only where it does."""
 
 
 def cost_graph(profile: Profile, microbatches: int) -> nx.DiGraph[str]:
@@ -150,6 +156,7 @@ def _devices(profile: Profile) -> dict[str, dict[str, Any]]:
             "memory_bytes": device.memory_bytes,
             "fetch_bytes_per_s": device.fetch_bytes_per_s,
             "variation": varied.get(device.name, ()),
+            **{key: value for key in OF_HOST if (value := getattr(device, key)) not in (None, False)},
         }
         for device in profile.devices
     }

@@ -3,6 +3,7 @@
 Graph keys
     name, microbatches, train, host_bytes, disk_bytes_per_s       as in :mod:`shardwright.profiler.graph`
     kind:DEVICE, memory_bytes:DEVICE, fetch_bytes_per_s:DEVICE    of each device, such as ``memory_bytes:cuda:0``
+    host_latency_s:DEVICE, host_bandwidth_bytes_per_s:DEVICE, in_host_memory:DEVICE
     variation:DEVICE                                              a JSON list of numbers
     latency_s:SOURCE->TARGET, bandwidth_bytes_per_s:SOURCE->TARGET
     colocate, ties, obstacles                                     JSON lists
@@ -31,12 +32,13 @@ from typing import Any
 import networkx as nx
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.graph import OF_HOST
 
 __all__ = ["flat_graph", "graphml", "nested_graph"]
 
 _ARROW = "->"
 _TIMES = ("forward_s", "backward_s", "update_s")
-_OF_DEVICE = ("kind", "memory_bytes", "fetch_bytes_per_s", "variation")
+_OF_DEVICE = ("kind", "memory_bytes", "fetch_bytes_per_s", "variation", *OF_HOST)
 _OF_LINK = ("latency_s", "bandwidth_bytes_per_s")
 _OF_NODE = (
     *("kind", "type", "unit", "site", "copied", "static_bytes", "param_bytes", "grad_bytes"),
@@ -102,7 +104,7 @@ def _flat_attributes(graph: nx.DiGraph[str]) -> dict[str, Any]:
     flat = {key: attributes[key] for key in ("name", "microbatches", "train", "host_bytes", "disk_bytes_per_s")}
     for name, device in attributes["devices"].items():
         values = device | {"variation": json.dumps(device["variation"]) if device["variation"] else ""}
-        flat |= {f"{key}:{name}": values[key] for key in _OF_DEVICE}
+        flat |= {f"{key}:{name}": values.get(key) for key in _OF_DEVICE}
     for (source, target), (latency_s, bandwidth) in attributes["links"].items():
         if math.isfinite(bandwidth):  # a free transfer is a link that is left out
             flat[f"latency_s:{source}{_ARROW}{target}"] = latency_s

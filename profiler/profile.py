@@ -48,6 +48,12 @@ class Device(Record):
     """CPU workers only: the cores that the worker is pinned to."""
     fetch_bytes_per_s: PositiveFloat | None = None
     """CUDA only: how fast weights come from the host's memory."""
+    host_latency_s: NonNegativeFloat | None = None
+    """Of a transfer to or from the host's memory; where neither this nor the bandwidth is given, staged transfers are
+    taken to be as slow as the device's slowest link."""
+    host_bandwidth_bytes_per_s: PositiveFloat | None = None
+    in_host_memory: bool = False
+    """Whether the device's memory is the host's, so that staged transfers take it no time."""
     node: str = ""
     """The host, where a cluster was declared that has several."""
     model: str = ""

@@ -126,9 +126,13 @@ class PlanReport:
         def times(values: Sequence[float]) -> list[str]:
             return [seconds(value) if value else glyphs.none for value in values]
 
-        # A transfer keeps both of its ends busy: each stage has those behind it and those before it.
+        # A transfer is at both of its ends: each stage has those behind it and those before it.
         behind = [stage.send_forward_s + stage.receive_backward_s for stage in stages]
-        transfers = [own + before for own, before in zip(behind, [0.0, *behind], strict=False)]
+        transfers = [
+            own
+            + (before if stage.receive_forward_s is None else stage.receive_forward_s + (stage.send_backward_s or 0.0))
+            for stage, own, before in zip(stages, behind, [0.0, *behind], strict=False)
+        ]
         largest = max(stage.load_s for stage in stages) or 1.0
         schedule = {"1f1b": "1F1B", "gpipe": "GPipe"}[plan.schedule]
         note = "times of the whole batch; load of a step, with the optimizer's update" if plan.train else ""
@@ -137,6 +141,7 @@ class PlanReport:
             if plan.of_model:
                 part = f"one micro-batch ({plan.batch / plan.microbatches:.3g} of {plan.batch} samples)"
             note = f"compute and transfers of {part}; load of a whole step, {schedule}"
+        note += _transfers_in_words(plan)
         yield section("Stages", note)
         yield from tables(
             self._names(),
@@ -303,6 +308,13 @@ def _price_of(pin: PinPrice, value_s: float) -> str:
         return "costs nothing" if pin.exact else "no better split was found without it"
     more = percent(100 * (value_s / pin.without_s - 1)) if pin.without_s else "all of it"
     return f"costs {more}{'' if pin.exact else ' or more'}: the largest load is {seconds(pin.without_s)} without it"
+
+
+def _transfers_in_words(plan: Plan) -> str:
+    """How tensors pass, where that is not as the pipeline engine does it."""
+    ways = {"relayed": "", "staged": "transfers through the host's memory", "direct": "transfers to each reader"}
+    said = [words for words in (ways[plan.transfers], "overlapped with compute" if plan.overlap else "") if words]
+    return "; " + ", ".join(said) if said and len(plan.stages) > 1 else ""
 
 
 def _first_of(units: Sequence[str], glyphs: Glyphs) -> str:

@@ -14,13 +14,13 @@ class Played:
     """(device, operation, start, end)"""
 
 
-def play(costs, microbatches, *, schedule="1f1b", train=True, stages_per_device=1, transfers="serial"):
+def play(costs, microbatches, *, schedule="1f1b", train=True, stages_per_device=1, transfers="serial", staged=False):
     """One step: whenever a device becomes free, or an input arrives, the device's next operation starts if it can."""
     devices, serial = len(costs) // stages_per_device, transfers == "serial"
     shape = {"train": train, "stages_per_device": stages_per_device}
     todo = [operations(schedule, device, devices, microbatches, **shape)[::-1] for device in range(devices)]
     played = Played(busy_s=[0.0] * devices)
-    free, link_free, arrived = [0.0] * devices, {}, {}
+    free, sent, received, arrived = [0.0] * devices, [0.0] * devices, [0.0] * devices, {}
     events = [(0.0, device) for device in range(devices)]
     while events:
         _, device = heapq.heappop(events)
@@ -30,16 +30,20 @@ def play(costs, microbatches, *, schedule="1f1b", train=True, stages_per_device=
         needed = source(operation, len(costs))
         if needed and needed not in arrived:
             continue  # its arrival will be the event
-        receive = crossing_s(costs, needed, devices) if needed and serial else 0.0
-        start = max(arrived[needed] if needed else 0.0, free[device] + receive)
+        into = into_s(costs, operation, devices)
+        come = arrived[needed] if needed else 0.0
+        if into and not serial:
+            come = received[device] = max(come, received[device] + into)
+        receive = into if serial else 0.0
+        start = max(come, free[device] + receive)
         end = start + compute_s(costs, operation, schedule)
-        crossing = crossing_s(costs, operation, devices)
         reader = target(operation, len(costs))
+        out = out_s(costs, operation, devices)
         if reader:
-            link = device, reader.stage % devices
-            arrived[operation] = link_free[link] = max(end, link_free.get(link, 0.0)) + crossing
-            heapq.heappush(events, (arrived[operation], link[1]))
-        free[device] = end + (crossing if serial else 0.0)
+            sent[device] = max(end, sent[device]) + out
+            arrived[operation] = sent[device] + (into_s(costs, reader, devices) if staged else 0.0)
+            heapq.heappush(events, (arrived[operation], reader.stage % devices))
+        free[device] = end + (out if serial else 0.0)
         played.busy_s[device] += receive + free[device] - start
         played.slots.append((device, operation, start, end))
         todo[device].pop()
@@ -78,10 +82,23 @@ def compute_s(costs, operation, schedule):
     return cost.backward_input_s if schedule == "zero-bubble" else cost.backward_s
 
 
-def crossing_s(costs, operation, devices):
-    """Seconds that the result takes to the stage that needs it."""
+def out_s(costs, operation, devices):
+    """Seconds in which the result is sent to the stage that needs it."""
+    kind, stage, _ = operation
     if devices == 1 or not target(operation, len(costs)):
         return 0.0
-    if operation.kind == "F":
-        return costs[operation.stage].send_forward_s
-    return costs[operation.stage - 1].receive_backward_s
+    if kind == "F":
+        return costs[stage].send_forward_s
+    own = costs[stage].send_backward_s
+    return costs[stage - 1].receive_backward_s if own is None else own
+
+
+def into_s(costs, operation, devices):
+    """Seconds in which what the operation needs is received."""
+    kind, stage, _ = operation
+    if devices == 1 or not source(operation, len(costs)):
+        return 0.0
+    if kind == "B":
+        return costs[stage].receive_backward_s
+    own = costs[stage].receive_forward_s
+    return costs[stage - 1].send_forward_s if own is None else own

@@ -137,6 +137,15 @@ def test_a_device_may_have_figures_of_its_own(load):
     assert load(OWN.replace("cuda", "cpu")).devices[0].kind == "cpu"
 
 
+def test_a_device_may_say_its_way_to_the_host(load):
+    """Declared with a latency and a bandwidth for staged transfers, or as a part of the host's memory."""
+    way = "host_latency_s = 2e-6\nhost_bandwidth_bytes_per_s = 24e9\n"
+    device = load(OWN.replace("memory_bytes_per_s", way + "memory_bytes_per_s", 1)).devices[0]
+    assert (device.host_latency_s, device.host_bandwidth_bytes_per_s, device.in_host_memory) == (2e-6, 24e9, False)
+    inside = load(OWN.replace("memory_bytes_per_s", "in_host_memory = true\nmemory_bytes_per_s", 1)).devices[0]
+    assert inside.in_host_memory
+
+
 def test_the_example_is_a_cluster():
     """The file in examples/ is read, with all three ways to give a device and a link."""
     cluster = load_cluster(Path(__file__).parents[1] / "examples" / "cluster.toml")

@@ -16,7 +16,8 @@ from shardwright.sharder.planning.timeline import Transfer
 
 SHAPES = list(itertools.product([1, 2, 3, 5], [1, 2, 4, 7]))
 SECONDS = st.floats(0, 10, allow_subnormal=False) | st.sampled_from([0.0, 0.5, 1.0, 3.0])
-COSTS = st.builds(StageCost, *[SECONDS] * 8)
+OWN = st.none() | SECONDS
+COSTS = st.builds(StageCost, *[SECONDS] * 8, receive_forward_s=OWN, send_backward_s=OWN)
 
 
 @st.composite
@@ -32,6 +33,7 @@ def pipelines(draw, transfers=("serial", "overlapped")):
     )
     costs = draw(st.lists(COSTS, min_size=devices * each, max_size=devices * each))
     keywords = {"schedule": schedule, "stages_per_device": each, "train": draw(st.booleans())}
+    keywords["staged"] = draw(st.booleans())
     return costs, microbatches, {**keywords, "transfers": draw(st.sampled_from(transfers))}
 
 
@@ -142,6 +144,29 @@ def test_two_devices_of_two_stages_share_a_link_each_way():
         assert all(a.end_s <= b.start_s for a, b in itertools.pairwise(sent))
 
 
+def test_staged_transfers_take_one_end_after_the_other():
+    """What is sent waits in the host's memory: it is there after both ends' parts, each of which keeps its own busy."""
+    costs = [StageCost(1.0, send_forward_s=2.0), StageCost(1.0, receive_forward_s=3.0)]
+    timeline = simulate(costs, 2, schedule="gpipe", train=False, staged=True)
+    assert [(slot.start_s, slot.end_s) for slot in timeline.slots if slot.device == 0] == [(0, 1), (3, 4)]
+    assert [(slot.start_s, slot.end_s) for slot in timeline.slots if slot.device == 1] == [(6, 7), (10, 11)]
+    assert timeline.busy_s == (2 * (1 + 2), 2 * (3 + 1))
+
+
+@given(pipelines(transfers=("overlapped",)))
+@settings(deadline=None)
+def test_overlapped_a_device_sends_and_receives_one_thing_at_a_time(pipeline):
+    """No step is shorter than what a device computes, all that it sends, or all that it receives."""
+    costs, microbatches, keywords = pipeline
+    timeline = simulate(costs, microbatches, **keywords)
+    devices = len(timeline.busy_s)
+    sent, received = [0.0] * devices, [0.0] * devices
+    for slot in timeline.slots:
+        sent[slot.device] += event_driven.out_s(costs, slot.operation, devices)
+        received[slot.device] += event_driven.into_s(costs, slot.operation, devices)
+    assert timeline.step_s >= max(*timeline.busy_s, *sent, *received) - 1e-9
+
+
 def test_stages_on_the_same_device_exchange_nothing():
     """One device of two stages has no link to wait for."""
     costs = [StageCost(1.0, 1.0, send_forward_s=9.0, receive_backward_s=9.0)] * 2
@@ -191,13 +216,17 @@ def test_no_device_does_two_things_at_once(pipeline):
     """Slots and serial transfers of a device follow each other, whether it sends or receives."""
     costs, microbatches, keywords = pipeline
     timeline = simulate(costs, microbatches, **keywords)
-    for device in range(len(timeline.busy_s)):
+    devices = len(timeline.busy_s)
+    for device in range(devices):
         taken = [(slot.start_s, slot.end_s) for slot in timeline.slots if slot.device == device]
         for transfer in timeline.transfers:
             if transfer.sender == device:
-                taken.append((transfer.start_s, transfer.end_s))
+                sent_s = event_driven.out_s(costs, transfer.operation, devices)
+                taken.append((transfer.start_s, transfer.start_s + sent_s))
             if transfer.receiver == device:
-                taken.append((transfer.received_s - (transfer.end_s - transfer.start_s), transfer.received_s))
+                reader = event_driven.target(transfer.operation, len(costs))
+                received_s = event_driven.into_s(costs, reader, devices)
+                taken.append((transfer.received_s - received_s, transfer.received_s))
         taken = sorted((start_s, end_s) for start_s, end_s in taken if end_s > start_s + 1e-9)
         assert all(a[1] <= b[0] + 1e-9 for a, b in itertools.pairwise(taken))
 
@@ -208,7 +237,7 @@ def test_nothing_gets_faster_by_a_dearer_part(pipeline, data):
     """The order of operations is fixed, so no step shortens when one cost grows."""
     costs, microbatches, keywords = pipeline
     stage = data.draw(st.integers(0, len(costs) - 1))
-    name = data.draw(st.sampled_from([field.name for field in dataclasses.fields(StageCost)]))
+    name = data.draw(st.sampled_from([name for name, s in dataclasses.asdict(costs[stage]).items() if s is not None]))
     dearer = list(costs)
     dearer[stage] = dataclasses.replace(costs[stage], **{name: getattr(costs[stage], name) + data.draw(SECONDS)})
     assert simulate(dearer, microbatches, **keywords).step_s >= simulate(costs, microbatches, **keywords).step_s - 1e-9

@@ -7,8 +7,10 @@ copy in their own stage, so that its edges to them neither order the stages nor 
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,7 +20,8 @@ from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import NodeKind
 from shardwright.profiler.sizes import parse_bytes
 from shardwright.sharder.planning.ledger import ledger_of
-from shardwright.sharder.planning.problem import Block, Crossing, Problem, Schedule, Tie
+from shardwright.sharder.planning.problem import Block, Crossing, Link, Problem, Schedule, Tie, Transfers
+from shardwright.sharder.planning.together import groups_together
 
 __all__ = ["parse_bytes", "problem_from_graph"]
 
@@ -181,6 +184,9 @@ def problem_from_graph(
     memory: Mapping[str, str | int] | None = None,
     pins: Mapping[str, str] | None = None,
     schedule: Schedule = "1f1b",
+    transfers: Transfers = "relayed",
+    overlap: bool = False,
+    together: Iterable[str | Iterable[str]] = (),
 ) -> Problem:
     """Make the planning problem of a cost graph (attributes: :mod:`shardwright.profiler.graph`).
 
@@ -190,9 +196,13 @@ def problem_from_graph(
         memory: caps in bytes, or text such as ``"10GiB"``, that replace the devices' own.
         pins: unit name or pattern -> device.
         schedule: ``"1f1b"`` or ``"gpipe"``; it decides how many micro-batches a stage holds at once.
+        transfers: ``"relayed"``, ``"staged"`` or ``"direct"``; see :mod:`shardwright.sharder.planning.problem`.
+        overlap: whether transfers go on beside compute.
+        together: unit names or patterns, or groups of them, whose units must share a device.
 
     Raises:
-        ShardwrightError: a device, a link, or a unit named in ``memory`` or ``pins`` is not in the graph.
+        ShardwrightError: a device, a link, or a unit named in ``memory``, ``pins`` or ``together`` is not in the graph,
+            or units that must share a device are pinned to several.
     """
     known: dict[str, Any] = graph.graph["devices"]
     names = tuple(devices) if devices is not None else tuple(known)
@@ -207,6 +217,7 @@ def problem_from_graph(
 
     own = _own_copies(graph)
     cut = graph.copy()
+    cut.graph["colocate"] = (*graph.graph.get("colocate", ()), *groups_together(graph, together, pins))
     cut.remove_edges_from((node, reader) for node, readers in own.items() for reader in readers[1:])
     members, before = _blocks(cut)
     data = graph.nodes
@@ -224,7 +235,7 @@ def problem_from_graph(
         for nodes in members
     )
     block_of = {name: i for i, nodes in enumerate(members) for name in nodes}
-    return Problem(
+    problem = Problem(
         blocks=blocks,
         predecessors=tuple(sum(1 << p for p in set_) for set_ in before),
         crossings=_crossings(cut, block_of),
@@ -236,7 +247,22 @@ def problem_from_graph(
         schedule=schedule,
         ledger=ledger_of(cut, block_of),
         updates_together=tuple(known[d]["kind"] == "cuda" for d in names),
+        transfers=transfers,
+        overlap=overlap,
     )
+    ways = [_to_host(known[d]) for d in names]
+    if not any(ways):
+        return problem
+    hosts = tuple((way, way) if way else by_links for way, by_links in zip(ways, problem.ways, strict=True))
+    return dataclasses.replace(problem, hosts=hosts)
+
+
+def _to_host(device: Mapping[str, Any]) -> Link | None:
+    """The way between a device and the host's memory, where the device says what it is."""
+    if device.get("in_host_memory"):
+        return 0.0, math.inf
+    latency_s, rate = device.get("host_latency_s"), device.get("host_bandwidth_bytes_per_s")
+    return None if latency_s is None and rate is None else (latency_s or 0.0, rate or math.inf)
 
 
 def _crossings(graph: nx.DiGraph[str], block_of: Mapping[str, int]) -> tuple[Crossing, ...]:

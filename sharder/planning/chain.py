@@ -1,18 +1,18 @@
 r"""Cutting a line of blocks into stages, at ten thousand blocks: the largest load, the least it can be.
 
 Given positions 0 .. n between the blocks, kinds d of devices, W[d, j] = seconds of the blocks before j on a device of
-kind d, and X[d, e, j] = seconds that a cut at j costs the stage on d before it, and the one on e behind it as well;
+kind d, X[d, e, j] = seconds that a cut at j costs the stage on d before it, and Y[d, e, j] the one on e behind it;
 choose positions 0 = j(0) < j(1) < .. < j(S) = n and a device for each stage, so that each stage has a unit and the
 largest load is least:
 
-    load(i, j on d, after c, before e) = X[c, d, i] + W[d, j] - W[d, i] + X[d, e, j]
-    load <= T      <=>      (W[d, j] + X[d, e, j]) - (W[d, i] - X[c, d, i]) <= T
+    load(i, j on d, after c, before e) = Y[c, d, i] + W[d, j] - W[d, i] + X[d, e, j]
+    load <= T      <=>      (W[d, j] + X[d, e, j]) - (W[d, i] - Y[c, d, i]) <= T
 
 The first bracket belongs to the end of a stage and what is behind it, the second to its start and what is before it.
 So of all the ends that a stage may have only the smallest first bracket counts. With U the devices used behind:
 
     V(U, d, j) = the smallest W[d, j] + X[d, e, j], over all e for which the blocks from j on go on U, the first on e
-    V(U + d, c, i) has W[c, i] + X[c, d, i]   <=>   min over j > i of V(U, d, j) - (W[d, i] - X[c, d, i]) <= T
+    V(U + d, c, i) has W[c, i] + X[c, d, i]   <=>   min over j > i of V(U, d, j) - (W[d, i] - Y[c, d, i]) <= T
 
 which is one running minimum for each state (U, d): O(n) a state and a ceiling T. A greedy choice of the longest stage
 would be wrong, as a longer stage may end in a dearer cut. Devices of a kind are counted, not named: k devices alike
@@ -55,11 +55,13 @@ class Line:
     work: tuple[Floats, ...]
     """W: by kind, the seconds of all blocks before a position."""
     cuts: tuple[tuple[Floats, ...], ...]
-    """X: ``cuts[d][e]``, the seconds of a cut between a device of kind d before it and one of kind e behind it."""
+    """X: ``cuts[d][e]``, the seconds of a cut for the device of kind d before it, with one of kind e behind it."""
     units: Integers
     """How many blocks before a position have a unit."""
     barred: tuple[Integers, ...] = ()
     """By kind: how many blocks before a position may not be on it; nothing = none on any."""
+    openings: tuple[tuple[Floats, ...], ...] = ()
+    """Y: the seconds of the same cuts for the device of kind e; nothing = as many."""
 
     @property
     def blocks(self) -> int:
@@ -76,8 +78,8 @@ class Line:
         return self.work[kind][at] + self.cuts[kind][behind][at]
 
     def start(self, kind: int, before: int, at: slice) -> Floats:
-        """W - X at some positions: what the start of a stage behind one of the kind ``before`` takes from its load."""
-        return self.work[kind][at] - self.cuts[before][kind][at]
+        """W - Y at some positions: what the start of a stage behind one of the kind ``before`` takes from its load."""
+        return self.work[kind][at] - (self.openings or self.cuts)[before][kind][at]
 
     @cached_property
     def speed(self) -> list[float]:
@@ -225,7 +227,7 @@ def least_load(
 
 def _dearest(line: Line) -> float:
     """More than any finite load."""
-    finite = [cut[np.isfinite(cut)].max(initial=0.0) for row in line.cuts for cut in row]
+    finite = [cut[np.isfinite(cut)].max(initial=0.0) for row in (*line.cuts, *line.openings) for cut in row]
     return 2.0 * float(max(work[-1] for work in line.work) + 2 * max(finite))
 
 

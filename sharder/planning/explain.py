@@ -70,7 +70,10 @@ def what_binds(chosen: Option, deadline_s: float) -> str:
     device, members = split.stages[index]
     stage = f"stage {index} on {problem.devices[device]}"
     compute = {v: problem.work_s(v, device) for v in bits(members)}
-    transfers = 1 - (sum(compute.values()) + problem.ties_s(members, device)) / loads[index]
+    computes_s = sum(compute.values()) + problem.ties_s(members, device)
+    transfers = max(0.0, 1 - computes_s / loads[index])
+    if problem.overlap and transfers > 1e-9:
+        transfers = 1.0  # sends or receives are all of the load, and compute is beside them
     if transfers > 0.5:
         return f"the links of {stage}: transfers are {transfers:.0%} of its load"
     largest = max(compute, key=compute.__getitem__)

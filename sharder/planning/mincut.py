@@ -5,7 +5,11 @@ Let all loads be at most T, and I be what comes before the s-th cut of S stages.
     W - (S - s) T  <=  work(I)  <=  s T              W = work of all blocks
     sum of all loads  =  W + 2 * sum over s of X(I)  X(I) = transfer seconds of what crosses the cut behind I
 
-so that T >= (W + 2 * sum of least X) / S. A block is in I for sure if all that may come without it is less work than
+so that T >= (W + 2 * sum of least X) / S. What is staged or direct does not pay for every cut: it costs its sender and
+one reader at least, however many cuts are between them, and the largest least X counts in place of the sum. Transfers
+beside compute are a sum by themselves: what all send is at most S T, as W is.
+
+A block is in I for sure if all that may come without it is less work than
 I has at least, and out of it if what must come before it is more than I has at most. Between those the least X is a
 minimum cut: a tensor is cut once, however many readers are behind it, and an infinite edge from each block back to its
 predecessors keeps I closed (Picard, "Maximal closure of a graph and applications to combinatorial problems",
@@ -22,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardwright.sharder.planning.problem import Crossing, Problem, bits
+from shardwright.sharder.planning.transfers import seconds_of
 
 __all__ = ["transfer_bound_s"]
 
@@ -41,17 +46,20 @@ def transfer_bound_s(problem: Problem, ceiling_s: float, out_of_time: Callable[[
     needed, behind = _work_around(problem, work)
     most_without = work.sum() - behind
     price = [_least_transfer_s(problem, tensor) for tensor in problem.crossings]
+    together: Callable[[list[float]], float] = sum if problem.transfers == "relayed" else max
     bounds = [ceiling_s]
     for stages in range(1, problem.most_stages + 1):
         whole = float(work.sum())
         if whole >= ceiling_s * stages:
             continue
+        moved = [0.0]
         for cut in range(1, stages):
             inside = most_without < (work.sum() - (stages - cut) * ceiling_s) * (1 - 1e-9)
             outside = needed > cut * ceiling_s * (1 + 1e-9)
             if not out_of_time():
-                whole += 2 * _least_cut_s(problem, price, inside, outside, ceiling_s)
-        bounds.append(whole / stages)
+                moved.append(_least_cut_s(problem, price, inside, outside, ceiling_s))
+        moved_s = together(moved)
+        bounds.append((max(whole, moved_s) if problem.overlap else whole + moved_s) / stages)
     return min(bounds) * (1 - 1e-12)
 
 
@@ -69,11 +77,19 @@ def _work_around(
 
 
 def _least_transfer_s(problem: Problem, tensor: Crossing) -> float:
-    """Seconds of a step that ``tensor`` costs each end of the fastest link."""
+    """Seconds of a step that crossing a cut makes ``tensor`` cost all its ends at least; if overlapped, the senders."""
     devices = range(len(problem.devices))
+    forward, backward = tensor.forward_bytes, tensor.backward_bytes
+    if problem.transfers == "staged":
+        out_s, in_s = (
+            min(seconds_of(forward, ways[i]) for ways in problem.ways)
+            + min(seconds_of(backward, ways[i]) for ways in problem.ways) * bool(backward)
+            for i in range(2)
+        )
+        return problem.microbatches * (out_s if problem.overlap else out_s + in_s)
     pairs = {(problem.links[a][b], problem.links[b][a]): (a, b) for a in devices for b in devices if a != b}
     each = (sum(problem.transfer_s([tensor], a, b)) for a, b in pairs.values())
-    return problem.microbatches * min(each, default=0.0)
+    return problem.microbatches * min(each, default=0.0) * (1 if problem.overlap else 2)
 
 
 def _least_cut_s(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from shardwright.errors import ShardwrightError
+from shardwright.sharder.planning.direct import Direct
 from shardwright.sharder.planning.line import is_chain, split_line
 from shardwright.sharder.planning.mincut import transfer_bound_s
 from shardwright.sharder.planning.orders import best_of_orders
@@ -29,6 +30,8 @@ from shardwright.sharder.planning.search import (
     simple_bound_s,
     sums_of,
 )
+from shardwright.sharder.planning.stagewise import Stagewise
+from shardwright.sharder.planning.transfers import as_staged, load_s, traffic_of
 
 __all__ = ["Partition", "partition", "stage_loads"]
 
@@ -48,7 +51,9 @@ class Partition:
 
 
 def _rooms(problem: Problem) -> list[list[int]]:
-    """Devices in classes that hold the same: same cap and pins."""
+    """Devices in classes that hold the same: same cap and pins; where some ways are not to be used, that are alike."""
+    if problem.unusable or any(math.isinf(latency_s) for ways in problem.ways for latency_s, _ in ways):
+        return _classes(problem)
     classes: dict[tuple[object, ...], list[int]] = {}
     for device, cap in enumerate(problem.caps):
         classes.setdefault((cap, *(block.allowed[device] for block in problem.blocks)), []).append(device)
@@ -75,6 +80,7 @@ def _classes(problem: Problem) -> list[list[int]]:
                 if o not in (a, b)
             )
             and pins[a] == pins[b]
+            and (problem.transfers != "staged" or problem.ways[a] == problem.ways[b])
             and all(own[a + i * count] == own[b + i * count] for i in range(3))
         )
 
@@ -121,9 +127,8 @@ def _even_splits(problem: Problem) -> Iterator[Stages]:
 
 def stage_loads(problem: Problem, stages: Sequence[tuple[int, int]]) -> list[float] | None:
     """The load of each stage in seconds of a step, or None when a stage has no unit, breaks a pin or does not fit."""
-    loads = []
+    work_s = []
     closed = 0
-    received_s = 0.0
     for position, (device, members) in enumerate(stages):
         after = len(stages) - 1 - position
         blocks = [problem.blocks[v] for v in bits(members)]
@@ -132,14 +137,8 @@ def stage_loads(problem: Problem, stages: Sequence[tuple[int, int]]) -> list[flo
         if problem.memory_bytes(closed, closed | members, device, after) > problem.caps[device]:
             return None
         closed |= members
-        sent_s = 0.0
-        if after:
-            transfer = problem.transfer_s(problem.crossing(closed), device, stages[position + 1][0])
-            sent_s = problem.microbatches * sum(transfer)
-        work_s = sum(problem.work_s(v, device) for v in bits(members))
-        loads.append(received_s + work_s + problem.ties_s(members, device) + sent_s)
-        received_s = sent_s
-    return loads
+        work_s.append(sum(problem.work_s(v, device) for v in bits(members)) + problem.ties_s(members, device))
+    return [load_s(problem, *parts) for parts in zip(work_s, traffic_of(problem, stages), strict=True)]
 
 
 def _cannot_fit(problem: Problem) -> bool:
@@ -149,6 +148,23 @@ def _cannot_fit(problem: Problem) -> bool:
         any(block.allowed[d] and problem.least_bytes(v, d) <= cap for d, cap in enumerate(problem.caps))
         for v, block in enumerate(problem.blocks)
     )
+
+
+AnySearch = Search | Stagewise | Direct
+
+
+def search_over(
+    problem: Problem,
+    lattice: Lattice,
+    sums: Mapping[int, Done],
+    classes: Sequence[Sequence[int]],
+    out_of_time: Callable[[], bool],
+) -> AnySearch:
+    """The exact search that knows the transfers of ``problem``."""
+    if problem.transfers == "direct":
+        return Direct(problem, lattice, sums, classes, out_of_time)
+    kind = Stagewise if problem.transfers == "staged" or problem.overlap else Search
+    return kind(problem, lattice, sums, classes, out_of_time)
 
 
 class _Best:
@@ -170,6 +186,12 @@ class _Best:
         loads = stage_loads(self.problem, stages)
         if loads is not None and max(loads) < self.value_s:
             self.value_s, self.stages = max(loads), stages
+            self.bound_s = min(self.bound_s, self.value_s)  # which rounding may have put above it
+
+    def relax(self, relaxed: Partition) -> None:
+        """Take the bound of a relaxed problem, and its stages if they are good."""
+        self.bound_s = max(self.bound_s, relaxed.bound_s)
+        self.offer(relaxed.stages)
 
     def take_line(self, out_of_time: Callable[[], bool]) -> None:
         """Take the best split of a chain if it fits; without memory and ties it is a bound on all of them."""
@@ -199,7 +221,7 @@ class _Best:
             self.offer(stages)
         self.bound_s = max(self.bound_s, min(self.value_s, transfer_bound_s(problem, self.value_s, out_of_time)))
 
-    def improve(self, search: Search, *, proves: bool) -> None:
+    def improve(self, search: AnySearch, *, proves: bool) -> None:
         """Take the best split of ``search``; one that ``proves`` knows every split, so its failures raise the bound."""
         low, slack = self.bound_s, 0.01
         while low < (target := self.value_s * (1 - ROUNDING)):
@@ -240,6 +262,12 @@ def partition(
     if not best.proven:
         for stages in _even_splits(problem):
             best.offer(stages)
+    if problem.transfers == "direct" and not best.proven:
+        with contextlib.suppress(ShardwrightError):  # the relaxed search was cut short, and knows nothing
+            relaxed = partition(as_staged(problem), limit=limit, time_limit_s=time_limit_s / 3, clock=clock)
+            if relaxed is None:
+                return None
+            best.relax(relaxed)
     try:
         complete = _search_all(problem, best, limit, lambda share: clock() >= start_s + share * time_limit_s)
     except OutOfTimeError:
@@ -270,7 +298,7 @@ def _search_all(problem: Problem, best: _Best, limit: int, spent: Callable[[floa
 
     def some_split(family: Lattice, sums: Mapping[int, Done]) -> None:
         if not best.stages:
-            found = Search(problem, family, sums, _rooms(problem), partial(spent, 1.0)).below(math.inf)
+            found = search_over(problem, family, sums, _rooms(problem), partial(spent, 1.0)).below(math.inf)
             if found is not None:
                 best.offer(found)
 
@@ -287,7 +315,7 @@ def _search_all(problem: Problem, best: _Best, limit: int, spent: Callable[[floa
     for number, order in enumerate(orders, start=1):
         share = number / len(orders) / 2
         with contextlib.suppress(OutOfTimeError):
-            best.improve(Search(problem, family, sums, [order], partial(spent, share)), proves=False)
+            best.improve(search_over(problem, family, sums, [order], partial(spent, share)), proves=False)
     if spent(1.0):
         raise OutOfTimeError
     lattice = closed_sets(problem.predecessors, limit)
@@ -297,6 +325,6 @@ def _search_all(problem: Problem, best: _Best, limit: int, spent: Callable[[floa
         family, sums = lattice, sums_of(problem, lattice)
         some_split(family, sums)
     if best.stages:
-        last = Search(problem, family, sums, _classes(problem), partial(spent, 1.0))
+        last = search_over(problem, family, sums, _classes(problem), partial(spent, 1.0))
         best.improve(last, proves=lattice is not None)
     return lattice is not None

@@ -57,11 +57,16 @@ class Stage(Record):
     tie_s: NonNegativeFloat = 0.0
     """Summing the gradients of tied parameters with the other copies."""
     send_forward_s: NonNegativeFloat
-    """Activations to the next stage; 0 for the last."""
+    """Activations to later stages; 0 for the last."""
     receive_backward_s: NonNegativeFloat
-    """Gradients from the next stage; 0 for the last."""
+    """Gradients from later stages; 0 for the last."""
+    receive_forward_s: NonNegativeFloat | None = None
+    """Activations from earlier stages; None: relayed, as much as the stage before sends."""
+    send_backward_s: NonNegativeFloat | None = None
+    """Gradients to earlier stages; None: relayed, as much as the stage before receives."""
     load_s: NonNegativeFloat
-    """Seconds of a step in which the device computes or transfers."""
+    """Seconds of a step in which the device computes or transfers; where these overlap, the longest of compute, sends
+    and receives."""
     param_bytes: NonNegativeInt
     """A tied parameter is counted in the stage of its first user only."""
     memory_bytes: NonNegativeInt
@@ -202,8 +207,11 @@ class Plan(Document):
     declared_devices: tuple[str, ...] = ()
     """Those of them that nothing was measured on: the predictions rest on estimates there."""
     objective: Literal["throughput"]
-    transfers: Literal["relayed"]
-    """Tensors pass from neighbour to neighbour, as the pipeline engine sends them."""
+    transfers: Literal["relayed", "staged", "direct"]
+    """How tensors were taken to pass: from neighbour to neighbour, as the pipeline engine sends them; through the
+    host's memory; or straight to each stage that reads them."""
+    overlap: bool = False
+    """Whether transfers were taken to go on beside compute."""
     schedule: Literal["1f1b", "gpipe"]
     microbatches: PositiveInt
     stages: tuple[Stage, ...]

@@ -29,7 +29,7 @@ from shardwright.sharder.planning.plan import (
     Stage,
 )
 from shardwright.sharder.planning.pricing import Option, baseline_of, noise_s, price, solve
-from shardwright.sharder.planning.problem import Problem, Schedule, bits, in_flight
+from shardwright.sharder.planning.problem import Problem, Schedule, Transfers, bits, in_flight
 from shardwright.sharder.planning.remedies import changes_that_pay, prices_of_pins
 from shardwright.sharder.planning.sensitivity import sensitivity_of
 from shardwright.sharder.planning.simulate import StageCost
@@ -49,6 +49,9 @@ def plan(
     pins: Mapping[str, str] | None = None,
     devices: Iterable[str] | None = None,
     schedule: Schedule = "1f1b",
+    transfers: Transfers = "relayed",
+    overlap: bool = False,
+    together: Iterable[str | Iterable[str]] = (),
     offload: bool = True,
     time_limit_s: float = 30.0,
     replans: int = 0,
@@ -68,6 +71,11 @@ def plan(
         pins: unit name or pattern -> device.
         devices: which devices to use; all that were profiled by default.
         schedule: ``"1f1b"``, or ``"gpipe"``, which holds all micro-batches at once; inference has forwards only.
+        transfers: how tensors pass between stages: ``"relayed"`` from neighbour to neighbour, as the pipeline engine
+            sends them; ``"direct"`` to each stage that reads them; ``"staged"`` through the host's memory, once out and
+            once into each stage that reads.
+        overlap: whether sends and receives go on beside compute and each other; a load is the longest of the three.
+        together: unit names or patterns, or groups of them, whose units must share a device.
         offload: whether, in inference, the weights of units that fit on no device may stay in the host's memory or on
             its disk, from where they are brought for each call.
         time_limit_s: seconds for the whole search; after it, the best so far with an honest gap.
@@ -84,13 +92,25 @@ def plan(
         raise ShardwrightError(f"objective {objective!r} is not known; the planner has: throughput")
     if schedule not in ("1f1b", "gpipe"):
         raise ShardwrightError(f"schedule {schedule!r} is not known; the planner has: 1f1b, gpipe")
+    if transfers not in ("relayed", "staged", "direct"):
+        raise ShardwrightError(f"transfers {transfers!r} is not known; the planner has: relayed, staged, direct")
     names = tuple(devices) if devices is not None else None
+    groups = [together] if isinstance(together, str) else list(together)
     deadline_s = time.monotonic() + time_limit_s
 
     def problem_at(count: int, pins: Mapping[str, str] | None = pins) -> Problem:
         graph = cost_graph(profile, count)
         order: Schedule = schedule if profile.train else "gpipe"
-        return problem_from_graph(graph, devices=names, memory=memory, pins=pins, schedule=order)
+        return problem_from_graph(
+            graph,
+            devices=names,
+            memory=memory,
+            pins=pins,
+            schedule=order,
+            transfers=transfers,
+            overlap=overlap,
+            together=groups,
+        )
 
     problems = [problem_at(count) for count in (profile.microbatches if microbatches == "auto" else (microbatches,))]
     options: list[Option] = []
@@ -211,7 +231,8 @@ def _write(
         profiled_devices=tuple(device.name for device in profile.devices),
         declared_devices=tuple(device.name for device in profile.devices if device.declared),
         objective="throughput",
-        transfers="relayed",
+        transfers=problem.transfers,
+        overlap=problem.overlap,
         schedule=problem.schedule,
         microbatches=problem.microbatches,
         stages=tuple(stages),
@@ -258,7 +279,7 @@ def _write(
     )
 
 
-def _recorded(cost: StageCost) -> dict[str, float]:
+def _recorded(cost: StageCost) -> dict[str, Any]:
     """The costs that a plan's stage records: no schedule that is planned splits the backward."""
     return {name: value for name, value in dataclasses.asdict(cost).items() if name in Stage.model_fields}
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal, TypedDict
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.partition import Partition, partition, stage_loads
-from shardwright.sharder.planning.problem import Problem, bits
+from shardwright.sharder.planning.problem import Problem, Schedule, bits
 from shardwright.sharder.planning.simulate import StageCost, expected_step_s, simulate
 from shardwright.sharder.planning.timeline import Timeline
+from shardwright.sharder.planning.transfers import traffic_of
 
-__all__ = ["Option", "baseline_of", "noise_s", "price", "solve"]
+__all__ = ["Option", "baseline_of", "noise_s", "price", "rules_of", "solve"]
 
 LEAST_NOISE = 0.05
 """One device counts as faster than an earlier one from this relative difference on, however steady both were."""
@@ -55,33 +57,50 @@ def solve(problem: Problem, profile: Profile, *, time_limit_s: float) -> Option 
     return None
 
 
+class Rules(TypedDict):
+    """How a step is simulated."""
+
+    schedule: Schedule
+    train: bool
+    transfers: Literal["serial", "overlapped"]
+    staged: bool
+
+
+def rules_of(problem: Problem, *, train: bool) -> Rules:
+    """How a step of ``problem`` is simulated."""
+    return Rules(
+        schedule=problem.schedule,
+        train=train,
+        transfers="overlapped" if problem.overlap else "serial",
+        staged=problem.transfers == "staged",
+    )
+
+
 def price(problem: Problem, split: Partition, profile: Profile) -> Option:
     """Loads, costs of each stage, and the simulated step."""
     loads = stage_loads(problem, split.stages)
     assert loads is not None, "a split that was found is feasible"
+    relayed = problem.transfers == "relayed"
     costs = []
-    closed = 0
-    for position, (device, members) in enumerate(split.stages):
+    for (device, members), traffic in zip(split.stages, traffic_of(problem, split.stages), strict=True):
         blocks = [problem.blocks[v] for v in bits(members)]
-        closed |= members
-        send, receive = 0.0, 0.0
-        if position + 1 < len(split.stages):
-            send, receive = problem.transfer_s(problem.crossing(closed), device, split.stages[position + 1][0])
         costs.append(
             StageCost(
                 forward_s=sum(b.forward_s[device] for b in blocks),
                 backward_s=sum(b.backward_s[device] for b in blocks),
                 update_s=sum(b.update_s[device] for b in blocks),
-                send_forward_s=send,
-                receive_backward_s=receive,
+                send_forward_s=traffic.forward_out_s,
+                receive_backward_s=traffic.backward_in_s,
                 tie_s=problem.ties_s(members, device),
+                receive_forward_s=None if relayed else traffic.forward_in_s,
+                send_backward_s=None if relayed else traffic.backward_out_s,
             )
         )
-    schedule, train = problem.schedule, profile.train
-    timeline = simulate(costs, problem.microbatches, schedule=schedule, train=train)
+    rules = rules_of(problem, train=profile.train)
+    timeline = simulate(costs, problem.microbatches, **rules)
     varied = {variation.device: variation.relative for variation in profile.variations}
     relative = [varied.get(problem.devices[device], ()) for device, _ in split.stages]
-    step_s, spread_s = expected_step_s(costs, relative, problem.microbatches, schedule=schedule, train=train)
+    step_s, spread_s = expected_step_s(costs, relative, problem.microbatches, **rules)
     return Option(problem, split, loads, tuple(costs), timeline, step_s, spread_s)
 
 

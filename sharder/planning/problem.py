@@ -5,17 +5,37 @@ others, and ties p (parameters that several blocks use); choose an order of devi
 sets {} = I0 < I1 < ... < IS = all, so that stage s = Is \ Is-1 runs on the s-th device, has a unit and fits the memory,
 and the largest load is least:
 
-    load(s) = M * (compute(s) + transfer in + transfer out) + update(s) + ties(s)       seconds of M micro-batches
+    load(s) = M * (compute(s) + out(s) + in(s)) + update(s) + ties(s)                   seconds of M micro-batches
     memory(s) = static(s) + copies(s) + buffers(s) + the largest of
                 (in_flight(s) - 1) * kept(s) + peak(s)                      while micro-batches come and go
                 update(s)                                                   in the optimizer's step
 
-Transfers are relayed, as the pipeline engine does it: a tensor still needed later crosses every cut between its
-producer and its last reader, forward as an activation and backward as a gradient, and costs both ends of the link.
+or, where transfers overlap with compute, as copy engines allow, one for sends and one for receives,
+
+    load(s) = max of  M * compute(s) + update(s) + ties(s),  M * out(s),  M * in(s)
+
+What goes out and in follows from the transfers. Let f(t) be the tensor t itself and b(t) its gradient, if it has one;
+x(a -> b) = latency + bytes / bandwidth of the way from device a to b; p the stage that makes t, R its other readers'
+stages, and d(s) the device of s:
+
+    relayed   t crosses every cut between p and the last of R, as the pipeline engine sends it, from neighbour to
+              neighbour: for each of those cuts, between s and s + 1, f(t) is out of s and in for s + 1, and b(t) is
+              out of s + 1 and in for s; both over the link of d(s) and d(s + 1)
+    direct    for each r of R, f(t) is out of p and in for r, and b(t) is out of r and in for p, over the link of
+              d(p) and d(r)
+    staged    through the host's memory: f(t) is out of p once if there is any r, and in for each r; b(t) is out of
+              each r, is summed up in the host's memory, and in for p once; each over the way of that device to or from
+              the host
+
+So what a stage costs follows under staged transfers from its own blocks and device alone, under relayed ones from its
+neighbours' devices too, and under direct ones from all that is behind it. Staged transfers over ways as good as the
+best link of each device cost no more than direct ones: a bound on them. Where every tensor goes to the next block of a
+chain, relayed and direct are the same.
 
 kept and peak of one micro-batch come from a walk through the stage's nodes (memory.py). The pipeline engine holds on to
 what a stage sends until its backward. For each micro-batch it has a buffer for every tensor and gradient that the stage
-receives, for the whole of the training, and it keeps the gradients that the stage sends until the next step:
+receives, for the whole of the training, and it keeps the gradients that the stage sends until the next step. What is
+relayed is received by every stage that it passes:
 
     buffers(s) = M * (tensors received + gradients received) + gradients sent so far
 
@@ -43,9 +63,18 @@ from typing import Literal
 
 from shardwright.sharder.planning.memory import EMPTY, Ledger, Walk, bits
 
-__all__ = ["Block", "Crossing", "Problem", "Schedule", "Tie", "bits", "in_flight"]
+__all__ = ["Block", "Crossing", "Link", "Problem", "Schedule", "Tie", "Transfers", "bits", "in_flight", "slowest"]
 
 Schedule = Literal["1f1b", "gpipe"]
+Transfers = Literal["relayed", "staged", "direct"]
+Link = tuple[float, float]
+"""Latency in s, bandwidth in bytes/s."""
+
+
+def slowest(links: Iterable[Link]) -> Link:
+    """The largest latency and the smallest bandwidth of ``links`` that may be used; unusable where none may."""
+    usable = [link for link in links if math.isfinite(link[0])]
+    return (max(s for s, _ in usable), min(rate for _, rate in usable)) if usable else (math.inf, math.inf)
 
 
 def in_flight(schedule: Schedule, microbatches: int, stages_after: int) -> int:
@@ -132,6 +161,11 @@ class Problem:
     """What the nodes of the blocks take in memory for one micro-batch."""
     updates_together: tuple[bool, ...] = ()
     """By device: whether the optimizer works on all parameters at once; by default it takes one after another."""
+    transfers: Transfers = "relayed"
+    overlap: bool = False
+    """Whether transfers go on beside compute."""
+    hosts: tuple[tuple[Link, Link], ...] = ()
+    """By device: the way to the host's memory and the way from it; by default those of its slowest usable links."""
 
     @property
     def most_stages(self) -> int:
@@ -177,6 +211,32 @@ class Problem:
     def _last_readers(self) -> list[tuple[Crossing, int]]:
         """The tensors, each with the last block that reads it: most do not cross by that alone."""
         return [(c, c.readers.bit_length() - 1) for c in self.crossings]
+
+    def received(self, start: int, members: int) -> list[Crossing]:
+        """The tensors that a stage of the blocks in ``members`` gets, behind the predecessor-closed set ``start``."""
+        crossing = self.crossing(start)
+        return crossing if self.transfers == "relayed" else [c for c in crossing if c.readers & members]
+
+    def sent(self, end: int, members: int) -> list[Crossing]:
+        """The tensors that it sends, ``end`` being ``start`` with it."""
+        crossing = self.crossing(end)
+        return crossing if self.transfers == "relayed" else [c for c in crossing if members >> c.producer & 1]
+
+    @cached_property
+    def ways(self) -> tuple[tuple[Link, Link], ...]:
+        """By device: the way to the host's memory and the way from it."""
+        if self.hosts:
+            return self.hosts
+        devices = range(len(self.devices))
+        if len(devices) == 1:
+            return (((0.0, math.inf),) * 2,)
+        return tuple(
+            (
+                slowest(self.links[d][other] for other in devices if other != d),
+                slowest(self.links[other][d] for other in devices if other != d),
+            )
+            for d in devices
+        )
 
     def transfer_s(self, tensors: Iterable[Crossing], source: int, target: int) -> tuple[float, float]:
         """Seconds that one micro-batch's ``tensors`` take from ``source`` to ``target``, and their gradients back."""
@@ -231,6 +291,7 @@ class Problem:
             links=((self.links[device][device],),),
             ties=(),
             updates_together=self.updates_together[device : device + 1],
+            hosts=self.hosts[device : device + 1],
         )
 
     def memory_bytes(self, start: int, end: int, device: int, stages_after: int) -> int:
@@ -241,7 +302,7 @@ class Problem:
         members = end & ~start
         static = sum(self.blocks[v].static_bytes for v in bits(members))
         copies = sum(tie.copy_bytes for tie in self.ties if not tie.counted(members))
-        received, sent = self.crossing(start), self.crossing(end)
+        received, sent = self.received(start, members), self.sent(end, members)
         buffers = sum(c.forward_bytes for c in received) + sum(c.backward_bytes for c in sent)
         gradients = sum(c.backward_bytes for c in received)
         held = in_flight(self.schedule, self.microbatches, stages_after)

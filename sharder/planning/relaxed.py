@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 
 from shardwright.sharder.planning.memory import Ledger, Step, Storage
-from shardwright.sharder.planning.problem import Problem
+from shardwright.sharder.planning.problem import Link, Problem
 
 __all__ = [
     "all_usable",
@@ -35,8 +35,15 @@ def all_usable(problem: Problem) -> Problem:
 
 def with_links_times(problem: Problem, factor: float) -> Problem:
     """Links so many times as fast, latency and bandwidth."""
-    links = tuple(tuple((latency / factor, rate * factor) for latency, rate in row) for row in problem.links)
-    return dataclasses.replace(problem, links=links)
+
+    def faster(link: Link) -> Link:
+        return link[0] / factor, link[1] * factor
+
+    return dataclasses.replace(
+        problem,
+        links=tuple(tuple(map(faster, row)) for row in problem.links),
+        hosts=tuple((faster(out), faster(in_)) for out, in_ in problem.hosts),
+    )
 
 
 def with_caps_times(problem: Problem, factor: float) -> Problem:
@@ -72,6 +79,7 @@ def with_another(problem: Problem, device: int) -> Problem:
         caps=(*problem.caps, problem.caps[device]),
         links=tuple(map(tuple, links)),
         updates_together=(*together, together[device]) if together else (),
+        hosts=(*problem.hosts, problem.hosts[device]) if problem.hosts else (),
     )
 
 

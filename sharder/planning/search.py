@@ -36,8 +36,10 @@ __all__ = [
     "Search",
     "Stages",
     "closed_sets",
+    "fluid_s",
     "simple_bound_s",
     "sums_of",
+    "tied_of",
 ]
 
 Stages = tuple[tuple[int, int], ...]
@@ -76,7 +78,7 @@ def closed_sets(predecessors: tuple[int, ...], limit: int) -> Lattice | None:
     return lattice
 
 
-def _fluid_s(problem: Problem, devices: Sequence[int]) -> list[float]:
+def fluid_s(problem: Problem, devices: Sequence[int]) -> list[float]:
     """By block: what it adds to a bound on the largest load over ``devices``, whatever the split.
 
     For any weights of the devices with sum 1 the largest load is at least the weighted mean of the loads, so at least
@@ -107,7 +109,7 @@ def _least_s(problem: Problem) -> list[float]:
 def simple_bound_s(problem: Problem) -> float:
     """A bound without search: the work shared out evenly, and the largest block, each where it is fastest."""
     least = _least_s(problem)
-    return max(sum(_fluid_s(problem, range(len(problem.devices)))), sum(least) / problem.most_stages, *least)
+    return max(sum(fluid_s(problem, range(len(problem.devices)))), sum(least) / problem.most_stages, *least)
 
 
 class OutOfTimeError(Exception):
@@ -140,7 +142,7 @@ class Done(NamedTuple):
     backward_bytes: int = 0
 
 
-def _tied(problem: Problem) -> list[Tied]:
+def tied_of(problem: Problem) -> list[Tied]:
     """The ties of ``problem`` that cost something, those with the same users as one."""
     devices = range(len(problem.devices))
     found: dict[tuple[int, int], Tied] = {}
@@ -219,7 +221,7 @@ class Search:
         ]
         # No stage takes more at once beside what comes with the micro-batches.
         self.most_at_once = problem.ledger.most_at_once()
-        self.ties = _tied(problem)
+        self.ties = tied_of(problem)
         self.failed: dict[tuple[int, int, int, int], float] = {}
         self.ends: dict[tuple[int, int], list[int]] = {}
         self.rests: dict[int, dict[int, float]] = {}
@@ -316,7 +318,7 @@ class Search:
 
     def rest_s(self, free: int) -> dict[int, float]:
         """By closed set: a bound on the largest load of what is left behind it, over the ``free`` devices."""
-        share = _fluid_s(self.problem, list(bits(free)))
+        share = fluid_s(self.problem, list(bits(free)))
         rest = {self.everything: 0.0}
         for closed, steps in reversed(self.lattice.items()):
             for v, larger in steps:

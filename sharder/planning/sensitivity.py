@@ -22,7 +22,7 @@ from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Measurement, Profile
 from shardwright.sharder.planning.partition import partition, stage_loads
 from shardwright.sharder.planning.plan import Replans, Sensitivity
-from shardwright.sharder.planning.pricing import Option
+from shardwright.sharder.planning.pricing import Option, rules_of
 from shardwright.sharder.planning.problem import Problem, bits
 from shardwright.sharder.planning.simulate import steps_at
 
@@ -128,9 +128,8 @@ def _steps(option: Option, draws: _Draws, profile: Profile) -> _Floats:
     for device, members in option.split.stages:
         nodes = [node for v in bits(members) for node in problem.blocks[v].nodes]
         factors.append(draws.of_nodes(nodes, problem.devices[device], problem.microbatches))
-    steps = steps_at(
-        option.costs, np.array(factors).T, problem.microbatches, schedule=problem.schedule, train=profile.train
-    )
+    rules = rules_of(problem, train=profile.train)
+    steps = steps_at(option.costs, np.array(factors).T, problem.microbatches, **rules)
     # What unsteady devices add to the step of the median times is taken as in proportion.
     scale = option.step_s / option.timeline.step_s if option.timeline.step_s else 1.0
     return np.array(steps) * scale

@@ -2,15 +2,22 @@
 
 An operation starts when its device is free and its input is there:
 
-    start   = max(arrived of its input, free + receive)          receive, send: 0 unless serial with compute
+    come    = max(arrived of its input, received + into) = received         of what the device receives; else arrived
+    start   = max(come, free + receive)
     end     = start + compute
-    free    = end + send                                         of the device, for its next operation
-    arrived = max(end, link free) + crossing = link free         of the result at its reader
+    free    = end + send                                                    of the device, for its next operation
+    arrived = max(end, sent) + out + passage;  sent = max(end, sent) + out  of the result at its reader
 
-Serial with compute, as `relayed` transfers are, a transfer of t seconds keeps its sender busy for t after the operation
-(send = crossing = t), and the receiver for t as well (receive = t): at the same time if it waits and afterwards if it
-does not. So a device is busy for its load (problem.py) in every step, and the rest of the step is its bubble.
-Overlapped with compute, a transfer keeps nobody busy, but each directed link carries one message at a time.
+Serial with compute, a transfer of t seconds keeps its sender busy for t after the operation (send = out = t), and the
+receiver for t as well (receive = t, into = 0): at the same time if it waits and afterwards if it does not. So a device
+is busy for its load (problem.py) in every step, and the rest of the step is its bubble. Overlapped with compute (send =
+receive = 0) a transfer keeps no device from computing, but a device sends one thing after another (sent), and receives
+one after another (received, into = t), in the order in which it needs them.
+
+Staged through the host's memory, what is sent is there before it is received, so that the receiver's part adds to the
+sender's (passage = t); else both are at it at the same time (passage = 0). What a stage exchanges with stages that are
+not its neighbours is played as if it came from, or went to, its neighbour: the sums are those of its load, and what is
+longer on its way was sent earlier.
 
 The lists fix which operation waits for which, whatever the times are. So the step is not played event by event but turn
 by turn: in each turn every device whose next operation has its input does that one, all of them in a few operations on
@@ -21,6 +28,7 @@ device has, and the work is linear in the number of all operations.
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 from collections.abc import Sequence
@@ -64,15 +72,26 @@ class StageCost:
     first stage, and that stage's whole backward with the weights."""
     backward_weight_s: float | None = None
     """Under zero-bubble, the gradients of the weights."""
+    receive_forward_s: float | None = None
+    """Activations that the stage receives; what the stage before sends by default."""
+    send_backward_s: float | None = None
+    """Gradients that the stage sends; what the stage before receives by default."""
 
 
 class _Prices(NamedTuple):
     """Seconds, by kind of operation, stage and draw (one column where draws do not differ)."""
 
     compute: _Floats
-    crossing: _Floats
+    out: _Floats
+    """In which the device sends the result."""
+    passage: _Floats
+    """Further, until it is at its reader."""
+    into: _Floats
+    """In which the device receives the input, where that is beside compute."""
     send: _Floats
+    """Of ``out``, what keeps the device busy."""
     receive: _Floats
+    """In which it is busy receiving the input."""
     last: _Floats
     """What comes once, after all operations; by device and draw."""
 
@@ -88,6 +107,8 @@ class _Played(NamedTuple):
 
     start_s: _Floats
     arrived_s: _Floats
+    come_s: _Floats
+    """When the input of an operation was received."""
     free_s: _Floats
     """After the last operation."""
 
@@ -100,6 +121,7 @@ def simulate(
     train: bool = True,
     stages_per_device: int = 1,
     transfers: Transfers = "serial",
+    staged: bool = False,
 ) -> Timeline:
     """Play one step of ``microbatches`` micro-batches through the stages.
 
@@ -110,13 +132,14 @@ def simulate(
         train: without it there are forwards only.
         stages_per_device: divides the number of stages.
         transfers: whether they keep their ends from computing.
+        staged: whether they wait in the host's memory, so that one end comes after the other.
 
     Raises:
         ShardwrightError: the schedule cannot be made of so many stages and micro-batches, or zero-bubble lacks the
             parts of a stage's backward.
     """
     todo = _order(costs, microbatches, schedule, train, stages_per_device)
-    prices = _prices(costs, np.ones((todo.devices, 1)), schedule, train, transfers)
+    prices = _prices(costs, np.ones((todo.devices, 1)), schedule, train, transfers, staged)
     played = _play(todo, prices)
     start_s = played.start_s[..., 0]
     return Timeline(
@@ -126,8 +149,8 @@ def simulate(
         start_s=start_s,
         end_s=start_s + prices.compute[todo.kinds, todo.stages, 0],
         arrived_s=played.arrived_s[..., 0],
-        crossing_s=prices.crossing[..., 0],
-        serial=transfers == "serial",
+        crossing_s=(prices.out + prices.passage)[..., 0],
+        received_s=start_s if transfers == "serial" else played.come_s[..., 0],
     )
 
 
@@ -140,6 +163,7 @@ def expected_step_s(
     train: bool = True,
     stages_per_device: int = 1,
     transfers: Transfers = "serial",
+    staged: bool = False,
     draws: int = 101,
 ) -> tuple[float, float]:
     """Median and interquartile range of the step when each device's speed varies as it did while it was measured.
@@ -156,7 +180,7 @@ def expected_step_s(
         draws, variations = 1, [()] * todo.devices
     generator = random.Random(0)
     factors = [[generator.choice(relative) if relative else 1.0 for relative in variations] for _ in range(draws)]
-    steps = _steps(costs, np.array(factors), todo, schedule, train, transfers)
+    steps = _steps(costs, np.array(factors), todo, schedule, train, transfers, staged)
     if len(steps) == 1:
         return steps[0], 0.0
     low, median, high = statistics.quantiles(steps, n=4)
@@ -172,6 +196,7 @@ def steps_at(
     train: bool = True,
     stages_per_device: int = 1,
     transfers: Transfers = "serial",
+    staged: bool = False,
 ) -> list[float]:
     """The step of each draw: seconds.
 
@@ -179,7 +204,7 @@ def steps_at(
     errors are those of :func:`simulate`.
     """
     todo = _order(costs, microbatches, schedule, train, stages_per_device)
-    return _steps(costs, np.asarray(factors, float), todo, schedule, train, transfers)
+    return _steps(costs, np.asarray(factors, float), todo, schedule, train, transfers, staged)
 
 
 def _steps(
@@ -189,12 +214,13 @@ def _steps(
     schedule: PipelineSchedule,
     train: bool,
     transfers: Transfers,
+    staged: bool,
 ) -> list[float]:
     """The steps of draws, as many at once as memory allows."""
     steps: list[float] = []
     at_once = max(1, AT_ONCE // todo.kinds.size)
     for first in range(0, len(factors), at_once):
-        prices = _prices(costs, factors[first : first + at_once].T, schedule, train, transfers)
+        prices = _prices(costs, factors[first : first + at_once].T, schedule, train, transfers, staged)
         steps += (_play(todo, prices).free_s + prices.last).max(axis=0).tolist()
     return steps
 
@@ -210,7 +236,12 @@ def _order(
 
 
 def _prices(
-    costs: Sequence[StageCost], factors: _Floats, schedule: PipelineSchedule, train: bool, transfers: Transfers
+    costs: Sequence[StageCost],
+    factors: _Floats,
+    schedule: PipelineSchedule,
+    train: bool,
+    transfers: Transfers,
+    staged: bool,
 ) -> _Prices:
     """Prices of every operation, compute and update multiplied by ``factors`` of shape (devices, draws)."""
     devices, draws = factors.shape
@@ -218,31 +249,43 @@ def _prices(
     compute[FORWARD] = [cost.forward_s for cost in costs]
     if train:
         compute[BACKWARD:] = _backward_s(costs, schedule).T
-    crossing = _crossing_s(costs, devices, train)
-    send, receive = np.zeros((2, *crossing.shape))
-    if transfers == "serial":
-        send[:] = crossing
-        receive[FORWARD, 1:] = crossing[FORWARD, :-1]
-        receive[BACKWARD, :-1] = crossing[BACKWARD, 1:]
+    out, into = _exchanged_s(costs, devices, train)
+    none = np.zeros_like(out)
+    passage = none.copy()
+    if staged:
+        passage[FORWARD, :-1] = into[FORWARD, 1:]
+        passage[BACKWARD, 1:] = into[BACKWARD, :-1]
+    serial = transfers == "serial"
     by_stage = np.tile(factors, (len(costs) // devices, 1))
     once = np.array([[cost.tie_s] for cost in costs]) + np.array([[cost.update_s] for cost in costs]) * by_stage
     return _Prices(
         compute[..., None] * by_stage,
-        crossing[..., None],
-        send[..., None],
-        receive[..., None],
+        out[..., None],
+        passage[..., None],
+        (none if serial else into)[..., None],
+        (out if serial else none)[..., None],
+        (into if serial else none)[..., None],
         once.reshape(-1, devices, draws).sum(axis=0),
     )
 
 
-def _crossing_s(costs: Sequence[StageCost], devices: int, train: bool) -> _Floats:
-    """By kind and stage: seconds that the result takes to its reader; none when that is on the same device."""
-    crossing = np.zeros((len(KINDS), len(costs)))
-    if devices > 1:
-        crossing[FORWARD, :-1] = [cost.send_forward_s for cost in costs[:-1]]
-        if train:
-            crossing[BACKWARD, 1:] = [cost.receive_backward_s for cost in costs[:-1]]
-    return crossing
+def _exchanged_s(costs: Sequence[StageCost], devices: int, train: bool) -> tuple[_Floats, _Floats]:
+    """By kind and stage: seconds in which the result is sent, and the input received; none on the same device."""
+    out, into = np.zeros((2, len(KINDS), len(costs)))
+    if devices == 1:
+        return out, into
+    out[FORWARD, :-1] = [cost.send_forward_s for cost in costs[:-1]]
+    into[FORWARD, 1:] = [
+        before.send_forward_s if cost.receive_forward_s is None else cost.receive_forward_s
+        for before, cost in itertools.pairwise(costs)
+    ]
+    if train:
+        into[BACKWARD, :-1] = [cost.receive_backward_s for cost in costs[:-1]]
+        out[BACKWARD, 1:] = [
+            before.receive_backward_s if cost.send_backward_s is None else cost.send_backward_s
+            for before, cost in itertools.pairwise(costs)
+        ]
+    return out, into
 
 
 def _backward_s(costs: Sequence[StageCost], schedule: PipelineSchedule) -> _Floats:
@@ -265,12 +308,13 @@ def _play(todo: Order, prices: _Prices) -> _Played:
     devices, each = todo.kinds.shape
     columns = each + 1  # the last is an operation that never has its input: a device that has come to it is done
     draws = prices.last.shape[1]
-    compute, crossing, send, receive = (part.reshape(-1, part.shape[-1]) for part in prices[:4])
-    source, task, link = _sources(todo), _tasks(todo), _links(todo)
+    compute, out, passage, into, send, receive = (part.reshape(-1, part.shape[-1]) for part in prices[:6])
+    source, task, queues = _sources(todo), _tasks(todo), bool(into.any())
     started = np.empty((devices * columns, draws))
+    come = np.empty_like(started) if queues else started
     arrived = np.full((devices * columns + 1, draws), -1.0)  # not yet
     arrived[-1] = 0.0  # what needs nothing has it from the start
-    free, link_free = np.zeros((devices, draws)), np.zeros((2 * devices, draws))
+    free, sent, received = np.zeros((3, devices, draws))
     upcoming = np.arange(devices) * columns
     left = todo.kinds.size
     while left:
@@ -279,18 +323,24 @@ def _play(todo: Order, prices: _Prices) -> _Played:
         assert ready.size, "an order in which devices wait for each other"
         now = upcoming[ready]
         what = task.take(now)
-        over = link.take(what)
-        start = np.maximum(inputs.take(ready, axis=0), free.take(ready, axis=0) + receive.take(what, axis=0))
+        there = inputs.take(ready, axis=0)
+        if queues:
+            taken, before = into.take(what, axis=0), received.take(ready, axis=0)
+            there = np.where(taken > 0, np.maximum(there, before + taken), there)
+            received[ready] = np.where(taken > 0, there, before)
+            come[now] = there
+        start = np.maximum(there, free.take(ready, axis=0) + receive.take(what, axis=0))
         end = start + compute.take(what, axis=0)
-        there = np.maximum(end, link_free.take(over, axis=0)) + crossing.take(what, axis=0)
+        gone = np.maximum(end, sent.take(ready, axis=0)) + out.take(what, axis=0)
         started[now] = start
-        arrived[now] = there
-        link_free[over] = there
+        arrived[now] = gone + passage.take(what, axis=0)
+        sent[ready] = gone
         free[ready] = end + send.take(what, axis=0)
         upcoming[ready] += 1
         left -= ready.size
     shape = devices, columns, draws
-    return _Played(started.reshape(shape)[:, :-1], arrived[:-1].reshape(shape)[:, :-1], free)
+    start, there, come = (part.reshape(shape)[:, :-1] for part in (started, arrived[:-1], come))
+    return _Played(start, there, come, free)
 
 
 def _play_alone(todo: Order, prices: _Prices) -> _Played:
@@ -298,7 +348,7 @@ def _play_alone(todo: Order, prices: _Prices) -> _Played:
     compute = prices.compute[todo.kinds, todo.stages]
     end = compute.cumsum(axis=1)
     start = np.concatenate([np.zeros_like(end[:, :1]), end[:, :-1]], axis=1)
-    return _Played(start, end, end[:, -1])
+    return _Played(start, end, start, end[:, -1])
 
 
 def _sources(todo: Order) -> _Indices:
@@ -318,14 +368,3 @@ def _tasks(todo: Order) -> _Indices:
     tasks = np.zeros((devices, each + 1), np.int32)
     tasks[:, :-1] = todo.kinds * np.int32(todo.stage_count) + todo.stages
     return tasks.ravel()
-
-
-def _links(todo: Order) -> _Indices:
-    """For each row of the prices the link that results take: two from each device, to the next one and the one before.
-
-    Between two devices these are the same link. A result that goes nowhere takes no time on the link that it is given,
-    and holds up nothing that ends later.
-    """
-    first = 2 * (np.arange(todo.stage_count, dtype=np.int32) % todo.devices)
-    links = np.array([first, first + 1 if todo.devices > 2 else first, first])
-    return links.ravel()

@@ -26,8 +26,8 @@ class Slot(NamedTuple):
 class Transfer(NamedTuple):
     """When the result of an operation crossed from its device to the next reader's, in seconds from the step's start.
 
-    Serial with compute, the sender is busy from ``start_s`` to ``end_s``, and the receiver for as long until
-    ``received_s``. Overlapped with it, only the link is.
+    The sender is at it from ``start_s``, the receiver until ``received_s``, each for as long as the transfer takes it;
+    serial with compute, it does nothing else meanwhile.
     """
 
     operation: Operation
@@ -52,8 +52,8 @@ class Timeline:
     """When the operation's result is at the device that needs it next."""
     crossing_s: npt.NDArray[np.float64]
     """How long that takes, by kind and stage: shape (len(KINDS), stages)."""
-    serial: bool
-    """Whether transfers keep their ends from computing."""
+    received_s: npt.NDArray[np.float64]
+    """When the operation's own input has been received from another device."""
 
     @property
     def bubble(self) -> float:
@@ -84,5 +84,5 @@ class Timeline:
         sent = divmod(int(self.order.sources[receiver, position]), self.order.kinds.shape[1])
         end_s = float(self.arrived_s[sent])
         start_s = end_s - float(self.crossing_s[self.order.kinds[sent], self.order.stages[sent]])
-        received_s = float(self.start_s[receiver, position]) if self.serial else end_s
+        received_s = float(self.received_s[receiver, position])
         return Transfer(self.order.operation(*sent), sent[0], receiver, start_s, end_s, received_s)
