@@ -1,0 +1,339 @@
+r"""Free assignment: each block on any device, with no chain of stages; what that costs and takes.
+
+Given the blocks, tensors, ties and devices of problem.py, choose a device d(v) for every block v. With S(d) the blocks on
+d, M micro-batches, and the transfers out and in that problem.py defines for `staged` and `direct`, where a device that
+has blocks stands for a stage:
+
+    load(d)   = M * (compute(d) + out(d) + in(d)) + update(d) + ties(d)                 seconds of M micro-batches
+    load(d)   = max of  M * compute(d) + update(d) + ties(d),  M * out(d),  M * in(d)   where transfers overlap
+    memory(d) = static(d) + copies(d) + M * (tensors received + gradients received) + the largest of
+                (held - 1) * kept(d) + peak(d),  (M - 1) * gradients sent + backward peak(d)
+                M * gradients sent + update(d)
+
+This is the steady state of a pipeline whose devices work on different micro-batches at once. Transfers that pass from
+neighbour to neighbour (`relayed`) need an order of the devices; here they count as direct.
+
+No schedule bounds how many micro-batches such a device holds at once, so all M count: held = M, as in GPipe. The memory of
+a device then depends on its own blocks alone. Only a device that has all blocks holds one, under 1F1B. A chain of stages
+under 1F1B may need less than this says. The walk through a set of blocks goes in the order of the forward (memory.py); what
+a device receives is held from its arrival on, gradients of one tensor from several readers are summed as they come.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from shardwright.sharder.planning.problem import Crossing, Problem, Tie, bits
+from shardwright.sharder.planning.search import ROUNDING
+from shardwright.sharder.planning.transfers import Traffic, load_s, seconds_of
+
+__all__ = [
+    "EXACT",
+    "NOWHERE",
+    "Assignment",
+    "Best",
+    "Budget",
+    "Tally",
+    "as_free",
+    "classes_of",
+    "fits",
+    "fluid_bound_s",
+    "loads_of",
+    "masks_of",
+    "obeys",
+    "peak_bytes",
+    "static_bytes",
+    "traffic_by_device",
+]
+
+NOWHERE = -1
+
+EXACT = 1e-6
+"""A bound that is nearer than this share proves the value: CP-SAT counts in whole numbers."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A device for every block. ``value`` is the objective's, ``bound`` what no assignment is below."""
+
+    of: tuple[int, ...]
+    value: float
+    bound: float
+    exact: bool
+
+
+class Budget:
+    """The time that is left; once the user interrupts, none."""
+
+    def __init__(self, seconds: float) -> None:
+        self._deadline_s = time.monotonic() + seconds
+
+    @property
+    def left_s(self) -> float:
+        """Seconds."""
+        return max(0.0, self._deadline_s - time.monotonic())
+
+    def spent(self) -> bool:
+        """Whether to stop."""
+        return self.left_s <= 0
+
+    def stop(self) -> None:
+        """Leave no time, since the user wants what there is."""
+        self._deadline_s = -math.inf
+
+
+def as_free(problem: Problem) -> Problem:
+    """The problem with transfers that a free assignment has: direct in place of relayed."""
+    return dataclasses.replace(problem, transfers="direct") if problem.transfers == "relayed" else problem
+
+
+def masks_of(of: Sequence[int], devices: int) -> list[int]:
+    """By device: bit mask of its blocks."""
+    masks = [0] * devices
+    for v, device in enumerate(of):
+        masks[device] |= 1 << v
+    return masks
+
+
+class Cost(NamedTuple):
+    """Seconds that one tensor costs one device, by kind as in :class:`Traffic`."""
+
+    device: int
+    forward_out_s: float = 0.0
+    forward_in_s: float = 0.0
+    backward_out_s: float = 0.0
+    backward_in_s: float = 0.0
+
+
+def _costs(problem: Problem, tensor: Crossing, of: Sequence[int]) -> Iterator[Cost]:
+    """What ``tensor`` costs each device; blocks that are nowhere yet count for nothing."""
+    source = of[tensor.producer]
+    targets = {of[reader] for reader in bits(tensor.readers)} - {source, NOWHERE}
+    if source == NOWHERE or not targets:
+        return
+    back = tensor.backward_bytes
+    if problem.transfers == "staged":
+        out, into = problem.ways[source]
+        yield Cost(source, seconds_of(tensor.forward_bytes, out), 0.0, 0.0, seconds_of(back, into) if back else 0.0)
+        for target in targets:
+            out, into = problem.ways[target]
+            yield Cost(target, 0.0, seconds_of(tensor.forward_bytes, into), seconds_of(back, out) if back else 0.0)
+        return
+    for target in targets:
+        there_s, back_s = problem.transfer_s([tensor], source, target)
+        yield Cost(source, there_s, 0.0, 0.0, back_s)
+        yield Cost(target, 0.0, there_s, back_s, 0.0)
+
+
+def traffic_by_device(problem: Problem, of: Sequence[int]) -> list[Traffic]:
+    """The traffic of each device for one micro-batch."""
+    rows = [[0.0] * 4 for _ in problem.devices]
+    for tensor in problem.crossings:
+        for device, *seconds in _costs(problem, tensor, of):
+            rows[device] = [a + b for a, b in zip(rows[device], seconds, strict=True)]
+    return [Traffic(*row) for row in rows]
+
+
+def loads_of(problem: Problem, of: Sequence[int]) -> list[float]:
+    """By device: seconds of a step in which it computes or transfers; infinite over a link that is not to be used."""
+    found = []
+    traffic = traffic_by_device(problem, of)
+    for device, members in enumerate(masks_of(of, len(problem.devices))):
+        compute_s = sum(problem.work_s(v, device) for v in bits(members)) + problem.ties_s(members, device)
+        found.append(load_s(problem, compute_s, traffic[device]))
+    return found
+
+
+def received_by(problem: Problem, members: int) -> list[Crossing]:
+    """The tensors that a device of the blocks in ``members`` reads and does not make."""
+    return [c for c in problem.crossings if c.readers & members and not members >> c.producer & 1]
+
+
+def sent_by(problem: Problem, members: int) -> list[Crossing]:
+    """The tensors that it makes and others read."""
+    return [c for c in problem.crossings if members >> c.producer & 1 and c.readers & ~members]
+
+
+def static_bytes(problem: Problem, members: int) -> int:
+    """Parameters and what else stays, with the copies of ties."""
+    static = sum(problem.blocks[v].static_bytes for v in bits(members))
+    return static + sum(tie.copy_bytes for tie in problem.ties if not tie.counted(members))
+
+
+def peak_bytes(problem: Problem, members: int, device: int) -> int:
+    """Peak bytes of ``device`` with the blocks in ``members``; the formula stands at the head of this module."""
+    if not members:
+        return 0
+    whole = members == (1 << len(problem.blocks)) - 1
+    count = problem.microbatches
+    held = 1 if whole and problem.schedule == "1f1b" else count
+    received, sent = received_by(problem, members), sent_by(problem, members)
+    buffers = sum(c.forward_bytes for c in received) + sum(c.backward_bytes for c in sent)
+    gradients = sum(c.backward_bytes for c in received)
+    one = problem.walk(members)
+    together = device < len(problem.updates_together) and problem.updates_together[device]
+    return (
+        static_bytes(problem, members)
+        + count * buffers
+        + max(
+            (held - 1) * one.kept + max(one.forward, one.backward),
+            (count - 1) * gradients + one.backward,
+            count * gradients + (one.update_together if together else one.update),
+        )
+    )
+
+
+def fits(problem: Problem, members: int, device: int) -> bool:
+    """Whether the blocks in ``members`` fit ``device``."""
+    return peak_bytes(problem, members, device) <= problem.caps[device]
+
+
+def obeys(problem: Problem, of: Sequence[int]) -> bool:
+    """Whether every block is where it may be, and every device holds what it has."""
+    allowed = all(problem.blocks[v].allowed[device] for v, device in enumerate(of))
+    return allowed and all(fits(problem, mask, d) for d, mask in enumerate(masks_of(of, len(problem.devices))))
+
+
+def classes_of(problem: Problem) -> list[int]:
+    """By device: the first device that it cannot be told apart from by times, cap, pins, links or the way to the host."""
+    count = len(problem.devices)
+    together = problem.updates_together or (False,) * count
+
+    def own(d: int) -> tuple[object, ...]:
+        rows = ((b.forward_s[d], b.backward_s[d], b.update_s[d], b.allowed[d]) for b in problem.blocks)
+        return problem.caps[d], together[d], problem.ways[d], *rows
+
+    facts = [own(d) for d in range(count)]
+
+    def alike(a: int, b: int) -> bool:
+        links = problem.links
+        others = [o for o in range(count) if o not in (a, b)]
+        return (
+            facts[a] == facts[b]
+            and links[a][b] == links[b][a]
+            and all(links[a][o] == links[b][o] and links[o][a] == links[o][b] for o in others)
+        )
+
+    first: list[int] = []
+    for device in range(count):
+        first.append(next((f for f in dict.fromkeys(first) if alike(f, device)), device))
+    return first
+
+
+def fluid_bound_s(work_s: Sequence[Sequence[float]], rounds: int = 50) -> float:
+    """What no assignment of divisible work is below; ``work_s`` by block and device, infinite where it may not be.
+
+    For any weights w of the devices that sum to 1, the largest load is at least the weighed mean of the loads, and that at
+    least the sum over blocks of the least w(d) * work(d): the dual of the linear relaxation. The weights move towards the
+    devices that the minimum overloads.
+    """
+    if not work_s:
+        return 0.0
+    devices = range(len(work_s[0]))
+    weights = [1.0 / len(devices)] * len(devices)
+    best = max(min(row) for row in work_s)
+    for number in range(rounds):
+        loads = [0.0] * len(devices)
+        value = 0.0
+        for row in work_s:
+            device = min(devices, key=lambda d: weights[d] * row[d] if math.isfinite(row[d]) else math.inf)
+            value += weights[device] * row[device]
+            loads[device] += row[device]
+        best = max(best, value)
+        most = max(loads)
+        if not most or not math.isfinite(most):
+            break
+        step = 1.0 / (1 + number)
+        weights = [w * math.exp(step * load / most) for w, load in zip(weights, loads, strict=True)]
+        whole = sum(weights)
+        weights = [w / whole for w in weights]
+    return best * (1 - 1e-12)  # sums in another order
+
+
+class Tally:
+    """The loads of an assignment that changes block by block, each change at the cost of the tensors that it touches."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.of = [NOWHERE] * len(problem.blocks)
+        self.compute_s = [0.0] * len(problem.devices)
+        self.traffic = [[0.0] * 4 for _ in problem.devices]
+        self.barred = 0
+        """How many transfers go over links that are not to be used."""
+        self._tensors: list[list[Crossing]] = [[] for _ in problem.blocks]
+        for tensor in problem.crossings:
+            for v in {tensor.producer, *bits(tensor.readers)}:
+                self._tensors[v].append(tensor)
+        self._ties: list[list[Tie]] = [[] for _ in problem.blocks]
+        for tie in problem.ties:
+            for v in bits(tie.users):
+                self._ties[v].append(tie)
+
+    def move(self, block: int, device: int) -> None:
+        """Put ``block`` on ``device``, or nowhere."""
+        self._touch(block, -1)
+        self.of[block] = device
+        self._touch(block, 1)
+
+    def loads_s(self) -> list[float]:
+        """By device; of blocks that are nowhere nothing counts, so that more blocks never make a load smaller."""
+        rows = zip(self.compute_s, self.traffic, strict=True)
+        return [load_s(self.problem, compute_s, Traffic(*traffic)) for compute_s, traffic in rows]
+
+    def _touch(self, block: int, sign: int) -> None:
+        device = self.of[block]
+        if device != NOWHERE:
+            self.compute_s[device] += sign * self.problem.work_s(block, device)
+        for tensor in self._tensors[block]:
+            for at, *seconds in _costs(self.problem, tensor, self.of):
+                self._add(self.traffic[at], seconds, sign)
+        for tie in self._ties[block]:
+            holders = {self.of[user] for user in bits(tie.users)} - {NOWHERE}
+            for holder in holders if len(holders) > 1 else ():
+                row = [self.compute_s[holder]]
+                self._add(row, [self.problem.sum_s(tie, holder)], sign)
+                self.compute_s[holder] = row[0]
+
+    def _add(self, row: list[float], seconds: Sequence[float], sign: int) -> None:
+        if all(map(math.isfinite, seconds)):
+            for kind, value in enumerate(seconds):
+                row[kind] += sign * value
+        else:
+            self.barred += sign
+
+
+@dataclass
+class Best:
+    """The best assignment so far, and the proven bound."""
+
+    problem: Problem
+    bound: float = 0.0
+    of: tuple[int, ...] = ()
+    value: float = math.inf
+    closed: bool = field(default=False)
+    """Whether everything was searched, or shown not to fit."""
+
+    @property
+    def proven(self) -> bool:
+        """Whether nothing better exists."""
+        return self.closed or bool(self.of) and self.bound >= self.value * (1 - ROUNDING)
+
+    def offer(self, of: Sequence[int]) -> bool:
+        """Take ``of`` if it is feasible and better; whether it was."""
+        value = max(loads_of(self.problem, of))
+        if value < self.value and obeys(self.problem, of):
+            self.of, self.value = tuple(of), value
+            return True
+        return False
+
+    def result(self) -> Assignment | None:
+        """The best; None when nothing was found."""
+        if not self.of:
+            return None
+        bound = self.value if self.proven else min(self.bound, self.value)
+        return Assignment(self.of, self.value, bound, bound >= self.value * (1 - EXACT))
