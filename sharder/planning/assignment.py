@@ -24,8 +24,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from shardwright.sharder.planning.problem import Crossing, Problem, Tie, bits
@@ -43,6 +43,7 @@ __all__ = [
     "classes_of",
     "fits",
     "fluid_bound_s",
+    "largest_load_s",
     "loads_of",
     "masks_of",
     "obeys",
@@ -147,6 +148,11 @@ def loads_of(problem: Problem, of: Sequence[int]) -> list[float]:
         compute_s = sum(problem.work_s(v, device) for v in bits(members)) + problem.ties_s(members, device)
         found.append(load_s(problem, compute_s, traffic[device]))
     return found
+
+
+def largest_load_s(problem: Problem, of: Sequence[int]) -> float:
+    """The largest load of an assignment."""
+    return max(loads_of(problem, of))
 
 
 def received_by(problem: Problem, members: int) -> list[Crossing]:
@@ -315,8 +321,10 @@ class Best:
     bound: float = 0.0
     of: tuple[int, ...] = ()
     value: float = math.inf
-    closed: bool = field(default=False)
+    closed: bool = False
     """Whether everything was searched, or shown not to fit."""
+    price: Callable[[Problem, Sequence[int]], float] = largest_load_s
+    """What is to be least; infinite where an assignment is not to be taken."""
 
     @property
     def proven(self) -> bool:
@@ -325,7 +333,7 @@ class Best:
 
     def offer(self, of: Sequence[int]) -> bool:
         """Take ``of`` if it is feasible and better; whether it was."""
-        value = max(loads_of(self.problem, of))
+        value = self.price(self.problem, of)
         if value < self.value and obeys(self.problem, of):
             self.of, self.value = tuple(of), value
             return True
