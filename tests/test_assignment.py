@@ -128,7 +128,7 @@ def test_cpsat_finds_what_brute_force_finds(p, seeded):
 def test_the_simple_bound_is_below_every_assignment(p):
     """Also where the devices are of different speeds."""
     value = brute_force(p)
-    assert bound_s(p) <= value or math.isinf(bound_s(p)) and math.isinf(value)
+    assert bound_s(p) <= value or (math.isinf(bound_s(p)) and math.isinf(value))
 
 
 @quick

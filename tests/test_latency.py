@@ -150,7 +150,9 @@ def test_branches_run_side_by_side():
     p = antichain(2)
     p = dataclasses.replace(
         p,
-        blocks=tuple(dataclasses.replace(b, forward_s=(t, t)) for b, t in zip(p.blocks, [1.0, 3.0, 3.0, 1.0], strict=True)),
+        blocks=tuple(
+            dataclasses.replace(b, forward_s=(t, t)) for b, t in zip(p.blocks, [1.0, 3.0, 3.0, 1.0], strict=True)
+        ),
         crossings=(Crossing("a", 0, 0b110, 0, 0), Crossing("b", 1, 0b1000, 0, 0), Crossing("c", 2, 0b1000, 0, 0)),
         transfers="direct",
     )

@@ -35,6 +35,7 @@ QUICK_S = 3.0
 """For branch and bound, where CP-SAT comes after."""
 NOTHING_FOUND = "no assignment that fits was found in the time allowed; allow more with --time-limit"
 
+
 def bound_s(problem: Problem) -> float:
     """What no free assignment is below: the work alone, shared out as if it could be divided."""
     return fluid_bound_s(
@@ -95,7 +96,9 @@ def _one_step(tally: Tally, best: Best, budget: Budget) -> bool:
     for v in mine:
         targets = [(d, None) for d in range(len(loads)) if d != heavy]
         for target, partner in [*targets, *((tally.of[u], u) for u in others)]:
-            if not problem.blocks[v].allowed[target] or partner is not None and not problem.blocks[partner].allowed[heavy]:
+            if not problem.blocks[v].allowed[target] or (
+                partner is not None and not problem.blocks[partner].allowed[heavy]
+            ):
                 continue
             tally.move(v, target)
             if partner is not None:

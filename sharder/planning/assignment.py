@@ -6,21 +6,25 @@ has blocks stands for a stage:
 
     load(d)   = M * (compute(d) + out(d) + in(d)) + update(d) + ties(d)                 seconds of M micro-batches
     load(d)   = max of  M * compute(d) + update(d) + ties(d),  M * out(d),  M * in(d)   where transfers overlap
-    memory(d) = static(d) + copies(d) + M * (tensors received + gradients received) + the largest of
-                (held - 1) * kept(d) + peak(d),  (M - 1) * gradients sent + backward peak(d)
-                M * gradients sent + update(d)
+    memory(d) = static(d) + copies(d) + held * (tensors received + gradients received) + the largest of
+                (held - 1) * kept(d) + peak(d),  (held - 1) * gradients sent + backward peak(d)
+                held * gradients sent + update(d)
 
 This is the steady state of a pipeline whose devices work on different micro-batches at once. Transfers that pass from
 neighbour to neighbour (`relayed`) need an order of the devices; here they count as direct.
 
-No schedule bounds how many micro-batches such a device holds at once, so all M count: held = M, as in GPipe. The memory of
-a device then depends on its own blocks alone. Only a device that has all blocks holds one, under 1F1B. A chain of stages
-under 1F1B may need less than this says. The walk through a set of blocks goes in the order of the forward (memory.py); what
-a device receives is held from its arrival on, gradients of one tensor from several readers are summed as they come.
+Under GPipe a device holds all M micro-batches at once. Under 1F1B as many micro-batches are taken to be on their way as
+there are devices, held = min(M, devices), as the first of as many stages holds; a device of all blocks holds one. So the
+memory of a device depends on its own blocks alone. A chain of stages may need less than this says, since later stages hold
+fewer. Where a micro-batch comes back to the same devices often, so few of them may leave devices waiting: the largest load
+is what the devices are busy for, and no schedule is simulated. The walk through a set of blocks goes in the order of the
+forward (memory.py); what a device receives is held from its arrival on, gradients of one tensor from several readers are
+summed as they come.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -28,7 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from shardwright.sharder.planning.problem import Crossing, Problem, Tie, bits
+from shardwright.sharder.planning.problem import Crossing, Problem, Tie, bits, in_flight
 from shardwright.sharder.planning.search import ROUNDING
 from shardwright.sharder.planning.transfers import Traffic, load_s, seconds_of
 
@@ -43,6 +47,7 @@ __all__ = [
     "classes_of",
     "fits",
     "fluid_bound_s",
+    "held_at_once",
     "largest_load_s",
     "loads_of",
     "masks_of",
@@ -73,6 +78,8 @@ class Budget:
 
     def __init__(self, seconds: float) -> None:
         self._deadline_s = time.monotonic() + seconds
+        self.stopped = False
+        """Whether the user interrupted."""
 
     @property
     def left_s(self) -> float:
@@ -85,7 +92,18 @@ class Budget:
 
     def stop(self) -> None:
         """Leave no time, since the user wants what there is."""
-        self._deadline_s = -math.inf
+        self._deadline_s, self.stopped = -math.inf, True
+
+    @contextlib.contextmanager
+    def part(self, parts: float) -> Iterator[Budget]:
+        """A budget of one of so many parts of what is left; an interrupt of it is one of this as well."""
+        part = Budget(self.left_s / parts)
+        try:
+            yield part
+        except KeyboardInterrupt:
+            self.stop()
+        if part.stopped:
+            self.stop()
 
 
 def as_free(problem: Problem) -> Problem:
@@ -171,13 +189,17 @@ def static_bytes(problem: Problem, members: int) -> int:
     return static + sum(tie.copy_bytes for tie in problem.ties if not tie.counted(members))
 
 
+def held_at_once(problem: Problem) -> int:
+    """Micro-batches whose saved tensors a device holds that has a part of the blocks."""
+    return in_flight(problem.schedule, problem.microbatches, len(problem.devices) - 1)
+
+
 def peak_bytes(problem: Problem, members: int, device: int) -> int:
     """Peak bytes of ``device`` with the blocks in ``members``; the formula stands at the head of this module."""
     if not members:
         return 0
     whole = members == (1 << len(problem.blocks)) - 1
-    count = problem.microbatches
-    held = 1 if whole and problem.schedule == "1f1b" else count
+    held = 1 if whole and problem.schedule == "1f1b" else held_at_once(problem)
     received, sent = received_by(problem, members), sent_by(problem, members)
     buffers = sum(c.forward_bytes for c in received) + sum(c.backward_bytes for c in sent)
     gradients = sum(c.backward_bytes for c in received)
@@ -185,11 +207,11 @@ def peak_bytes(problem: Problem, members: int, device: int) -> int:
     together = device < len(problem.updates_together) and problem.updates_together[device]
     return (
         static_bytes(problem, members)
-        + count * buffers
+        + held * buffers
         + max(
             (held - 1) * one.kept + max(one.forward, one.backward),
-            (count - 1) * gradients + one.backward,
-            count * gradients + (one.update_together if together else one.update),
+            (held - 1) * gradients + one.backward,
+            held * gradients + (one.update_together if together else one.update),
         )
     )
 
@@ -329,7 +351,7 @@ class Best:
     @property
     def proven(self) -> bool:
         """Whether nothing better exists."""
-        return self.closed or bool(self.of) and self.bound >= self.value * (1 - ROUNDING)
+        return self.closed or (bool(self.of) and self.bound >= self.value * (1 - ROUNDING))
 
     def offer(self, of: Sequence[int]) -> bool:
         """Take ``of`` if it is feasible and better; whether it was."""

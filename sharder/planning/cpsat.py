@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from shardwright.sharder.planning.assignment import Best, Budget, classes_of, fits, masks_of
+from shardwright.sharder.planning.assignment import Best, Budget, classes_of, fits, held_at_once, masks_of
 from shardwright.sharder.planning.problem import Problem, bits
 from shardwright.sharder.planning.transfers import seconds_of
 
@@ -135,7 +135,9 @@ class Shares:
         self.held, self.copied = [], []
         for tie in self.problem.ties:
             users = [*bits(tie.users)]
-            ring = [*zip(users, [*users[1:], users[0]], strict=True)]  # around it, some user is here and the next is not
+            ring = [
+                *zip(users, [*users[1:], users[0]], strict=True)
+            ]  # around it, some user is here and the next is not
             self.held.append(
                 [self._at_least_difference((self.on[u][d], self.on[w][d]) for u, w in ring) for d in self.devices]
             )
@@ -164,7 +166,7 @@ class Shares:
 
     def memory(self, device: int) -> list[list[tuple[int, Any]]]:
         """Sums of terms that the peak of ``device`` is never below, for assignments with no device that has all blocks."""
-        problem, count = self.problem, self.problem.microbatches
+        problem, count = self.problem, held_at_once(self.problem)
         least = [problem.ledger.least(v) for v in range(len(self.on))]
         stays = [(block.static_bytes, row[device]) for block, row in zip(problem.blocks, self.on, strict=True)]
         for tie, copied in zip(problem.ties, self.copied, strict=True):
@@ -182,14 +184,18 @@ class Shares:
             if one.update and not together:
                 sums.append([*stays, *sent, (one.update, row[device])])
         if together:
-            sums.append([*stays, *sent, *((one.update_together, r[device]) for one, r in zip(least, self.on, strict=True))])
+            sums.append(
+                [*stays, *sent, *((one.update_together, r[device]) for one, r in zip(least, self.on, strict=True))]
+            )
         return [_with_terms(terms) for terms in [[*stays, *kept], [*stays, *sent], *sums]]
 
     def seconds(self, device: int) -> tuple[list[tuple[float, Any]], list[tuple[float, Any]], list[tuple[float, Any]]]:
         """Terms of what ``device`` computes, sends and receives in a step, in seconds."""
         problem, count = self.problem, self.problem.microbatches
         compute = [
-            (problem.work_s(v, device), row[device]) for v, row in enumerate(self.on) if problem.blocks[v].allowed[device]
+            (problem.work_s(v, device), row[device])
+            for v, row in enumerate(self.on)
+            if problem.blocks[v].allowed[device]
         ]
         compute += [(problem.sum_s(tie, device), h[device]) for tie, h in zip(problem.ties, self.held, strict=True)]
         sends: list[tuple[float, Any]] = []
@@ -262,7 +268,7 @@ class _Loads(Shares):
             if _never(variable):
                 continue
             units = seconds * self.scale
-            if math.isinf(units) or ceiling is not None and math.floor(units) > ceiling:
+            if math.isinf(units) or (ceiling is not None and math.floor(units) > ceiling):
                 self.model.add(variable == 0)
             elif math.floor(units):
                 yield math.floor(units) * variable
@@ -273,7 +279,7 @@ def improve_by_cpsat(best: Best, budget: Budget) -> None:
     problem = best.problem
     if best.proven or budget.spent():
         return
-    apart = problem.schedule == "1f1b" and problem.microbatches > 1
+    apart = problem.schedule == "1f1b" and held_at_once(problem) > 1
     if apart:
         for device in range(len(problem.devices)):
             best.offer([device] * len(problem.blocks))

@@ -53,7 +53,7 @@ class Lead:
     @property
     def proven(self) -> bool:
         """Whether nothing better exists."""
-        return self.closed or self.schedule is not None and self.bound_s >= self.value_s * (1 - ROUNDING)
+        return self.closed or (self.schedule is not None and self.bound_s >= self.value_s * (1 - ROUNDING))
 
     def offer(self, of: Sequence[int], ahead: Sequence[int], back: Sequence[int]) -> bool:
         """Take a schedule if it is feasible and better; whether it was."""
@@ -291,7 +291,9 @@ class _Clocked(Shares):
         ends = [start + self._length(self.race.backward, v) for v, start in enumerate(self.starts[1])]
         self.model.add(self.finish >= self.turn)
         for d in self.devices:
-            after: Any = sum(self._units(b.update_s[d]) * row[d] for b, row in zip(self.problem.blocks, self.on, strict=True))
+            after: Any = sum(
+                self._units(b.update_s[d]) * row[d] for b, row in zip(self.problem.blocks, self.on, strict=True)
+            )
             for tie, held in zip(self.problem.ties, self.held, strict=True):
                 cost = self._units(self.problem.sum_s(tie, d))
                 if cost > self.most:

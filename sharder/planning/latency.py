@@ -194,7 +194,10 @@ class Race:
 
         def even(rows: Sequence[Sequence[float]]) -> float:
             return fluid_bound_s(
-                [[s if ok else math.inf for s, ok in zip(r, b.allowed, strict=True)] for r, b in zip(rows, blocks, strict=True)]
+                [
+                    [s if ok else math.inf for s, ok in zip(r, b.allowed, strict=True)]
+                    for r, b in zip(rows, blocks, strict=True)
+                ]
             )
 
         ahead = max(*self.forward.tails(forward), even(self.forward.seconds))
@@ -204,7 +207,8 @@ class Race:
     def ranks(self) -> tuple[list[float], list[float]]:
         """By block: the longest way to the end of the forward and of the backward, in means over the devices."""
         return tuple(  # type: ignore[return-value]
-            one.tails([sum(row) / len(row) for row in one.seconds], delays=True) for one in (self.forward, self.backward)
+            one.tails([sum(row) / len(row) for row in one.seconds], delays=True)
+            for one in (self.forward, self.backward)
         )
 
 

@@ -26,6 +26,7 @@ from shardwright.sharder.planning.assignment import (
     Best,
     Budget,
     classes_of,
+    held_at_once,
     loads_of,
     masks_of,
     peak_bytes,
@@ -254,7 +255,7 @@ def _improve_by_cpsat(best: Best, budget: Budget) -> None:
     if best.proven or budget.spent():
         return
     model = _Fullest(best)
-    if problem.schedule == "1f1b" and problem.microbatches > 1:
+    if problem.schedule == "1f1b" and held_at_once(problem) > 1:
         model.whole_apart()
     while not budget.spent() and not best.proven:
         last: list[list[int]] = []
@@ -269,7 +270,7 @@ def _improve_by_cpsat(best: Best, budget: Budget) -> None:
             return
         bound = answer[1] / model.scale * (1 - ROUNDING)
         best.bound = max(best.bound, min(best.value, bound))
-        if not answer[0] or not last or best.result() is not None and best.result().exact:  # type: ignore[union-attr]
+        if not answer[0] or not last or (best.result() is not None and best.result().exact):  # type: ignore[union-attr]
             return
         masks = masks_of(last[0], len(problem.devices))
         shares = [peak_bytes(problem, mask, d) / problem.caps[d] for d, mask in enumerate(masks)]
