@@ -188,8 +188,7 @@ def test_under_gpipe_a_chain_of_stages_is_a_free_assignment(p, transfers):
 
 
 def test_a_free_assignment_beats_every_chain_of_stages():
-    """Of 3, 2, 2, 3 in a chain over two devices without transfers the halves are not neighbours: 3 + 2 twice is 5 anyhow;
-    of 4, 1, 1, 1, 1, 4 … the ends must be apart, and of 1, 3, 1, 3 in a row each device has one of each."""
+    """Of 3, 1, 1, 3, 2 both make 5 and 5; of 4, 3, 3, 2, 2, 4 only units that are no neighbours make 9 and 9."""
     p = dataclasses.replace(chain([3.0, 1.0, 1.0, 3.0, 2.0], microbatches=1), transfers="direct")
     contiguous = partition(dataclasses.replace(p, schedule="gpipe"))
     assert max(loads_of(p, assign(p, Budget(10)).of)) == 5.0 == contiguous.value_s

@@ -1,8 +1,8 @@
 """Free assignments by hand: lists, local moves and swaps, and branch and bound; the statement is in assignment.py.
 
 Branch and bound places one block after another, those with the most work first. What is placed costs at least what the
-tally says; what is not placed adds at least its least work to the sum of the loads, whose mean no largest load is below.
-Of devices that cannot be told apart only the first empty one is tried.
+tally says; what is not placed adds at least its least work to the sum of the loads, whose mean no largest load is
+below. Of devices that cannot be told apart only the first empty one is tried.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def bound_s(problem: Problem) -> float:
 
 
 def listed(problem: Problem) -> Iterable[list[int]]:
-    """Assignments block by block to where the largest load grows least: in the order of the forward, and largest first."""
+    """Assignments block by block to where the largest load grows least: in the order of the forward, and largest
+    first."""
     blocks = range(len(problem.blocks))
     for order in (list(blocks), sorted(blocks, key=lambda v: -min(problem.seconds[v]))):
         tally = Tally(problem)

@@ -1,8 +1,8 @@
 r"""Free assignment: each block on any device, with no chain of stages; what that costs and takes.
 
-Given the blocks, tensors, ties and devices of problem.py, choose a device d(v) for every block v. With S(d) the blocks on
-d, M micro-batches, and the transfers out and in that problem.py defines for `staged` and `direct`, where a device that
-has blocks stands for a stage:
+Given the blocks, tensors, ties and devices of problem.py, choose a device d(v) for every block v. With S(d) the blocks
+on d, M micro-batches, and the transfers out and in that problem.py defines for `staged` and `direct`, where a device
+that has blocks stands for a stage:
 
     load(d)   = M * (compute(d) + out(d) + in(d)) + update(d) + ties(d)                 seconds of M micro-batches
     load(d)   = max of  M * compute(d) + update(d) + ties(d),  M * out(d),  M * in(d)   where transfers overlap
@@ -14,12 +14,12 @@ This is the steady state of a pipeline whose devices work on different micro-bat
 neighbour to neighbour (`relayed`) need an order of the devices; here they count as direct.
 
 Under GPipe a device holds all M micro-batches at once. Under 1F1B as many micro-batches are taken to be on their way as
-there are devices, held = min(M, devices), as the first of as many stages holds; a device of all blocks holds one. So the
-memory of a device depends on its own blocks alone. A chain of stages may need less than this says, since later stages hold
-fewer. Where a micro-batch comes back to the same devices often, so few of them may leave devices waiting: the largest load
-is what the devices are busy for, and no schedule is simulated. The walk through a set of blocks goes in the order of the
-forward (memory.py); what a device receives is held from its arrival on, gradients of one tensor from several readers are
-summed as they come.
+there are devices, held = min(M, devices), as the first of as many stages holds; a device of all blocks holds one. So
+the memory of a device depends on its own blocks alone. A chain of stages may need less than this says, since later
+stages hold fewer. Where a micro-batch comes back to the same devices often, so few of them may leave devices waiting:
+the largest load is what the devices are busy for, and no schedule is simulated. The walk through a set of blocks goes
+in the order of the forward (memory.py); what a device receives is held from its arrival on, gradients of one tensor
+from several readers are summed as they come.
 """
 
 from __future__ import annotations
@@ -228,7 +228,8 @@ def obeys(problem: Problem, of: Sequence[int]) -> bool:
 
 
 def classes_of(problem: Problem) -> list[int]:
-    """By device: the first device that it cannot be told apart from by times, cap, pins, links or the way to the host."""
+    """By device: the first device that it cannot be told apart from by times, cap, pins, links or the way to the
+    host."""
     count = len(problem.devices)
     together = problem.updates_together or (False,) * count
 
@@ -256,9 +257,9 @@ def classes_of(problem: Problem) -> list[int]:
 def fluid_bound_s(work_s: Sequence[Sequence[float]], rounds: int = 50) -> float:
     """What no assignment of divisible work is below; ``work_s`` by block and device, infinite where it may not be.
 
-    For any weights w of the devices that sum to 1, the largest load is at least the weighed mean of the loads, and that at
-    least the sum over blocks of the least w(d) * work(d): the dual of the linear relaxation. The weights move towards the
-    devices that the minimum overloads.
+    For any weights w of the devices that sum to 1, the largest load is at least the weighed mean of the loads, and
+    that at least the sum over blocks of the least w(d) * work(d): the dual of the linear relaxation. The weights move
+    towards the devices that the minimum overloads.
     """
     if not work_s:
         return 0.0
@@ -284,7 +285,8 @@ def fluid_bound_s(work_s: Sequence[Sequence[float]], rounds: int = 50) -> float:
 
 
 class Tally:
-    """The loads of an assignment that changes block by block, each change at the cost of the tensors that it touches."""
+    """The loads of an assignment that changes block by block, each change at the cost of the tensors that it
+    touches."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem

@@ -9,8 +9,8 @@
     minimise the largest of linear loads; linear lower bounds of the memory hold
 
 CP-SAT counts in whole numbers: every time and byte is rounded down and caps are rounded up, so that what it proves is
-below the truth for every assignment. Its solutions are priced and weighed exactly by the formulas; one that does not fit
-after all, since a peak is no sum, is forbidden device by device (a no-good cut), and it is asked again.
+below the truth for every assignment. Its solutions are priced and weighed exactly by the formulas; one that does not
+fit after all, since a peak is no sum, is forbidden device by device (a no-good cut), and it is asked again.
 One thread and a fixed seed, so that the same problem has the same answer where the time allows it.
 """
 
@@ -77,6 +77,7 @@ class Shares:
         from ortools.sat.python import cp_model
 
         self.problem, self.model = problem, cp_model.CpModel()
+        self._pairs: dict[tuple[int, int, int], Any] = {}
         self.devices = range(len(problem.devices))
         new = self.model.new_bool_var
         self.on: list[list[Any]] = [
@@ -146,7 +147,8 @@ class Shares:
             )
 
     def _fold(self) -> None:
-        """Devices that cannot be told apart get their first blocks in order: no later one has a block before all earlier.
+        """Devices that cannot be told apart get their first blocks in order: no later one has a block before all
+        earlier.
 
         used[v, d] says whether a block up to v is on d; a block is on the next device of a class only after.
         """
@@ -165,7 +167,8 @@ class Shares:
                 earlier = used
 
     def memory(self, device: int) -> list[list[tuple[int, Any]]]:
-        """Sums of terms that the peak of ``device`` is never below, for assignments with no device that has all blocks."""
+        """Sums of terms that the peak of ``device`` is never below, for assignments with no device that has all
+        blocks."""
         problem, count = self.problem, held_at_once(self.problem)
         least = [problem.ledger.least(v) for v in range(len(self.on))]
         stays = [(block.static_bytes, row[device]) for block, row in zip(problem.blocks, self.on, strict=True)]
@@ -228,10 +231,6 @@ class Shares:
             variable = self._pairs[key] = self.model.new_bool_var("")
             self.model.add(variable >= self.on[producer][source] + self.into[number][target] - 1)
         return self._pairs[key]
-
-    @property
-    def _pairs(self) -> dict[tuple[int, int, int], Any]:
-        return self.__dict__.setdefault("_pair_variables", {})
 
 
 def _never(variable: Any) -> bool:

@@ -2,8 +2,8 @@
 
 Lists and local moves give a schedule, branch and bound proves the best of a few blocks, and CP-SAT those of more.
 Branch and bound appends one block after another, each to some device as early as that can run it, in the order of their
-starts: every schedule in which nothing could start earlier is made once. CP-SAT has an interval for every block and device,
-present if the block is there, no two of a device at once; times are rounded down, so that its bound holds.
+starts: every schedule in which nothing could start earlier is made once. CP-SAT has an interval for every block and
+device, present if the block is there, no two of a device at once; times are rounded down, so that its bound holds.
 """
 
 from __future__ import annotations
@@ -65,13 +65,11 @@ class Lead:
 
     def offer_assignment(self, of: Sequence[int]) -> bool:
         """Take the best list schedule of an assignment likewise."""
-        ranks = self.race.ranks() if not hasattr(self, "_ranks") else self._ranks
-        self._ranks = ranks
         better = False
         for by_start in (True, False):
             orders = [
                 sequenced(one, of, rank, by_start=by_start)
-                for one, rank in zip((self.race.forward, self.race.backward), ranks, strict=True)
+                for one, rank in zip((self.race.forward, self.race.backward), self.race.ranks, strict=True)
             ]
             better |= self.offer(of, *orders)
         return better
@@ -326,8 +324,8 @@ def improve_by_cpsat(lead: Lead, budget: Budget) -> None:
             if not lead.offer(of, ahead, back):
                 masks = masks_of(of, len(problem.devices))
                 broken.update((mask, d) for d, mask in enumerate(masks) if not fits(problem, mask, d))
-            elif lead.offer_assignment(of):
-                pass
+            else:
+                lead.offer_assignment(of)
 
         answer = run_solver(clocked.model, budget, found)
         if answer is None:

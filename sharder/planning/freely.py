@@ -66,6 +66,8 @@ class _Found:
     share: Assignment | None = None
     """Objective memory: its value is the peak share."""
     schedule: Schedule | None = None
+    microbatches: int = 1
+    """As profiled; under latency ``problem`` has one of them."""
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -106,7 +108,7 @@ def plan_freely(
             if one is not None:
                 found.append(one)
     if not found:
-        raise unfinished or ShardwrightError(_why_none([as_free(problem) for problem in problems], budget))
+        raise unfinished or ShardwrightError(_why_none([*map(as_free, problems)]))
     best = min(found, key=lambda one: one.rank)
     return _Writer(profile, best).plan(objective, _baseline(profile, best, every))
 
@@ -119,16 +121,18 @@ def _solve(problem: Problem, objective: Objective, budget: Budget) -> _Found | N
             return None
         schedule = quickest.schedule
         found = Assignment(schedule.of, schedule.value_s, quickest.bound_s, quickest.exact)
-        return _Found(dataclasses.replace(problem, microbatches=1), found, schedule=schedule)
+        return _Found(
+            dataclasses.replace(problem, microbatches=1), found, schedule=schedule, microbatches=problem.microbatches
+        )
     if objective == "memory":
         with budget.part(2) as part:
             share = least_share_freely(problem, part, seeds)
         if share is None:
             return None
         lightest = assign(within_share(problem, share.value), budget, [share.of])
-        return None if lightest is None else _Found(problem, lightest, share)
+        return None if lightest is None else _Found(problem, lightest, share, None, problem.microbatches)
     lightest = assign(problem, budget, seeds)
-    return None if lightest is None else _Found(problem, lightest)
+    return None if lightest is None else _Found(problem, lightest, None, None, problem.microbatches)
 
 
 def _seeds(problem: Problem, budget: Budget) -> list[list[int]]:
@@ -141,7 +145,7 @@ def _seeds(problem: Problem, budget: Budget) -> list[list[int]]:
     return []
 
 
-def _why_none(problems: Sequence[Problem], budget: Budget) -> str:
+def _why_none(problems: Sequence[Problem]) -> str:
     """Which block or whole exceeds the memory."""
     problem = max(problems, key=lambda p: p.microbatches)
     alone = dataclasses.replace(problem, microbatches=1)
@@ -161,8 +165,8 @@ def _why_none(problems: Sequence[Problem], budget: Budget) -> str:
     held = "" if count == 1 else f", with {count} micro-batches held at once"
     links = f"; corrupt links are not used ({links_in_words(problem)})" if problem.unusable else ""
     return (
-        f"no free assignment fits{held}: weights, gradients and optimizer state alone take {size_of(static)}; the devices "
-        f"have {caps}{links}: raise --memory, add devices, or profile smaller micro-batches"
+        f"no free assignment fits{held}: weights, gradients and optimizer state alone take {size_of(static)}; the "
+        f"devices have {caps}{links}: raise --memory, add devices, or profile smaller micro-batches"
     )
 
 
@@ -188,7 +192,7 @@ def _baseline(profile: Profile, found: _Found, every: Sequence[Problem]) -> _Alo
         if race.may([d] * len(order))
     ]
     step_s, device = min(ends, default=(None, 0))
-    return _Alone() if step_s is None else _Alone(problem.devices[device], 1, step_s)
+    return _Alone() if step_s is None else _Alone(problem.devices[device], found.microbatches, step_s)
 
 
 class _Writer:
@@ -223,7 +227,7 @@ class _Writer:
             transfers=problem.transfers,
             overlap=True if found.schedule else problem.overlap,
             schedule=problem.schedule,
-            microbatches=problem.microbatches,
+            microbatches=found.microbatches,
             stages=self._stages(),
             nodes=self._nodes(),
             ties=self._ties(),
@@ -349,8 +353,8 @@ class _Writer:
         if value_s <= 1.02 * work_s:
             return "the work itself: the devices share it evenly"
         return (
-            f"dependences, transfers and the grain of the units: the longest way alone is {way_s / value_s:.0%} of this, the "
-            f"work shared out evenly {work_s / value_s:.0%}"
+            f"dependences, transfers and the grain of the units: the longest way alone is {way_s / value_s:.0%} of "
+            f"this, the work shared out evenly {work_s / value_s:.0%}"
         )
 
     def _peak(self, share: Assignment) -> PeakShare:

@@ -1,6 +1,7 @@
 r"""Latency: the shortest time in which one input comes through, when branches run on different devices at once.
 
-Given the blocks, tensors and devices of problem.py with M = 1, choose a device for every block and an order on each device:
+Given the blocks, tensors and devices of problem.py with M = 1, choose a device for every block and an order on each
+device:
 
     start(v) >= end(u)                                 u before v on the same device; a device runs one block at a time
     start(v) >= end(u) + x(t, d(u), d(v))              v reads t, which u makes; x = 0 on one device, else
@@ -8,22 +9,22 @@ Given the blocks, tensors and devices of problem.py with M = 1, choose a device 
 
 Transfers go on beside compute and beside each other; a tensor goes once to each device that reads it. In training the
 backward runs the graph the other way, each block on its device, each gradient from reader to maker; it starts when the
-forward has ended everywhere, since the loss needs every output. Then every device sums the gradients of the tied parameters
-that it holds, when all of their users are through, and runs its updates. Least is
+forward has ended everywhere, since the loss needs every output. Then every device sums the gradients of the tied
+parameters that it holds, when all of their users are through, and runs its updates. Least is
 
     the largest end of a forward, of a backward, and of a device's updates
 
 Memory is as in assignment.py: it does not depend on the order. A list schedule takes the blocks one after another
-(Graham, "Bounds for certain multiprocessing anomalies", 1966). Lists here: the longest way to the end first, each block to
-where it ends first (HEFT: Topcuoglu et al., IEEE TPDS 13(3), 2002), and of all ready blocks and devices the pair that
-starts first (ETF: Hwang et al., SIAM J. Comput. 18(2), 1989; under caps: Jeon et al., "Baechi", SoCC 2020).
+(Graham, "Bounds for certain multiprocessing anomalies", 1966). Lists here: the longest way to the end first, each
+block to where it ends first (HEFT: Topcuoglu et al., IEEE TPDS 13(3), 2002), and of all ready blocks and devices the
+pair that starts first (ETF: Hwang et al., SIAM J. Comput. 18(2), 1989; under caps: Jeon et al., "Baechi", SoCC 2020).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -33,6 +34,10 @@ from shardwright.sharder.planning.problem import Problem, bits
 from shardwright.sharder.planning.transfers import seconds_of
 
 __all__ = ["Arc", "Pass", "Race", "Ran", "Schedule", "listed", "sequenced"]
+
+
+_Key = Callable[[int, float, float], tuple[float, float]]
+"""Of a block, its start and its end on some device: the smallest goes first."""
 
 
 class Arc(NamedTuple):
@@ -186,7 +191,8 @@ class Race:
         )
 
     def bound_s(self) -> float:
-        """What no schedule is below: the longest way with every block where it is fastest, and the work shared out evenly."""
+        """What no schedule is below: the longest way with every block where it is fastest, and the work shared out
+        evenly."""
         blocks = self.problem.blocks
         if not blocks:
             return 0.0
@@ -204,6 +210,7 @@ class Race:
         back = max(*self.backward.tails(backward), even(self.backward.seconds), *ends)
         return max(ahead + back, even(self.problem.seconds)) * (1 - 1e-12)
 
+    @cached_property
     def ranks(self) -> tuple[list[float], list[float]]:
         """By block: the longest way to the end of the forward and of the backward, in means over the devices."""
         return tuple(  # type: ignore[return-value]
@@ -246,13 +253,17 @@ def sequenced(one: Pass, of: Sequence[int], rank: Sequence[float], *, by_start: 
 
 def listed(race: Race) -> Iterator[list[int]]:
     """Assignments of the lists HEFT and ETF, with parameters within the caps."""
-    rank = race.ranks()[0]
-    yield from _lists(race, lambda v, start, end: (-rank[v], end))
-    yield from _lists(race, lambda v, start, end: (start, -rank[v]))
-    yield from _lists(race, lambda v, start, end: (end, -rank[v]))
+    rank = race.ranks[0]
+    keys: tuple[_Key, ...] = (
+        lambda v, _, end: (-rank[v], end),
+        lambda v, start, _: (start, -rank[v]),
+        lambda v, _, end: (end, -rank[v]),
+    )
+    for key in keys:
+        yield from _lists(race, key)
 
 
-def _lists(race: Race, key) -> Iterator[list[int]]:  # type: ignore[no-untyped-def]
+def _lists(race: Race, key: _Key) -> Iterator[list[int]]:
     """One assignment: of all ready blocks and devices always the pair with the smallest key."""
     one, problem = race.forward, race.problem
     waiting = [len(arcs) for arcs in one.into]

@@ -3,10 +3,10 @@
     least over splits of   the largest over devices of   memory(d) / cap(d)
 
 Contiguous, a split with no larger share than s is a split that fits caps of s times their size: without times the exact
-search of partition.py says at once whether there is one. The share is halved in until it is known to WITHIN; then a last
-question, caps just below what was found, either proves it or finds a smaller one. Free, branch and bound decides a few
-blocks by their static bytes, CP-SAT more by linear lower bounds of the peaks, which are weighed exactly and cut off where
-they were too low (cpsat.py).
+search of partition.py says at once whether there is one. The share is bisected until it is known to WITHIN; then a
+last question, caps just below what was found, either proves it or finds a smaller one. Free, branch and bound decides
+a few blocks by their static bytes, CP-SAT more by linear lower bounds of the peaks, which are weighed exactly and cut
+off where they were too low (cpsat.py).
 """
 
 from __future__ import annotations

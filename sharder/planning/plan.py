@@ -242,7 +242,8 @@ class Plan(Document):
     """Those of them that nothing was measured on: the predictions rest on estimates there."""
     objective: Objective
     contiguous: bool = True
-    """Whether the stages are a chain that a pipeline can run; if not, they are the shares of the devices, in no order."""
+    """Whether the stages are a chain that a pipeline can run; if not, they are the shares of the devices, in no
+    order."""
     transfers: Literal["relayed", "staged", "direct"]
     """How tensors were taken to pass: from neighbour to neighbour, as the pipeline engine sends them; through the
     host's memory; or straight to each stage that reads them."""

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["plan"]
 
 
-def plan(
+def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
     profile: Profile | nx.DiGraph[Any],
     *,
     objective: Objective = "throughput",
@@ -69,7 +69,8 @@ def plan(
     Args:
         profile: times and sizes, as measured or loaded; or a graph of costs from anywhere, with the attributes that
             :mod:`shardwright.profiler.graph` lists. A plan of such costs has no model to be placed.
-        objective: ``"throughput"``, the steady state of a pipeline; ``"latency"``, one input as fast as possible, branches
+        objective: ``"throughput"``, the steady state of a pipeline; ``"latency"``, one input as fast as possible,
+        branches
             on different devices at once; ``"memory"``, the fullest device as little full as possible.
         contiguous: whether the devices take stages that follow each other, as a pipeline does; else each unit may be on
             any device, and the plan can be placed, not run as a pipeline. Latency asks for no stages in any case.
