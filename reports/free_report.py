@@ -118,11 +118,11 @@ def certificate_of_free(plan: Plan) -> Iterator[RenderableType]:
     found, latency = plan.certificate, plan.objective == "latency"
     what = "finishing time" if latency else "largest load"
     gap = percent(found.gap_percent)
-    gap += f", exact: no assignment has a smaller {what}" if found.exact else " at most, not proven exact"
+    within = " with no larger peak share" if plan.peak is not None else ""
+    gap += f", exact: no assignment{within} has a smaller {what}" if found.exact else " at most, not proven exact"
     note = f"of {_part(plan)}" if latency else f"at {count(plan.microbatches, 'micro-batch')}"
     yield section("Certificate", note)
     of_what = "schedule" if latency else "assignment"
-    within = " with no larger peak share" if plan.peak is not None else ""
     yield facts(
         [
             *peak_of(plan),
@@ -146,5 +146,10 @@ def peak_of(plan: Plan) -> Iterator[tuple[str, str]]:
         f"exact: no {kind} has a smaller one" if peak.exact else f"{percent(peak.gap_percent)} at most above the least"
     )
     yield "its bound", f"{percent(100 * peak.bound)}, {proof}"
-    largest = "any, as far as memory goes" if peak.largest_batch is None else f"{peak.largest_batch} samples"
-    yield "largest batch", f"{largest}, in micro-batches of {plan.batch / plan.microbatches:.3g}, placed like this"
+    if peak.largest_batch is None:
+        largest = "any, in more micro-batches of this size"
+    elif plan.of_model:
+        largest = f"{peak.largest_batch} samples, in micro-batches of {plan.batch / plan.microbatches:.3g}"
+    else:
+        largest = f"{peak.largest_batch * plan.microbatches // plan.batch} micro-batches of this size"
+    yield "largest batch", f"{largest}, placed like this"

@@ -188,7 +188,7 @@ class PlanReport:
         heaviest = max(plan.stages, key=lambda stage: stage.load_s)
         gap = percent(certificate.gap_percent)
         if certificate.exact:
-            gap += ", exact: no split has a smaller largest load"
+            gap += f", exact: no split{within} has a smaller largest load"
         elif certificate.gap_percent < 0.05:
             gap += ", it meets the bound"
         else:
@@ -228,6 +228,8 @@ class PlanReport:
         """What was weighed: one device, the best split at each number of micro-batches, and what one would do else."""
         plan, predicted = self.plan, self.plan.predicted
         rows = []
+        if not plan.contiguous:
+            return
         if predicted.baseline_s is not None:
             alone = not any(candidate.chosen for candidate in plan.candidates)
             step = seconds(predicted.baseline_s)
