@@ -12,18 +12,19 @@ from hypothesis import strategies as st
 from test_partition import chain, problems
 
 from shardwright.sharder.planning import assign as assign_module
-from shardwright.sharder.planning.assign import assign, bound_s, improved, listed
+from shardwright.sharder.planning.assign import assign, improved, listed
 from shardwright.sharder.planning.assignment import (
     Best,
     Budget,
-    Tally,
     loads_of,
     masks_of,
     peak_bytes,
 )
+from shardwright.sharder.planning.bounds import bound_s, grain_bound_s
 from shardwright.sharder.planning.cpsat import has_ortools, improve_by_cpsat
 from shardwright.sharder.planning.partition import partition, stage_loads
 from shardwright.sharder.planning.problem import bits
+from shardwright.sharder.planning.tally import Tally
 
 needs_ortools = pytest.mark.skipif(not has_ortools(), reason="OR-tools is an extra")
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -128,7 +129,9 @@ def test_cpsat_finds_what_brute_force_finds(p, seeded):
 def test_the_simple_bound_is_below_every_assignment(p):
     """Also where the devices are of different speeds."""
     value = brute_force(p)
-    assert bound_s(p) <= value or (math.isinf(bound_s(p)) and math.isinf(value))
+    assert bound_s(p) <= value
+    for above in (value, value * 1.5, value + 1):
+        assert grain_bound_s(p, above + 1e-9) <= value
 
 
 @quick
@@ -196,6 +199,13 @@ def test_a_free_assignment_beats_every_chain_of_stages():
     contiguous = partition(dataclasses.replace(p, schedule="gpipe"))
     assert contiguous.value_s == 10.0
     assert assign(p, Budget(10)).value == 9.0
+
+
+def test_whole_blocks_are_known_not_to_divide():
+    """Seven of 3 s on two devices: one has four of them, which divided work does not know."""
+    p = dataclasses.replace(chain([3.0] * 7, microbatches=1), transfers="staged")
+    assert bound_s(p) == pytest.approx(10.5)
+    assert grain_bound_s(p, 15.0) == pytest.approx(12.0)
 
 
 def test_no_time_still_gives_an_assignment_with_an_honest_bound():

@@ -10,7 +10,7 @@ from test_reports import text_of
 
 import shardwright as sw
 from shardwright.reports.plan_report import PlanReport, verdict
-from shardwright.sharder.planning import assign, fastest, freely
+from shardwright.sharder.planning import assign, fastest, free_record
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.planning.planner import plan
 from shardwright.sharder.runtime.sim import sim_device
@@ -108,7 +108,7 @@ def test_what_fits_nowhere_is_refused_with_both_numbers(chain_profile, asked):
 
 def test_without_ortools_a_gap_is_honest_and_names_the_extra(chain_profile, monkeypatch):
     """Where the time is up before branch and bound has seen everything."""
-    for module in (assign, fastest, freely):
+    for module in (assign, fastest, free_record):
         monkeypatch.setattr(module, "has_ortools", lambda: False)
     times = {f"u{i}": 1.0 + 0.1 * (7 * i % 11) for i in range(24)}
     profile = chain_profile(24, forward_s=times, microbatches=(1, 4))

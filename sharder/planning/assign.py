@@ -16,34 +16,24 @@ from shardwright.sharder.planning.assignment import (
     Assignment,
     Best,
     Budget,
-    Tally,
     classes_of,
     fits,
-    fluid_bound_s,
     masks_of,
     static_bytes,
 )
+from shardwright.sharder.planning.bounds import bound_s, grain_bound_s
 from shardwright.sharder.planning.cpsat import has_ortools, improve_by_cpsat
 from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.search import ROUNDING
+from shardwright.sharder.planning.tally import Tally
 
-__all__ = ["assign", "bound_s", "branch_and_bound", "improved", "listed"]
+__all__ = ["assign", "branch_and_bound", "improved", "listed"]
 
 SMALL = 14
 """So many blocks at most, branch and bound comes before CP-SAT."""
 QUICK_S = 3.0
 """For branch and bound, where CP-SAT comes after."""
 NOTHING_FOUND = "no assignment that fits was found in the time allowed; allow more with --time-limit"
-
-
-def bound_s(problem: Problem) -> float:
-    """What no free assignment is below: the work alone, shared out as if it could be divided."""
-    return fluid_bound_s(
-        [
-            [problem.work_s(v, d) if ok else math.inf for d, ok in enumerate(block.allowed)]
-            for v, block in enumerate(problem.blocks)
-        ]
-    )
 
 
 def listed(problem: Problem) -> Iterable[list[int]]:
@@ -204,6 +194,7 @@ def assign(problem: Problem, budget: Budget, seeds: Iterable[Sequence[int]] = ()
         for of in (*seeds, *([d] * len(problem.blocks) for d in range(len(problem.devices))), *listed(problem)):
             best.offer(of)
         improved(best, budget)
+        best.bound = max(best.bound, min(best.value, grain_bound_s(problem, best.value)))
         if len(problem.blocks) <= SMALL or not has_ortools():
             branch_and_bound(best, Budget(min(budget.left_s, QUICK_S)) if has_ortools() else budget)
         if has_ortools():

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from shardwright.sharder.planning.problem import Crossing, Problem, Tie, bits, in_flight
+from shardwright.sharder.planning.problem import Crossing, Problem, bits, in_flight
 from shardwright.sharder.planning.search import ROUNDING
 from shardwright.sharder.planning.transfers import Traffic, load_s, seconds_of
 
@@ -42,11 +42,10 @@ __all__ = [
     "Assignment",
     "Best",
     "Budget",
-    "Tally",
     "as_free",
     "classes_of",
+    "costs_of",
     "fits",
-    "fluid_bound_s",
     "held_at_once",
     "largest_load_s",
     "loads_of",
@@ -129,7 +128,7 @@ class Cost(NamedTuple):
     backward_in_s: float = 0.0
 
 
-def _costs(problem: Problem, tensor: Crossing, of: Sequence[int]) -> Iterator[Cost]:
+def costs_of(problem: Problem, tensor: Crossing, of: Sequence[int]) -> Iterator[Cost]:
     """What ``tensor`` costs each device; blocks that are nowhere yet count for nothing."""
     source = of[tensor.producer]
     targets = {of[reader] for reader in bits(tensor.readers)} - {source, NOWHERE}
@@ -153,7 +152,7 @@ def traffic_by_device(problem: Problem, of: Sequence[int]) -> list[Traffic]:
     """The traffic of each device for one micro-batch."""
     rows = [[0.0] * 4 for _ in problem.devices]
     for tensor in problem.crossings:
-        for device, *seconds in _costs(problem, tensor, of):
+        for device, *seconds in costs_of(problem, tensor, of):
             rows[device] = [a + b for a, b in zip(rows[device], seconds, strict=True)]
     return [Traffic(*row) for row in rows]
 
@@ -252,89 +251,6 @@ def classes_of(problem: Problem) -> list[int]:
     for device in range(count):
         first.append(next((f for f in dict.fromkeys(first) if alike(f, device)), device))
     return first
-
-
-def fluid_bound_s(work_s: Sequence[Sequence[float]], rounds: int = 50) -> float:
-    """What no assignment of divisible work is below; ``work_s`` by block and device, infinite where it may not be.
-
-    For any weights w of the devices that sum to 1, the largest load is at least the weighed mean of the loads, and
-    that at least the sum over blocks of the least w(d) * work(d): the dual of the linear relaxation. The weights move
-    towards the devices that the minimum overloads.
-    """
-    if not work_s:
-        return 0.0
-    devices = range(len(work_s[0]))
-    weights = [1.0 / len(devices)] * len(devices)
-    best = max(min(row) for row in work_s)
-    for number in range(rounds):
-        loads = [0.0] * len(devices)
-        value = 0.0
-        for row in work_s:
-            device = min(devices, key=lambda d: weights[d] * row[d] if math.isfinite(row[d]) else math.inf)
-            value += weights[device] * row[device]
-            loads[device] += row[device]
-        best = max(best, value)
-        most = max(loads)
-        if not most or not math.isfinite(most):
-            break
-        step = 1.0 / (1 + number)
-        weights = [w * math.exp(step * load / most) for w, load in zip(weights, loads, strict=True)]
-        whole = sum(weights)
-        weights = [w / whole for w in weights]
-    return best * (1 - 1e-12)  # sums in another order
-
-
-class Tally:
-    """The loads of an assignment that changes block by block, each change at the cost of the tensors that it
-    touches."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.of = [NOWHERE] * len(problem.blocks)
-        self.compute_s = [0.0] * len(problem.devices)
-        self.traffic = [[0.0] * 4 for _ in problem.devices]
-        self.barred = 0
-        """How many transfers go over links that are not to be used."""
-        self._tensors: list[list[Crossing]] = [[] for _ in problem.blocks]
-        for tensor in problem.crossings:
-            for v in {tensor.producer, *bits(tensor.readers)}:
-                self._tensors[v].append(tensor)
-        self._ties: list[list[Tie]] = [[] for _ in problem.blocks]
-        for tie in problem.ties:
-            for v in bits(tie.users):
-                self._ties[v].append(tie)
-
-    def move(self, block: int, device: int) -> None:
-        """Put ``block`` on ``device``, or nowhere."""
-        self._touch(block, -1)
-        self.of[block] = device
-        self._touch(block, 1)
-
-    def loads_s(self) -> list[float]:
-        """By device; of blocks that are nowhere nothing counts, so that more blocks never make a load smaller."""
-        rows = zip(self.compute_s, self.traffic, strict=True)
-        return [load_s(self.problem, compute_s, Traffic(*traffic)) for compute_s, traffic in rows]
-
-    def _touch(self, block: int, sign: int) -> None:
-        device = self.of[block]
-        if device != NOWHERE:
-            self.compute_s[device] += sign * self.problem.work_s(block, device)
-        for tensor in self._tensors[block]:
-            for at, *seconds in _costs(self.problem, tensor, self.of):
-                self._add(self.traffic[at], seconds, sign)
-        for tie in self._ties[block]:
-            holders = {self.of[user] for user in bits(tie.users)} - {NOWHERE}
-            for holder in holders if len(holders) > 1 else ():
-                row = [self.compute_s[holder]]
-                self._add(row, [self.problem.sum_s(tie, holder)], sign)
-                self.compute_s[holder] = row[0]
-
-    def _add(self, row: list[float], seconds: Sequence[float], sign: int) -> None:
-        if all(map(math.isfinite, seconds)):
-            for kind, value in enumerate(seconds):
-                row[kind] += sign * value
-        else:
-            self.barred += sign
 
 
 @dataclass

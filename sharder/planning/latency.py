@@ -29,7 +29,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from shardwright.sharder.planning.assignment import fluid_bound_s, masks_of, obeys, static_bytes
+from shardwright.sharder.planning.assignment import masks_of, obeys, static_bytes
+from shardwright.sharder.planning.bounds import fluid_bound_s
 from shardwright.sharder.planning.problem import Problem, bits
 from shardwright.sharder.planning.transfers import seconds_of
 
