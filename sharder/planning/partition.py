@@ -51,7 +51,7 @@ class Partition:
 
 
 def _rooms(problem: Problem) -> list[list[int]]:
-    """Devices in classes that hold the same: same cap, optimizer and pins; where some ways are not to be used, alike."""
+    """Devices in classes that hold the same: same cap, optimizer and pins; where some ways are unusable, alike."""
     if problem.unusable or any(math.isinf(latency_s) for ways in problem.ways for latency_s, _ in ways):
         return _classes(problem)
     classes: dict[tuple[object, ...], list[int]] = {}
