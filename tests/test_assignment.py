@@ -27,7 +27,7 @@ from shardwright.sharder.planning.problem import bits
 from shardwright.sharder.planning.tally import Tally
 
 needs_ortools = pytest.mark.skipif(not has_ortools(), reason="OR-tools is an extra")
-quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite

@@ -20,7 +20,7 @@ from shardwright.sharder.planning.latency import Race, listed
 from shardwright.sharder.planning.problem import Crossing, bits
 
 needs_ortools = pytest.mark.skipif(not has_ortools(), reason="OR-tools is an extra")
-quick = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def orders(count, before):

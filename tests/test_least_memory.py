@@ -27,7 +27,7 @@ from shardwright.sharder.planning.least_memory import (
 from shardwright.sharder.planning.partition import stage_loads
 
 needs_ortools = pytest.mark.skipif(not has_ortools(), reason="OR-tools is an extra")
-quick = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def contiguous_brute_force(p):

@@ -189,4 +189,8 @@ def for_memory(written: Plan, option: Option, problem: Problem, share: LeastShar
     assert math.isfinite(option.split.value_s)
     largest = largest_batch(option.problem, written.batch, stages_fit(option.split.stages, problem.caps))
     peak = peak_share(stages, share.bound, exact=share.exact, largest=largest)
-    return written.model_copy(update={"objective": "memory", "stages": stages, "peak": peak})
+    # The caps within which the load was made least are the share's.
+    binds = written.certificate.binds.replace("the memory caps: without them", "the peak share: with full caps")
+    certificate = written.certificate.model_copy(update={"binds": binds})
+    changed = {"objective": "memory", "stages": stages, "peak": peak, "certificate": certificate}
+    return written.model_copy(update=changed)
