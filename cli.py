@@ -18,6 +18,7 @@ from shardwright.errors import ShardwrightError
 if TYPE_CHECKING:
     from shardwright.profiler.capture import Progress
     from shardwright.profiler.profile import Profile
+    from shardwright.sharder.planning.plan import Objective
     from shardwright.sharder.planning.problem import Schedule, Transfers
 
 app = typer.Typer(
@@ -226,6 +227,16 @@ def shard(
         list[str] | None,
         typer.Option("--pin", metavar="UNIT=DEVICE", help="Keep a unit (or pattern) on a device; repeatable."),
     ] = None,
+    objective: Annotated[
+        str,
+        typer.Option(
+            "--objective",
+            help="throughput (of a pipeline), latency (of one input, branches side by side), or memory (least full).",
+        ),
+    ] = "throughput",
+    free: Annotated[
+        bool, typer.Option("--free", help="Put each unit on any device: no chain of stages, which --run needs.")
+    ] = False,
     schedule: Annotated[str, typer.Option("--schedule", help="1f1b, or gpipe.")] = "1f1b",
     transfers: Annotated[
         str,
@@ -279,8 +290,15 @@ def shard(
             f"--microbatches {microbatches}: a plan has one number; give one, or auto to compare them"
         )
     count: int | Literal["auto"] = counts[0] if counts else "auto"
+    if run and (free or objective == "latency"):
+        raise ShardwrightError(
+            "--run needs a chain of stages, which --free and --objective latency do not make: leave it out, and place "
+            "the plan with sw.place"
+        )
     plan = make_plan(
         made,
+        objective=cast("Objective", objective),
+        contiguous=not free,
         microbatches=count,
         memory=_pairs(memory, "--memory", "cuda:0=10GiB"),
         pins=_pairs(pins, "--pin", "head=cuda:1"),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
+from shardwright.reports.free_report import certificate_of_free, devices_of_free, peak_of, verdict_of_free
 from shardwright.reports.layout import Column, Glyphs, bar, facts, listing, name_ranges, section, tables
 from shardwright.reports.quantities import count, number_of_bytes, percent, ratio, seconds, used_of
 from shardwright.sharder.planning.plan import WORTHWHILE, Change, PinPrice, Placement, Plan
@@ -32,6 +33,8 @@ def _joined(names: Sequence[str]) -> str:
 
 def verdict(plan: Plan) -> Verdict:
     """Whether to shard, over what, and what to expect of it; and whether data parallel would be faster."""
+    if not plan.contiguous:
+        return Verdict(*verdict_of_free(plan))
     shard, text = _verdict_of_splits(plan)
     parallel = next((one for one in plan.alternatives if one.name == "data parallel" and one.step_s is not None), None)
     if parallel is None or parallel.step_s is None or parallel.step_s * WORTHWHILE > plan.predicted.step_s:
@@ -92,9 +95,10 @@ class PlanReport:
         """Verdict, stages, memory, certificate, candidates, placement."""
         glyphs = Glyphs.of(options)
         yield from self._verdict()
-        yield from self._stages(options, glyphs)
+        free = not self.plan.contiguous
+        yield from devices_of_free(self.plan, self._names(), options, glyphs) if free else self._stages(options, glyphs)
         yield from self._memory(options, glyphs)
-        yield from self._certificate()
+        yield from certificate_of_free(self.plan) if free else self._certificate()
         yield from self._candidates(options, glyphs)
         yield from self._placement(glyphs)
 
@@ -117,6 +121,8 @@ class PlanReport:
             yield Text(f"Nothing was measured on {_joined(declared)}: the times there are estimates.", style="yellow")
 
     def _names(self) -> Column:
+        if not self.plan.contiguous:
+            return Column("device", self.plan.devices, "left")
         return Column("stage", [f"{stage.index}  {stage.device}" for stage in self.plan.stages], "left")
 
     def _stages(self, options: ConsoleOptions, glyphs: Glyphs) -> Iterator[RenderableType]:
@@ -178,10 +184,11 @@ class PlanReport:
 
     def _certificate(self) -> Iterator[RenderableType]:
         plan, certificate = self.plan, self.plan.certificate
+        within = "" if plan.peak is None else " with no larger peak share"
         heaviest = max(plan.stages, key=lambda stage: stage.load_s)
         gap = percent(certificate.gap_percent)
         if certificate.exact:
-            gap += ", exact: no split has a smaller largest load"
+            gap += f", exact: no split{within} has a smaller largest load"
         elif certificate.gap_percent < 0.05:
             gap += ", it meets the bound"
         else:
@@ -189,8 +196,9 @@ class PlanReport:
         yield section("Certificate", f"at {count(plan.microbatches, 'micro-batch')}" if len(plan.stages) > 1 else "")
         yield facts(
             [
+                *peak_of(plan),
                 ("largest load", f"{seconds(certificate.value_s)} a step, stage {heaviest.index} on {heaviest.device}"),
-                ("lower bound", f"{seconds(certificate.bound_s)}, proven for every split"),
+                ("lower bound", f"{seconds(certificate.bound_s)}, proven for every split{within}"),
                 ("gap", gap),
                 ("what binds", certificate.binds),
                 *((f"pin {pin.unit}={pin.device}", _price_of(pin, certificate.value_s)) for pin in plan.pins),
@@ -220,6 +228,8 @@ class PlanReport:
         """What was weighed: one device, the best split at each number of micro-batches, and what one would do else."""
         plan, predicted = self.plan, self.plan.predicted
         rows = []
+        if not plan.contiguous:
+            return
         if predicted.baseline_s is not None:
             alone = not any(candidate.chosen for candidate in plan.candidates)
             step = seconds(predicted.baseline_s)

@@ -538,3 +538,13 @@ def test_wide_and_long_graphs_keep_to_the_time(devices):
     assert time.monotonic() - started < 2.5
     assert found is not None
     assert found.bound_s <= found.value_s
+
+
+def test_devices_that_differ_in_the_optimizers_memory_alone_are_told_apart():
+    """The second block, whose updates are too large all at once, fits only where they come one after another."""
+    p = chain([1.0, 1.0], cap=10, microbatches=2)
+    steps = (Step(0, 0, 0, 0), Step(1, 0, 0, 0, update=1, update_left=0, update_together=100))
+    for slow in (0, 1):
+        together = tuple(d == slow for d in range(2))
+        split = partition(dataclasses.replace(p, ledger=Ledger(steps), updates_together=together))
+        assert split.stages == ((slow, 0b01), (1 - slow, 0b10))

@@ -5,6 +5,7 @@ After a wanted change of the text, renew the golden files and read their differe
     SHARDWRIGHT_RENEW_GOLDEN=1 python -m pytest tests/test_reports.py
 """
 
+import functools
 import io
 import os
 from pathlib import Path
@@ -237,6 +238,12 @@ def the_costs():
     return Costs.load(GOLDEN.parents[1] / "examples" / "costs.json").profile()
 
 
+@functools.cache
+def planned(**asked):
+    """A plan of the costs by another objective."""
+    return plan(the_costs(), **asked)
+
+
 REPORTS = {
     "profile": lambda: ProfileReport(a_profile()),
     "profile-inference": lambda: ProfileReport(a_profile(LLAMA, [f"cuda:{i}" for i in range(4)], False, (2, 4))),
@@ -246,6 +253,9 @@ REPORTS = {
     "plan-one-device": lambda: PlanReport(a_plan(stages=1, speedup=0.97)),
     "plan-too-large": lambda: PlanReport(a_plan(baseline=None, exact=False)),
     "plan-costs": lambda: PlanReport(plan(the_costs())),
+    "plan-free": lambda: PlanReport(planned(contiguous=False)),
+    "plan-latency": lambda: PlanReport(planned(objective="latency")),
+    "plan-memory": lambda: PlanReport(planned(objective="memory")),
     "run": lambda: RunReport(a_run()),
     "run-slower": lambda: RunReport(a_run(measured=0.61)),
 }
@@ -267,6 +277,9 @@ KEY_NUMBERS = {
         "image",
         "stem, body",
     ],
+    "plan-free": ["205 ms of a step", "2.38x", "No pipeline engine runs", "to each device that reads"],
+    "plan-latency": ["side by side", "46.9 ms", "63.5 ms", "15.8 ms", "every schedule", "longest way"],
+    "plan-memory": ["41%", "9.251 GiB of 22.35 GiB", "micro-batches of this size", "no larger peak share"],
     "profile-cluster": ["≈6.46 ms", "~6.71 ms", "~85.0 us", "~3.20 GB/s", "all assumed", "scaled: as a device"],
     "plan": [
         "1.53x",
@@ -315,7 +328,7 @@ def test_needs_neither_colour_nor_unicode(name):
     assert text_of(REPORTS[name](), 100, encoding="ascii").isascii()
 
 
-@pytest.mark.parametrize("name", ["profile-costs", "plan-costs"])
+@pytest.mark.parametrize("name", ["profile-costs", "plan-costs", "plan-free", "plan-latency", "plan-memory"])
 def test_costs_are_not_called_measured(name):
     """A report of costs from elsewhere says nothing of samples, spreads, optimizers or torch."""
     text = text_of(REPORTS[name](), 100)

@@ -51,17 +51,18 @@ class Partition:
 
 
 def _rooms(problem: Problem) -> list[list[int]]:
-    """Devices in classes that hold the same: same cap and pins; where some ways are not to be used, that are alike."""
+    """Devices in classes that hold the same: same cap, optimizer and pins; where some ways are unusable, alike."""
     if problem.unusable or any(math.isinf(latency_s) for ways in problem.ways for latency_s, _ in ways):
         return _classes(problem)
     classes: dict[tuple[object, ...], list[int]] = {}
     for device, cap in enumerate(problem.caps):
-        classes.setdefault((cap, *(block.allowed[device] for block in problem.blocks)), []).append(device)
+        same = cap, problem.updates_together[device : device + 1], *(b.allowed[device] for b in problem.blocks)
+        classes.setdefault(same, []).append(device)
     return list(classes.values())
 
 
 def _classes(problem: Problem) -> list[list[int]]:
-    """Devices in classes that cannot be told apart: same times, cap, pins and links.
+    """Devices in classes that cannot be told apart: same times, cap, optimizer, pins and links.
 
     Of devices with the same links to all others the slowest is the same too, so ties cost them the same.
     """
@@ -73,6 +74,7 @@ def _classes(problem: Problem) -> list[list[int]]:
     def alike(a: int, b: int) -> bool:
         return (
             problem.caps[a] == problem.caps[b]
+            and problem.updates_together[a : a + 1] == problem.updates_together[b : b + 1]
             and problem.links[a][b] == problem.links[b][a]
             and all(
                 problem.links[a][o] == problem.links[b][o] and problem.links[o][a] == problem.links[o][b]

@@ -15,6 +15,8 @@ __all__ = [
     "Candidate",
     "Certificate",
     "Change",
+    "Objective",
+    "PeakShare",
     "PinPrice",
     "Placement",
     "Plan",
@@ -23,8 +25,10 @@ __all__ = [
     "Sensitivity",
     "SplitTie",
     "Stage",
+    "Timed",
 ]
 
+Objective = Literal["throughput", "latency", "memory"]
 WORTHWHILE = 1.03
 """A predicted speedup below this is within the noise of the measurements, and not worth a pipeline."""
 
@@ -73,6 +77,33 @@ class Stage(Record):
     memory_cap_bytes: PositiveInt
     in_flight: PositiveInt
     """Micro-batches whose saved tensors are held at once."""
+    finish_s: NonNegativeFloat | None = None
+    """Objective latency: when the device has done everything, its updates as well."""
+
+
+class Timed(Record):
+    """When nodes that stay together ran in one pass of one input, in seconds from its start."""
+
+    device: str
+    nodes: tuple[str, ...]
+    units: tuple[str, ...]
+    phase: Literal["forward", "backward"]
+    start_s: NonNegativeFloat
+    end_s: NonNegativeFloat
+
+
+class PeakShare(Record):
+    """How full the fullest device is: its predicted peak over its cap."""
+
+    value: NonNegativeFloat
+    bound: NonNegativeFloat
+    """No plan for this profile at this number of micro-batches has a smaller one."""
+    gap_percent: NonNegativeFloat
+    exact: bool
+    binds: str
+    """The device that is fullest."""
+    largest_batch: PositiveInt | None
+    """Samples that would fit by the same plan in micro-batches of the same size; None where any number would."""
 
 
 class SplitTie(Record):
@@ -85,7 +116,10 @@ class SplitTie(Record):
 
 
 class Certificate(Record):
-    """How good the plan is, and how that is known. ``value_s`` is the largest load of a stage in one step."""
+    """How good the plan is, and how that is known.
+
+    ``value_s`` is the largest load of a stage in one step, under the objective latency the finishing time of one input.
+    """
 
     value_s: NonNegativeFloat
     bound_s: NonNegativeFloat
@@ -206,7 +240,10 @@ class Plan(Document):
     """All devices of the profile: CPU workers share the cores among as many in a run."""
     declared_devices: tuple[str, ...] = ()
     """Those of them that nothing was measured on: the predictions rest on estimates there."""
-    objective: Literal["throughput"]
+    objective: Objective
+    contiguous: bool = True
+    """Whether the stages are a chain that a pipeline can run; if not, they are the shares of the devices, in no
+    order."""
     transfers: Literal["relayed", "staged", "direct"]
     """How tensors were taken to pass: from neighbour to neighbour, as the pipeline engine sends them; through the
     host's memory; or straight to each stage that reads them."""
@@ -225,6 +262,12 @@ class Plan(Document):
     guards: tuple[str, ...] = ()
     """Numbers that the forward reads back: a pipeline is for inputs that give the same."""
     certificate: Certificate
+    peak: PeakShare | None = None
+    """Objective memory: what was made least. The certificate is then of the largest load with no larger peak share."""
+    timeline: tuple[Timed, ...] = ()
+    """Objective latency: the schedule that the certificate is of."""
+    advice: str = ""
+    """What would give a better proof."""
     predicted: Prediction
     candidates: tuple[Candidate, ...]
     alternatives: tuple[Alternative, ...] = ()

@@ -14,7 +14,9 @@ from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.alternatives import alternatives_of
 from shardwright.sharder.planning.blocks import problem_from_graph
 from shardwright.sharder.planning.explain import certify, gap_percent
+from shardwright.sharder.planning.freely import for_memory, least_of, plan_freely
 from shardwright.sharder.planning.infeasible import why_nothing_fits
+from shardwright.sharder.planning.least_memory import within_share
 from shardwright.sharder.planning.offload import Rates
 from shardwright.sharder.planning.offload import offload as offload_some
 from shardwright.sharder.planning.plan import (
@@ -22,6 +24,7 @@ from shardwright.sharder.planning.plan import (
     Alternative,
     Candidate,
     Certificate,
+    Objective,
     Placement,
     Plan,
     Prediction,
@@ -40,10 +43,11 @@ if TYPE_CHECKING:
 __all__ = ["plan"]
 
 
-def plan(
+def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
     profile: Profile | nx.DiGraph[Any],
     *,
-    objective: Literal["throughput"] = "throughput",
+    objective: Objective = "throughput",
+    contiguous: bool = True,
     microbatches: int | Literal["auto"] = "auto",
     memory: Mapping[str, str | int] | None = None,
     pins: Mapping[str, str] | None = None,
@@ -65,7 +69,11 @@ def plan(
     Args:
         profile: times and sizes, as measured or loaded; or a graph of costs from anywhere, with the attributes that
             :mod:`shardwright.profiler.graph` lists. A plan of such costs has no model to be placed.
-        objective: ``"throughput"``, the steady state of a pipeline.
+        objective: ``"throughput"``, the steady state of a pipeline; ``"latency"``, one input as fast as possible,
+        branches
+            on different devices at once; ``"memory"``, the fullest device as little full as possible.
+        contiguous: whether the devices take stages that follow each other, as a pipeline does; else each unit may be on
+            any device, and the plan can be placed, not run as a pipeline. Latency asks for no stages in any case.
         microbatches: one of the profiled numbers, or ``"auto"``.
         memory: caps by device, in bytes or as text (``"10GiB"``), that replace the devices' own.
         pins: unit name or pattern -> device.
@@ -88,8 +96,8 @@ def plan(
     """
     if not isinstance(profile, Profile):
         profile = profile_from_graph(profile)
-    if objective != "throughput":
-        raise ShardwrightError(f"objective {objective!r} is not known; the planner has: throughput")
+    if objective not in ("throughput", "latency", "memory"):
+        raise ShardwrightError(f"objective {objective!r} is not known; the planner has: throughput, latency, memory")
     if schedule not in ("1f1b", "gpipe"):
         raise ShardwrightError(f"schedule {schedule!r} is not known; the planner has: 1f1b, gpipe")
     if transfers not in ("relayed", "staged", "direct"):
@@ -113,6 +121,17 @@ def plan(
         )
 
     problems = [problem_at(count) for count in (profile.microbatches if microbatches == "auto" else (microbatches,))]
+    if objective == "latency" or not contiguous:
+        counts = sorted(profile.microbatches)
+        return plan_freely(
+            profile,
+            [problem_at(counts[0])] if objective == "latency" and microbatches == "auto" else problems,
+            [problem_at(count) for count in counts],
+            objective=objective,
+            time_limit_s=time_limit_s,
+        )
+    if objective == "memory":
+        return _for_memory(profile, problems, [problem_at(count) for count in sorted(profile.microbatches)], deadline_s)
     options: list[Option] = []
     unfinished: ShardwrightError | None = None
     for position, problem in enumerate(problems):
@@ -159,6 +178,22 @@ def plan(
             ),
         }
     )
+
+
+def _for_memory(profile: Profile, problems: list[Problem], every: list[Problem], deadline_s: float) -> Plan:
+    """The split with the smallest peak share, and of those with no larger one that with the smallest largest load."""
+    least = least_of(problems, deadline_s)
+    if least is None:
+        raise ShardwrightError(why_nothing_fits(problems, deadline_s, batch=profile.batch, train=profile.train))
+    problem, share = least
+    option = solve(within_share(problem, share.value), profile, time_limit_s=max(0.0, deadline_s - time.monotonic()))
+    if option is None:
+        raise AssertionError("a split was found with these caps")
+    baseline = baseline_of(every, profile)
+    alternatives = alternatives_of(problems, every, profile, baseline.step_s if baseline else None)
+    certificate = certify(option, [option], None, deadline_s)
+    written = _write(profile, option, [option], baseline, alternatives, certificate)
+    return for_memory(written, option, problem, share)
 
 
 def _rivals(chosen: Option, options: list[Option], baseline: Option | None) -> list[tuple[str, Option]]:

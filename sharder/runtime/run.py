@@ -189,6 +189,11 @@ def _check_can_be_piped(plan: Plan, model: nn.Module) -> None:
             f"by the plan the weights of {next(iter(plan.offloaded))} are brought in for each call, which the pipeline "
             "cannot do; place(model, plan) can"
         )
+    if not plan.contiguous and len(plan.stages) > 1:
+        raise ShardwrightError(
+            "this plan is no chain of stages, which the pipeline needs: place(model, plan) takes it, or plan anew with "
+            "stages (objective throughput, without --free)"
+        )
     if plan.obstacles and len(plan.stages) > 1:
         more = f" (and {len(plan.obstacles) - 1} more)" if len(plan.obstacles) > 1 else ""
         raise ShardwrightError(

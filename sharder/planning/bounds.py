@@ -1,0 +1,73 @@
+"""What no free assignment is below, found without search; the statement is in assignment.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from shardwright.sharder.planning.problem import Problem
+
+__all__ = ["bound_s", "fluid_bound_s", "grain_bound_s"]
+
+
+def _work_s(problem: Problem) -> list[list[float]]:
+    """By block and device; infinite where a block may not be."""
+    return [
+        [problem.work_s(v, d) if ok else math.inf for d, ok in enumerate(block.allowed)]
+        for v, block in enumerate(problem.blocks)
+    ]
+
+
+def bound_s(problem: Problem) -> float:
+    """The work alone, shared out as if it could be divided."""
+    return fluid_bound_s(_work_s(problem))
+
+
+def fluid_bound_s(work_s: Sequence[Sequence[float]], rounds: int = 50) -> float:
+    """What no assignment of divisible work is below; ``work_s`` by block and device, infinite where it may not be.
+
+    For any weights w of the devices that sum to 1, the largest load is at least the weighed mean of the loads, and
+    that at least the sum over blocks of the least w(d) * work(d): the dual of the linear relaxation. The weights move
+    towards the devices that the minimum overloads.
+    """
+    if not work_s:
+        return 0.0
+    devices = range(len(work_s[0]))
+    weights = [1.0 / len(devices)] * len(devices)
+    best = max(min(row) for row in work_s)
+    for number in range(rounds):
+        loads = [0.0] * len(devices)
+        value = 0.0
+        for row in work_s:
+            device = min(devices, key=lambda d: weights[d] * row[d] if math.isfinite(row[d]) else math.inf)
+            value += weights[device] * row[device]
+            loads[device] += row[device]
+        best = max(best, value)
+        most = max(loads)
+        if not most or not math.isfinite(most):
+            break
+        step = 1.0 / (1 + number)
+        weights = [w * math.exp(step * load / most) for w, load in zip(weights, loads, strict=True)]
+        whole = sum(weights)
+        weights = [w / whole for w in weights]
+    return best * (1 - 1e-12)  # sums in another order
+
+
+def grain_bound_s(problem: Problem, ceiling_s: float) -> float:
+    """What an assignment with a smaller largest load than ``ceiling_s`` is not below, for whole blocks.
+
+    Such an assignment has no block where it takes longer than the ceiling. Of n blocks that leaves on k devices, one
+    device has n / k of them or more, and works at least as long as so many of the smallest take, each where it is
+    fastest. The n are those with the most work, for every n.
+    """
+    work_s = [[s if s < ceiling_s else math.inf for s in row] for row in _work_s(problem)]
+    work_s.sort(key=min, reverse=True)
+    homes: set[int] = set()
+    best = 0.0
+    for count, row in enumerate(work_s, start=1):
+        homes |= {d for d, s in enumerate(row) if math.isfinite(s)}
+        if not homes:
+            return math.inf
+        together = -(-count // len(homes))
+        best = max(best, sum(min(other) for other in work_s[count - together : count]))
+    return best * (1 - 1e-12)  # sums in another order

@@ -1,0 +1,228 @@
+"""Free assignments against brute force over all of them, and what their bounds may say."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_partition import chain, problems
+
+from shardwright.sharder.planning import assign as assign_module
+from shardwright.sharder.planning.assign import assign, improved, listed
+from shardwright.sharder.planning.assignment import (
+    Best,
+    Budget,
+    loads_of,
+    masks_of,
+    peak_bytes,
+)
+from shardwright.sharder.planning.bounds import bound_s, grain_bound_s
+from shardwright.sharder.planning.cpsat import has_ortools, improve_by_cpsat
+from shardwright.sharder.planning.partition import partition, stage_loads
+from shardwright.sharder.planning.problem import bits
+from shardwright.sharder.planning.tally import Tally
+
+needs_ortools = pytest.mark.skipif(not has_ortools(), reason="OR-tools is an extra")
+quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@st.composite
+def free_problems(draw, blocks=5, devices=3):
+    p = draw(problems().filter(lambda p: len(p.blocks) <= blocks and len(p.devices) <= devices))
+    hosts = ()
+    if draw(st.booleans()):
+        way = st.tuples(st.sampled_from([0.0, 1.0]), st.sampled_from([1.0, 3.0, math.inf]))
+        hosts = tuple(draw(st.tuples(way, way)) for _ in p.devices)
+    return dataclasses.replace(
+        p, transfers=draw(st.sampled_from(["staged", "direct"])), overlap=draw(st.booleans()), hosts=hosts
+    )
+
+
+def load_by_hand(p, of, device):
+    """By the words at the head of the module, tensor by tensor."""
+    mine = {v for v, d in enumerate(of) if d == device}
+    compute = sum(
+        p.microbatches * (p.blocks[v].forward_s[device] + p.blocks[v].backward_s[device]) + p.blocks[v].update_s[device]
+        for v in mine
+    )
+    for tie in p.ties:
+        users = set(bits(tie.users))
+        if users & mine and users - mine:
+            compute += p.sum_s(tie, device)
+    out = into = 0.0
+    for t in p.crossings:
+        home, targets = of[t.producer], {of[r] for r in bits(t.readers)} - {of[t.producer]}
+        for a, b, seen in [(home, target, i) for i, target in enumerate(sorted(targets))]:
+            if p.transfers == "staged":
+                if device == a and not seen:
+                    out += p.ways[a][0][0] + t.forward_bytes / p.ways[a][0][1]
+                    into += (p.ways[a][1][0] + t.backward_bytes / p.ways[a][1][1]) if t.backward_bytes else 0
+                if device == b:
+                    into += p.ways[b][1][0] + t.forward_bytes / p.ways[b][1][1]
+                    out += (p.ways[b][0][0] + t.backward_bytes / p.ways[b][0][1]) if t.backward_bytes else 0
+            else:
+                there = p.links[a][b][0] + t.forward_bytes / p.links[a][b][1]
+                back = (p.links[b][a][0] + t.backward_bytes / p.links[b][a][1]) if t.backward_bytes else 0
+                if device == a:
+                    out, into = out + there, into + back
+                if device == b:
+                    out, into = out + back, into + there
+    out, into = p.microbatches * out, p.microbatches * into
+    return max(compute, out, into) if p.overlap else compute + out + into
+
+
+def brute_force(p):
+    best = math.inf
+    for of in itertools.product(range(len(p.devices)), repeat=len(p.blocks)):
+        if not all(p.blocks[v].allowed[d] for v, d in enumerate(of)):
+            continue
+        if any(peak_bytes(p, m, d) > p.caps[d] for d, m in enumerate(masks_of(of, len(p.devices)))):
+            continue
+        best = min(best, max(load_by_hand(p, of, d) for d in range(len(p.devices))))
+    return best
+
+
+def same(found, value):
+    return found == pytest.approx(value, rel=1e-6, abs=1e-9)
+
+
+@quick
+@given(free_problems())
+def test_branch_and_bound_finds_what_brute_force_finds(p):
+    """Each transfer model, overlap, pins, ties, caps and mixed devices; without OR-tools."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assign_module, "has_ortools", lambda: False)
+        found, value = assign(p, Budget(60)), brute_force(p)
+    if found is None:
+        assert math.isinf(value)
+    else:
+        assert found.exact
+        assert same(found.value, value)
+        assert same(max(load_by_hand(p, found.of, d) for d in range(len(p.devices))), value)
+
+
+@needs_ortools
+@quick
+@given(free_problems(blocks=6), st.booleans())
+def test_cpsat_finds_what_brute_force_finds(p, seeded):
+    """From nothing and from lists; its bound is never above the value."""
+    best = Best(p, 0.0)
+    for of in listed(p) if seeded else ():
+        best.offer(of)
+    improve_by_cpsat(best, Budget(60))
+    found, value = best.result(), brute_force(p)
+    if found is None:
+        assert best.closed
+        assert math.isinf(value)
+    else:
+        assert found.bound <= found.value
+        assert same(found.value, value)
+        assert found.exact or value == 0
+
+
+@quick
+@given(free_problems())
+def test_the_simple_bound_is_below_every_assignment(p):
+    """Also where the devices are of different speeds."""
+    value = brute_force(p)
+    assert bound_s(p) <= value
+    for above in (value, value * 1.5, value + 1):
+        assert grain_bound_s(p, above + 1e-9) <= value
+
+
+@quick
+@given(free_problems(), st.data())
+def test_a_tally_that_is_moved_about_says_what_the_formulas_say(p, data):
+    """In any order, blocks that are nowhere among them."""
+    tally = Tally(p)
+    places = st.tuples(st.integers(0, len(p.blocks) - 1), st.integers(-1, len(p.devices) - 1))
+    for v, d in [*data.draw(st.lists(places, max_size=12)), *enumerate([0] * len(p.blocks))]:
+        tally.move(v, d)
+    of = [data.draw(st.integers(0, len(p.devices) - 1)) for _ in p.blocks]
+    for v, d in enumerate(of):
+        tally.move(v, d)
+    loads = loads_of(p, of)
+    assert bool(tally.barred) == any(map(math.isinf, loads))
+    if not tally.barred:
+        assert tally.loads_s() == pytest.approx(loads, abs=1e-6)
+
+
+@quick
+@given(free_problems(blocks=6), st.integers(0, 1))
+def test_local_moves_never_lose_and_never_break_a_rule(p, which):
+    """Pins and caps hold after them."""
+    best = Best(p, 0.0)
+    for of in itertools.islice(listed(p), which, None):
+        best.offer(of)
+    before = best.value
+    improved(best, Budget(60))
+    assert best.value <= before
+    if best.of:
+        assert all(p.blocks[v].allowed[d] for v, d in enumerate(best.of))
+        assert all(peak_bytes(p, m, d) <= p.caps[d] for d, m in enumerate(masks_of(best.of, len(p.devices))))
+
+
+@quick
+@given(problems().filter(lambda p: len(p.blocks) <= 6 and len(p.devices) <= 3), st.sampled_from(["staged", "direct"]))
+def test_under_gpipe_a_chain_of_stages_is_a_free_assignment(p, transfers):
+    """Same loads and same memory, so that free is never worse than contiguous."""
+    p = dataclasses.replace(p, transfers=transfers, schedule="gpipe", caps=(10**9,) * len(p.devices))
+    split = partition(p)
+    if split is None or math.isinf(split.value_s):
+        return
+    of = [0] * len(p.blocks)
+    for device, members in split.stages:
+        for v in bits(members):
+            of[v] = device
+    assert sorted(loads_of(p, of), reverse=True)[: len(split.stages)] == pytest.approx(
+        sorted(stage_loads(p, split.stages), reverse=True)
+    )
+    closed = 0
+    for position, (device, members) in enumerate(split.stages):
+        after = len(split.stages) - 1 - position
+        assert peak_bytes(p, members, device) == p.memory_bytes(closed, closed | members, device, after)
+        closed |= members
+    found = assign(p, Budget(60), [of])
+    assert found.value <= split.value_s * (1 + 1e-9)
+
+
+def test_a_free_assignment_beats_every_chain_of_stages():
+    """Of 3, 1, 1, 3, 2 both make 5 and 5; of 4, 3, 3, 2, 2, 4 only units that are no neighbours make 9 and 9."""
+    p = dataclasses.replace(chain([3.0, 1.0, 1.0, 3.0, 2.0], microbatches=1), transfers="direct")
+    contiguous = partition(dataclasses.replace(p, schedule="gpipe"))
+    assert max(loads_of(p, assign(p, Budget(10)).of)) == 5.0 == contiguous.value_s
+    p = dataclasses.replace(chain([4.0, 3.0, 3.0, 2.0, 2.0, 4.0], microbatches=1), transfers="direct")
+    contiguous = partition(dataclasses.replace(p, schedule="gpipe"))
+    assert contiguous.value_s == 10.0
+    assert assign(p, Budget(10)).value == 9.0
+
+
+def test_whole_blocks_are_known_not_to_divide():
+    """Seven of 3 s on two devices: one has four of them, which divided work does not know."""
+    p = dataclasses.replace(chain([3.0] * 7, microbatches=1), transfers="staged")
+    assert bound_s(p) == pytest.approx(10.5)
+    assert grain_bound_s(p, 15.0) == pytest.approx(12.0)
+
+
+def test_no_time_still_gives_an_assignment_with_an_honest_bound():
+    """Lists come before any search."""
+    p = dataclasses.replace(chain([4.0, 3.0, 3.0, 2.0, 2.0, 4.0], microbatches=1), transfers="direct")
+    found = assign(p, Budget(0))
+    assert found.bound <= 9.0 <= found.value
+
+
+def test_ctrl_c_returns_the_best_so_far(monkeypatch):
+    """The search is broken off and leaves no time to what comes after."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(assign_module, "improved", interrupted)
+    budget = Budget(100)
+    found = assign(dataclasses.replace(chain([4.0, 3.0, 2.0]), transfers="staged"), budget)
+    assert len(found.of) == 3
+    assert budget.spent()

@@ -1,0 +1,145 @@
+"""Plans that are no chain of stages, and the objectives latency and memory: records, files, reports, refusals."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_reports import text_of
+
+import shardwright as sw
+from shardwright.reports.plan_report import PlanReport, verdict
+from shardwright.sharder.planning import assign, fastest, free_record
+from shardwright.sharder.planning.plan import Plan
+from shardwright.sharder.planning.planner import plan
+from shardwright.sharder.runtime.sim import sim_device
+
+BRANCHES = {"stem": ["x"], "left": ["stem"], "right": ["stem"], "join": ["left", "right"]}
+
+
+@pytest.fixture
+def branches(make_profile):
+    """A stem, two branches and a join of one second each, and twice that back; transfers take no time to speak of."""
+    return make_profile(BRANCHES, microbatches=(1, 4))
+
+
+ASKED = [
+    {"contiguous": False},
+    {"contiguous": False, "transfers": "staged", "overlap": True},
+    {"objective": "latency"},
+    {"objective": "memory"},
+    {"objective": "memory", "contiguous": False},
+]
+
+
+@pytest.mark.parametrize("asked", ASKED, ids=str)
+def test_a_plan_agrees_with_itself_and_comes_back_from_its_file(branches, asked, tmp_path):
+    """Loads and peaks are those of the certificate, caps hold, every node is on its stage's device."""
+    result = plan(branches, **asked)
+    assert result.objective == asked.get("objective", "throughput")
+    assert result.contiguous == (asked == {"objective": "memory"})
+    assert {node.node for node in result.nodes} == {node.name for node in branches.nodes}
+    assert all(result.stages[node.stage].device == node.device for node in result.nodes)
+    assert sorted(u for stage in result.stages for u in stage.units) == sorted(result.placement())
+    assert all(stage.memory_bytes <= stage.memory_cap_bytes for stage in result.stages)
+    if result.objective == "latency":
+        assert max(stage.finish_s for stage in result.stages) == result.certificate.value_s
+    else:
+        assert max(stage.load_s for stage in result.stages) == pytest.approx(result.certificate.value_s)
+    shares = [stage.memory_bytes / stage.memory_cap_bytes for stage in result.stages]
+    assert (result.peak is not None) == (result.objective == "memory")
+    assert result.peak is None or result.peak.value == max(shares)
+    assert result.certificate.bound_s <= result.certificate.value_s
+    result.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == result
+    assert "Placement" in text_of(PlanReport(result), 100)
+
+
+def test_latency_runs_the_branches_side_by_side(branches):
+    """Three seconds forward and six back, and not four and eight."""
+    result = plan(branches, objective="latency")
+    assert len(result.devices) == 2
+    assert result.certificate.exact
+    assert result.certificate.value_s == pytest.approx(9, rel=0.01)
+    assert result.predicted.baseline_s == pytest.approx(12, rel=0.01)
+    assert "branches side by side" in verdict(result).text
+    left, right = (next(r for r in result.timeline if r.units == (u,)) for u in ("net.left", "net.right"))
+    assert left.start_s < right.end_s
+    assert right.start_s < left.end_s
+    assert left.device != right.device
+
+
+def test_free_is_no_worse_than_stages(chain_profile):
+    """4, 3, 3, 2, 2, 4: 9 and 9 in place of 10 and 8."""
+    times = dict(zip([f"u{i}" for i in range(6)], [4.0, 3.0, 3.0, 2.0, 2.0, 4.0], strict=True))
+    profile = chain_profile(6, forward_s=times, train=False, microbatches=(1, 2))
+    stages, free = (plan(profile, microbatches=2, contiguous=c, transfers="direct") for c in (True, False))
+    assert stages.certificate.value_s == pytest.approx(10, rel=0.01)
+    assert free.certificate.value_s == pytest.approx(9, rel=0.01)
+
+
+def test_pins_and_together_hold(branches):
+    """However the units might be better placed."""
+    result = plan(branches, contiguous=False, pins={"net.left": "cpu:1"}, together=[["net.left", "net.right"]])
+    assert {result.placement()[unit] for unit in ("net.left", "net.right")} == {"cpu:1"}
+
+
+def test_the_least_share_is_no_larger_than_that_of_the_fastest(chain_profile):
+    """And the report says so first, with the largest batch."""
+    profile = chain_profile(8, forward_s={f"u{i}": 1.0 + (i == 0) * 6 for i in range(8)}, param_bytes=2**20)
+    fast, least = plan(profile), plan(profile, objective="memory")
+    free = plan(profile, objective="memory", contiguous=False)
+    assert least.peak.value <= max(stage.memory_bytes / stage.memory_cap_bytes for stage in fast.stages)
+    assert least.peak.exact
+    assert free.peak.exact
+    text = text_of(PlanReport(least), 100)
+    assert text.index("peak share") < text.index("largest load", text.index("Certificate"))
+    assert "largest batch" in text
+
+
+@pytest.mark.parametrize("asked", ASKED, ids=str)
+def test_what_fits_nowhere_is_refused_with_both_numbers(chain_profile, asked):
+    """By the name of a unit that is too large."""
+    profile = chain_profile(2, param_bytes=2**30)
+    with pytest.raises(sw.ShardwrightError, match=r"net\.u0.* needs .*GiB.*cpu:1.* has 1\.5 GiB"):
+        plan(profile, memory={"cpu:0": "1GiB", "cpu:1": "1.5GiB"}, microbatches=4, **asked)
+
+
+def test_without_ortools_a_gap_is_honest_and_names_the_extra(chain_profile, monkeypatch):
+    """Where the time is up before branch and bound has seen everything."""
+    for module in (assign, fastest, free_record):
+        monkeypatch.setattr(module, "has_ortools", lambda: False)
+    times = {f"u{i}": 1.0 + 0.1 * (7 * i % 11) for i in range(24)}
+    profile = chain_profile(24, forward_s=times, microbatches=(1, 4))
+    for asked in ({"contiguous": False}, {"objective": "latency"}):
+        result = plan(profile, time_limit_s=0.3, microbatches=4, **asked)
+        assert result.certificate.bound_s <= result.certificate.value_s
+        assert result.certificate.exact or "pip install 'shardwright[cp]'" in result.advice
+        assert result.advice in text_of(PlanReport(result), 100).replace("\n", " ") or len(result.advice) > 60
+
+
+@pytest.mark.parametrize("name", ["NetList", "NetDict"])
+def test_a_free_plan_places_and_verifies(containers, captured_profile, name):
+    """Units alternate between simulated devices, by pins that no chain of stages could obey."""
+    model = getattr(containers, name)()
+    x = type(model).sample_inputs()[0][:2, :, :16, :16]
+    profile = captured_profile(model, (x,))
+    units = [node.unit for node in profile.nodes if node.kind == "unit"]
+    pins = {unit: f"cpu:{i % 2}" for i, unit in enumerate(units)}
+    for asked in ({"contiguous": False}, {"objective": "latency"}):
+        free = sw.plan(profile, pins=pins, microbatches=2, **asked)
+        assert free.placement() == pins
+        check = sw.verify(model, free, (x,))
+        assert check, str(check)
+        assert check.transfers > 0
+    placed = sw.place(copy.deepcopy(model), free, devices={d: sim_device(i) for i, d in enumerate(free.devices)})
+    assert {p.device.index for p in placed.parameters()} == {0, 1}
+
+
+def test_run_refuses_what_is_no_chain_of_stages(captured_profile):
+    """In one line that says what does take it."""
+    model, x = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))), torch.ones(4, 4)
+    free = sw.plan(captured_profile(model, (x,)), pins={"0": "cpu:0", "1": "cpu:1", "2": "cpu:0"}, contiguous=False)
+    with pytest.raises(sw.ShardwrightError, match=r"no chain of stages.*place\(model, plan\)"):
+        sw.run(model, free, (x,))
