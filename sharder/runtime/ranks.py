@@ -29,6 +29,8 @@ from shardwright.sharder.planning.plan import Plan
 
 __all__ = ["Ranks", "stage_device"]
 
+MEETING_S = 300.0
+"""Processes that start one after another, each importing much, are waited for at least so long."""
 TOLD_S = 3.0
 """After a broken connection, time for the word why."""
 _numbers = itertools.count()
@@ -41,11 +43,16 @@ class Ranks:
         timeout_s: how long a rank waits for another's message.
 
     Raises:
-        ShardwrightError: there are more or fewer processes than stages, or a GPU is not here.
+        ShardwrightError: there are more or fewer processes than stages, they do not meet, or a GPU is not here.
     """
 
     def __init__(self, plan: Plan, timeout_s: float) -> None:
-        self.made_group = _join(plan, timeout_s)
+        try:
+            self.made_group = _join(plan, max(timeout_s, MEETING_S))
+        except (dist.DistError, RuntimeError, ValueError) as error:
+            if isinstance(error, ShardwrightError):
+                raise
+            raise ShardwrightError(f"the processes of the pipeline could not meet: {root_of(error)}") from error
         self.size, self.rank = dist.get_world_size(), dist.get_rank()
         if self.size != len(plan.stages):
             if self.made_group:
@@ -53,11 +60,12 @@ class Ranks:
             raise ShardwrightError(_miscounted(plan, self.size))
         self.name = plan.stages[self.rank].device
         self.device = stage_device(self.name)
+        self.timeout_s = timeout_s
         limit = timedelta(seconds=timeout_s)
         # Objects and checkpoints go over the host's memory, tensors of a step between the devices.
         self.control = dist.new_group(backend="gloo", timeout=limit)
         self.data = dist.new_group(backend="nccl", timeout=limit) if self.device.type == "cuda" else self.control
-        self._key = f"shardwright/pipeline{next(_numbers)}/failed"
+        self._key = f"shardwright/pipeline{self.share(next(_numbers), 0)}/failed"
         # The store alone outlives a rank's broken connections.
         self._store = dist.distributed_c10d._get_default_store()
 
@@ -140,15 +148,19 @@ class Ranks:
         try:
             yield
         except Exception as error:
-            told = self._told_by_another() if _is_broken_off(error) else ""
-            if told:
-                raise ShardwrightError(told) from error
-            text = root_of(error)
-            if not _is_ours(error):
-                text = f"stage {self.rank} on {self.name} failed: {text}"
+            if _is_broken_off(error):
+                raise ShardwrightError(self._told_by_another() or self._lost(error)) from error
+            ours = next((e for e in _chain(error) if isinstance(e, ShardwrightError)), None)
+            text = str(ours) if ours is not None else f"stage {self.rank} on {self.name} failed: {root_of(error)}"
             with contextlib.suppress(Exception):  # the store's host may be gone, which takes nothing from the error
                 self._store.set(self._key, text)
             raise ShardwrightError(text) from error
+
+    def _lost(self, error: BaseException) -> str:
+        return (
+            f"stage {self.rank} on {self.name} lost another stage, which has ended or did not answer within "
+            f"{self.timeout_s:.0f} s: {root_of(error)}"
+        )
 
     def _told_by_another(self) -> str:
         """What the rank that failed first has said, if it says so soon."""
@@ -216,11 +228,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether the error that all comes from is one of one clear line."""
-    return isinstance(list(_chain(error))[-1], ShardwrightError)
 
 
 def _is_broken_off(error: BaseException) -> bool:

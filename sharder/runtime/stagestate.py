@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -222,7 +222,9 @@ def save_checkpoint(
     parts: dict[str, Any] = {"model": state.tensors()}
     if optimizer is not None:
         parts["optimizer"] = state.optimizer_state(optimizer)
-    save(parts, checkpoint_id=folder, process_group=ranks.control)
+    # One thread alone looks for an accelerator's streams, and would take simulated devices for one.
+    writer = FileSystemWriter(folder, thread_count=1 if ranks.device.type == "cuda" else 2)
+    save(parts, storage_writer=writer, process_group=ranks.control)
 
 
 def load_checkpoint(
