@@ -410,6 +410,25 @@ def test_a_loss_that_raises_ends_all_ranks(workers, captured_profile):
     assert lines == ["stage 2 on cpu:2 failed: ValueError: no luck with this loss"] * 3
 
 
+def in_a_group_of_the_scripts(kind, plan):
+    """In a rank: the script has a process group of its own, and keeps it."""
+    dist.init_process_group("gloo")
+    pipe = made_pipe(kind, plan)
+    args, kwargs, target = kind.batch(0)
+    loss = float(pipe.step(*args, target=target, **kwargs))
+    pipe.close()
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    return loss, float(total)
+
+
+def test_the_scripts_own_process_group_is_used(workers, captured_profile):
+    """What the script has initialised serves, and outlives the pipeline."""
+    ((loss, _),), _ = unsharded(Chain, [[0]])
+    for found, total in on_ranks(workers, 2, in_a_group_of_the_scripts, Chain, planned(captured_profile, Chain, 2)):
+        assert (found, total) == (pytest.approx(loss, rel=1e-5), 2.0)
+
+
 class Normed(Chain):
     """Batch statistics."""
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.devices import available_cores
 from shardwright.profiler.pool import loopback_interface
 from shardwright.profiler.worker import root_of
 from shardwright.sharder.planning.plan import Plan
@@ -73,6 +74,18 @@ class Ranks:
     def is_last(self) -> bool:
         """Whether this is the stage with the outputs and the loss."""
         return self.rank == self.size - 1
+
+    def pin(self, plan: Plan) -> None:
+        """Give a CPU stage its share of the cores, as when it was profiled, if there is one for each."""
+        workers = [name for name in plan.profiled_devices or plan.devices if name.startswith("cpu")]
+        cores = available_cores()
+        share = len(cores) // len(workers) if self.name in workers else 0
+        if self.size == 1 or not share:
+            return
+        position = workers.index(self.name)
+        torch.set_num_threads(share)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, cores[position * share : (position + 1) * share])
 
     def close(self) -> None:
         """Leave the groups, and the process group if the pipeline made it."""

@@ -6,7 +6,6 @@ loss, the optimizer and the loop are the user's.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,14 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.devices import available_cores
 from shardwright.profiler.structure import map_tensors
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.batches import BatchForm, Division, fingerprint, pieces_of
 from shardwright.sharder.runtime.check import check_can_be_piped, check_inputs, check_model
-from shardwright.sharder.runtime.engine import SharedGradients, make_schedule, make_stage
+from shardwright.sharder.runtime.engine import SharedGradients
 from shardwright.sharder.runtime.ranks import Ranks
-from shardwright.sharder.runtime.stages import Recipe, StageForm, release_others
+from shardwright.sharder.runtime.stage_engine import StageEngine
+from shardwright.sharder.runtime.stages import Recipe, release_others
 from shardwright.sharder.runtime.stagestate import StageState, load_checkpoint, save_checkpoint
 
 __all__ = ["Pipe", "pipeline"]
@@ -75,7 +74,7 @@ def pipeline(
     check_can_be_piped(plan, model)
     ranks = Ranks(plan, timeout_s)
     with ranks.failing_together():
-        _pin(plan, ranks)
+        ranks.pin(plan)
         ranks.agree("a plan", plan.model_dump_json(), "make the plan once and have each rank load its file")
         return Pipe(model, plan, args, kwargs, ranks, loss, reduction)
 
@@ -111,7 +110,7 @@ class Pipe:
         release_others(model, [form.module for form in self._recipe.forms.values()], self._state.unused.values())
         self._recipe.settle()
         self._shared = SharedGradients(self._state.shared if plan.train else (), ranks.rank, self.module)
-        self._engines: dict[tuple[Division, bool], _Engine] = {}
+        self._engines: dict[tuple[Division, bool], StageEngine] = {}
         self._seen_a_batch = False
         self._make_copies_equal()
 
@@ -272,7 +271,7 @@ class Pipe:
 
     def _begin(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, *, train: bool
-    ) -> tuple[_Engine, list[Tensor], list[Any]]:
+    ) -> tuple[StageEngine, list[Tensor], list[Any]]:
         """The engine for a batch, its tensors, and its target for each micro-batch."""
         tensors, batch = self._form.read(args, kwargs)
         if not self._seen_a_batch:  # each rank draws its batches itself; a seed that differs shows in the first
@@ -285,12 +284,14 @@ class Pipe:
         division = self._form.divided(batch)
         return self._engine(division, train=train), tensors, pieces_of(target, batch, division)
 
-    def _engine(self, division: Division, *, train: bool) -> _Engine:
+    def _engine(self, division: Division, *, train: bool) -> StageEngine:
         if (division, train) not in self._engines:
             while len(self._engines) >= KEPT_ENGINES:
                 self._engines.pop(next(iter(self._engines)))
             form = self._recipe.form(division.size, train=train)
-            self._engines[division, train] = _Engine(form, division, self.plan, self._form.batched, self._ranks, train)
+            self._engines[division, train] = StageEngine(
+                form, division, self.plan, self._form.batched, self._ranks, train
+            )
         return self._engines[division, train]
 
     def _micro_loss(self, output: Any, target: Any, count: int) -> Tensor:
@@ -328,77 +329,6 @@ class Pipe:
                 mine[key].copy_(value)
 
 
-class _Engine:
-    """One stage with a schedule, for batches that are divided in one way."""
-
-    def __init__(
-        self,
-        form: StageForm,
-        division: Division,
-        plan: Plan,
-        batched: tuple[bool, ...],
-        ranks: Ranks,
-        train: bool,
-    ) -> None:
-        self.form, self.division, self.ranks = form, division, ranks
-        self._loss: Callable[[Any, int], Tensor] | None = None
-        self._outputs: list[Any] = []
-        self.stage = make_stage(form.program, form.module, len(plan.stages), ranks.device, ranks.data)
-        kind = plan.schedule if train and division.pieces >= len(plan.stages) else "gpipe"
-        self.schedule = make_schedule(
-            self.stage, kind, division.pieces, self._of_chunk if train else None, batched, scale_grads=False
-        )
-        self._numbers = torch.arange(division.pieces)
-
-    def train(self, tensors: list[Tensor], targets: list[Any], loss: Callable[[Any, Any, int], Tensor]) -> list[Tensor]:
-        """One step; the last stage's parts of the loss."""
-        count = self.division.pieces
-
-        def of_chunk(output: Any, number: int) -> Tensor:
-            return loss(self.form.output.filled(output), targets[number], count)
-
-        self._loss = of_chunk
-        losses: list[Tensor] = []
-        # The engine divides tensors only; what it divides here are the numbers of the micro-batches.
-        numbers = self._numbers if self.ranks.is_last else None
-        try:
-            self.schedule.step(*self._inputs(tensors), target=numbers, losses=losses, return_outputs=False)
-        finally:
-            self._loss = None
-        return [part.detach() for part in losses]
-
-    def infer(self, tensors: list[Tensor]) -> list[Any]:
-        """One forward in evaluation; the last stage's results of each micro-batch, as :attr:`form` fills them."""
-        self._outputs = []
-        keep = self.form.module.register_forward_hook(lambda _module, _args, output: self._outputs.append(output))
-        modes = [(module, module.training) for module in self.form.module.modules()]
-        self.form.module.eval()
-        try:
-            self.schedule.step(*self._inputs(tensors), return_outputs=False)
-        finally:
-            keep.remove()
-            for module, training in modes:
-                module.training = training
-            self.stage.clear_runtime_states()
-        found, self._outputs = self._outputs, []
-        return found if self.ranks.is_last else []
-
-    def room(self) -> list[Tensor]:
-        """Tensors like the last stage's, to receive them in."""
-        made = []
-        for shape, divided in zip(self.form.results, self.form.output.batched, strict=True):
-            rows = (self.division.pieces * shape.shape[0], *shape.shape[1:]) if divided else shape.shape
-            made.append(torch.empty(rows, dtype=shape.dtype, device=self.ranks.device))
-        return made
-
-    def _inputs(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(t.to(self.ranks.device) for t in tensors) if self.ranks.rank == 0 else ()
-
-    def _of_chunk(self, output: Any, number: Tensor) -> Tensor:
-        assert self._loss is not None  # set for the time of a step
-        return self._loss(output, int(number))
-
-
 def _autocast(device: torch.device) -> torch.dtype | None:
     """The dtype of the autocast region that this is in, for ``device``; None outside of one."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
@@ -419,16 +349,3 @@ def _warn_of_batch_norm(model: nn.Module, plan: Plan, ranks: Ranks) -> None:
             "GroupNorm or LayerNorm do not depend on the batch",
             stacklevel=4,
         )
-
-
-def _pin(plan: Plan, ranks: Ranks) -> None:
-    """Give a CPU stage its share of the cores, as when it was profiled, if there is one for each."""
-    workers = [name for name in plan.profiled_devices or plan.devices if name.startswith("cpu")]
-    cores = available_cores()
-    share = len(cores) // len(workers) if ranks.name in workers else 0
-    if ranks.size == 1 or not share:
-        return
-    position = workers.index(ranks.name)
-    torch.set_num_threads(share)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores[position * share : (position + 1) * share])
