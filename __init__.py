@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from shardwright.sharder.runtime.place import place, unplace
     from shardwright.sharder.runtime.record import Run
     from shardwright.sharder.runtime.run import run
+    from shardwright.sharder.runtime.training import Pipe, pipeline
     from shardwright.sharder.runtime.verify import Check, verify
     from shardwright.sharder.runtime.weights import empty_weights
 
@@ -23,11 +24,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Check",
     "Costs",
+    "Pipe",
     "Plan",
     "Profile",
     "Run",
     "ShardwrightError",
     "empty_weights",
+    "pipeline",
     "place",
     "plan",
     "profile",
@@ -40,11 +43,13 @@ __all__ = [
 _HOMES = {
     "Check": "sharder.runtime.verify",
     "Costs": "profiler.costs",
+    "Pipe": "sharder.runtime.training",
     "Plan": "sharder.planning.plan",
     "Profile": "profiler.profile",
     "Run": "sharder.runtime.record",
     "ShardwrightError": "errors",
     "empty_weights": "sharder.runtime.weights",
+    "pipeline": "sharder.runtime.training",
     "place": "sharder.runtime.place",
     "plan": "sharder.planning.planner",
     "profile": "profiler.collect",

@@ -14,7 +14,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["BEAT_S", "Message", "report", "resident", "serve"]
+__all__ = ["BEAT_S", "Message", "report", "resident", "root_of", "serve"]
 
 BEAT_S = 1.0
 
@@ -46,7 +46,7 @@ def report(progress: Any) -> None:
         _send(Message("progress", progress))
 
 
-def _root_of(error: BaseException) -> str:
+def root_of(error: BaseException) -> str:
     """The error that others were raised from, on one line: the engine wraps what a stage raises."""
     while error.__cause__ is not None:
         error = error.__cause__
@@ -83,4 +83,4 @@ def serve(descriptor: int, cores: tuple[int, ...]) -> None:
             function, args, kwargs = pickle.loads(data)
             _send(Message("result", function(*args, **kwargs)))
         except Exception as error:
-            _send(Message("error", _root_of(error), traceback.format_exc()))
+            _send(Message("error", root_of(error), traceback.format_exc()))

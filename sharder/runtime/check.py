@@ -9,12 +9,13 @@ from torch import nn
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.inputs import input_specs
+from shardwright.profiler.placed import refuse_placed
 from shardwright.profiler.profile import TensorSpec
 from shardwright.profiler.shapes import has_values
 from shardwright.profiler.units import structure_digest
 from shardwright.sharder.planning.plan import Plan
 
-__all__ = ["check_inputs", "check_model", "check_values", "units_of"]
+__all__ = ["check_can_be_piped", "check_inputs", "check_model", "check_values", "units_of"]
 
 
 def check_model(plan: Plan, model: nn.Module) -> None:
@@ -53,6 +54,38 @@ def check_values(model: nn.Module) -> None:
         raise ShardwrightError(
             f"{type(model).__name__} has parameters without values, so it cannot be run; build it with its weights, or "
             "have place(model, plan, checkpoint=folder) read them"
+        )
+
+
+def check_can_be_piped(plan: Plan, model: nn.Module) -> None:
+    """Refuse what can be placed and not piped.
+
+    Raises:
+        ShardwrightError: the model is placed, has no values or follows values of its inputs, or the plan leaves weights
+            off their device or mixes kinds of devices.
+    """
+    refuse_placed(model, "pipeline")
+    check_values(model)
+    if plan.offloaded:
+        raise ShardwrightError(
+            f"by the plan the weights of {next(iter(plan.offloaded))} are brought in for each call, which the pipeline "
+            "cannot do; place(model, plan) can"
+        )
+    if not plan.contiguous and len(plan.stages) > 1:
+        raise ShardwrightError(
+            "this plan is no chain of stages, which the pipeline needs: place(model, plan) takes it, or plan anew with "
+            "stages (objective throughput, without --free)"
+        )
+    if plan.obstacles and len(plan.stages) > 1:
+        more = f" (and {len(plan.obstacles) - 1} more)" if len(plan.obstacles) > 1 else ""
+        raise ShardwrightError(
+            f"this model cannot be piped: {plan.obstacles[0]}{more}; the captured path would be wrong for other "
+            "inputs. place(model, plan) works: it leaves the forward as it is"
+        )
+    if len({device.partition(":")[0] for device in plan.devices}) > 1:
+        raise ShardwrightError(
+            f"the plan mixes CPU workers and GPUs ({', '.join(plan.devices)}), which the pipeline cannot do yet; "
+            "place(model, plan) can, or plan with --devices of one kind"
         )
 
 

@@ -92,7 +92,8 @@ def cut(capture: UnitGraph, plan: Plan) -> list[StageProgram]:
     """Divide ``capture`` (taken at micro-batch size) into the stages of ``plan``.
 
     Raises:
-        ShardwrightError: the capture has other steps than the plan, or a sparse tensor would have to be sent.
+        ShardwrightError: the capture has other steps than the plan, or in another order, or a sparse tensor would have
+            to be sent.
     """
     stage_of = {node.node: node.stage for node in plan.nodes}
     for step in capture.steps:
@@ -100,6 +101,7 @@ def cut(capture: UnitGraph, plan: Plan) -> list[StageProgram]:
             raise ShardwrightError(
                 f"the model's forward has a step {step.name} that the plan does not know; profile and plan again"
             )
+    _check_order(capture, stage_of)
     count = len(plan.stages)
     last_read = _last_reads(capture, stage_of, count)
     made_in = {value.name: stage_of[value.producer] for value in capture.values.values()}
@@ -125,6 +127,18 @@ def cut(capture: UnitGraph, plan: Plan) -> list[StageProgram]:
         _stage(capture, index, borders[index], borders[index + 1], owner, stage_of, last=index == count - 1)
         for index in range(count)
     ]
+
+
+def _check_order(capture: UnitGraph, stage_of: dict[str, int]) -> None:
+    """Refuse a capture that the plan's stages cannot run one after another, as that of another mode may be."""
+    for step in capture.steps:
+        for read in step.reads:
+            producer = capture.values[read].producer
+            if not _is_attribute(capture.values[read]) and stage_of[producer] > stage_of[step.name]:
+                raise ShardwrightError(
+                    f"{step.name} in stage {stage_of[step.name]} reads what {producer} makes in stage "
+                    f"{stage_of[producer]}: the model's forward is not the one that was planned; profile and plan again"
+                )
 
 
 def _is_attribute(value: Value) -> bool:

@@ -1,7 +1,6 @@
 """What the workers do in a run: hold a stage, or the whole model, and take steps with it.
 
-Stages run on ``torch.distributed.pipelining``. Their shapes are given to the engine beforehand, so that it does not try
-them out with a step of its own, which would change batch statistics.
+Stages run on ``torch.distributed.pipelining``, as :mod:`shardwright.sharder.runtime.engine` sets it up.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.distributed.pipelining.microbatch import TensorChunkSpec, _Replicate
+from torch.distributed.pipelining import PipelineStage
 from torch.overrides import TorchFunctionMode
 
 from shardwright.profiler.inputs import all_microbatches, is_batched, outputs_of
@@ -27,11 +25,11 @@ from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.unitgraph import mean_square_loss
 from shardwright.profiler.worker import resident
 from shardwright.sharder.runtime.cut import StageProgram, trainable
+from shardwright.sharder.runtime.engine import SharedGradients, SharedParameter, make_schedule, make_stage
 
 __all__ = [
     "Comparison",
     "Job",
-    "SharedParameter",
     "check_stage",
     "check_whole",
     "hold_stage",
@@ -40,15 +38,6 @@ __all__ = [
     "step_whole",
     "weigh_stage",
 ]
-
-
-@dataclass(frozen=True)
-class SharedParameter:
-    """A parameter of which several stages hold a copy; their gradients are summed once a step."""
-
-    names: frozenset[str]
-    """All that it has in the model."""
-    stages: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -103,17 +92,7 @@ def hold_stage(job: Job, program: StageProgram, inputs: tuple[Tensor, ...]) -> N
     device: torch.device = resident["device"]
     module = program.module().to(device)
     module.train(job.train)
-    examples = tuple(shape.example().to("meta") for shape in program.inputs)
-    if program.index == 0:
-        examples = tuple(t.detach() for t in examples)
-    stage = PipelineStage(
-        module,
-        program.index,
-        job.stages,
-        device,
-        input_args=examples,
-        output_args=tuple(shape.example() for shape in program.outputs),
-    )
+    stage = make_stage(program, module, job.stages, device)
     here = tuple(t.to(device) for t in inputs)
     held = _Held(job, device, module, _optimizer(job, module), lambda: None)
     held.inputs, held.buffers = here, partial(_engine_buffers, stage)
@@ -121,51 +100,26 @@ def hold_stage(job: Job, program: StageProgram, inputs: tuple[Tensor, ...]) -> N
     def loss(outputs: Any, _target: Tensor) -> Tensor:
         return mean_square_loss(outputs)
 
-    chunks: Any = tuple(TensorChunkSpec(0) if is_batched(t, job.batch) else _Replicate() for t in inputs)
-    make = ScheduleGPipe if job.schedule == "gpipe" else Schedule1F1B
-    schedule = make(
-        stage,
-        n_microbatches=job.microbatches,
-        loss_fn=loss if job.train else None,
-        args_chunk_spec=chunks if program.index == 0 else None,
+    batched = [is_batched(t, job.batch) for t in inputs]
+    schedule = make_schedule(
+        stage, job.schedule, job.microbatches, loss if job.train else None, batched, scale_grads=True
     )
     target = torch.zeros(job.batch, device=device)
-    sum_gradients = _summing(job, program.index, module)
+    shared = SharedGradients(job.ties if job.train else (), program.index, module)
 
     def step() -> None:
-        with nullcontext() if job.train else torch.no_grad():
+        with shared.summed(), nullcontext() if job.train else torch.no_grad():
             last = program.index == job.stages - 1
             schedule.step(
                 *(here if program.index == 0 else ()),
                 target=target if last and job.train else None,
                 return_outputs=False,
             )
-        sum_gradients()
 
     held.step = step
     if program.index == job.stages - 1:
         module.register_forward_hook(lambda _module, _args, output: _keep(held, output))
     resident["stage"] = held
-
-
-def _summing(job: Job, stage: int, module: nn.Module) -> Callable[[], None]:
-    """What sums the gradients of the parameters that this stage shares with others."""
-    if not job.train:
-        return lambda: None
-    named = trainable(module)
-    shared: list[tuple[nn.Parameter, dist.ProcessGroup]] = []
-    for tie in job.ties:
-        group = dist.new_group(list(tie.stages))  # every process makes every group, in the same order
-        if stage in tie.stages:
-            shared += [(named[name], group) for name in sorted(tie.names & named.keys())[:1]]
-
-    def sum_gradients() -> None:
-        for parameter, group in shared:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad, group=group)
-
-    return sum_gradients
 
 
 def hold_whole(job: Job, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
-from torch.distributed.pipelining import _utils
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.campaign import START_LIMIT_S
@@ -21,18 +19,17 @@ from shardwright.profiler.equality import relative_difference, tolerance
 from shardwright.profiler.inputs import microbatch, outputs_of
 from shardwright.profiler.links import join
 from shardwright.profiler.measure import prepare
-from shardwright.profiler.placed import refuse_placed
 from shardwright.profiler.pool import Pool
 from shardwright.profiler.profile import Device
 from shardwright.profiler.target import load_target
 from shardwright.profiler.trace import trace
 from shardwright.sharder.planning.plan import Plan
-from shardwright.sharder.runtime.check import check_inputs, check_model, check_values, units_of
-from shardwright.sharder.runtime.cut import StageProgram, cut
+from shardwright.sharder.runtime.check import check_can_be_piped, check_inputs, check_model, units_of
+from shardwright.sharder.runtime.cut import cut
+from shardwright.sharder.runtime.engine import sendable, shared_parameters
 from shardwright.sharder.runtime.pipeline import (
     Comparison,
     Job,
-    SharedParameter,
     check_stage,
     check_whole,
     hold_stage,
@@ -85,19 +82,14 @@ def run(
     tell = progress or silent
     check_model(plan, model)
     check_inputs(plan, args, kwargs)
-    _check_can_be_piped(plan, model)
+    check_can_be_piped(plan, model)
     baseline = plan.predicted.baseline_device
     needed = {*plan.devices, *([baseline] if baseline else [])}
     # The cores are shared out as they were for the profile, or its times would not hold.
     others = [name for name in plan.profiled_devices if name in needed or name.startswith("cpu")]
     devices = [device for device in _found(plan, others or list(plan.devices)) if device.name in needed]
-    if len({device.kind for device in devices if device.name in plan.devices}) > 1:
-        raise ShardwrightError(
-            f"the plan mixes CPU workers and GPUs ({', '.join(plan.devices)}), which the pipeline cannot do yet; "
-            "place(model, plan) can, or plan with --devices of one kind"
-        )
     capture = trace(model, *microbatch(args, kwargs, plan.microbatches), train=plan.train, units=units_of(plan, model))
-    programs = _sendable(cut(capture, plan), train=plan.train)
+    programs = sendable(cut(capture, plan), train=plan.train)
 
     job = partial(_job, plan, model, capture.output_places)
     flat = tuple(outputs_of((args, kwargs)))
@@ -161,7 +153,7 @@ def run(
 
 def _job(plan: Plan, model: nn.Module, output_places: tuple[int, ...], schedule: str, microbatches: int) -> Job:
     """The job of the stages, or with no schedule that of the whole model."""
-    ties = _shared(plan, model) if schedule else ()
+    ties = shared_parameters(plan, model) if schedule else ()
     units = () if schedule else tuple(units_of(plan, model))
     return Job(
         schedule, microbatches, len(plan.stages), plan.batch, plan.train, plan.optimizer, output_places, ties, units
@@ -179,47 +171,6 @@ def _found(plan: Plan, names: Sequence[str]) -> tuple[Device, ...]:
             f"the plan is for {', '.join(plan.declared_devices)} of a cluster file, which are not here: {error}; run "
             "it where they are, or check it here with `verify`"
         ) from error
-
-
-def _check_can_be_piped(plan: Plan, model: nn.Module) -> None:
-    refuse_placed(model, "pipeline")
-    check_values(model)
-    if plan.offloaded:
-        raise ShardwrightError(
-            f"by the plan the weights of {next(iter(plan.offloaded))} are brought in for each call, which the pipeline "
-            "cannot do; place(model, plan) can"
-        )
-    if not plan.contiguous and len(plan.stages) > 1:
-        raise ShardwrightError(
-            "this plan is no chain of stages, which the pipeline needs: place(model, plan) takes it, or plan anew with "
-            "stages (objective throughput, without --free)"
-        )
-    if plan.obstacles and len(plan.stages) > 1:
-        more = f" (and {len(plan.obstacles) - 1} more)" if len(plan.obstacles) > 1 else ""
-        raise ShardwrightError(
-            f"this model cannot be piped: {plan.obstacles[0]}{more}; the captured path would be wrong for other "
-            "inputs. place(model, plan) works: it leaves the forward as it is"
-        )
-
-
-def _sendable(programs: list[StageProgram], *, train: bool) -> list[StageProgram]:
-    """The stages, unless in training they send what an older PyTorch cannot: whole numbers, what has no gradient."""
-    crossing = [shape.name for program in programs[1:] for shape in program.inputs if not shape.requires_grad]
-    if train and crossing and not hasattr(_utils, "TensorMeta"):
-        raise ShardwrightError(
-            f"{crossing[0]} crosses between stages and has no gradient, which the pipeline engine of torch "
-            f"{torch.__version__} cannot send in training: use torch 2.13, or place(model, plan)"
-        )
-    return programs
-
-
-def _shared(plan: Plan, model: nn.Module) -> tuple[SharedParameter, ...]:
-    """The plan's ties, with every name that the parameter has."""
-    names: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), set()).add(name)
-    every = dict(model.named_parameters(remove_duplicate=False))
-    return tuple(SharedParameter(frozenset(names[id(every[tie.name])]), tie.stages) for tie in plan.ties)
 
 
 def _timed(seconds: list[float], predicted_s: float | None) -> Timed:

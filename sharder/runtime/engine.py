@@ -1,0 +1,141 @@
+"""PyTorch's pipelining engine, as our stages use it: static shapes, equal micro-batches, shared gradients summed.
+
+Shapes are given to the engine beforehand, so that it does not try them out with a step of its own, which would change
+batch statistics. Gradients are left as the backward makes them: who wants their mean divides the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, _utils
+from torch.distributed.pipelining.microbatch import TensorChunkSpec, _Replicate
+
+from shardwright.errors import ShardwrightError
+from shardwright.sharder.planning.plan import Plan
+from shardwright.sharder.runtime.cut import StageProgram, trainable
+
+__all__ = [
+    "SharedGradients",
+    "SharedParameter",
+    "make_schedule",
+    "make_stage",
+    "names_by_tensor",
+    "sendable",
+    "shared_parameters",
+]
+
+
+@dataclass(frozen=True)
+class SharedParameter:
+    """A parameter of which several stages hold a copy; their gradients are summed once a step."""
+
+    names: frozenset[str]
+    """All that it has in the model."""
+    stages: tuple[int, ...]
+
+
+def names_by_tensor(model: nn.Module) -> dict[int, set[str]]:
+    """Every name that each parameter and buffer has, by the ``id`` of the tensor."""
+    names: dict[int, set[str]] = {}
+    both = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    for name, tensor in (pair for pairs in both for pair in pairs):
+        names.setdefault(id(tensor), set()).add(name)
+    return names
+
+
+def shared_parameters(plan: Plan, model: nn.Module) -> tuple[SharedParameter, ...]:
+    """The plan's ties, with every name that the parameter has."""
+    names = names_by_tensor(model)
+    every = dict(model.named_parameters(remove_duplicate=False))
+    return tuple(SharedParameter(frozenset(names[id(every[tie.name])]), tie.stages) for tie in plan.ties)
+
+
+def sendable(programs: list[StageProgram], *, train: bool) -> list[StageProgram]:
+    """The stages, unless in training they send what an older PyTorch cannot: whole numbers, what has no gradient."""
+    crossing = [shape.name for program in programs[1:] for shape in program.inputs if not shape.requires_grad]
+    if train and crossing and not hasattr(_utils, "TensorMeta"):
+        raise ShardwrightError(
+            f"{crossing[0]} crosses between stages and has no gradient, which the pipeline engine of torch "
+            f"{torch.__version__} cannot send in training: use torch 2.13, or place(model, plan)"
+        )
+    return programs
+
+
+def make_stage(
+    program: StageProgram,
+    module: nn.Module,
+    stages: int,
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+) -> PipelineStage:
+    """``program``, with ``module`` to compute it, as one of ``stages`` stages; ``group``'s ranks are the stages."""
+    examples = tuple(shape.example() for shape in program.inputs)
+    if program.index == 0:
+        examples = tuple(t.detach() for t in examples)
+    outputs = tuple(shape.example() for shape in program.outputs)
+    return PipelineStage(module, program.index, stages, device, input_args=examples, output_args=outputs, group=group)
+
+
+def make_schedule(
+    stage: PipelineStage,
+    kind: str,
+    microbatches: int,
+    loss: Callable[[Any, Tensor], Tensor] | None,
+    batched: Sequence[bool],
+    *,
+    scale_grads: bool,
+) -> Schedule1F1B | ScheduleGPipe:
+    """What drives ``stage`` through ``microbatches`` micro-batches, backward too if there is a ``loss``.
+
+    Args:
+        kind: ``"1f1b"`` or ``"gpipe"``.
+        batched: of each input of the model, whether it is divided along its first dimension; others go to each whole.
+        scale_grads: whether the engine divides all gradients by the number of micro-batches, earlier ones too.
+    """
+    chunks: Any = tuple(TensorChunkSpec(0) if divided else _Replicate() for divided in batched)
+    make = ScheduleGPipe if kind == "gpipe" else Schedule1F1B
+    return make(
+        stage,
+        n_microbatches=microbatches,
+        loss_fn=loss,
+        args_chunk_spec=chunks if stage.is_first else None,
+        scale_grads=scale_grads,
+    )
+
+
+class SharedGradients:
+    """Sums the gradients of the parameters that this stage shares with others.
+
+    Every process makes one, with the same ``ties`` in the same order, for each tie is a process group.
+    """
+
+    def __init__(self, ties: Sequence[SharedParameter], stage: int, module: nn.Module) -> None:
+        named = trainable(module)
+        self.shared: list[tuple[nn.Parameter, dist.ProcessGroup]] = []
+        self.groups: list[dist.ProcessGroup] = []
+        for tie in ties:
+            group = dist.new_group(list(tie.stages))
+            if stage in tie.stages:
+                self.groups.append(group)
+                self.shared += [(named[name], group) for name in sorted(tie.names & named.keys())[:1]]
+
+    @contextmanager
+    def summed(self) -> Iterator[None]:
+        """Sum what the backwards in this block add to the gradients, and that only."""
+        earlier = [parameter.grad for parameter, _ in self.shared]
+        for parameter, _ in self.shared:
+            parameter.grad = None
+        yield
+        for (parameter, group), before in zip(self.shared, earlier, strict=True):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad, group=group)
+            if before is not None:
+                parameter.grad += before

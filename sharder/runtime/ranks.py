@@ -1,0 +1,251 @@
+"""The processes of a training script as the stages of a pipeline: rank k is stage k.
+
+The process group is the script's own if it has one, else made from the environment that ``torchrun`` sets. What the
+pipeline sends goes over groups of its own, so that it never mixes with the script's messages.
+
+A rank that fails says why in the group's store before it raises. The others, whose messages to it then break off, find
+it there, so that the error of one is the error of all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shardwright.errors import ShardwrightError
+from shardwright.profiler.devices import available_cores
+from shardwright.profiler.pool import loopback_interface
+from shardwright.profiler.worker import root_of
+from shardwright.sharder.planning.plan import Plan
+
+__all__ = ["Ranks", "stage_device"]
+
+MEETING_S = 300.0
+"""Processes that start one after another, each importing much, are waited for at least so long."""
+TOLD_S = 3.0
+"""After a broken connection, time for the word why."""
+_numbers = itertools.count()
+
+
+class Ranks:
+    """The process as one stage of ``plan``, and its ways to the others.
+
+    Args:
+        timeout_s: how long a rank waits for another's message.
+
+    Raises:
+        ShardwrightError: there are more or fewer processes than stages, they do not meet, or a GPU is not here.
+    """
+
+    def __init__(self, plan: Plan, timeout_s: float) -> None:
+        try:
+            self.made_group = _join(plan, max(timeout_s, MEETING_S))
+        except (dist.DistError, RuntimeError, ValueError) as error:
+            if isinstance(error, ShardwrightError):
+                raise
+            raise ShardwrightError(f"the processes of the pipeline could not meet: {root_of(error)}") from error
+        self.size, self.rank = dist.get_world_size(), dist.get_rank()
+        if self.size != len(plan.stages):
+            if self.made_group:
+                dist.destroy_process_group()
+            raise ShardwrightError(_miscounted(plan, self.size))
+        self.name = plan.stages[self.rank].device
+        self.device = stage_device(self.name)
+        self.timeout_s = timeout_s
+        limit = timedelta(seconds=timeout_s)
+        # Objects and checkpoints go over the host's memory, tensors of a step between the devices.
+        self.control = dist.new_group(backend="gloo", timeout=limit)
+        self.data = dist.new_group(backend="nccl", timeout=limit) if self.device.type == "cuda" else self.control
+        self._key = f"shardwright/pipeline{self.share(next(_numbers), 0)}/failed"
+        # The store alone outlives a rank's broken connections.
+        self._store = dist.distributed_c10d._get_default_store()
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the stage with the outputs and the loss."""
+        return self.rank == self.size - 1
+
+    def pin(self, plan: Plan) -> None:
+        """Give a CPU stage its share of the cores, as when it was profiled, if there is one for each."""
+        workers = [name for name in plan.profiled_devices or plan.devices if name.startswith("cpu")]
+        cores = available_cores()
+        share = len(cores) // len(workers) if self.name in workers else 0
+        if self.size == 1 or not share:
+            return
+        position = workers.index(self.name)
+        torch.set_num_threads(share)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, cores[position * share : (position + 1) * share])
+
+    def close(self) -> None:
+        """Leave the groups, and the process group if the pipeline made it."""
+        if not dist.is_initialized():
+            return
+        for group in {self.control, self.data}:
+            dist.destroy_process_group(group)
+        if self.made_group:
+            dist.destroy_process_group()
+
+    def agree(self, what: str, mine: Any, remedy: str) -> None:
+        """Make sure that ``mine`` is equal on all ranks.
+
+        Raises:
+            ShardwrightError: another rank's differs from that of rank 0; on every rank.
+        """
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, mine, group=self.control)
+        other = next((rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]), None)
+        if other is not None:
+            raise ShardwrightError(f"rank {other} has {what} other than rank 0's; {remedy}")
+
+    def spread(self, value: Tensor | None) -> Tensor:
+        """The last stage's number on every rank, in PyTorch's default dtype, on this rank's device."""
+        number = torch.zeros((), dtype=torch.float64, device=self.device)
+        if value is not None:
+            number.copy_(value.detach().reshape(()))
+        self.broadcast(number, self.size - 1)
+        return number.to(torch.get_default_dtype())
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Fill ``tensor``, on this rank's device, with that of rank ``source``."""
+        if self.size > 1:
+            dist.broadcast(tensor, source, group=self.data)
+
+    def reduce(self, number: Tensor, operation: Any) -> None:
+        """Put all ranks' numbers together, in place."""
+        if self.size > 1:
+            dist.all_reduce(number, operation, group=self.data)
+
+    def carry(self, tensor: Tensor | None, like: Tensor, source: int, target: int) -> Tensor | None:
+        """Bring a tensor in the host's memory from one rank to another; all others get None.
+
+        Args:
+            tensor: given on ``source``.
+            like: has the shape and dtype, on ``target``.
+        """
+        if source == target:
+            return tensor if self.rank == target else None
+        if self.rank == source:
+            assert tensor is not None  # it is the source's
+            dist.send(tensor.contiguous(), target, group=self.control)
+        if self.rank == target:
+            found = torch.empty(like.shape, dtype=like.dtype)
+            dist.recv(found, source, group=self.control)
+            return found
+        return None
+
+    def share(self, value: Any, source: int) -> Any:
+        """An object of rank ``source`` on every rank."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, source, group=self.control)
+        return box[0]
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Tell the others of an error in this block, or tell this rank of theirs.
+
+        Raises:
+            ShardwrightError: the first error of any rank, in one line.
+        """
+        try:
+            yield
+        except Exception as error:
+            if _is_broken_off(error):
+                raise ShardwrightError(self._told_by_another() or self._lost(error)) from error
+            ours = next((e for e in _chain(error) if isinstance(e, ShardwrightError)), None)
+            text = str(ours) if ours is not None else f"stage {self.rank} on {self.name} failed: {root_of(error)}"
+            with contextlib.suppress(Exception):  # the store's host may be gone, which takes nothing from the error
+                self._store.set(self._key, text)
+            raise ShardwrightError(text) from error
+
+    def _lost(self, error: BaseException) -> str:
+        return (
+            f"stage {self.rank} on {self.name} lost another stage, which has ended or did not answer within "
+            f"{self.timeout_s:.0f} s: {root_of(error)}"
+        )
+
+    def _told_by_another(self) -> str:
+        """What the rank that failed first has said, if it says so soon."""
+        end = time.monotonic() + TOLD_S
+        with contextlib.suppress(Exception):
+            while time.monotonic() < end:
+                if self._store.check([self._key]):
+                    return str(self._store.get(self._key).decode())
+                time.sleep(0.05)
+        return ""
+
+
+def stage_device(name: str) -> torch.device:
+    """The torch device of a plan's device: CPU workers are ``cpu``, each in a process of its own.
+
+    Raises:
+        ShardwrightError: there is no such GPU.
+    """
+    if name.startswith("cpu"):
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ShardwrightError(f"the plan uses {name}, and this machine has {count} CUDA devices; plan for those here")
+    return device
+
+
+def _join(plan: Plan, timeout_s: float) -> bool:
+    """Enter the default process group; whether it had to be made."""
+    if not dist.is_available():
+        raise ShardwrightError("this PyTorch was built without torch.distributed, which a pipeline needs")
+    if dist.is_initialized():
+        return False
+    limit = timedelta(seconds=timeout_s)
+    backend = "cpu:gloo,cuda:nccl" if plan.devices[0].startswith("cuda") else "gloo"
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        if int(os.environ["WORLD_SIZE"]) != len(plan.stages):
+            raise ShardwrightError(_miscounted(plan, int(os.environ["WORLD_SIZE"])))
+        if os.environ.get("MASTER_ADDR") in ("localhost", "127.0.0.1"):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
+        if plan.devices[0].startswith("cuda"):
+            torch.cuda.set_device(stage_device(plan.devices[int(os.environ["RANK"])]))
+        dist.init_process_group(backend, timeout=limit)
+    elif len(plan.stages) == 1:
+        dist.init_process_group(
+            backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=limit
+        )
+    else:
+        count = len(plan.stages)
+        raise ShardwrightError(
+            f"the plan has {count} stages, and this is one process: start the script with torchrun --nproc-per-node "
+            f"{count} SCRIPT, or pipeline in one process with place(model, plan, microbatches={plan.microbatches})"
+        )
+    return True
+
+
+def _miscounted(plan: Plan, size: int) -> str:
+    return (
+        f"the plan has {len(plan.stages)} stages ({', '.join(plan.devices)}), and there are {size} processes: start "
+        f"the script with torchrun --nproc-per-node {len(plan.stages)}, or plan for {size} devices"
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _is_broken_off(error: BaseException) -> bool:
+    """Whether a message to or from another rank failed, most often because that rank did."""
+    return any(
+        isinstance(e, dist.DistError) or (isinstance(e, RuntimeError) and ("gloo" in str(e) or "NCCL" in str(e)))
+        for e in _chain(error)
+    )

@@ -1,0 +1,93 @@
+"""One stage with its schedule: the engine driven for batches that are divided in one way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardwright.sharder.planning.plan import Plan
+from shardwright.sharder.runtime.batches import Division
+from shardwright.sharder.runtime.engine import make_schedule, make_stage
+from shardwright.sharder.runtime.ranks import Ranks
+from shardwright.sharder.runtime.stages import StageForm
+
+__all__ = ["StageEngine"]
+
+
+class StageEngine:
+    """A stage that takes steps together with the others.
+
+    Args:
+        form: for micro-batches of the division's size.
+        batched: of each input of the model, whether it is divided.
+    """
+
+    def __init__(
+        self,
+        form: StageForm,
+        division: Division,
+        plan: Plan,
+        batched: tuple[bool, ...],
+        ranks: Ranks,
+        train: bool,
+    ) -> None:
+        self.form, self.division, self.ranks = form, division, ranks
+        self._loss: Callable[[Any, int], Tensor] | None = None
+        self._outputs: list[Any] = []
+        self.stage = make_stage(form.program, form.module, len(plan.stages), ranks.device, ranks.data)
+        kind = plan.schedule if train and division.pieces >= len(plan.stages) else "gpipe"
+        self.schedule = make_schedule(
+            self.stage, kind, division.pieces, self._of_chunk if train else None, batched, scale_grads=False
+        )
+        self._numbers = torch.arange(division.pieces)
+
+    def train(self, tensors: list[Tensor], targets: list[Any], loss: Callable[[Any, Any, int], Tensor]) -> list[Tensor]:
+        """One step; the last stage's parts of the loss."""
+        count = self.division.pieces
+
+        def of_chunk(output: Any, number: int) -> Tensor:
+            return loss(self.form.output.filled(output), targets[number], count)
+
+        self._loss = of_chunk
+        losses: list[Tensor] = []
+        # The engine divides tensors only; what it divides here are the numbers of the micro-batches.
+        numbers = self._numbers if self.ranks.is_last else None
+        try:
+            self.schedule.step(*self._inputs(tensors), target=numbers, losses=losses, return_outputs=False)
+        finally:
+            self._loss = None
+        return [part.detach() for part in losses]
+
+    def infer(self, tensors: list[Tensor]) -> list[Any]:
+        """One forward in evaluation; the last stage's results of each micro-batch, as :attr:`form` fills them."""
+        self._outputs = []
+        keep = self.form.module.register_forward_hook(lambda _module, _args, output: self._outputs.append(output))
+        modes = [(module, module.training) for module in self.form.module.modules()]
+        self.form.module.eval()
+        try:
+            self.schedule.step(*self._inputs(tensors), return_outputs=False)
+        finally:
+            keep.remove()
+            for module, training in modes:
+                module.training = training
+            self.stage.clear_runtime_states()
+        found, self._outputs = self._outputs, []
+        return found if self.ranks.is_last else []
+
+    def room(self) -> list[Tensor]:
+        """Tensors like the last stage's, to receive them in."""
+        made = []
+        for shape, divided in zip(self.form.results, self.form.output.batched, strict=True):
+            rows = (self.division.pieces * shape.shape[0], *shape.shape[1:]) if divided else shape.shape
+            made.append(torch.empty(rows, dtype=shape.dtype, device=self.ranks.device))
+        return made
+
+    def _inputs(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(t.to(self.ranks.device) for t in tensors) if self.ranks.rank == 0 else ()
+
+    def _of_chunk(self, output: Any, number: Tensor) -> Tensor:
+        assert self._loss is not None  # set for the time of a step
+        return self._loss(output, int(number))

@@ -1,0 +1,268 @@
+"""A stage's part of the model's state, under the names that it has in the whole model, and that of its optimizer.
+
+A checkpoint of a pipeline therefore holds what a checkpoint of the model holds, whichever way it was divided:
+``torch.distributed.checkpoint`` stores each tensor once, and reads what is asked for. The optimizer's state has the
+flattened names of ``torch.distributed.checkpoint.state_dict`` with ``flatten_optimizer_state_dict=True``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from shardwright.errors import ShardwrightError
+from shardwright.sharder.runtime.cut import StageProgram
+from shardwright.sharder.runtime.engine import SharedParameter, names_by_tensor
+from shardwright.sharder.runtime.ranks import Ranks
+from shardwright.sharder.runtime.stages import held_tensors
+
+__all__ = ["StageState", "load_checkpoint", "save_checkpoint"]
+
+EXTRA = "_extra_state"
+"""How PyTorch ends the name of what a module saves beside its tensors."""
+
+
+class StageState:
+    """Which stage holds what of a model, and this one's part of it.
+
+    Args:
+        model: whole, with its values.
+        saved: the keys of its state.
+        programs: of all stages.
+        module: this stage's, which is made of the model's own units.
+    """
+
+    def __init__(
+        self, model: nn.Module, saved: Sequence[str], programs: Sequence[StageProgram], module: nn.Module, stage: int
+    ) -> None:
+        self.module, self.stage = module, stage
+        present = model.state_dict(keep_vars=True)
+        whole = {key: present[key] for key in saved}
+        held = [held_tensors(program) for program in programs]
+        self.holders = {key: _holders(key, value, programs, held) for key, value in whole.items()}
+        self.forms = {key: torch.empty_like(t, device="meta") for key, t in whole.items() if isinstance(t, Tensor)}
+        own = {id(t): name for name, t in reversed(module.state_dict(keep_vars=True).items()) if isinstance(t, Tensor)}
+        self._own = {key: own.get(id(value), key) for key, value in whole.items() if stage in self.holders[key]}
+        # What no step uses is nobody's; it belongs to the model all the same, and stays with the first stage.
+        self.unused = {key: t for key, t in whole.items() if not self.holders[key]} if stage == 0 else {}
+        names = names_by_tensor(model)
+        first = {id(p): name for name, p in model.named_parameters()}
+        self._first_name = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+        self.shared = tuple(
+            SharedParameter(frozenset(names[id(p)]), stages)
+            for _, p in model.named_parameters()
+            if len(stages := tuple(i for i, tensors in enumerate(held) if id(p) in tensors)) > 1
+        )
+        self.copies = {key: holders for key, holders in self.holders.items() if len(holders) > 1 and key in self.forms}
+
+    def tensors(self) -> dict[str, Any]:
+        """The stage's part: the tensors themselves."""
+        present = self.module.state_dict()
+        return {key: present[name] for key, name in self._own.items()} | self.unused
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The stage's parameters under their first names in the model, each once."""
+        for name, parameter in self.module.named_parameters():
+            yield self._first_name.get(name, name), parameter
+
+    def owned(self) -> list[nn.Parameter]:
+        """Those of this stage's parameters that no earlier stage holds too."""
+        later = {name for tie in self.shared if tie.stages[0] != self.stage for name in tie.names}
+        return [parameter for name, parameter in self.parameters() if name not in later]
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take this stage's part from ``state``, which may hold the others' too.
+
+        Raises:
+            ShardwrightError: a part of this stage is missing or has another shape, or ``state`` has what the model has
+                not.
+        """
+        foreign = next((key for key in state if key not in self.holders), None)
+        missing = next((key for key in (*self._own, *self.unused) if key not in state), None)
+        if foreign is not None or missing is not None:
+            what = f"has no {missing}" if missing is not None else f"has {foreign}, which the model has not"
+            raise ShardwrightError(f"the state {what}: it is not of this model; give that of the same model")
+        for key in (*self._own, *self.unused):
+            form = self.forms.get(key)
+            if form is not None and form.shape != state[key].shape:
+                raise ShardwrightError(
+                    f"{key} has shape {tuple(state[key].shape)} in the state and {tuple(form.shape)} in the model; "
+                    "give the state of the same model"
+                )
+        self.module.load_state_dict({name: state[key] for key, name in self._own.items()}, strict=False)
+        with torch.no_grad():
+            for key, value in self.unused.items():
+                if isinstance(value, Tensor):
+                    value.copy_(state[key])
+
+    def gather(self, ranks: Ranks) -> dict[str, Any]:
+        """The whole model's state in the host's memory on rank 0; nothing on the others."""
+        mine = self.tensors()
+        found: dict[str, Any] = {}
+        for key, holders in self.holders.items():
+            source = holders[0] if holders else 0
+            if key in self.forms:
+                tensor = mine[key].cpu() if source == self.stage else None
+                carried = ranks.carry(tensor, self.forms[key], source, 0)
+            else:
+                carried = ranks.share(mine.get(key), source)
+            if self.stage == 0:
+                found[key] = carried
+        return found
+
+    def scatter(self, state: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
+        """The stage's part of the whole model's state that rank 0 gives.
+
+        Raises:
+            ShardwrightError: rank 0's is not of this model; on every rank.
+        """
+        keys = ranks.share(list(state) if self.stage == 0 else None, 0)
+        absent = next((key for key in self.holders if key not in keys), None)
+        if absent is not None:
+            raise ShardwrightError(f"the state on rank 0 has no {absent}: it is not of this model, or not whole")
+        mine: dict[str, Any] = {}
+        for key, holders in self.holders.items():
+            for target in holders or (0,):
+                if key in self.forms:
+                    value = state[key].cpu().to(self.forms[key].dtype) if self.stage == 0 else None
+                    carried = ranks.carry(value, self.forms[key], 0, target)
+                else:
+                    carried = ranks.share(state.get(key), 0)
+                if target == self.stage:
+                    mine[key] = carried
+        return mine
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The optimizer's state by the parameters' names in the model, flattened.
+
+        Raises:
+            ShardwrightError: the optimizer has a parameter that is not this stage's.
+        """
+        found: dict[str, Any] = {}
+        for group, named in self._groups(optimizer):
+            for name, parameter in named:
+                found |= {f"param_groups.{name}.{key}": value for key, value in group.items() if key != "params"}
+                found |= {f"state.{name}.{key}": value for key, value in optimizer.state.get(parameter, {}).items()}
+        return found
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        """Give ``optimizer`` the state of its parameters; those of other stages may be there too.
+
+        Settings of a group are those of its first parameter.
+
+        Raises:
+            ShardwrightError: there is none for one of its parameters.
+        """
+        states: dict[int, dict[str, Any]] = {}
+        groups: list[dict[str, Any]] = []
+        position = 0
+        by_name = _by_name(state)
+        for group, named in self._groups(optimizer):
+            settings = {key: value for key, value in group.items() if key != "params"}
+            for order, (name, _) in enumerate(named):
+                if name not in by_name["param_groups"]:
+                    raise ShardwrightError(
+                        f"the optimizer's state has nothing for {name}: it is of another model, or of an optimizer "
+                        "over other parameters"
+                    )
+                settings |= by_name["param_groups"][name] if order == 0 else {}
+                states[position + order] = by_name["state"].get(name, {})
+            groups.append(settings | {"params": list(range(position, position + len(named)))})
+            position += len(named)
+        optimizer.load_state_dict({"state": {i: s for i, s in states.items() if s}, "param_groups": groups})
+
+    def _groups(
+        self, optimizer: torch.optim.Optimizer
+    ) -> Iterator[tuple[dict[str, Any], list[tuple[str, nn.Parameter]]]]:
+        name_of = {id(parameter): name for name, parameter in self.parameters()}
+        for group in optimizer.param_groups:
+            if any(id(parameter) not in name_of for parameter in group["params"]):
+                raise ShardwrightError(
+                    "the optimizer has a parameter that this stage has not; make it over pipe.parameters()"
+                )
+            yield group, [(name_of[id(parameter)], parameter) for parameter in group["params"]]
+
+
+def _holders(key: str, value: Any, programs: Sequence[StageProgram], held: Sequence[set[int]]) -> tuple[int, ...]:
+    if isinstance(value, Tensor):
+        return tuple(stage for stage, tensors in enumerate(held) if id(value) in tensors)
+    path = key.removesuffix(EXTRA).rstrip(".")
+    return tuple(
+        program.index
+        for program in programs
+        if any(
+            path == name or path.startswith(f"{name}.")
+            for name, unit in program.attributes.items()
+            if isinstance(unit, nn.Module)
+        )
+    )
+
+
+def _by_name(state: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """A flattened state as section -> parameter -> key -> value."""
+    found: dict[str, dict[str, dict[str, Any]]] = {"state": {}, "param_groups": {}}
+    for flat, value in state.items():
+        section, _, rest = flat.partition(".")
+        name, _, key = rest.rpartition(".")
+        found.setdefault(section, {}).setdefault(name, {})[key] = value
+    return found
+
+
+def save_checkpoint(
+    folder: str | Path, state: StageState, ranks: Ranks, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Write all stages' parts into ``folder``, each tensor once."""
+    parts: dict[str, Any] = {"model": state.tensors()}
+    if optimizer is not None:
+        parts["optimizer"] = state.optimizer_state(optimizer)
+    # One thread alone looks for an accelerator's streams, and would take simulated devices for one.
+    writer = FileSystemWriter(folder, thread_count=1 if ranks.device.type == "cuda" else 2)
+    save(parts, storage_writer=writer, process_group=ranks.control)
+
+
+def load_checkpoint(
+    folder: str | Path, state: StageState, ranks: Ranks, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Read this stage's part from ``folder``, and the optimizer's.
+
+    Raises:
+        ShardwrightError: there is no checkpoint, or it is not of this model.
+    """
+    stored = _stored(folder)
+    parts: dict[str, Any] = {"model": {}}
+    for key, value in state.tensors().items():
+        if f"model.{key}" not in stored:
+            raise ShardwrightError(f"the checkpoint in {folder} has no {key}: it is not of this model")
+        parts["model"][key] = torch.empty_like(value) if isinstance(value, Tensor) else value
+    if optimizer is not None:
+        parts["optimizer"] = _optimizer_forms(stored, state)
+    load(parts, checkpoint_id=folder, process_group=ranks.control)
+    state.load(parts["model"])
+    if optimizer is not None:
+        state.load_optimizer(optimizer, parts["optimizer"])
+
+
+def _stored(folder: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds, without reading it."""
+    try:
+        return dict(FileSystemReader(folder).read_metadata().state_dict_metadata)
+    except OSError as error:
+        raise ShardwrightError(f"there is no checkpoint in {folder}: {error.strerror or error}") from error
+
+
+def _optimizer_forms(stored: Mapping[str, Any], state: StageState) -> dict[str, Any]:
+    """Room for what a checkpoint holds of this stage's optimizer."""
+    names = {name for name, _ in state.parameters()}
+    flat = {key.removeprefix("optimizer."): form for key, form in stored.items() if key.startswith("optimizer.")}
+    mine = {key: form for key, form in flat.items() if key.partition(".")[2].rpartition(".")[0] in names}
+    return {
+        key: torch.empty(form.size, dtype=form.properties.dtype) if hasattr(form, "size") else None
+        for key, form in mine.items()
+    }

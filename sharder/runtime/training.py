@@ -1,0 +1,351 @@
+"""Training by a plan from the user's own script: each process of ``torchrun`` is one stage of the pipeline.
+
+The forward is captured on every rank, cut by the plan, and each rank keeps its stage. The schedule is the engine's; the
+loss, the optimizer and the loop are the user's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shardwright.errors import ShardwrightError
+from shardwright.profiler.structure import map_tensors
+from shardwright.sharder.planning.plan import Plan
+from shardwright.sharder.runtime.batches import BatchForm, Division, fingerprint, pieces_of
+from shardwright.sharder.runtime.check import check_can_be_piped, check_inputs, check_model
+from shardwright.sharder.runtime.engine import SharedGradients
+from shardwright.sharder.runtime.ranks import Ranks
+from shardwright.sharder.runtime.stage_engine import StageEngine
+from shardwright.sharder.runtime.stages import Recipe, release_others
+from shardwright.sharder.runtime.stagestate import StageState, load_checkpoint, save_checkpoint
+
+__all__ = ["Pipe", "pipeline"]
+
+KEPT_ENGINES = 4
+"""Engines for so many divisions of a batch are kept, each with its buffers."""
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def pipeline(
+    model: nn.Module,
+    plan: Plan,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    loss: Loss | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    timeout_s: float = 600.0,
+) -> Pipe:
+    """Take this process's stage of ``model`` by ``plan``, to be trained with an ordinary optimizer and loop.
+
+    Call it in every process of ``torchrun --nproc-per-node STAGES script.py``, with the same model, plan and sample.
+    Rank k is stage k and holds that stage's weights alone: ``model`` is used up, the parameters of other stages lose
+    their values. What several stages use is made equal from the first of them. A plan with one stage needs no
+    ``torchrun``. The process group is the script's if it has one, else made from the environment and left by
+    :meth:`Pipe.close`.
+
+    Args:
+        args: a sample batch as the plan was made for, for the capture.
+        kwargs: likewise.
+        loss: called as ``loss(output, target)`` on the last stage for each micro-batch, with the model's own result.
+        reduction: ``"mean"`` if the loss averages over its samples: a batch's loss is then the mean of its
+            micro-batches'; ``"sum"`` if it adds them up. A mean over something else than samples, such as tokens that
+            are not ignored, is the whole batch's only where the micro-batches have equally many.
+        timeout_s: a rank that waits so long for another one's message gives up.
+
+    Raises:
+        ShardwrightError: there are not as many processes as stages, the ranks differ in their plan or sample, or the
+            plan is for another model or other inputs, or cannot be piped.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ShardwrightError(f'reduction={reduction!r}; it is "mean" or "sum"')
+    kwargs = dict(kwargs or {})
+    check_model(plan, model)
+    check_inputs(plan, args, kwargs)
+    check_can_be_piped(plan, model)
+    ranks = Ranks(plan, timeout_s)
+    with ranks.failing_together():
+        ranks.pin(plan)
+        ranks.agree("a plan", plan.model_dump_json(), "make the plan once and have each rank load its file")
+        return Pipe(model, plan, args, kwargs, ranks, loss, reduction)
+
+
+class Pipe:
+    """A stage of a model in training; made by :func:`pipeline`.
+
+    Methods that say *together* are to be called on every rank, for they send messages; what one rank raises there, all
+    raise. ``module`` is this rank's stage, ``device`` where it is, ``stage`` its number.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        ranks: Ranks,
+        loss: Loss | None,
+        reduction: str,
+    ) -> None:
+        self.plan, self.stage, self.device = plan, ranks.rank, ranks.device
+        self._ranks, self._loss, self._reduction = ranks, loss, reduction
+        self._form = BatchForm.of(args, kwargs, plan.batch, plan.microbatches)
+        self._autocast = _autocast(self.device)
+        _warn_of_batch_norm(model, plan, ranks)
+        if plan.train and not model.training:
+            model.train()
+        saved = tuple(model.state_dict())
+        self._recipe = Recipe(model, plan, ranks.rank, ranks.device, args, kwargs)
+        self.module: nn.Module = self._recipe.form(self._recipe.size, train=plan.train).module
+        self._state = StageState(model, saved, self._recipe.programs, self.module, ranks.rank)
+        release_others(model, [form.module for form in self._recipe.forms.values()], self._state.unused.values())
+        self._recipe.settle()
+        self._shared = SharedGradients(self._state.shared if plan.train else (), ranks.rank, self.module)
+        self._engines: dict[tuple[Division, bool], StageEngine] = {}
+        self._seen_a_batch = False
+        self._make_copies_equal()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`forward`."""
+        return self.forward(*args, **kwargs)
+
+    def step(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor:
+        """Forward and backward over the micro-batches, *together*: adds to the gradients, as ``backward()`` does.
+
+        Every rank is given the whole batch, of which the first uses the inputs and the last the target. A batch of
+        another size than the plan's is divided into micro-batches of the plan's size, or if that is not possible into
+        as many equal ones as there can be, for which the forward is captured once more.
+
+        Args:
+            target: what the loss gets beside the output; tensors in it that are as long as the batch are divided.
+
+        Returns:
+            The batch's loss, a number without gradient, on every rank.
+
+        Raises:
+            ShardwrightError: the inputs are not like the sample, or the ranks' first batches differ, or a stage or the
+                loss fails on any rank.
+        """
+        with self._ranks.failing_together(), self._captured_modes():
+            if self._loss is None:
+                raise ShardwrightError("there is no loss to train with: make it pipeline(model, plan, ..., loss=...)")
+            if not self.plan.train:
+                raise ShardwrightError("the plan is for inference; profile with train=True and plan that profile")
+            if not torch.is_grad_enabled():
+                raise ShardwrightError("step() trains, and gradients are disabled here; evaluate() does not train")
+            engine, tensors, targets = self._begin(args, kwargs, target, train=True)
+            with self._shared.summed():
+                losses = engine.train(tensors, targets, self._micro_loss)
+            return self._ranks.spread(torch.stack(losses).sum() if losses else None)
+
+    def evaluate(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor:
+        """The batch's loss as :meth:`step` gives it, without gradients and with the model in evaluation, *together*."""
+        with self._ranks.failing_together(), self._captured_modes(), torch.no_grad():
+            if self._loss is None:
+                raise ShardwrightError("there is no loss to evaluate: make it pipeline(model, plan, ..., loss=...)")
+            engine, tensors, targets = self._begin(args, kwargs, target, train=False)
+            outputs = [engine.form.output.filled(output) for output in engine.infer(tensors)]
+            count = engine.division.pieces
+            losses = [self._micro_loss(o, t, count) for o, t in zip(outputs, targets, strict=True)] if outputs else []
+            return self._ranks.spread(torch.stack(losses).sum() if losses else None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's result for a batch, in evaluation and without gradients, on every rank, *together*.
+
+        Tensors that grow with the batch are put together again; of others, floating ones are averaged over the
+        micro-batches. Tensors that the pipeline does not carry, such as the entries of a cache, are None.
+        """
+        with self._ranks.failing_together(), self._captured_modes(), torch.no_grad():
+            engine, tensors, _ = self._begin(args, kwargs, None, train=False)
+            outputs = engine.infer(tensors)
+            joined = engine.form.output.joined(outputs) if outputs else engine.room()
+            for tensor in joined:
+                self._ranks.broadcast(tensor, self._ranks.size - 1)
+            return engine.form.output.filled(joined)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The stage's parameters, each once, for an optimizer."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The stage's parameters by their names in the model."""
+        return self._state.parameters()
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale all stages' gradients so that their norm is at most ``max_norm``, *together*.
+
+        A parameter of several stages counts once, as in the whole model.
+
+        Returns:
+            The norm before, on every rank, as of :func:`torch.nn.utils.clip_grad_norm_`.
+        """
+        with self._ranks.failing_together():
+            grads = [p.grad for p in self._state.owned() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads, norm_type).to(self.device, torch.float64)
+            if norm_type == float("inf"):
+                self._ranks.reduce(norm, dist.ReduceOp.MAX)
+            else:
+                norm = norm**norm_type
+                self._ranks.reduce(norm, dist.ReduceOp.SUM)
+                norm = norm ** (1.0 / norm_type)
+            total = norm.to(torch.get_default_dtype())
+            torch.nn.utils.clip_grads_with_norm_(list(self.parameters()), max_norm, total)
+            return total
+
+    def train(self, mode: bool = True) -> Pipe:
+        """Set the mode of this stage's modules, as :meth:`torch.nn.Module.train` does.
+
+        Only :meth:`step` goes by it, and what the forward does between units stays as captured, in training;
+        :meth:`forward` and :meth:`evaluate` always evaluate.
+        """
+        self.module.train(mode)
+        return self
+
+    def state_dict(self, *, full: bool = False) -> dict[str, Any]:
+        """The stage's part of the model's state under the model's names, the tensors themselves.
+
+        Args:
+            full: the whole model's instead, in the host's memory of rank 0 and empty on the others, *together*.
+        """
+        if not full:
+            return self._state.tensors()
+        with self._ranks.failing_together():
+            return self._state.gather(self._ranks)
+
+    def load_state_dict(self, state: Mapping[str, Any], *, full: bool = False) -> None:
+        """Take this stage's part from the model's state, which may be whole.
+
+        Args:
+            full: only rank 0 gives a state, the whole model's, which is handed out, *together*.
+
+        Raises:
+            ShardwrightError: it is not this model's.
+        """
+        with self._ranks.failing_together():
+            self._state.load(self._state.scatter(state, self._ranks) if full else state)
+
+    def optimizer_state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The state of this stage's optimizer by the parameters' names in the model.
+
+        Keys are those of ``torch.distributed.checkpoint.state_dict`` with ``flatten_optimizer_state_dict=True``, such
+        as ``state.head.weight.exp_avg`` and ``param_groups.head.weight.lr``; a tied parameter has its first name.
+        """
+        return self._state.optimizer_state(optimizer)
+
+    def load_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        """Give this stage's optimizer its part of such a state, which may hold the others' too."""
+        self._state.load_optimizer(optimizer, state)
+
+    def save(self, folder: str | Path, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Write the model's and the optimizer's state into ``folder`` by ``torch.distributed.checkpoint``, *together*.
+
+        The keys ``model`` and ``optimizer`` hold what :meth:`state_dict` and :meth:`optimizer_state_dict` give, so any
+        other number of stages, or the whole model, can go on from it.
+        """
+        with self._ranks.failing_together():
+            save_checkpoint(folder, self._state, self._ranks, optimizer)
+
+    def load(self, folder: str | Path, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Go on from what :meth:`save` wrote, on any number of stages, *together*.
+
+        Raises:
+            ShardwrightError: there is no checkpoint, or it is not of this model.
+        """
+        with self._ranks.failing_together():
+            load_checkpoint(folder, self._state, self._ranks, optimizer)
+
+    def close(self) -> None:
+        """Leave the process groups that the pipeline made; it cannot be used afterwards."""
+        self._engines.clear()
+        self._ranks.close()
+
+    def _begin(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, *, train: bool
+    ) -> tuple[StageEngine, list[Tensor], list[Any]]:
+        """The engine for a batch, its tensors, and its target for each micro-batch."""
+        tensors, batch = self._form.read(args, kwargs)
+        if not self._seen_a_batch:  # each rank draws its batches itself; a seed that differs shows in the first
+            self._ranks.agree(
+                "a batch",
+                fingerprint(tensors, target),
+                "give every rank the same inputs and target, in the same order (seed the sampler alike)",
+            )
+            self._seen_a_batch = True
+        division = self._form.divided(batch)
+        return self._engine(division, train=train), tensors, pieces_of(target, batch, division)
+
+    def _engine(self, division: Division, *, train: bool) -> StageEngine:
+        if (division, train) not in self._engines:
+            while len(self._engines) >= KEPT_ENGINES:
+                self._engines.pop(next(iter(self._engines)))
+            form = self._recipe.form(division.size, train=train)
+            self._engines[division, train] = StageEngine(
+                form, division, self.plan, self._form.batched, self._ranks, train
+            )
+        return self._engines[division, train]
+
+    def _micro_loss(self, output: Any, target: Any, count: int) -> Tensor:
+        """The part of a micro-batch in the batch's loss."""
+        assert self._loss is not None  # asked before
+        kind, dtype = self.device.type, self._autocast
+        with torch.autocast(kind, dtype, enabled=dtype is not None):
+            found = self._loss(output, _on(target, self.device))
+        if not isinstance(found, Tensor) or found.numel() != 1:
+            what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise ShardwrightError(f"the loss function returned {what}; a step needs a tensor with one number")
+        return found.reshape(()) / (count if self._reduction == "mean" else 1)
+
+    @contextmanager
+    def _captured_modes(self) -> Iterator[None]:
+        """The forward with the autocast regions that were captured, and those alone."""
+        if _autocast(self.device) != self._autocast:
+            here, there = (str(dtype or "none") for dtype in (_autocast(self.device), self._autocast))
+            raise ShardwrightError(
+                f"autocast is {here} here and was {there} where the pipeline was made, which is built in; "
+                "call pipeline() and its methods in the same region"
+            )
+        with torch.autocast(self.device.type, enabled=False):
+            yield
+
+    def _make_copies_equal(self) -> None:
+        """Give all copies of a tensor the values of the first, should the ranks' models have been made apart."""
+        mine = self._state.tensors()
+        for key, holders in self._state.copies.items():
+            value = mine[key].detach().clone() if self.stage in holders else None
+            if value is None:
+                value = torch.empty_like(self._state.forms[key], device=self.device)
+            self._ranks.broadcast(value, holders[0])
+            if self.stage in holders:
+                mine[key].copy_(value)
+
+
+def _autocast(device: torch.device) -> torch.dtype | None:
+    """The dtype of the autocast region that this is in, for ``device``; None outside of one."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    return map_tensors(lambda tensor: tensor.to(device), value)
+
+
+def _warn_of_batch_norm(model: nn.Module, plan: Plan, ranks: Ranks) -> None:
+    """Say once that statistics are those of micro-batches."""
+    norms = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    if norms and plan.train and plan.microbatches > 1 and ranks.rank == 0:
+        more = f" (and {len(norms) - 1} more)" if len(norms) > 1 else ""
+        warnings.warn(
+            f"{norms[0]}{more} normalises over a micro-batch of {plan.batch // plan.microbatches} samples in the "
+            f"pipeline, not over the batch of {plan.batch}: training differs from the unsharded model's; "
+            "GroupNorm or LayerNorm do not depend on the batch",
+            stacklevel=4,
+        )

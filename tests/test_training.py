@@ -1,0 +1,682 @@
+"""Training by a plan in the processes of a script: the unsharded model's losses, whichever way it is divided."""
+
+import contextlib
+import io
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn import functional as F  # noqa: N812
+
+import shardwright as sw
+from shardwright.profiler.pool import Pool
+from shardwright.profiler.profile import Device
+from shardwright.profiler.target import load_target
+
+ROOT = Path(__file__).parents[1]
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def workers():
+    """Three processes that stand for those of torchrun."""
+    core = (min(os.sched_getaffinity(0)),) if hasattr(os, "sched_getaffinity") else ()
+    devices = [Device(name=f"cpu:{i}", kind="cpu", description="", memory_bytes=10**9, cores=core) for i in range(3)]
+    with Pool(devices) as pool:
+        yield pool
+
+
+def on_ranks(pool, count, function, *args):
+    """What ``function(*args)`` returns on each of ``count`` ranks, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    calls = {f"cpu:{rank}": (as_rank, (rank, count, port, function, args)) for rank in range(count)}
+    return list(pool.call(calls, limit_s=60).values())
+
+
+def as_rank(rank, count, port, function, args):
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    try:
+        return function(*args)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
+
+
+class Chain(nn.Module):
+    """Layers in a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*[nn.Linear(6, 6) for _ in range(6)])
+
+    def forward(self, x):
+        return self.layers(x)
+
+    @staticmethod
+    def batch(seed, size=8):
+        made = torch.Generator().manual_seed(seed)
+        return (torch.randn(size, 6, generator=made),), {}, torch.randn(size, 6, generator=made)
+
+    loss = staticmethod(F.mse_loss)
+
+
+class Branches(nn.Module):
+    """Skips, an integer keyword, a parameter and a buffer outside units, a frozen unit, a dictionary of results."""
+
+    def __init__(self):
+        super().__init__()
+        self.left = nn.ModuleList([nn.Linear(6, 6) for _ in range(3)])
+        self.right = nn.ModuleList([nn.Linear(6, 6) for _ in range(3)])
+        self.right[0].requires_grad_(False)
+        self.gain = nn.Parameter(torch.rand(6))
+        self.register_buffer("shift", torch.rand(6))
+        self.heads = nn.ModuleDict({"rows": nn.Linear(12, 4), "sum": nn.Linear(6, 1)})
+
+    def forward(self, x, *, index, scale=1.0):
+        left, right = x, x
+        for a, b in zip(self.left, self.right, strict=True):
+            left, right = a(left).relu() + right, b(right).tanh()
+        rows = self.heads["rows"](torch.cat([left, right * self.gain + self.shift], dim=1))
+        return {"rows": torch.gather(rows, 1, index), "sum": self.heads["sum"](left) * scale}
+
+    @staticmethod
+    def batch(seed, size=8):
+        made = torch.Generator().manual_seed(seed)
+        index = torch.randint(0, 4, (size, 2), generator=made)
+        return (torch.randn(size, 6, generator=made),), {"index": index}, torch.randn(size, 2, generator=made)
+
+    @staticmethod
+    def loss(output, target):
+        return F.mse_loss(output["rows"], target) + output["sum"].square().mean()
+
+
+class Language(nn.Module):
+    """A tied embedding and head, dropout at rest in evaluation only."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(4)])
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embed.weight
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return self.head(x)
+
+    @staticmethod
+    def batch(seed, size=8):
+        made = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, 11, (size, 5), generator=made)
+        return (ids[:, :-1].contiguous(),), {}, ids[:, 1:].contiguous()
+
+    @staticmethod
+    def loss(output, target):
+        return F.cross_entropy(output.flatten(0, 1), target.flatten())
+
+
+def made(kind):
+    torch.manual_seed(0)
+    return kind()
+
+
+def planned(captured_profile, kind, stages, microbatches=4, **options):
+    """A plan of ``kind`` in exactly ``stages`` stages."""
+    args, kwargs, _ = kind.batch(0)
+    devices = [f"cpu:{i}" for i in range(stages)]
+    profile = captured_profile(
+        made(kind), args, kwargs, devices=devices, microbatches=(1, microbatches), optimizer="adamw"
+    )
+    plan = sw.plan(profile, microbatches=microbatches, **options)
+    assert len(plan.stages) == stages
+    return plan
+
+
+def made_pipe(kind, plan, **options):
+    args, kwargs, _ = kind.batch(0)
+    return sw.pipeline(made(kind), plan, args, kwargs, **{"loss": kind.loss, "timeout_s": 20.0} | options)
+
+
+def adamw(module):
+    return torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=0.1)
+
+
+def plain_step(model, optimizer, seeds, clip=None):
+    """A step of the unsharded model on one or several batches: the last loss, and the gradients' norm."""
+    optimizer.zero_grad()
+    for seed in seeds:
+        args, kwargs, target = type(model).batch(seed)
+        loss = type(model).loss(model(*args, **kwargs), target)
+        loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip) if clip else torch.zeros(())
+    optimizer.step()
+    return float(loss.detach()), float(norm)
+
+
+def piped_step(kind, pipe, optimizer, seeds, clip=None):
+    """The same of a pipeline."""
+    optimizer.zero_grad()
+    for seed in seeds:
+        args, kwargs, target = kind.batch(seed)
+        loss = pipe.step(*args, target=target, **kwargs)
+    norm = pipe.clip_grad_norm_(clip) if clip else torch.zeros(())
+    optimizer.step()
+    return float(loss), float(norm)
+
+
+def unsharded(kind, steps, **options):
+    """Losses and norms of the unsharded model, and the model."""
+    model = made(kind)
+    optimizer = adamw(model)
+    return [plain_step(model, optimizer, seeds, **options) for seeds in steps], model
+
+
+def trained(kind, plan, steps, options):
+    """In a rank: losses and norms, the whole state on rank 0, what the stage holds, and what is left of the model."""
+    model = made(kind)
+    args, kwargs, _ = kind.batch(0)
+    pipe = sw.pipeline(model, plan, args, kwargs, loss=kind.loss, timeout_s=20.0)
+    optimizer = adamw(pipe)
+    curve = [piped_step(kind, pipe, optimizer, seeds, **options) for seeds in steps]
+    values = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.is_meta}
+    own = {name for name, _ in pipe.named_parameters()}
+    return curve, pipe.state_dict(full=True), set(pipe.state_dict()), own, values
+
+
+def close(found, expected):
+    return all(a == pytest.approx(b, rel=1e-5, abs=1e-6) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(("kind", "stages"), [(Chain, 3), (Branches, 2), (Language, 3), (Branches, 3)])
+def test_a_pipeline_trains_as_the_model_does(workers, captured_profile, kind, stages):
+    """Losses of four AdamW steps on every rank, and all weights after them, are the unsharded model's."""
+    steps = [[seed] for seed in range(STEPS)]
+    expected, model = unsharded(kind, steps)
+    results = on_ranks(workers, stages, trained, kind, planned(captured_profile, kind, stages), steps, {})
+    for curve, *_ in results:
+        assert close(curve, expected)
+    whole = results[0][1]
+    assert list(whole) == list(model.state_dict())
+    for key, value in model.state_dict().items():
+        assert torch.allclose(whole[key], value, rtol=1e-4, atol=1e-5), key
+    assert all(not result[1] for result in results[1:])
+    held = [result[2] for result in results]
+    assert set.union(*held) == set(model.state_dict())
+    for _, _, state, own, values in results:
+        assert own <= state
+        assert values <= state  # of the other stages nothing is kept
+
+
+def test_gradients_accumulate_and_are_clipped(workers, captured_profile):
+    """Two batches a step, a norm over all stages with tied weights once: as the unsharded model's."""
+    steps = [[0, 1], [2, 3], [4, 5]]
+    expected, _ = unsharded(Language, steps, clip=0.5)
+    for curve, *_ in on_ranks(
+        workers, 2, trained, Language, planned(captured_profile, Language, 2), steps, {"clip": 0.5}
+    ):
+        assert close(curve, expected)
+    assert min(norm for _, norm in expected) > 0.5
+
+
+def sizes(kind, plan, batches):
+    """In a rank: losses of batches of other sizes in training and evaluation, results, and what of one is refused."""
+    pipe = made_pipe(kind, plan)
+    optimizer, found = adamw(pipe), []
+    for seed, size in batches:
+        args, kwargs, target = kind.batch(seed, size)
+        evaluated = float(pipe.evaluate(*args, target=target, **kwargs))
+        optimizer.zero_grad()
+        loss = float(pipe.step(*args, target=target, **kwargs))
+        optimizer.step()
+        found.append((evaluated, loss, pipe(*args, **kwargs)))
+    return found
+
+
+@pytest.mark.parametrize("kind", [Branches, Language])
+def test_batches_of_any_size(workers, captured_profile, kind):
+    """A last partial batch, one that only divides by itself, and a larger one: losses and results are the model's."""
+    batches = [(0, 8), (1, 6), (2, 7), (3, 16), (4, 3), (5, 8)]
+    model = made(kind)
+    optimizer, expected = adamw(model), []
+    for seed, size in batches:
+        args, kwargs, target = kind.batch(seed, size)
+        optimizer.zero_grad()
+        loss = kind.loss(model(*args, **kwargs), target)
+        loss.backward()
+        optimizer.step()
+        loss = float(loss.detach())
+        expected.append((loss, model(*args, **kwargs)))
+    for found in on_ranks(workers, 2, sizes, kind, planned(captured_profile, kind, 2), batches):
+        for (evaluated, loss, output), (expected_loss, expected_output) in zip(found, expected, strict=True):
+            assert evaluated == pytest.approx(expected_loss, rel=1e-5)
+            assert loss == pytest.approx(expected_loss, rel=1e-5)
+            torch.testing.assert_close(output, expected_output, rtol=1e-4, atol=1e-5)
+
+
+def saved(kind, plan, folder, seeds):
+    """In a rank: losses of some steps, and a checkpoint."""
+    pipe = made_pipe(kind, plan)
+    optimizer = adamw(pipe)
+    curve = [piped_step(kind, pipe, optimizer, [seed]) for seed in seeds]
+    pipe.save(folder, optimizer)
+    return curve
+
+
+def resumed(kind, plan, folder, seeds):
+    """In a rank: losses of steps from a checkpoint on; the learning rate is the checkpoint's."""
+    pipe = made_pipe(kind, plan)
+    optimizer = torch.optim.AdamW(pipe.parameters(), lr=0.5)
+    pipe.load(folder, optimizer)
+    return [piped_step(kind, pipe, optimizer, [seed]) for seed in seeds]
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2), (2, 1)])
+def test_a_checkpoint_goes_on_with_another_number_of_stages(workers, captured_profile, tmp_path, before, after):
+    """Weights, AdamW's moments and its settings: the curve is the one without a break, tied weights included."""
+    expected, _ = unsharded(Language, [[seed] for seed in range(6)])
+    plans = {n: planned(captured_profile, Language, n) for n in (before, after)}
+    first = on_ranks(workers, before, saved, Language, plans[before], tmp_path, range(3))
+    second = on_ranks(workers, after, resumed, Language, plans[after], tmp_path, range(3, 6))
+    assert close(first[0] + second[-1], expected)
+
+
+def state_handed_out(kind, plan):
+    """In a rank: load the whole state from rank 0, where all weights are one; the sum of what the stage has then."""
+    pipe = made_pipe(kind, plan)
+    whole = {key: torch.ones_like(value) for key, value in made(kind).state_dict().items()}
+    pipe.load_state_dict(whole if pipe.stage == 0 else {}, full=True)
+    return all(bool((value == 1).all()) for value in pipe.state_dict().values())
+
+
+def test_rank_0_hands_out_a_state(workers, captured_profile):
+    """The counterpart of gathering: only rank 0 need have read the file."""
+    assert on_ranks(workers, 2, state_handed_out, Language, planned(captured_profile, Language, 2)) == [True, True]
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """An ordinary process, without what torchrun sets; pipelines are left at the end."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_one_stage_needs_no_launcher(captured_profile):
+    """In a plain process a plan for one device trains as the model does, and leaves no process group behind."""
+    expected, _ = unsharded(Chain, [[0], [1]])
+    pipe = made_pipe(Chain, planned(captured_profile, Chain, 1))
+    optimizer = adamw(pipe)
+    assert close([piped_step(Chain, pipe, optimizer, [seed]) for seed in range(2)], expected)
+    pipe.close()
+    assert not dist.is_initialized()
+
+
+def saved_once(kind, plan, folder):
+    """In a rank: one step, and a checkpoint."""
+    pipe = made_pipe(kind, plan)
+    optimizer = adamw(pipe)
+    piped_step(kind, pipe, optimizer, [0])
+    pipe.save(folder, optimizer)
+
+
+def resumed_without_us(kind, folder):
+    """In one process: the whole model goes on from a pipeline's checkpoint by what PyTorch has; one more step."""
+    model = made(kind)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
+    dcp.load(state, checkpoint_id=folder)
+    model.load_state_dict(state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+    return plain_step(model, optimizer, [1])
+
+
+def test_the_whole_model_resumes_by_pytorch_alone(workers, captured_profile, tmp_path):
+    """The checkpoint's layout is that of torch.distributed.checkpoint, for the model and its optimizer."""
+    on_ranks(workers, 2, saved_once, Chain, planned(captured_profile, Chain, 2), tmp_path)
+    expected, _ = unsharded(Chain, [[0], [1]])
+    assert close(on_ranks(workers, 1, resumed_without_us, Chain, tmp_path), expected[1:])
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_plain_process_is_told_how_to_start(captured_profile):
+    """More stages than processes: the line to start the script with, before anything is captured."""
+    with pytest.raises(sw.ShardwrightError, match=r"2 stages, and this is one process: .*torchrun --nproc-per-node 2"):
+        made_pipe(Chain, planned(captured_profile, Chain, 2))
+
+
+def told(function, *args):
+    """In a rank: the error of ``function``, or what it returns."""
+    try:
+        return function(*args)
+    except sw.ShardwrightError as error:
+        return str(error)
+
+
+def refused_once_made(kind, plan, options, size):
+    """In a rank: make a pipeline and take a step with a batch that may be another one on every rank."""
+    pipe = made_pipe(kind, plan, **options)
+    args, kwargs, target = kind.batch(int(os.environ["RANK"]) if size == "apart" else 0)
+    return float(pipe.step(*args, target=target, **kwargs))
+
+
+def test_the_number_of_processes_is_that_of_the_stages(workers, captured_profile):
+    """One process too many, or one too few: both numbers, on every rank."""
+    plan = planned(captured_profile, Chain, 2)
+    for line in on_ranks(workers, 3, told, made_pipe, Chain, plan):
+        assert line.startswith("the plan has 2 stages (cpu:0, cpu:1), and there are 3 processes")
+        assert "torchrun --nproc-per-node 2" in line
+
+
+def test_ranks_with_other_batches_are_told(workers, captured_profile):
+    """A sampler that is seeded apart would train on inputs of one batch and targets of another."""
+    plan = planned(captured_profile, Chain, 2)
+    for line in on_ranks(workers, 2, told, refused_once_made, Chain, plan, {}, "apart"):
+        assert line.startswith("rank 1 has a batch other than rank 0's; give every rank the same inputs and target")
+
+
+def raising(_output, _target):
+    raise ValueError("no luck with this loss")
+
+
+def test_a_loss_that_raises_ends_all_ranks(workers, captured_profile):
+    """All ranks name the stage that failed and why; none waits for longer than the limit."""
+    plan = planned(captured_profile, Chain, 3)
+    lines = on_ranks(workers, 3, told, refused_once_made, Chain, plan, {"loss": raising, "timeout_s": 4.0}, "same")
+    assert lines == ["stage 2 on cpu:2 failed: ValueError: no luck with this loss"] * 3
+
+
+def in_a_group_of_the_scripts(kind, plan):
+    """In a rank: the script has a process group of its own, and keeps it."""
+    dist.init_process_group("gloo")
+    pipe = made_pipe(kind, plan)
+    args, kwargs, target = kind.batch(0)
+    loss = float(pipe.step(*args, target=target, **kwargs))
+    pipe.close()
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    return loss, float(total)
+
+
+def test_the_scripts_own_process_group_is_used(workers, captured_profile):
+    """What the script has initialised serves, and outlives the pipeline."""
+    ((loss, _),), _ = unsharded(Chain, [[0]])
+    for found, total in on_ranks(workers, 2, in_a_group_of_the_scripts, Chain, planned(captured_profile, Chain, 2)):
+        assert (found, total) == (pytest.approx(loss, rel=1e-5), 2.0)
+
+
+class Normed(Chain):
+    """Batch statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.Linear(6, 6))
+
+
+@pytest.mark.usefixtures("alone")
+def test_batch_statistics_are_those_of_micro_batches(captured_profile):
+    """A warning names the layer and both sizes; the running statistics are as of four batches of two."""
+    plan = planned(captured_profile, Normed, 1)
+    with pytest.warns(UserWarning, match=r"layers\.1 normalises over a micro-batch of 2 samples .* the batch of 8"):
+        pipe = made_pipe(Normed, plan)
+    (x,), _, target = Normed.batch(0)
+    pipe.step(x, target=target)
+    model = made(Normed)
+    for piece in x.split(2):
+        model(piece)
+    for key, value in pipe.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[key])
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_loss_may_be_a_sum(captured_profile):
+    """With reduction="sum" the micro-batches' losses and gradients are added up."""
+    pipe = made_pipe(Chain, planned(captured_profile, Chain, 1), loss=summed, reduction="sum")
+    (x,), _, target = Chain.batch(0)
+    model = made(Chain)
+    expected = summed(model(x), target)
+    expected.backward()
+    assert float(pipe.step(x, target=target)) == pytest.approx(float(expected.detach()), rel=1e-5)
+    gradients = {name: p.grad for name, p in pipe.named_parameters()}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+
+
+def summed(output, target):
+    return F.mse_loss(output, target, reduction="sum")
+
+
+class Dropped(Chain):
+    """Dropout inside units and between them."""
+
+    def forward(self, x):
+        return F.dropout(self.layers(x), 0.5, self.training)
+
+
+@pytest.mark.usefixtures("alone")
+def test_results_are_those_of_evaluation(captured_profile):
+    """Dropout in the forward itself works in steps and rests in results, whatever the mode; no gradient is kept."""
+    pipe = made_pipe(Dropped, planned(captured_profile, Dropped, 1))
+    (x,), _, target = Dropped.batch(0)
+    model = made(Dropped).eval()
+    torch.testing.assert_close(pipe(x), model(x))
+    assert not pipe(x).requires_grad
+    assert float(pipe.evaluate(x, target=target)) == pytest.approx(
+        float(F.mse_loss(model(x), target).detach()), rel=1e-5
+    )
+    assert len({float(pipe.step(x, target=target)) for _ in range(3)}) == 3
+    assert pipe.module.training
+
+
+@pytest.mark.usefixtures("alone")
+def test_autocast_is_part_of_the_pipeline(captured_profile):
+    """Made in a region it computes as the model does there, loss included; outside of it a step is refused."""
+    plan = planned(captured_profile, Chain, 1)
+    (x,), _, target = Chain.batch(0)
+    seen = []
+
+    def loss(output, target):
+        seen.append((output.dtype, torch.is_autocast_enabled("cpu")))
+        return F.mse_loss(output.float(), target)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = F.mse_loss(made(Chain)(x).float(), target)
+        pipe = made_pipe(Chain, plan, loss=loss)
+        found = pipe.step(x, target=target)
+    assert float(found) == pytest.approx(float(expected.detach()), rel=1e-3)
+    assert set(seen) == {(torch.bfloat16, True)}
+    with pytest.raises(sw.ShardwrightError, match=r"autocast is none here and was torch\.bfloat16 where"):
+        pipe.step(x, target=target)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda pipe, x: pipe.step(x.double(), target=x),
+            r"made for inputs \[0\] float32 8x6, .*these are .*float64 8x6",
+        ),
+        (lambda pipe, x: pipe.step(x[:, :3], target=x), "these are .*float32 8x3: call it as its sample"),
+        (lambda pipe, x: pipe.step(input=x, target=x), r"these are \['input'\] float32 8x6"),
+        (lambda pipe, x: pipe.step(x[:0], target=x), "these inputs hold no samples"),
+        (lambda pipe, _: pipe.load("nowhere"), "no checkpoint in nowhere"),
+        (lambda pipe, _: pipe.load_state_dict({}), r"the state has no layers.0.weight"),
+        (lambda pipe, x: pipe.load_state_dict(pipe.state_dict() | {"more": x}), "has more, which the model has not"),
+        (
+            lambda pipe, x: pipe.load_state_dict(pipe.state_dict() | {"layers.0.bias": x}),
+            r"layers.0.bias has shape \(8, 6",
+        ),
+        (lambda pipe, _: pipe.optimizer_state_dict(adamw(nn.Linear(2, 2))), "make it over pipe.parameters"),
+        (lambda pipe, _: pipe.load_optimizer_state_dict(adamw(pipe), {}), "has nothing for layers.0.weight"),
+    ],
+)
+@pytest.mark.usefixtures("alone")
+def test_what_does_not_fit_is_refused(captured_profile, call, message):
+    """One line says what was given and what belongs there."""
+    pipe = made_pipe(Chain, planned(captured_profile, Chain, 1))
+    with pytest.raises(sw.ShardwrightError, match=message) as caught:
+        call(pipe, Chain.batch(0)[0][0])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda output, _: output, r"the loss function returned a tensor of shape \(2, 6\)"),
+        (lambda *_: 1.0, "the loss function returned float"),
+        (None, "there is no loss to train with"),
+    ],
+)
+@pytest.mark.usefixtures("alone")
+def test_a_loss_is_one_number(captured_profile, loss, message):
+    """What else a loss function returns is refused."""
+    pipe = made_pipe(Chain, planned(captured_profile, Chain, 1), loss=loss)
+    (x,), _, target = Chain.batch(0)
+    with pytest.raises(sw.ShardwrightError, match=message):
+        pipe.step(x, target=target)
+
+
+LM = ROOT / "examples" / "train_lm.py"
+
+
+def read_lines(text):
+    """Step -> loss of what the example prints."""
+    lines = [line.split() for line in text.splitlines() if line.startswith("step ")]
+    return {int(step): float(loss) for _, step, _, loss in lines}
+
+
+def example(**sizes):
+    """The example's module, with other sizes."""
+    model, _ = load_target(f"{LM}:CharacterModel")
+    module = sys.modules[type(model).__module__]
+    for name, size in ({"LAYERS": 6, "LENGTH": 64} | sizes).items():
+        setattr(module, name, size)
+    return module
+
+
+SMALL = {"LAYERS": 3, "LENGTH": 16}
+
+
+def example_trained(plan, steps, resume, save):
+    """In a rank: what the example prints."""
+    module = example(**SMALL)
+    torch.manual_seed(0)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        if plan is None:
+            module.train_whole(steps)
+        else:
+            module.train(plan, steps, resume, save)
+    return printed.getvalue()
+
+
+def test_the_example_goes_on_with_more_stages(workers, captured_profile, tmp_path):
+    """A language model on real text: two stages, then three, have the unsharded model's curve, and it learns."""
+    model = example(**SMALL).CharacterModel()
+    args, plans = model.sample_inputs(), {}
+    for count in (2, 3):
+        devices = [f"cpu:{i}" for i in range(count)]
+        profile = captured_profile(model, args, devices=devices, microbatches=(1, 4), optimizer="adamw")
+        plans[count] = sw.plan(profile, microbatches=4)
+        assert len(plans[count].stages) == count
+    first = on_ranks(workers, 2, example_trained, plans[2], 3, None, tmp_path)
+    second = on_ranks(workers, 3, example_trained, plans[3], 3, tmp_path, None)
+    expected = read_lines(on_ranks(workers, 1, example_trained, None, 6, None, None)[0])
+    assert expected[5] < expected[0] - 0.5
+    assert read_lines(first[0]) | read_lines(second[0]) == pytest.approx(expected, rel=1e-5)
+
+
+def launched(folder, *arguments):
+    """What a script started by torchrun prints and says, with its exit code."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+
+
+@pytest.mark.slow
+def test_a_script_under_torchrun(captured_profile, tmp_path):
+    """The example as its users start it; and when the loss of one rank raises, both ranks end and say why."""
+    model = example().CharacterModel()
+    plan = sw.plan(
+        captured_profile(model, model.sample_inputs(), microbatches=(1, 4), optimizer="adamw"), microbatches=4
+    )
+    plan.save(tmp_path / "lm.plan.json")
+    result = launched(tmp_path, LM, "--plan", "lm.plan.json", "--steps", "3")
+    assert result.returncode == 0, result.stderr
+    assert len(read_lines(result.stdout)) == 3
+    (tmp_path / "raising.py").write_text(
+        f"import sys; sys.path.insert(0, {str(LM.parent)!r})\n"
+        "import train_lm\n"
+        "def loss(logits, target): raise ValueError('no luck')\n"
+        "train_lm.loss_of = loss\n"
+        "train_lm.main()\n"
+    )
+    result = launched(tmp_path, "raising.py", "--plan", "lm.plan.json", "--steps", "3")
+    assert result.returncode != 0
+    assert "[rank1]: shardwright.errors.ShardwrightError: stage 1 on cpu:1 failed: ValueError: no luck" in result.stderr
+
+
+def left_alone(kind, plan):
+    """In a rank: the second process is gone before its first step."""
+    pipe = made_pipe(kind, plan, timeout_s=3.0)
+    args, kwargs, target = kind.batch(0)
+    return told(lambda: pipe.step(*args, target=target, **kwargs)) if pipe.stage == 0 else ""
+
+
+def test_a_stage_does_not_wait_for_ever(workers, captured_profile):
+    """A rank that takes no part is noticed within the limit."""
+    lines = on_ranks(workers, 2, left_alone, Chain, planned(captured_profile, Chain, 2))
+    assert lines[0].startswith("stage 0 on cpu:0 lost another stage, which has ended or did not answer within 3 s")
+
+
+class Masked(Chain):
+    """Looks whether its mask has holes, as the libraries do."""
+
+    def forward(self, x, mask):
+        for layer in self.layers:
+            x = layer(x) if mask.all() else layer(x) * mask[:, None]
+        return x
+
+    @staticmethod
+    def batch(seed, size=8):
+        (x,), _, target = Chain.batch(seed, size)
+        return (x, torch.tensor([seed != 1] * size)), {}, target
+
+
+def guarded(kind, plan):
+    """In a rank: a step with a mask like the sample's, and one with holes."""
+    pipe = made_pipe(kind, plan, timeout_s=4.0)
+    (x, mask), _, target = kind.batch(0)
+    return told(lambda: float(pipe.step(x, mask, target=target))), told(lambda: pipe.step(x, ~mask, target=target))
+
+
+def test_inputs_of_another_path_are_refused_on_all_ranks(workers, captured_profile):
+    """A guard in the second stage stops both with the file and line of the forward."""
+    for loss, line in on_ranks(workers, 2, guarded, Masked, planned(captured_profile, Masked, 2)):
+        assert isinstance(loss, float)
+        assert "__bool__ gives False for these inputs and gave True for the sample inputs" in line
