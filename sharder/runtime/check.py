@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,7 @@ from shardwright.profiler.shapes import has_values
 from shardwright.profiler.units import structure_digest
 from shardwright.sharder.planning.plan import Plan
 
-__all__ = ["check_inputs", "check_model", "check_values", "units_of"]
+__all__ = ["cannot_be_piped", "check_can_be_piped", "check_inputs", "check_model", "check_values", "units_of"]
 
 
 def check_model(plan: Plan, model: nn.Module) -> None:
@@ -54,6 +54,30 @@ def check_values(model: nn.Module) -> None:
             f"{type(model).__name__} has parameters without values, so it cannot be run; build it with its weights, or "
             "have place(model, plan, checkpoint=folder) read them"
         )
+
+
+def check_can_be_piped(plan: Plan) -> None:
+    """Refuse a plan whose forward is not what was captured for every input, or whose weights come and go.
+
+    Raises:
+        ShardwrightError: the first obstacle is named.
+    """
+    if plan.offloaded:
+        raise ShardwrightError(
+            f"by the plan the weights of {next(iter(plan.offloaded))} are brought in for each call, which the pipeline "
+            "cannot do; place(model, plan) can"
+        )
+    if plan.obstacles and len(plan.stages) > 1:
+        raise cannot_be_piped(plan.obstacles)
+
+
+def cannot_be_piped(obstacles: Sequence[str]) -> ShardwrightError:
+    """The error that names the first of ``obstacles``."""
+    more = f" (and {len(obstacles) - 1} more)" if len(obstacles) > 1 else ""
+    return ShardwrightError(
+        f"this model cannot be piped: {obstacles[0]}{more}; the captured path would be wrong for other "
+        "inputs. place(model, plan) works: it leaves the forward as it is"
+    )
 
 
 def units_of(plan: Plan, model: nn.Module) -> dict[str, nn.Module]:

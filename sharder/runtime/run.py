@@ -27,7 +27,7 @@ from shardwright.profiler.profile import Device
 from shardwright.profiler.target import load_target
 from shardwright.profiler.trace import trace
 from shardwright.sharder.planning.plan import Plan
-from shardwright.sharder.runtime.check import check_inputs, check_model, check_values, units_of
+from shardwright.sharder.runtime.check import check_can_be_piped, check_inputs, check_model, check_values, units_of
 from shardwright.sharder.runtime.cut import StageProgram, cut
 from shardwright.sharder.runtime.pipeline import (
     Comparison,
@@ -184,17 +184,7 @@ def _found(plan: Plan, names: Sequence[str]) -> tuple[Device, ...]:
 def _check_can_be_piped(plan: Plan, model: nn.Module) -> None:
     refuse_placed(model, "pipeline")
     check_values(model)
-    if plan.offloaded:
-        raise ShardwrightError(
-            f"by the plan the weights of {next(iter(plan.offloaded))} are brought in for each call, which the pipeline "
-            "cannot do; place(model, plan) can"
-        )
-    if plan.obstacles and len(plan.stages) > 1:
-        more = f" (and {len(plan.obstacles) - 1} more)" if len(plan.obstacles) > 1 else ""
-        raise ShardwrightError(
-            f"this model cannot be piped: {plan.obstacles[0]}{more}; the captured path would be wrong for other "
-            "inputs. place(model, plan) works: it leaves the forward as it is"
-        )
+    check_can_be_piped(plan)
 
 
 def _sendable(programs: list[StageProgram], *, train: bool) -> list[StageProgram]:
