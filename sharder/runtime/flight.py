@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.inputs import is_batched
@@ -229,6 +228,18 @@ def _quiet(trained: Sequence[Tensor]) -> Iterator[None]:
             held.update(content)
 
 
+class _Arrive(torch.autograd.Function):
+    """What a stage has received, as no leaf of its graph, which would refuse to be changed in place."""
+
+    @staticmethod
+    def forward(_ctx: Any, received: Tensor) -> Tensor:
+        return received.detach()
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
 class _Through(torch.autograd.Function):
     """Stands in the caller's graph for the whole pipeline, between inputs and parameters and a token on the CPU.
 
@@ -243,9 +254,13 @@ class _Through(torch.autograd.Function):
         return torch.empty(0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, _token: Tensor | None) -> Any:
         flight: Flight = ctx.flight
+        if torch.is_grad_enabled():
+            raise ShardwrightError(
+                "gradients of gradients (create_graph=True) do not go through a pipelined forward: place the model "
+                "without microbatches"
+            )
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         wanted = ctx.needs_input_grad[1:]
         try:
@@ -267,7 +282,6 @@ class _Deliver(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor | None) -> Any:
         if gradient is not None:
             ctx.flight.given[ctx.place] = gradient

@@ -11,6 +11,7 @@ have, run the placed forward, one device after the other.
 from __future__ import annotations
 
 import inspect
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -112,6 +113,7 @@ class PipelinedForward:
         self.threads: StageThreads | None = None
         self.programs: dict[Any, Program] = {}
         self.busy = threading.RLock()
+        self.capturing = False
         self.warned = False
 
     @property
@@ -127,29 +129,29 @@ class PipelinedForward:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the whole batch through the pipeline."""
-        given = _Given.of(args, kwargs, self.count)
-        if given is None or _under_modes():
-            return self.plain(*args, **kwargs)
-        program, threads = self._program(given, args, kwargs)
-        flight = Flight(program.stages, threads, given.tensors, given.batch, self.count)
-        outputs = through(flight, given.tensors)
+        with self.busy:  # callers take turns: a capture would record what others call
+            given = None if self.capturing or _under_modes() else _Given.of(args, kwargs, self.count)
+            if given is None:
+                return self.plain(*args, **kwargs)
+            program, threads = self._program(given, args, kwargs)
+            flight = Flight(program.stages, threads, given.tensors, given.batch, self.count)
+            outputs = through(flight, given.tensors)
         return filled(program.template, outputs)
 
     def _program(self, given: _Given, args: Any, kwargs: Any) -> tuple[Program, StageThreads]:
         """What was captured for such inputs in this mode, captured now if need be."""
         key = (given.key, _modes(), tuple([module.training for module in self.model.modules()]))
-        with self.busy:
-            if key not in self.programs:
-                self._warn()
-                with self._as_it_was() as device:
-                    moved = (args, kwargs) if device is None else pytree.tree_map_only(Tensor, device, (args, kwargs))
-                    program = prepared(self.model, self.plan, self.homes, *moved, count=self.count)
-                while len(self.programs) >= MOST_PROGRAMS:
-                    del self.programs[next(iter(self.programs))]
-                self.programs[key] = program
-            if self.threads is None:
-                self.threads = StageThreads(_seats(self.plan, self.homes))
-            return self.programs[key], self.threads
+        if key not in self.programs:
+            self._warn()
+            with self._as_it_was() as brought:
+                moved = (args, kwargs) if brought is None else pytree.tree_map_only(Tensor, brought, (args, kwargs))
+                program = prepared(self.model, self.plan, self.homes, *moved, count=self.count)
+            while len(self.programs) >= MOST_PROGRAMS:
+                del self.programs[next(iter(self.programs))]
+            self.programs[key] = program
+        if self.threads is None or self.threads.process != os.getpid():  # a forked process has no threads but its own
+            self.threads = StageThreads(_seats(self.plan, self.homes))
+        return self.programs[key], self.threads
 
     def _warn(self) -> None:
         norms = (m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training)
@@ -157,7 +159,7 @@ class PipelinedForward:
             self.warned = True
             warnings.warn(
                 f"batch normalisation sees each of the {self.count} micro-batches by itself, not the whole batch",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     @contextmanager
@@ -167,7 +169,7 @@ class PipelinedForward:
         kept = [(hooks, dict(hooks)) for _, hooks in marked]
         for _, hooks, key in placement_hooks(self.model):
             del hooks[key]
-        self.remove(self.model)
+        self.capturing = True
         homes = {name: tensor.device for name, tensor in tensors_of(self.model)}
         elsewhere = any(self.origins.get(name, home) != home for name, home in homes.items())
         try:
@@ -178,7 +180,7 @@ class PipelinedForward:
         finally:
             if elsewhere:
                 relocate(self.model, {id(t): homes.get(name, t.device) for name, t in tensors_of(self.model)})
-            vars(self.model)["forward"] = self
+            self.capturing = False
             for hooks, content in kept:
                 hooks.clear()
                 hooks.update(content)

@@ -67,8 +67,8 @@ def prepared(
     if absent:
         raise ShardwrightError(
             f"output {absent[0]} of {type(model).__name__} is made inside of a unit that does not return it, as the "
-            f"entries of a cache are, so a pipeline does not have it: call the model so that it leaves it out, "
-            f"{INSTEAD}"
+            f"entries of a cache are, so a pipeline does not have it: call the model so that it leaves it out "
+            f"(use_cache=False, with Transformers), {INSTEAD}"
         )
     _check_division(model, args, kwargs, count, found, result)
     programs = cut(capture, _fitted(plan, capture))

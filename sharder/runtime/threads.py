@@ -72,13 +72,17 @@ class StageThreads:
         stop = threading.Event()
 
         def work(stage: int, source: SimpleQueue[Any] | None, sink: SimpleQueue[Any] | None) -> None:
-            for number in numbers:
-                received = None if source is None else source.get()
-                if stop.is_set():
-                    return
-                sent = step(stage, number, received)
-                if sink is not None:
-                    sink.put(sent)
+            try:
+                for number in numbers:
+                    received = None if source is None else source.get()
+                    if stop.is_set():
+                        return
+                    sent = step(stage, number, received)
+                    if sink is not None:
+                        sink.put(sent)
+            except BaseException:
+                stop.set()
+                raise
 
         futures: list[Future[None]] = []
         try:
@@ -121,6 +125,7 @@ def _take(seat: Seat) -> None:
         torch.cuda.set_device(seat.device)
         return
     if seat.cores:
+        torch.get_num_threads()  # has PyTorch begin in this thread, which would undo what is set before
         torch.set_num_threads(len(seat.cores))
     if seat.cores and hasattr(os, "sched_setaffinity"):
         with suppress(OSError):  # cores taken from the process since: the thread works wherever it may
