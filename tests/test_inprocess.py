@@ -5,6 +5,7 @@ import gc
 import inspect
 import os
 import pickle
+import signal
 import threading
 import traceback
 import warnings
@@ -550,25 +551,27 @@ def test_an_error_in_a_stage_is_the_caller_s(piped, where, layer):
     assert_same_step(model, placed, (x,))
 
 
-def test_an_interrupt_ends_the_pass_in_all_threads():
+@pytest.mark.parametrize("who", ["caller", "stage"])
+def test_an_interrupt_ends_the_pass_in_all_threads(who):
     """The caller goes on when every thread is idle, and no micro-batch is begun after that."""
     threads = StageThreads([Seat(f"cpu:{i}", torch.device("cpu")) for i in range(2)])
     begun, released = [], threading.Event()
 
     def step(stage, number, _received):
         begun.append((stage, number))
-        if stage == 1:
+        if stage == 1 and not number:
             released.set()
-            raise KeyboardInterrupt
+            if who == "stage":
+                raise KeyboardInterrupt
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         if number:
             assert released.wait(60)
         return number
 
     many = 1_000_000
-
     with pytest.raises(KeyboardInterrupt):
         threads.run(step, range(many))
-    assert len(begun) < many
+    assert len(begun) < 2 * many
     count = len(begun)
     passed = []
     threads.run(lambda stage, number, received: passed.append((stage, number, received)) or number, range(3))
