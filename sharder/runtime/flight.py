@@ -67,7 +67,7 @@ class Flight:
                     there = tuple(
                         [t.detach().requires_grad_(v.requires_grad) for t, v in zip(there, values, strict=True)]
                     )
-                made = stage(there)
+                made = stage([_Arrive.apply(t) if t.requires_grad else t for t in there])  # type: ignore[no-untyped-call]
             if self.learns:
                 self.done[index, number] = _Done(there, made)
             if index == len(self.stages) - 1:

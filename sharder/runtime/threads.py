@@ -22,6 +22,8 @@ __all__ = ["Seat", "StageThreads", "share_cores"]
 
 Step = Callable[[int, int, Any], Any]
 """Called with the stage, the micro-batch and what the stage before has sent; returns what the next one gets."""
+LOOK_AGAIN_S = 0.1
+"""How long the caller waits before it looks whether it was interrupted."""
 _STOP = object()
 
 
@@ -89,7 +91,9 @@ class StageThreads:
             with self._all_at_once:  # passes of several callers come in one order to all threads, or they could block
                 for position, stage in enumerate(order):
                     futures.append(self._submit(stage, work, queues[position], queues[position + 1]))
-            wait(futures, return_when=FIRST_EXCEPTION)
+            # Again and again, for a signal that comes just before a thread begins to wait does not wake it.
+            while wait(futures, LOOK_AGAIN_S, FIRST_EXCEPTION).not_done and not stop.is_set():
+                pass
         finally:
             stop.set()
             for queue in queues:
