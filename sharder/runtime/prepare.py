@@ -19,7 +19,7 @@ from shardwright.profiler.equality import relative_difference, same_values
 from shardwright.profiler.inputs import all_microbatches, batch_size, copied_inputs, is_batched, microbatch, outputs_of
 from shardwright.profiler.recorder import Recorder
 from shardwright.profiler.state import Snapshot
-from shardwright.profiler.structure import Hole, copied
+from shardwright.profiler.structure import Hole, copied, map_tensors
 from shardwright.profiler.trace import evaluating
 from shardwright.profiler.unitgraph import UnitGraph
 from shardwright.sharder.planning.plan import Placement, Plan
@@ -91,7 +91,8 @@ def _captured(
         found.state_kept(),
     ):
         recorder = Recorder(model, units_of(plan, model), train=grad, counts_saved=False)
-        return recorder.record(*copied_inputs(*inputs))
+        # No leaves, which could not be changed in place where the caller's tensors can.
+        return recorder.record(*map_tensors(lambda t: t.clone() if t.requires_grad else t, copied_inputs(*inputs)))
 
 
 def _check_division(
