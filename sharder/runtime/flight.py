@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.inputs import is_batched
-from shardwright.sharder.runtime.stages import Border, Gradients, Stage
+from shardwright.sharder.runtime.pieces import Border, Gradients, Stage
 from shardwright.sharder.runtime.threads import StageThreads
 
 __all__ = ["Flight", "through"]

@@ -25,7 +25,7 @@ from shardwright.profiler.unitgraph import UnitGraph
 from shardwright.sharder.planning.plan import Placement, Plan
 from shardwright.sharder.runtime.check import cannot_be_piped, units_of
 from shardwright.sharder.runtime.cut import cut
-from shardwright.sharder.runtime.stages import Stage
+from shardwright.sharder.runtime.pieces import Stage
 
 __all__ = ["Program", "prepared"]
 
