@@ -44,7 +44,7 @@ from torch import Tensor, nn
 import shardwright as sw
 from shardwright.profiler.placed import placement_hooks
 from shardwright.sharder.runtime.hooks import Enter, MoveInputs
-from shardwright.sharder.runtime.place import relocate
+from shardwright.sharder.runtime.relocate import relocate
 from shardwright.sharder.runtime.sim import on_host, parameters_may_move, sim_device
 
 LAYERS, CUT, WIDTH, BATCH = 100, 50, 32, 8

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -15,7 +15,15 @@ from shardwright.profiler.shapes import has_values
 from shardwright.profiler.units import structure_digest
 from shardwright.sharder.planning.plan import Plan
 
-__all__ = ["check_can_be_piped", "check_inputs", "check_model", "check_values", "units_of"]
+__all__ = [
+    "cannot_be_piped",
+    "check_can_be_piped",
+    "check_inputs",
+    "check_model",
+    "check_plan_can_be_piped",
+    "check_values",
+    "units_of",
+]
 
 
 def check_model(plan: Plan, model: nn.Module) -> None:
@@ -61,11 +69,25 @@ def check_can_be_piped(plan: Plan, model: nn.Module) -> None:
     """Refuse what can be placed and not piped.
 
     Raises:
-        ShardwrightError: the model is placed, has no values or follows values of its inputs, or the plan leaves weights
-            off their device or mixes kinds of devices.
+        ShardwrightError: the model is placed, has no values or follows values of its inputs, or the plan is no chain of
+            stages, leaves weights off their device or mixes kinds of devices.
     """
     refuse_placed(model, "pipeline")
     check_values(model)
+    check_plan_can_be_piped(plan)
+    if len({device.partition(":")[0] for device in plan.devices}) > 1:
+        raise ShardwrightError(
+            f"the plan mixes CPU workers and GPUs ({', '.join(plan.devices)}), which the pipeline cannot do yet; "
+            "place(model, plan) can, or plan with --devices of one kind"
+        )
+
+
+def check_plan_can_be_piped(plan: Plan) -> None:
+    """Refuse a plan whose forward is not what was captured for every input, or that is no chain of stages.
+
+    Raises:
+        ShardwrightError: weights come and go, devices take turns, or there is an obstacle; the first is named.
+    """
     if plan.offloaded:
         raise ShardwrightError(
             f"by the plan the weights of {next(iter(plan.offloaded))} are brought in for each call, which the pipeline "
@@ -77,16 +99,16 @@ def check_can_be_piped(plan: Plan, model: nn.Module) -> None:
             "stages (objective throughput, without --free)"
         )
     if plan.obstacles and len(plan.stages) > 1:
-        more = f" (and {len(plan.obstacles) - 1} more)" if len(plan.obstacles) > 1 else ""
-        raise ShardwrightError(
-            f"this model cannot be piped: {plan.obstacles[0]}{more}; the captured path would be wrong for other "
-            "inputs. place(model, plan) works: it leaves the forward as it is"
-        )
-    if len({device.partition(":")[0] for device in plan.devices}) > 1:
-        raise ShardwrightError(
-            f"the plan mixes CPU workers and GPUs ({', '.join(plan.devices)}), which the pipeline cannot do yet; "
-            "place(model, plan) can, or plan with --devices of one kind"
-        )
+        raise cannot_be_piped(plan.obstacles)
+
+
+def cannot_be_piped(obstacles: Sequence[str]) -> ShardwrightError:
+    """The error that names the first of ``obstacles``."""
+    more = f" (and {len(obstacles) - 1} more)" if len(obstacles) > 1 else ""
+    return ShardwrightError(
+        f"this model cannot be piped: {obstacles[0]}{more}; the captured path would be wrong for other "
+        "inputs. place(model, plan) works: it leaves the forward as it is"
+    )
 
 
 def units_of(plan: Plan, model: nn.Module) -> dict[str, nn.Module]:

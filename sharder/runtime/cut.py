@@ -17,7 +17,7 @@ from shardwright.errors import ShardwrightError
 from shardwright.profiler.unitgraph import Step, UnitGraph, Value, graph_root
 from shardwright.sharder.planning.plan import Plan
 
-__all__ = ["StageProgram", "TensorShape", "cut"]
+__all__ = ["StageProgram", "TensorShape", "cut", "mapped_arguments"]
 
 
 class TensorShape(NamedTuple):
@@ -69,22 +69,24 @@ class StageProgram:
             return nodes[leaf.name] if isinstance(leaf, Reference) else leaf
 
         for op, name, target, args, kwargs in self.instructions:
-            nodes[name] = graph.create_node(op, target, _mapped(args, resolve), _mapped(kwargs, resolve), name)
+            nodes[name] = graph.create_node(
+                op, target, mapped_arguments(args, resolve), mapped_arguments(kwargs, resolve), name
+            )
         graph.lint()
         return fx.GraphModule(self.attributes, graph)
 
 
-def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+def mapped_arguments(value: Any, function: Callable[[Any], Any]) -> Any:
     """``value`` with ``function`` applied to its leaves; a :class:`Reference` is a leaf although it is a tuple."""
     if isinstance(value, Reference):
         return function(value)
     if isinstance(value, (tuple, list)):
-        made = [_mapped(item, function) for item in value]
+        made = [mapped_arguments(item, function) for item in value]
         return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
     if isinstance(value, dict):
-        return {key: _mapped(item, function) for key, item in value.items()}
+        return {key: mapped_arguments(item, function) for key, item in value.items()}
     if isinstance(value, slice):
-        return slice(*(_mapped(part, function) for part in (value.start, value.stop, value.step)))
+        return slice(*(mapped_arguments(part, function) for part in (value.start, value.stop, value.step)))
     return function(value)
 
 
@@ -183,7 +185,13 @@ def _stage(
             if isinstance(node.target, str):
                 attributes[node.target] = root[node.target]
             instructions.append(
-                Instruction(node.op, node.name, node.target, _mapped(node.args, refer), _mapped(node.kwargs, refer))
+                Instruction(
+                    node.op,
+                    node.name,
+                    node.target,
+                    mapped_arguments(node.args, refer),
+                    mapped_arguments(node.kwargs, refer),
+                )
             )
     results = []
     for value in sent:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,11 @@ from shardwright.sharder.runtime.calls import settle
 from shardwright.sharder.runtime.check import check_model
 from shardwright.sharder.runtime.checkpoint import Checkpoint
 from shardwright.sharder.runtime.hooks import Borrow, Enter, Leave, MoveInputs, PutBack, Return, Window
-from shardwright.sharder.runtime.sim import parameters_may_move
+from shardwright.sharder.runtime.inprocess import Piped, check_threads, pipe
+from shardwright.sharder.runtime.relocate import relocate, tensors_of
 from shardwright.sharder.runtime.weights import check_devices, check_fill, fill
 
-__all__ = ["place", "relocate", "unplace"]
+__all__ = ["place", "unplace"]
 
 
 def place(
@@ -34,6 +35,7 @@ def place(
     *,
     devices: Mapping[str, str | torch.device] | None = None,
     checkpoint: str | Path | None = None,
+    microbatches: int | None = None,
 ) -> nn.Module:
     """Move every unit of ``model`` to its device in ``plan``, in place, and make the tensors that cross follow.
 
@@ -49,17 +51,24 @@ def place(
         checkpoint: a safetensors file, or a folder of them, from which each parameter and buffer is read straight onto
             its device, one at a time. The model itself may be without values: see
             :func:`~shardwright.sharder.runtime.weights.empty_weights`.
+        microbatches: into how many pieces a batch is divided, so that the devices work at the same time, in training
+            too: see :mod:`~shardwright.sharder.runtime.inprocess`. By default one device after the other works.
 
     Raises:
-        ShardwrightError: the plan is for another model, a device is not here, or the checkpoint is not this model's.
+        ShardwrightError: the plan is for another model, a device is not here, the checkpoint is not this model's, or
+            with ``microbatches`` the model cannot be piped.
     """
     check_model(plan, model)
     homes = _resolve(plan, devices or {})
+    if microbatches is not None:
+        check_threads(plan, homes, microbatches)
     origins = _come_home(model, plan, homes, checkpoint)
     cpu = torch.device("cpu")
     elsewhere = any(origin != homes[plan.stages[0].device] for origin in origins.values())
     if set(homes.values()) != {cpu} or plan.offloaded or elsewhere:  # else one torch device: nothing can cross
         _hook(model, plan, homes, origins)
+    if microbatches is not None:
+        pipe(model, plan, homes, origins, microbatches)
     return model
 
 
@@ -80,7 +89,7 @@ def _come_home(
                 f"by the plan the weights of {disk} stay on disk: "
                 "say where they are, place(model, plan, checkpoint=folder)"
             )
-        empty = next((name for name, tensor in _tensors(model) if tensor.is_meta), None)
+        empty = next((name for name, tensor in tensors_of(model) if tensor.is_meta), None)
         if empty is not None:
             raise ShardwrightError(f"{empty} has no values: give them with place(model, plan, checkpoint=folder)")
     home_of = _tensor_homes(model, plan, homes)
@@ -90,7 +99,7 @@ def _come_home(
             check_fill(model, stored)
         unplace(model)
         cpu = torch.device("cpu")
-        origins = {name: cpu if tensor.is_meta else tensor.device for name, tensor in _tensors(model)}
+        origins = {name: cpu if tensor.is_meta else tensor.device for name, tensor in tensors_of(model)}
         if stored is not None:
             fill(model, stored, by_name.__getitem__, mapped=_on_disk(plan, by_name))
     relocate(model, _tensor_homes(model, plan, homes))
@@ -99,7 +108,7 @@ def _come_home(
 
 def _hook(model: nn.Module, plan: Plan, homes: dict[str, torch.device], origins: dict[str, torch.device]) -> None:
     """Add the hooks that make tensors follow."""
-    moves = _located(plan, homes, {name: tensor.device for name, tensor in _tensors(model)})
+    moves = _located(plan, homes, {name: tensor.device for name, tensor in tensors_of(model)})
     borrowed = _borrowed(model, plan, homes)
     # Of nn.Module itself: a ScriptModule refuses hooks by its own methods, and calls those that it has.
     before, after = nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook
@@ -130,8 +139,10 @@ def unplace(model: nn.Module) -> nn.Module:
     origins: dict[int, torch.device] = {}
     for module, hooks, key in list(placement_hooks(model)):
         hook = hooks.pop(key)
+        if isinstance(hook, Piped):
+            hook.end(module)
         if isinstance(hook, Enter):  # a module before those inside it, which were placed later
-            for name, tensor in _tensors(module):
+            for name, tensor in tensors_of(module):
                 if name in hook.origins:
                     origins.setdefault(id(tensor), hook.origins[name])
         own_flags = (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
@@ -139,37 +150,6 @@ def unplace(model: nn.Module) -> nn.Module:
             flags.pop(key, None)
     relocate(model, origins)
     return model
-
-
-def relocate(model: nn.Module, home_of: Mapping[int, torch.device]) -> None:
-    """Move parameters and buffers, by the ``id`` of the tensor, each with its gradient; shared ones stay one tensor."""
-    shared: dict[int, list[tuple[dict[str, Any], str]]] = {}
-    for module in model.modules():
-        for own in (module._parameters, module._buffers):
-            for name, tensor in own.items():
-                if tensor is not None:
-                    shared.setdefault(id(tensor), []).append((own, name))
-    alike = [places for places in shared.values() if len(places) > 1]
-    homes = dict(home_of)
-    for _, tensor in _tensors(model):
-        if tensor.grad is not None and id(tensor) in homes:
-            homes[id(tensor.grad)] = homes[id(tensor)]
-    kept = [(tensor, tensor.grad) for _, tensor in _tensors(model)]  # no id is given anew while they are in use
-    for module in model.modules():
-        own_tensors = [t for _, t in _tensors(module, recurse=False)]
-        if all(t.device == homes.get(id(t), t.device) for t in own_tensors):
-            continue
-        types = {t.device.type for t in own_tensors} | {homes[id(t)].type for t in own_tensors if id(t) in homes}
-        with parameters_may_move() if "sim" in types else nullcontext():
-            module._apply(lambda tensor: tensor.to(homes.get(id(tensor), tensor.device)), recurse=False)
-    for places in alike:
-        for own, name in places[1:]:
-            own[name] = places[0][0][places[0][1]]
-    del kept
-
-
-def _tensors(module: nn.Module, *, recurse: bool = True) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
 
 
 def _on_disk(plan: Plan, names: Iterable[str]) -> frozenset[str]:

@@ -25,7 +25,8 @@ from shardwright.sharder.runtime.calls import settle
 from shardwright.sharder.runtime.check import check_inputs, check_model, check_values, units_of
 from shardwright.sharder.runtime.hooks import Borrow, Enter, MoveInputs
 from shardwright.sharder.runtime.moving import rewrite
-from shardwright.sharder.runtime.place import place, relocate, unplace
+from shardwright.sharder.runtime.place import place, unplace
+from shardwright.sharder.runtime.relocate import relocate
 from shardwright.sharder.runtime.sim import (
     DeviceMismatchError,
     SimTensor,
