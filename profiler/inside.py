@@ -99,8 +99,10 @@ class UnitWatcher(GraphWriter):
 
     def _note_read(self, tensor: Tensor, step: Step) -> None:
         """Note a tensor that a unit reads though it was not handed to it."""
+        if id(tensor) in self.handed:
+            return
         maker = self.inside.get(tensor)
-        if id(tensor) in self.handed or (maker is not None and maker.unit == step.unit):
+        if maker is not None and maker.unit == step.unit:
             return
         told = f"{step.site} calls {step.unit}, which"
         owner = self.parameters.get(id(tensor)) or self.buffers.get(id(tensor))

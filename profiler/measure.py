@@ -4,7 +4,7 @@ Steps are measured in rounds, and a round goes like a training step at each numb
 steps in their order, then the backwards in reverse, then the updates. So a step finds the caches as it does in the real
 run, with its inputs just written, its weights cold and the code that calls it warm, and a slow second of the machine
 falls on all steps alike instead of spoiling one of them. Rounds go on until every step's median is known well enough,
-or the time for it is used up.
+or the time for it is used up; a number of micro-batches at which all steps are known takes part no longer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from shardwright.profiler.subject import Subject, as_input
 from shardwright.profiler.timing import LEAST_REPEATS, Series
 from shardwright.profiler.worker import resident
 
-__all__ = ["Goal", "Pass", "excess_s", "is_out_of_memory", "measure", "prepare"]
+__all__ = ["Goal", "Pass", "excess_s", "is_out_of_memory", "measure", "prepare", "round_totals"]
 
 Key = TypeVar("Key")
 PHASES = ("forward", "backward", "update", "recompute")
@@ -197,7 +197,8 @@ def measure(
 ) -> list[float]:
     """Time the steps of all passes in turn until each is settled, after one round to warm up.
 
-    What is settled goes on running, so that the others find the caches and the machine as before.
+    What is settled goes on running as long as another step of its pass is not, which so finds the caches and the
+    machine as before. A pass whose steps are all settled is left out: a training step has one number of micro-batches.
 
     Args:
         on_settled: told each step's series as soon as it needs no more.
@@ -206,7 +207,7 @@ def measure(
         between: called before each forward and backward, its time not counted.
 
     Returns:
-        The seconds of each round over all steps, the warm-up apart.
+        The seconds of each round over all steps, the warm-up apart; see :func:`round_totals`.
     """
     series = {key: Series() for steps in passes for key in steps.named.values()}
     open_ = dict.fromkeys(series)
@@ -217,15 +218,14 @@ def measure(
         open_.pop(key, None)
         on_refused(key, error)
 
-    start, totals = clock(), []
+    start = clock()
     for round_ in range(max(1, goal.repeats) + 1):
-        for steps in passes:
+        running = [steps for steps in passes if not open_.keys().isdisjoint(steps.named.values())]
+        for steps in running:
             steps.run(stopwatch, between=between, on_refused=refuse if on_refused is not None else None)
         stopwatch.finish()
-        for steps in passes:
+        for steps in running:
             steps.note(series, first=round_ == 0)
-        if round_:
-            totals.append(sum(s.totals()[-1] for s in series.values()))
         on_round(round_)
         whole = sum(s.median_s() for s in series.values())
         ended = round_ >= min(goal.repeats, LEAST_REPEATS) and clock() - start > goal.budget_s
@@ -236,7 +236,22 @@ def measure(
                 on_settled(key, series[key])
         if not open_:
             break
-    return totals
+    return round_totals(list(series.values()))
+
+
+def round_totals(series: Sequence[Series]) -> list[float]:
+    """The seconds that each round takes over all steps, of which some were left out of the later rounds.
+
+    For those the round's other steps speak: they take as many times their medians as what did run took of its own.
+    """
+    medians, totals = [each.median_s() for each in series], [each.totals() for each in series]
+    found = []
+    for round_ in range(max(map(len, totals), default=0)):
+        ran = [number for number, each in enumerate(totals) if len(each) > round_]
+        share = sum(medians[number] for number in ran)
+        seconds = sum(totals[number][round_] for number in ran)
+        found.append(seconds * (sum(medians) / share) if share else seconds)
+    return found
 
 
 def prepare(device: str, threads: int) -> None:

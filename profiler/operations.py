@@ -151,12 +151,14 @@ def _operation(operator: _Operator, args: Sequence[Any], kwargs: Mapping[str, An
     tensors = [*_tensors(args), *_tensors(kwargs.values())]
     results = list(_tensors((result,)))
     arguments = [*map(_text, args), *(f"{key}={_text(value)}" for key, value in kwargs.items())]
+    text = f"{operator.name}({', '.join(arguments)})"
+    form = (text, *(t.shape for t in results)) if all(map(_is_told, (*tensors, *results))) else None
     return Operation(
         name=operator.name,
-        flops=_flops(operator, args, kwargs, result),
+        flops=_flops(operator, args, kwargs, result, form),
         bytes=0 if operator.is_free else _moved(operator, args, kwargs, tensors, results),
         dtype=_deciding([*tensors, *results]),
-        text=f"{operator.name}({', '.join(arguments)})",
+        text=text,
     )
 
 
@@ -221,13 +223,34 @@ def _changed(operator: _Operator, args: Sequence[Any], kwargs: Mapping[str, Any]
     return out, changed
 
 
-def _flops(operator: _Operator, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
+def _flops(
+    operator: _Operator, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, form: tuple[Any, ...] | None
+) -> int:
+    """What the operator's formula gives, reckoned once for calls of one ``form``, if that tells all that it asks."""
     if operator.formula is None:
         return 0
+    known = _flops_known.get(form) if form is not None else None
+    if known is not None:
+        return known
     try:
-        return int(operator.formula(result, *args, **kwargs))
+        found = int(operator.formula(result, *args, **kwargs))
     except (AssertionError, AttributeError, TypeError, ValueError, RuntimeError):
-        return 0  # an unusual form of the operator, such as a nested tensor, that the formula does not know
+        found = 0  # an unusual form of the operator, such as a nested tensor, that the formula does not know
+    if form is not None and operator.name.startswith("aten."):  # other operators take what the form does not tell
+        if len(_flops_known) >= MOST_KNOWN:
+            _flops_known.clear()
+        _flops_known[form] = found
+    return found
+
+
+MOST_KNOWN = 10_000
+_flops_known: dict[tuple[Any, ...], int] = {}
+"""Arithmetic by the text of a call and the shapes of its results: equal layers make the same calls."""
+
+
+def _is_told(tensor: Tensor) -> bool:
+    """Whether the text of a call tells the form of ``tensor``."""
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 # Text
@@ -248,6 +271,6 @@ def _text(value: Any) -> str:
 
 def _tensor_text(tensor: Tensor) -> str:
     dtype = str(tensor.dtype).removeprefix("torch.")
-    if tensor.layout is not torch.strided or tensor.is_nested:
+    if not _is_told(tensor):
         return f"{dtype} {tensor.layout} {tensor.dim()} {tensor_bytes(tensor)}"
     return f"{dtype}{list(tensor.shape)}{list(tensor.stride())}"

@@ -68,6 +68,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
         train: whether the forward is for training; the modes of steps are noted where they differ from it.
         earlier: the recorder of a call before this one, to tell state that is kept between calls.
         counts_saved: whether the tensors that autograd saves are counted.
+        counts_operations: whether the operators that run are noted: not where the graph alone is asked for.
     """
 
     def __init__(
@@ -78,10 +79,12 @@ class Recorder(UnitWatcher, TorchFunctionMode):
         train: bool,
         earlier: Recorder | None = None,
         counts_saved: bool = True,
+        counts_operations: bool = True,
     ) -> None:
         super().__init__(model, units, train=train)
         self.earlier = earlier
         self.counts_saved = counts_saved
+        self.counts_operations = counts_operations
         self.guards: list[tuple[str, str, str]] = []
         self.depth = 0
         self.observed: Step | None = None  # the step whose own operators run
@@ -123,12 +126,13 @@ class Recorder(UnitWatcher, TorchFunctionMode):
 
         def saved(tensor: Tensor) -> Tensor:
             count = counting()
-            return tensor.detach() if count is None else count(tensor)
+            return _detached(tensor) if count is None else count(tensor)
 
         saving = (
             torch.autograd.graph.saved_tensors_hooks(saved, lambda kept: kept) if self.counts_saved else nullcontext()
         )
-        with hooks, saving, functions_applied(self._apply), self, OperationRecorder(self._operation):
+        operating = OperationRecorder(self._operation) if self.counts_operations else nullcontext()
+        with hooks, saving, functions_applied(self._apply), self, operating:
             try:
                 output = self.model(*args, **kwargs)
             except ShardwrightError:
@@ -290,7 +294,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
         if self.current is not None and (size := self._storage_counted(tensor)):
             self.current.saved_bytes += size
             self.savers[tensor.untyped_storage()._cdata] = self.current
-        return tensor.detach()
+        return _detached(tensor)
 
     def _storage_counted(self, tensor: Tensor) -> int:
         """The storage's bytes when first seen, else 0; it is kept, so that its address stays its own."""
@@ -474,6 +478,14 @@ def _deciding_shape(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     elif name == "__getitem__":
         decide = [t for _, t in tensors_in(args[1]) if t.dtype in (torch.bool, torch.uint8) and t.dim()]
     return [tensor for _, tensor in tensors_in(decide)]
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    """``tensor`` outside autograd; that is no operator of the model, and modes need not see it."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        with torch._C._DisableTorchDispatch():
+            return tensor.detach()
+    return tensor.detach()
 
 
 def _has_changed(tensor: Tensor, version: int | Tensor) -> bool:

@@ -38,11 +38,16 @@ PLAIN = (
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType),
 )
 """Types of which nothing is looked into."""
+_LEAVES = frozenset([str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device])
+_CONTAINERS = frozenset([tuple, list, dict])
+"""Types themselves, told at once: the many classes of :data:`PLAIN` take long to try."""
 
 
 def tensors_in(value: Any) -> list[tuple[str, Tensor]]:
     """Every tensor in ``value`` with the path to it, as it would be written: ``[0]``, ``['mask']``, ``.hidden``."""
-    return list(_walk(value, "", DEPTH, set()))
+    found: list[tuple[str, Tensor]] = []
+    _walk(value, "", DEPTH, set(), found)
+    return found
 
 
 def tensor_at(value: Any, index: int) -> Tensor:
@@ -70,15 +75,22 @@ def nbytes(tensor: Tensor) -> int:
     return sum(part.element_size() * part.numel() for part in dense_parts(tensor))
 
 
-def _walk(value: Any, path: str, depth: int, open_: set[int]) -> Iterator[tuple[str, Tensor]]:
+def _walk(value: Any, path: str, depth: int, open_: set[int], found: list[tuple[str, Tensor]]) -> None:
     if isinstance(value, Tensor):
-        yield path, value
-    if isinstance(value, (Tensor, *PLAIN)) or not depth or id(value) in open_:
+        found.append((path, value))
+        return
+    if _is_plain(value) or not depth or id(value) in open_:
         return
     open_.add(id(value))
     for key, inner in _children(value):
-        yield from _walk(inner, path + key, depth - 1 if key.startswith(".") else depth, open_)
+        if type(inner) not in _LEAVES:
+            _walk(inner, path + key, depth - 1 if key.startswith(".") else depth, open_, found)
     open_.discard(id(value))
+
+
+def _is_plain(value: Any) -> bool:
+    kind = type(value)
+    return kind in _LEAVES or (kind not in _CONTAINERS and isinstance(value, PLAIN))
 
 
 def _children(value: Any) -> list[tuple[str, Any]]:
@@ -108,9 +120,9 @@ def _attributes(value: Any) -> dict[str, Any]:
 
 def has_state(value: Any) -> bool:
     """Whether ``value`` is an object that a call could change, so that each call needs a copy of its own."""
-    return not isinstance(value, (Tensor, *PLAIN)) and (
-        isinstance(value, (list, dict, set, Mapping)) or bool(_attributes(value))
-    )
+    if isinstance(value, Tensor) or _is_plain(value):
+        return False
+    return isinstance(value, (list, dict, set, Mapping)) or bool(_attributes(value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +171,7 @@ def _parts(value: Any, seen: set[int]) -> Iterator[Any]:
 
 
 def _has_inside(value: Any) -> bool:
-    return not isinstance(value, (Tensor, *PLAIN)) and bool(_children(value))
+    return not isinstance(value, Tensor) and not _is_plain(value) and bool(_children(value))
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:

@@ -102,9 +102,14 @@ def _recorded(
     *,
     train: bool,
     earlier: Recorder | None = None,
+    counts: bool = True,
 ) -> tuple[Recorder, UnitGraph, Any]:
-    """Record one forward, without the bytes that autograd saves where they cannot be counted."""
-    recorder = Recorder(model, units, train=train, earlier=earlier)
+    """Record one forward, without the bytes that autograd saves where they cannot be counted.
+
+    Args:
+        counts: whether operators and what autograd saves are counted at all, or the graph alone is made.
+    """
+    recorder = Recorder(model, units, train=train, earlier=earlier, counts_saved=counts, counts_operations=counts)
     try:
         return recorder, *recorder.record(args, kwargs)
     except SavedTensorsUncountedError:
@@ -120,7 +125,7 @@ def _run_on_other_values(
         torch.manual_seed(SEED)
         inputs = [t.detach().clone() for t in outputs_of(candidate)]
         try:
-            recorder, graph, output = _recorded(model, units, *candidate, train=train)
+            recorder, graph, output = _recorded(model, units, *candidate, train=train, counts=False)
         except ShardwrightError:
             continue  # not every value is an input: an index out of range, a mask that masks all
         found = outputs_of(output)

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from shardwright.profiler.measure import Goal, Pass, excess_s, measure
+from shardwright.profiler.measure import Goal, Pass, excess_s, measure, round_totals
 from shardwright.profiler.stopwatch import HostStopwatch
 from shardwright.profiler.subject import Subject, as_input
-from shardwright.profiler.timing import LEAST_REPEATS
+from shardwright.profiler.timing import LEAST_REPEATS, Series
 from shardwright.profiler.unitgraph import Call
 
 CPU = torch.device("cpu")
@@ -84,6 +84,67 @@ def test_a_steady_unit_is_settled_as_soon_as_its_median_is_known():
     assert timed({"a": subject(steady, torch.ones(3, requires_grad=True))}, clock)["a"].repeats == LEAST_REPEATS
     shaky = Takes(clock, itertools.cycle([1.0, 2.0, 4.0]), 0.0)
     assert timed({"a": subject(shaky, torch.ones(3), train=False)}, clock, repeats=40)["a"].repeats > LEAST_REPEATS
+
+
+def test_a_pass_that_is_known_is_left_out():
+    """A number of micro-batches whose steps are settled runs no further rounds; others go on, and are timed alike."""
+    clock, calls = Clock(), []
+    steady = Takes(clock, 4.0, 6.0)
+    steady.register_forward_hook(lambda *_: calls.append("steady"))
+    shaky = Takes(clock, itertools.cycle([1.0, 2.0, 4.0]), 0.0)
+    settled = {}
+    first = Pass({"steady": subject(steady, torch.ones(3), train=False)})
+    second = Pass({"shaky": subject(shaky, torch.ones(3), train=False)})
+    goal = Goal(repeats=20, budget_s=1e9)
+    totals = measure([first, second], HostStopwatch(clock), goal, on_settled=settled.__setitem__, clock=clock)
+    assert (settled["steady"].repeats, settled["shaky"].repeats) == (LEAST_REPEATS, 20)
+    assert len(calls) == LEAST_REPEATS + 1  # one to warm up
+    assert len(totals) == 20
+
+
+def test_a_steady_step_beside_a_shaky_one_goes_on():
+    """Within a pass all steps run as long as one is not settled."""
+    clock, calls = Clock(), []
+    steady = Takes(clock, 4.0, 6.0)
+    steady.register_forward_hook(lambda *_: calls.append("steady"))
+    shaky = Takes(clock, itertools.cycle([10.0, 20.0, 40.0]), 0.0)
+    subjects = {"a": subject(steady, torch.ones(3), train=False), "b": subject(shaky, torch.ones(3), train=False)}
+    settled = {}
+    steps, goal = Pass(subjects), Goal(repeats=20, budget_s=1e9)
+    measure([steps], HostStopwatch(clock), goal, on_settled=lambda key, series: settled.update({key: series.repeats}))
+    assert settled == {"a": LEAST_REPEATS, "b": 20}
+    assert len(calls) == 21
+
+
+def series_of(*seconds):
+    series = Series()
+    for each in seconds:
+        series.add(forward_s=each)
+    return series
+
+
+def test_a_round_without_some_steps_counts_them_as_the_others_ran():
+    """Where a step is left out, it counts with its median, times how the others ran beside their own."""
+    assert round_totals([series_of(4.0, 6.0, 5.0), series_of(1.0, 3.0, 2.0, 4.0, 1.0)]) == [5.0, 9.0, 7.0, 14.0, 3.5]
+    assert round_totals([]) == []
+
+
+@given(st.lists(st.floats(0.5, 2.0), min_size=1, max_size=9), st.lists(st.integers(1, 9), min_size=1, max_size=4))
+def test_rounds_are_as_unsteady_as_the_machine_whatever_ran(speeds, lengths):
+    """If a slow machine is slow for all, the rounds' totals tell how slow, though steps were left out of some."""
+    whole = series_of(*speeds)
+    parts = [whole, *(series_of(*(k * s for s in speeds[:length])) for k, length in enumerate(lengths, start=2))]
+    full = [len(part.forward_s) for part in parts[1:]]
+    totals = round_totals(parts)
+    assert len(totals) == len(speeds)
+    if all(length == len(speeds) for length in full):
+        scale = 1 + sum(range(2, 2 + len(full)))
+        assert totals == pytest.approx([scale * s for s in speeds])
+    complete = min([len(speeds), *full])
+    weights = [part.median_s() for part in parts]
+    alone = [sum(weights) * s / whole.median_s() for s in speeds[max(full, default=0) :]]
+    assert totals[max([0, *full]) :] == pytest.approx(alone)
+    assert totals[:complete] == pytest.approx([sum(part.totals()[r] for part in parts) for r in range(complete)])
 
 
 def test_what_hardly_counts_need_not_be_known_well():

@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from shardwright.profiler.operations import OperationRecorder, tensor_bytes
+from shardwright.profiler.operations import OperationRecorder, _flops_known, tensor_bytes
 
 
 def record(function):
@@ -351,3 +351,19 @@ def test_higher_order_operators_pass():
     operations, found = record(lambda: flex_attention(Q, Q, Q))
     assert torch.equal(expected, found)
     assert sum(o.flops for o in operations) >= by_hand(2, 4, 10, 8)
+
+
+def test_arithmetic_is_reckoned_once_for_equal_calls():
+    """Calls of one form share what the formula gave; another shape is another form, and gets its own."""
+
+    def flops(*shapes):
+        found = []
+        with OperationRecorder(found.append):
+            for rows, inner, columns in shapes:
+                torch.mm(torch.ones(rows, inner), torch.ones(inner, columns))
+        return [operation.flops for operation in found if operation.name == "aten.mm.default"]
+
+    _flops_known.clear()
+    shapes = [(2, 3, 4), (2, 3, 5), (2, 3, 4), (7, 3, 4)]
+    assert flops(*shapes) == flops(*shapes) == [2 * a * b * c for a, b, c in shapes]
+    assert len(_flops_known) == 3

@@ -30,6 +30,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from shardwright.profiler.inputs import outputs_of
 from shardwright.profiler.structure import dense_parts
+from shardwright.profiler.trace import trace
 
 __all__ = ["repeatable"]
 
@@ -468,3 +469,13 @@ def test_a_gradient_taken_in_the_forward():
             return energy, force
 
     faithful(Model())
+
+
+def test_what_the_capture_copies_is_no_operator_of_the_model():
+    """Autograd's saved tensors are counted by a copy outside autograd, which the operators of a step do not hold."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.GELU()), nn.Linear(4, 2))
+    captured = trace(model, (torch.randn(5, 3),))
+    assert all(step.saved_bytes for step in captured.steps if step.kind == "unit" and step.unit == "0")
+    names = {operation.name for step in captured.steps for operation in step.operations}
+    assert "aten.addmm.default" in names
+    assert "aten.detach.default" not in names
