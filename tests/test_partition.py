@@ -140,7 +140,7 @@ def ledgers(draw, count, tensors):
     if count > 1:
         users = tuple(sorted(draw(st.sets(st.integers(0, count - 1), min_size=2))))
         gradients.append(Gradient(draw(size), users, None, draw(size)))
-    steps = tuple(Step(v, saved[v], *(draw(size) for _ in range(5))) for v in range(count))
+    steps = tuple(Step(v, saved[v], *(draw(size) for _ in range(6))) for v in range(count))
     return Ledger(steps, tuple(storages), tuple(gradients))
 
 

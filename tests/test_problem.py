@@ -61,7 +61,10 @@ def test_chain_becomes_blocks(chain_profile):
     assert (unit.forward_s, unit.backward_s, unit.units) == ((0.5, 0.25), (1.0, 0.5), ("net.u0",))
     assert unit.static_bytes == 2_000
     # The forward leaves 400 saved and the output, the backward makes the gradient of what it reads, u0 that of nothing.
-    assert problem.ledger.steps[1:3] == (Step(1, 400, 440, 0), Step(2, 400, 440, 40))
+    assert problem.ledger.steps[1:3] == (
+        Step(1, 400, 440, 0, gradient=1_000),
+        Step(2, 400, 440, 40, gradient=1_000),
+    )
     assert problem.ledger.storages == (Storage(40, 1, (2,)), Storage(40, 2, (3,), returned=True))
     assert problem.ledger.gradients == (Gradient(40, (2,), 1, 40), Gradient(40, (3,), 2, 40))
     assert problem.work_s(1, 0) == 2 * 1.5

@@ -8,6 +8,11 @@ keep, and each gradient that a node behind has made and its maker, or another us
     backward = max over i of  held before i backward + what i takes beyond it
     kept     = held when the forward is done
 
+In the first backward of a step the gradients of the parameters are not there yet: each is there from the end of its
+node's backward, as far as nodes tell (a node of several layers makes some of them earlier):
+
+    first    = max over i of  held before i backward + what i takes beyond it + gradients of the nodes behind i
+
 A maximum over nodes is no sum: the peak of a union of blocks does not follow from the peaks of the blocks. So the
 search asks for the walk through each stage that a bound by sums does not settle, and the plan reports the same number.
 """
@@ -47,6 +52,8 @@ class Step(NamedTuple):
     """What that still holds when the next node's turn begins."""
     update_together: int = 0
     """What the optimizer takes for them where it works on all parameters of a device at once."""
+    gradient: int = 0
+    """Of its parameters: there from the first backward of a step until the next step."""
 
 
 class Storage(NamedTuple):
@@ -82,6 +89,12 @@ class Walk(NamedTuple):
     backward: int
     update: int
     update_together: int
+    first: int
+    """The peak of a step's first backward; that of the others, ``backward``, has the parameters' gradients apart."""
+    gradients: int
+    """Of the parameters, when all are made."""
+    sent: int
+    """Of what is kept, the storages that later stages read or the model returns."""
 
 
 class _Part(NamedTuple):
@@ -90,6 +103,8 @@ class _Part(NamedTuple):
     steps: list[int]
     storages: list[int]
     gradients: list[int]
+    made: list[int]
+    """Of the storages, those that its nodes make."""
 
 
 _Bytes = defaultdict[int, int]
@@ -116,11 +131,20 @@ class Ledger:
         for position in mine:
             forward = max(forward, held + self.steps[position].forward)
             held += ahead[position]
-        kept = backward = held
+        kept = backward = first = held
+        made = 0
         for position in reversed(mine):
-            backward = max(backward, held + self.steps[position].backward + sums[position])
+            peak = held + self.steps[position].backward + sums[position]
+            backward, first = max(backward, peak), max(first, peak + made)
             held += back[position]
-        return Walk(kept, forward, backward, *_update([self.steps[position] for position in mine]))
+            made += self.steps[position].gradient
+        update = _update([self.steps[position] for position in mine])
+        return Walk(kept, forward, backward, *update, max(first, held + made), made, self._sent(inside))
+
+    def _sent(self, blocks: set[int]) -> int:
+        """Bytes of the storages made in ``blocks`` that are returned, or read outside."""
+        made = (self.storages[number] for v in blocks for number in self._of_block(v).made)
+        return sum(s.size for s in made if s.returned or any(self.steps[r].block not in blocks for r in s.readers))
 
     def _changes(self, blocks: set[int], mine: list[int]) -> tuple[_Bytes, _Bytes, _Bytes]:
         """By node: what its forward and its backward add to what is held, and the largest sum of gradients it makes.
@@ -153,15 +177,16 @@ class Ledger:
         return ahead, back, sums
 
     def _of_block(self, block: int) -> _Part:
-        return self._parts.get(block) or _Part([], [], [])
+        return self._parts.get(block) or _Part([], [], [], [])
 
     @cached_property
     def _parts(self) -> dict[int, _Part]:
         """By block: the positions of its nodes, of the storages that they make or save, and of the gradients made."""
-        parts: dict[int, _Part] = defaultdict(lambda: _Part([], [], []))
+        parts: dict[int, _Part] = defaultdict(lambda: _Part([], [], [], []))
         for position, step in enumerate(self.steps):
             parts[step.block].steps.append(position)
         for number, storage in enumerate(self.storages):
+            parts[self.steps[storage.maker].block].made.append(number)
             for node in {storage.maker, storage.maker if storage.saver is None else storage.saver}:
                 parts[self.steps[node].block].storages.append(number)
         for number, gradient in enumerate(self.gradients):
@@ -191,7 +216,8 @@ class Ledger:
         mine = [self.steps[position] for position in saved]
         kept = sum(max(0, size) for size in saved.values())
         backward = max((max(0, size) + self.steps[i].backward for i, size in saved.items()), default=0)
-        return Walk(kept, max((step.forward for step in mine), default=0), backward, *_update(mine))
+        forward, made = max((step.forward for step in mine), default=0), sum(step.gradient for step in mine)
+        return Walk(kept, forward, backward, *_update(mine), backward, made, 0)
 
     def most_at_once(self) -> int:
         """What no stage exceeds at once, beside what comes with the micro-batches."""

@@ -6,9 +6,8 @@ sets {} = I0 < I1 < ... < IS = all, so that stage s = Is \ Is-1 runs on the s-th
 and the largest load is least:
 
     load(s) = M * (compute(s) + out(s) + in(s)) + update(s) + ties(s)                   seconds of M micro-batches
-    memory(s) = static(s) + copies(s) + buffers(s) + the largest of
-                (in_flight(s) - 1) * kept(s) + peak(s)                      while micro-batches come and go
-                update(s)                                                   in the optimizer's step
+    memory(s) = static(s) + copies(s) + buffers(s) + max(engine(s), update(s))      while micro-batches come and go, and
+                                                                                    in the optimizer's step
 
 or, where transfers overlap with compute, as copy engines allow, one for sends and one for receives,
 
@@ -32,12 +31,25 @@ neighbours' devices too, and under direct ones from all that is behind it. Stage
 best link of each device cost no more than direct ones: a bound on them. Where every tensor goes to the next block of a
 chain, relayed and direct are the same.
 
-kept and peak of one micro-batch come from a walk through the stage's nodes (memory.py). The pipeline engine holds on to
-what a stage sends until its backward. For each micro-batch it has a buffer for every tensor and gradient that the stage
-receives, for the whole of the training, and it keeps the gradients that the stage sends until the next step. What is
-relayed is received by every stage that it passes:
+kept, forward, backward and first of one micro-batch come from a walk through the stage's nodes (memory.py), out is what
+of kept it sends or returns. Received are tensors, what is relayed by every stage that it passes, and in training the
+gradients of those sent; the engine (that of torch 2.11 and 2.13 alike, torch.distributed.pipelining) has a buffer for
+each of them and each of the M micro-batches, for the whole of the training. Gradients of the parameters (G) count as static, but a step's first backward makes them.
+A gradient for a tensor that a stage only relays is copied. With W = in_flight(s), and g the gradients that a stage
+sends for one micro-batch, engine(s) is the largest of
 
-    buffers(s) = M * (tensors received + gradients received) + gradients sent so far
+    (W - 1) * kept + max(forward, relayed + first) - G          until the first backward is done
+    (M - 1 - b) * kept + b * (out + g) + relayed + backward     GPipe, backward b = 1 ... M - 1: whatever was sent waits
+                                                                for the end of the step (a last stage sends no out)
+    (W - 1) * kept + g + stays + max(forward, relayed + backward)       1F1B, M > W: one micro-batch's g waits
+    (W - 2) * kept + g + relayed + backward                             1F1B, M = W: the second backward
+
+Under 1F1B a last stage (W = 1) holds the output before while it makes the next, and a stage before it (W > 1) the
+output that it sent last but one before its first backward, for as long as it takes micro-batches: stays = out for the
+former's forward, for the latter if M >= 2 W - 1 (before, that micro-batch is not through), else 0. With gloo, what is
+sent is held until nothing refers to the operation; NCCL lets tensors go when it was waited for, so that a GPU holds
+less by up to the terms with out. In inference nothing is let go before the next step, as under GPipe. A stage that is
+the whole model has no engine: kept * (W - 1) + max(forward, backward), the parameters' gradients there from before.
 
 A stage that has some users of a tied parameter, but not all, holds a copy of it:
 
@@ -304,19 +316,36 @@ class Problem:
         copies = sum(tie.copy_bytes for tie in self.ties if not tie.counted(members))
         received, sent = self.received(start, members), self.sent(end, members)
         buffers = sum(c.forward_bytes for c in received) + sum(c.backward_bytes for c in sent)
-        gradients = sum(c.backward_bytes for c in received)
-        held = in_flight(self.schedule, self.microbatches, stages_after)
         one = self.walk(members)
-        return (
-            static
-            + copies
-            + self.microbatches * buffers
-            + max(
-                (self.microbatches - held) * gradients + (held - 1) * one.kept + max(one.forward, one.backward),
-                (self.microbatches - 1) * gradients + one.backward,
-                self.microbatches * gradients + (one.update_together if self._updates_together(device) else one.update),
-            )
-        )
+        if start or sent:
+            gradients = sum(c.backward_bytes for c in received)
+            relayed = sum(c.backward_bytes for c in received if c.readers & ~end and not c.readers & members)
+            peak = self._engine_bytes(one, stages_after, gradients, relayed)
+        else:
+            others = in_flight(self.schedule, self.microbatches, stages_after) - 1
+            peak = others * one.kept + max(one.forward, one.backward)
+        update = one.update_together if self._updates_together(device) else one.update
+        return static + copies + self.microbatches * buffers + max(peak, update)
+
+    def _engine_bytes(self, one: Walk, stages_after: int, gradients: int, relayed: int) -> int:
+        """The peak of what comes and goes in a step: engine(s) above, of ``one`` micro-batch like the others.
+
+        Of each, ``gradients`` are sent, of which ``relayed`` are copies.
+        """
+        count, backward = self.microbatches, relayed + one.backward
+        held = in_flight(self.schedule, count, stages_after)
+        peak = (held - 1) * one.kept + max(one.forward, relayed + one.first) - one.gradients
+        if count == 1:
+            return peak
+        if self.schedule == "gpipe":
+            left = gradients + (one.sent if stages_after else 0)
+            return max(peak, backward + max((count - 1 - done) * one.kept + done * left for done in (1, count - 1)))
+        if count == held:
+            return max(peak, (held - 2) * one.kept + gradients + backward)
+        if held == 1:
+            return max(peak, gradients + max(one.sent + one.forward, backward))
+        stays = one.sent if count >= 2 * held - 1 else 0
+        return max(peak, (held - 1) * one.kept + gradients + stays + max(one.forward, backward))
 
     def _updates_together(self, device: int) -> bool:
         return device < len(self.updates_together) and self.updates_together[device]
@@ -334,6 +363,8 @@ class Problem:
     def least_bytes(self, block: int, device: int) -> int:
         """Bytes that ``block`` takes on ``device`` at least: as the last stage, with all that it shares elsewhere."""
         b, alone = self.blocks[block], self.ledger.least(block)
-        others = (in_flight(self.schedule, self.microbatches, 0) - 1) * alone.kept
+        others = in_flight(self.schedule, self.microbatches, 0) - 1
         update = alone.update_together if self._updates_together(device) else alone.update
-        return b.static_bytes + max(others + max(alone.forward, alone.backward), update)
+        first = others * alone.kept + max(alone.forward, alone.backward) - alone.gradients
+        later = max(0, others - 1) * alone.kept + alone.backward if self.microbatches > 1 else 0
+        return b.static_bytes + max(first, later, update)

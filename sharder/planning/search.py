@@ -345,7 +345,7 @@ class Search:
         if size > cap:
             return False
         # A bound by sums settles most stages; a maximum over steps is no sum, so the others are walked through.
-        held = in_flight(self.problem.schedule, microbatches, after)
+        held = in_flight(self.problem.schedule, microbatches, after) + 1  # what was sent may stay for longer
         coming = held * (last.coming_bytes - first.coming_bytes) + microbatches * first.backward_bytes
         if size + coming + self.most_at_once <= cap:
             return True
