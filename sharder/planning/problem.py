@@ -34,9 +34,9 @@ chain, relayed and direct are the same.
 kept, forward, backward and first of one micro-batch come from a walk through the stage's nodes (memory.py), out is what
 of kept it sends or returns. Received are tensors, what is relayed by every stage that it passes, and in training the
 gradients of those sent; the engine (that of torch 2.11 and 2.13 alike, torch.distributed.pipelining) has a buffer for
-each of them and each of the M micro-batches, for the whole of the training. Gradients of the parameters (G) count as static, but a step's first backward makes them.
-A gradient for a tensor that a stage only relays is copied. With W = in_flight(s), and g the gradients that a stage
-sends for one micro-batch, engine(s) is the largest of
+each of them and each of the M micro-batches, for the whole of the training. Gradients of the parameters (G) count as
+static, but a step's first backward makes them. A gradient for a tensor that a stage only relays is copied. With W =
+in_flight(s), and g the gradients that a stage sends for one micro-batch, engine(s) is the largest of
 
     (W - 1) * kept + max(forward, relayed + first) - G          until the first backward is done
     (M - 1 - b) * kept + b * (out + g) + relayed + backward     GPipe, backward b = 1 ... M - 1: whatever was sent waits
