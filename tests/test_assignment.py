@@ -169,7 +169,7 @@ def test_local_moves_never_lose_and_never_break_a_rule(p, which):
 @quick
 @given(problems().filter(lambda p: len(p.blocks) <= 6 and len(p.devices) <= 3), st.sampled_from(["staged", "direct"]))
 def test_under_gpipe_a_chain_of_stages_is_a_free_assignment(p, transfers):
-    """Same loads and same memory, so that free is never worse than contiguous."""
+    """Same loads, so that free is never worse than contiguous where both fit; memory is the pipeline engine's there."""
     p = dataclasses.replace(p, transfers=transfers, schedule="gpipe", caps=(10**9,) * len(p.devices))
     split = partition(p)
     if split is None or math.isinf(split.value_s):
@@ -181,11 +181,6 @@ def test_under_gpipe_a_chain_of_stages_is_a_free_assignment(p, transfers):
     assert sorted(loads_of(p, of), reverse=True)[: len(split.stages)] == pytest.approx(
         sorted(stage_loads(p, split.stages), reverse=True)
     )
-    closed = 0
-    for position, (device, members) in enumerate(split.stages):
-        after = len(split.stages) - 1 - position
-        assert peak_bytes(p, members, device) == p.memory_bytes(closed, closed | members, device, after)
-        closed |= members
     found = assign(p, Budget(60), [of])
     assert found.value <= split.value_s * (1 + 1e-9)
 

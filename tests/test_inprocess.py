@@ -243,8 +243,11 @@ def captured_profile_once():
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_three_steps_of_adamw(captured_profile, when):
-    """An optimizer made before or after placing trains the model's own parameters."""
-    model, x = Chain(), torch.randn(BATCH, WIDTH)
+    """An optimizer made before or after placing trains the model's own parameters.
+
+    In double precision: Adam makes a step of every gradient, one that is rounding alone too.
+    """
+    model, x = Chain().double(), torch.randn(BATCH, WIDTH).double()
     plan = sw.plan(captured_profile(model, (x,)), microbatches=4)
     placed = copy.deepcopy(model)
     optimizers = [torch.optim.AdamW(one.parameters(), lr=0.05) for one in (model, placed)]
@@ -252,7 +255,7 @@ def test_three_steps_of_adamw(captured_profile, when):
     if when == "after":
         optimizers[1] = torch.optim.AdamW(placed.parameters(), lr=0.05)
     for _ in range(3):
-        x, y = torch.randn(BATCH, WIDTH), torch.randn(BATCH, WIDTH)
+        x, y = torch.randn(BATCH, WIDTH).double(), torch.randn(BATCH, WIDTH).double()
         pair = []
         for one, optimizer in zip((model, placed), optimizers, strict=True):
             optimizer.zero_grad()
@@ -260,7 +263,7 @@ def test_three_steps_of_adamw(captured_profile, when):
             pair[-1].backward()
             optimizer.step()
         torch.testing.assert_close(pair[1], pair[0])
-    torch.testing.assert_close(placed.state_dict(), model.state_dict(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(placed.state_dict(), model.state_dict(), rtol=1e-5, atol=1e-7)
 
 
 def test_a_stage_may_change_what_it_received(piped):

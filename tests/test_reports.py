@@ -279,7 +279,7 @@ KEY_NUMBERS = {
     ],
     "plan-free": ["205 ms of a step", "2.38x", "No pipeline engine runs", "to each device that reads"],
     "plan-latency": ["side by side", "46.9 ms", "63.5 ms", "15.8 ms", "every schedule", "longest way"],
-    "plan-memory": ["41%", "9.251 GiB of 22.35 GiB", "micro-batches of this size", "no larger peak share"],
+    "plan-memory": ["41%", "6.036 GiB of 14.9 GiB", "micro-batches of this size", "no larger peak share"],
     "profile-cluster": ["≈6.46 ms", "~6.71 ms", "~85.0 us", "~3.20 GB/s", "all assumed", "scaled: as a device"],
     "plan": [
         "1.53x",

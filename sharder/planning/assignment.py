@@ -16,10 +16,11 @@ neighbour to neighbour (`relayed`) need an order of the devices; here they count
 Under GPipe a device holds all M micro-batches at once. Under 1F1B as many micro-batches are taken to be on their way as
 there are devices, held = min(M, devices), as the first of as many stages holds; a device of all blocks holds one. So
 the memory of a device depends on its own blocks alone. A chain of stages may need less than this says, since later
-stages hold fewer. Where a micro-batch comes back to the same devices often, so few of them may leave devices waiting:
-the largest load is what the devices are busy for, and no schedule is simulated. The walk through a set of blocks goes
-in the order of the forward (memory.py); what a device receives is held from its arrival on, gradients of one tensor
-from several readers are summed as they come.
+stages hold fewer, or more, for its engine holds on to what it sends (problem.py); no engine runs a free assignment.
+Where a micro-batch comes back to the same devices often, so few of them may leave devices waiting: the largest load is
+what the devices are busy for, and no schedule is simulated. The walk through a set of blocks goes in the order of the
+forward (memory.py); what a device receives is held from its arrival on, gradients of one tensor from several readers
+are summed as they come.
 """
 
 from __future__ import annotations

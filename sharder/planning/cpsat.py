@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 from shardwright.sharder.planning.assignment import Best, Budget, classes_of, fits, held_at_once, masks_of
@@ -33,6 +34,8 @@ __all__ = ["EXTRA", "Shares", "has_ortools", "improve_by_cpsat", "run_solver"]
 EXTRA = "pip install 'shardwright[cp]'"
 """What brings OR-tools."""
 
+LOOK_AGAIN_S = 0.1
+"""How long it is waited for the solver before signals are looked at: one that comes just before would not wake it."""
 RESOLUTION = 1e8
 """The best value known is so many units of time or memory."""
 
@@ -60,13 +63,22 @@ def run_solver(
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
     solver.parameters.max_time_in_seconds = budget.left_s
-    status = solver.solve(model, Watch())
+    # Its own handler of Ctrl-C would leave the system's behind, so that the next Ctrl-C kills the process.
+    solver.parameters.catch_sigint_signal = False
+    with ThreadPoolExecutor(1) as thread:  # signals reach Python code in the main thread only, which so has to be free
+        solving = thread.submit(solver.solve, model, Watch())
+        while not solving.done():
+            try:
+                wait([solving], LOOK_AGAIN_S)
+            except KeyboardInterrupt:
+                budget.stop()
+            if budget.stopped:  # said again each time, for a search that has not begun does not hear it
+                solver.stop_search()
+    status = solving.result()
     if status == cp_model.INFEASIBLE:
         return None
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE, cp_model.UNKNOWN):
         raise AssertionError(f"CP-SAT says {solver.status_name(status)}: {model.validate()}")
-    if status != cp_model.OPTIMAL and not budget.spent() and solver.wall_time < 0.9 * budget.left_s:
-        budget.stop()  # CP-SAT takes Ctrl-C for itself, and stops
     return status == cp_model.OPTIMAL, solver.best_objective_bound
 
 

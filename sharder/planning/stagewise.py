@@ -325,8 +325,9 @@ class Stagewise:
         size += sum(tied.copy_bytes for tied, _ in self.ties if members & tied.users and not members & tied.first)
         if size > cap:
             return False
-        # What is at most received and at most sent settles most stages; the others are walked through.
-        held = in_flight(problem.schedule, count, after)
+        # What is at most received and at most sent settles most stages; the others are walked through. Beside the
+        # micro-batches in flight there is what was sent of one more, at most.
+        held = in_flight(problem.schedule, count, after) + 1
         buffers = count * (first.forward_bytes + first.backward_bytes + last.backward_bytes)
         if size + buffers + held * (last.coming_bytes - first.coming_bytes) + self.most_at_once <= cap:
             return True
