@@ -61,7 +61,7 @@ def vit():
     """The base one, which has 86 million parameters."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    return ViTForImageClassification(ViTConfig(num_labels=1000)), (torch.randn(32, 3, 224, 224),), {}
+    return ViTForImageClassification(ViTConfig(num_labels=1000)), (torch.randn(16, 3, 224, 224),), {}
 
 
 def swin():
@@ -75,14 +75,14 @@ def bert():
     """The base one."""
     from transformers import BertConfig, BertForMaskedLM
 
-    return BertForMaskedLM(BertConfig()), (torch.randint(0, 30000, (16, 256)),), {}
+    return BertForMaskedLM(BertConfig()), (torch.randint(0, 30000, (8, 256)),), {}
 
 
 def gpt2():
     """The small one."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(use_cache=False)), (torch.randint(0, 50000, (8, 512)),), {}
+    return GPT2LMHeadModel(GPT2Config(use_cache=False)), (torch.randint(0, 50000, (4, 512)),), {}
 
 
 def llama():
@@ -98,7 +98,7 @@ def llama():
         num_key_value_heads=4,
         use_cache=False,
     )
-    return LlamaForCausalLM(config), (torch.randint(0, 8000, (4, 1024)),), {}
+    return LlamaForCausalLM(config), (torch.randint(0, 8000, (2, 1024)),), {}
 
 
 def llama_bf16():
@@ -128,7 +128,7 @@ def t5():
     from transformers import T5Config, T5ForConditionalGeneration
 
     model = T5ForConditionalGeneration(T5Config(use_cache=False, decoder_start_token_id=0))
-    ids = torch.randint(2, 32000, (16, 256))
+    ids = torch.randint(2, 32000, (8, 256))
     return model, (), {"input_ids": ids, "decoder_input_ids": ids.clone()}
 
 
@@ -298,7 +298,8 @@ def main():
     warnings.simplefilter("ignore")
     is_gpu = options.device.startswith("cuda")
     device = torch.device(options.device if is_gpu else "cpu")
-    torch.set_num_threads(1)
+    if not is_gpu:
+        torch.set_num_threads(1)
     found = model_of(torch.cuda.get_device_name(device)) if is_gpu else None
     rates = found or NOMINAL
     print(

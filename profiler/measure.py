@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 import torch
 
 from shardwright.profiler.optimizers import make_optimizer
-from shardwright.profiler.stopwatch import Reading, Stopwatch
+from shardwright.profiler.stopwatch import Enqueued, Pacer, Reading, Stopwatch, taken_s
 from shardwright.profiler.subject import Subject, as_input
 from shardwright.profiler.timing import LEAST_REPEATS, Series
 from shardwright.profiler.worker import resident
@@ -55,7 +55,8 @@ class Pass(Generic[Key]):
     A step that goes back by itself enters PyTorch's engine once more than it does as a part of a model, and its
     parameters' update calls the optimizer once more. Amid the steps an empty backward is timed, as cold as they are,
     and before their updates one of all parameters at once; what the steps take longer by that is taken off, the same
-    for each.
+    for each. Where work is enqueued, a backward by itself takes longer for the host only, and each step counts with
+    what takes it longest in a row of steps: the device, or the host.
     """
 
     def __init__(self, subjects: Mapping[Key, Subject], *, alike: Mapping[Key, Key] | None = None) -> None:
@@ -67,6 +68,9 @@ class Pass(Generic[Key]):
         self.empty_backward: Reading | None = None
         self.whole_update: Reading | None = None
         self.excess: dict[str, list[float]] = {"backward": [], "update": []}
+        self.enqueued_s: list[float] = []
+        """What the host took to enqueue the empty backwards."""
+        self.pacers = {"backward": Pacer(), "update": Pacer()}
 
     def run(
         self,
@@ -87,7 +91,7 @@ class Pass(Generic[Key]):
                 if broken_off():
                     break
                 if phase == "backward" and position == len(keys) // 2:
-                    self.empty_backward = _empty_backward(self.device, stopwatch)
+                    self.empty_backward = self._empty_backward(stopwatch)
                 if key not in self.subjects:
                     continue
                 if phase in ("forward", "backward"):
@@ -122,7 +126,7 @@ class Pass(Generic[Key]):
         if self.optimizer is None:
             return
         try:
-            self.whole_update = stopwatch.time(self.optimizer.step)[1]
+            self.whole_update = self.pacers["update"].time(stopwatch, self.optimizer.step)[1]
         except Exception as error:
             if not is_out_of_memory(error):  # one by one they may fit
                 raise
@@ -137,29 +141,34 @@ class Pass(Generic[Key]):
     def note(self, series: Mapping[Key, Series], *, first: bool) -> None:
         """Add what the last runs read, once the stopwatch has finished."""
         found: dict[Key, dict[str, list[float]]] = {}
+        if not first:
+            self._note_empty_backward()
+        alone_s = {"backward": statistics.median(self.enqueued_s)} if self.enqueued_s else {}
         for key, readings in self.readings.items():
             for phase, reading in readings.items():
-                found.setdefault(self.named[key], {}).setdefault(phase, []).append(reading())
-        if not first:
-            self._note_excess([seconds for phases in found.values() for seconds in phases.get("update", ())])
+                seconds = taken_s(reading, alone_s.get(phase, 0.0))
+                found.setdefault(self.named[key], {}).setdefault(phase, []).append(seconds)
+        if not first and self.whole_update is not None:
+            updates = [seconds for phases in found.values() for seconds in phases.get("update", ())]
+            self.excess["update"].append(excess_s(updates, taken_s(self.whole_update)))
         for key, phases in found.items():
             series[key].add(**{f"{phase}_s": statistics.fmean(each) for phase, each in phases.items()}, first=first)
             series[key].peak_bytes = self.subjects[key].peak.bytes
             for phase, excess in self.excess.items():
                 series[key].excess_s[phase] = statistics.median(excess) if excess else 0.0
 
-    def _note_excess(self, updates: Sequence[float]) -> None:
+    def _note_empty_backward(self) -> None:
         """Add what steps took longer by themselves, as far as it was timed."""
-        if self.empty_backward is not None:
+        if isinstance(self.empty_backward, Enqueued):
+            self.enqueued_s.append(self.empty_backward.host_s)
+        elif self.empty_backward is not None:
             self.excess["backward"].append(self.empty_backward())
-        if self.whole_update is not None:
-            self.excess["update"].append(excess_s(updates, self.whole_update()))
 
-
-def _empty_backward(device: torch.device, stopwatch: Stopwatch) -> Reading:
-    """Time the backward of a step that hands on what it gets: one number."""
-    leaf = torch.zeros(1, device=device, requires_grad=True)
-    return stopwatch.time(partial(torch.autograd.backward, [as_input(leaf)], [torch.ones_like(leaf)]))[1]
+    def _empty_backward(self, stopwatch: Stopwatch) -> Reading:
+        """Time the backward of a step that hands on what it gets: one number."""
+        leaf = torch.zeros(1, device=self.device, requires_grad=True)
+        backward = partial(torch.autograd.backward, [as_input(leaf)], [torch.ones_like(leaf)])
+        return self.pacers["backward"].time(stopwatch, backward)[1]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

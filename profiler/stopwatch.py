@@ -8,7 +8,18 @@ from typing import Any, Protocol
 
 import torch
 
-__all__ = ["CudaStopwatch", "HostStopwatch", "Reading", "Stopwatch", "Timer", "cuda_timer", "host_timer"]
+__all__ = [
+    "CudaStopwatch",
+    "Enqueued",
+    "HostStopwatch",
+    "Pacer",
+    "Reading",
+    "Stopwatch",
+    "Timer",
+    "cuda_timer",
+    "host_timer",
+    "taken_s",
+]
 
 Reading = Callable[[], float]
 """Gives the seconds of something timed, once the stopwatch has finished."""
@@ -41,28 +52,99 @@ class HostStopwatch:
         """See :class:`Stopwatch`."""
 
 
+class Enqueued:
+    """The reading of work that the host handed to a queue: its seconds there, and the host's."""
+
+    def __init__(self, device_s: Reading, host_s: float) -> None:
+        self.device_s = device_s
+        self.host_s = host_s
+        """What the host took to enqueue it."""
+
+    def __call__(self) -> float:
+        """Seconds on the device."""
+        return self.device_s()
+
+
 class CudaStopwatch:
     """Reads the GPU's own clock by events in its queue.
 
-    The queue is not drained in between: as in a real step, the host prepares the next kernels while the last ones run,
-    and only where it cannot keep up does the time of a launch count.
+    In a training loop the host is ahead of the GPU, and a kernel begins when the one before it ends. A function timed
+    by itself finds an idle GPU instead, which then waits for each launch. So the GPU is told to do nothing for as long
+    as the host will take (``ahead_s``), and the function's kernels wait in the queue when the first of them begins.
     """
+
+    CALIBRATION_CYCLES = 2_000_000
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.cycles_per_s = 0.0
+        """Of the GPU's clock while it does nothing."""
 
-    def time(self, function: Callable[[], Any]) -> tuple[Any, Reading]:
-        """See :class:`Stopwatch`."""
+    def time(self, function: Callable[[], Any], ahead_s: float = 0.0) -> tuple[Any, Enqueued]:
+        """See :class:`Stopwatch`.
+
+        Args:
+            ahead_s: what the host is expected to take; a function that waits for the GPU waits as much longer, which is
+                taken off again.
+        """
         stream = torch.cuda.current_stream(self.device)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if ahead_s:
+            torch.cuda._sleep(int(ahead_s * self._cycles_per_s()))
         start.record(stream)
+        begin = time.perf_counter()
         result = function()
+        host_s = time.perf_counter() - begin
         end.record(stream)
-        return result, lambda: start.elapsed_time(end) / 1e3
+        return result, Enqueued(lambda: start.elapsed_time(end) / 1e3, host_s - ahead_s if host_s > ahead_s else host_s)
 
     def finish(self) -> None:
         """See :class:`Stopwatch`."""
         torch.cuda.synchronize(self.device)
+
+    def _cycles_per_s(self) -> float:
+        if not self.cycles_per_s:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(self.CALIBRATION_CYCLES)  # brings the clock up
+            start.record(torch.cuda.current_stream(self.device))
+            torch.cuda._sleep(self.CALIBRATION_CYCLES)
+            end.record(torch.cuda.current_stream(self.device))
+            self.finish()
+            self.cycles_per_s = self.CALIBRATION_CYCLES / (start.elapsed_time(end) / 1e3)
+        return self.cycles_per_s
+
+
+class Pacer:
+    """Times one thing again and again; where it is enqueued, the queue is filled for as long as the host took before.
+
+    On a host's stopwatch it changes nothing.
+    """
+
+    MORE = 1.2
+    """Times what the host took before: it takes longer now and then."""
+    MOST_S = 0.05
+    """What is made or tuned in a first call takes long, and would be waited for in the next one."""
+
+    def __init__(self) -> None:
+        self.host_s = 0.0
+
+    def time(self, stopwatch: Stopwatch, function: Callable[[], Any]) -> tuple[Any, Reading]:
+        """See :class:`Stopwatch`."""
+        if isinstance(stopwatch, CudaStopwatch):
+            result, enqueued = stopwatch.time(function, min(self.MORE * self.host_s, self.MOST_S))
+            self.host_s = enqueued.host_s
+            return result, enqueued
+        return stopwatch.time(function)
+
+
+def taken_s(reading: Reading, alone_s: float = 0.0) -> float:
+    """What a thing takes in a row of others, in s: on the device, or where the host takes longer to enqueue it, there.
+
+    Args:
+        alone_s: what the host took longer because the thing was called by itself.
+    """
+    seconds = reading()
+    return max(seconds, reading.host_s - alone_s) if isinstance(reading, Enqueued) else seconds
 
 
 Timer = Callable[[Callable[[], Any]], tuple[Any, float]]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from shardwright.profiler.optimizers import make_optimizer
-from shardwright.profiler.stopwatch import Reading, Stopwatch
+from shardwright.profiler.stopwatch import Pacer, Reading, Stopwatch
 from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.unitgraph import Call
 
@@ -45,6 +45,7 @@ class Subject:
         self.outputs: list[Tensor] = []
         self.grads: list[Tensor] | None = None
         self.peak = _Peak(device)
+        self.pacers = {phase: Pacer() for phase in ("forward", "backward", "update", "recompute")}
 
     @staticmethod
     def _leaf(leaf: Any, device: torch.device) -> Any:
@@ -55,7 +56,7 @@ class Subject:
     def forward(self, stopwatch: Stopwatch) -> Reading:
         """Time the forward; in training its outputs are held."""
         with self.peak.forward():
-            output, reading = self._called(stopwatch, keeping=self.train)
+            output, reading = self._called("forward", stopwatch, keeping=self.train)
             if self.train:
                 self.outputs = [t for _, t in tensors_in(output) if t.requires_grad]
             del output
@@ -75,31 +76,34 @@ class Subject:
             if isinstance(leaf, Tensor):
                 leaf.grad = None
         with self.peak.backward():
-            _, reading = stopwatch.time(partial(torch.autograd.backward, outputs, self.grads))
+            _, reading = self.pacers["backward"].time(stopwatch, partial(torch.autograd.backward, outputs, self.grads))
             del outputs
         return reading
 
     def update(self, stopwatch: Stopwatch) -> Reading | None:
         """Time the update of the parameters; None if there is nothing to update."""
-        return stopwatch.time(self.optimizer.step)[1] if self.optimizer is not None else None
+        return self.pacers["update"].time(stopwatch, self.optimizer.step)[1] if self.optimizer is not None else None
 
     def recompute(self, stopwatch: Stopwatch) -> Reading | None:
         """Time a forward that keeps nothing; None where none would be computed again."""
         if not self.train or self.context is not None or not isinstance(self.function, nn.Module):
             return None
-        return self._called(stopwatch, keeping=False)[1]
+        return self._called("recompute", stopwatch, keeping=False)[1]
 
     def release(self) -> None:
         """Let go of what a forward saved."""
         self.outputs = []
 
-    def _called(self, stopwatch: Stopwatch, *, keeping: bool) -> tuple[Any, Reading]:
+    def _called(self, phase: str, stopwatch: Stopwatch, *, keeping: bool) -> tuple[Any, Reading]:
         # A copy of each input: units may change theirs in place, and a producer would just have written it.
         args, kwargs = pytree.tree_unflatten([map_tensors(as_input, leaf) for leaf in self.leaves], self.spec)
+        function = (
+            partial(self.function, *args, **kwargs)
+            if self.context is None
+            else partial(self.context.run, self.function, args, kwargs)
+        )
         with torch.set_grad_enabled(keeping):
-            if self.context is None:
-                return stopwatch.time(partial(self.function, *args, **kwargs))
-            return stopwatch.time(partial(self.context.run, self.function, args, kwargs))
+            return self.pacers[phase].time(stopwatch, function)
 
 
 _Sink = getattr(torch._C._functions, "UndefinedGrad", None)

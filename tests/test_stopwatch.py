@@ -1,0 +1,87 @@
+"""Timing work that is enqueued, on a device whose queue is simulated: what a thing takes in a row of others."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardwright.profiler.stopwatch import CudaStopwatch, Enqueued, HostStopwatch, Pacer, taken_s
+
+
+class Queue(CudaStopwatch):
+    """A host that launches kernels one by one, and a device that runs them in order; times in s."""
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"))
+        self.now = 0.0  # on the host
+        self.free = 0.0  # when the device has done everything
+
+    def time(self, function, ahead_s=0.0):
+        self.free = max(self.free, self.now) + ahead_s
+        start, begin = max(self.free, self.now), self.now
+        result = function()
+        host_s, end = self.now - begin, max(self.free, self.now)
+        host_s -= ahead_s if host_s > ahead_s else 0.0
+        return result, Enqueued(lambda: end - start, host_s)
+
+    def kernels(self, kernels):
+        """A function that launches each after so long, to run for so long; one that waits has the host wait for it."""
+
+        def function():
+            for launch_s, run_s, waits in kernels:
+                self.now += launch_s
+                self.free = max(self.free, self.now) + run_s
+                if waits:
+                    self.now = max(self.now, self.free)
+
+        return function
+
+
+SECONDS = st.integers(1, 50).map(lambda n: n / 1024)
+KERNELS = st.lists(st.tuples(SECONDS, SECONDS, st.just(False)), min_size=1, max_size=8)
+
+
+@given(st.lists(KERNELS, min_size=1, max_size=5))
+def test_a_row_takes_what_its_longer_side_takes(steps):
+    """Timed one by one on an idle device, as soon as it is known how long the host takes: the device's time in a full
+    queue, or the host's time to fill it."""
+    queue, pacers = Queue(), [Pacer() for _ in steps]
+    Pacer.MOST_S, before = 10.0, Pacer.MOST_S
+    try:
+        for _ in range(2):
+            readings = []
+            for pacer, kernels in zip(pacers, steps, strict=True):
+                queue.now = max(queue.now, queue.free)
+                readings.append(pacer.time(queue, queue.kernels(kernels))[1])
+    finally:
+        Pacer.MOST_S = before
+    for reading, kernels in zip(readings, steps, strict=True):
+        launched, run = (sum(kernel[side] for kernel in kernels) for side in (0, 1))
+        assert reading() == pytest.approx(run)
+        assert taken_s(reading) == pytest.approx(max(launched, run))
+
+
+def test_without_a_full_queue_the_device_waits_for_launches():
+    """The first call, of which nothing is known: 1 s for each launch and kernel in turn, but for the last kernels."""
+    queue = Queue()
+    _, reading = Pacer().time(queue, queue.kernels([(1.0, 0.5, False)] * 4))
+    assert reading() == 4.5
+
+
+def test_what_waits_for_the_device_is_not_charged_the_filling():
+    """Of a function that reads a value back, the host's time is that without what the device did nothing."""
+    queue, pacer = Queue(), Pacer()
+    Pacer.MOST_S, before = 10.0, Pacer.MOST_S
+    try:
+        readings = [pacer.time(queue, queue.kernels([(1.0, 2.0, True), (1.0, 1.0, False)]))[1] for _ in range(4)]
+    finally:
+        Pacer.MOST_S = before
+    assert all(taken_s(reading) <= 5.0 for reading in readings)
+
+
+def test_what_is_called_by_itself_counts_for_the_host_only():
+    """The engine is entered by the host; on the device nothing is taken off."""
+    assert taken_s(Enqueued(lambda: 2.0, 5.0), alone_s=4.0) == 2.0
+    assert taken_s(Enqueued(lambda: 2.0, 5.0), alone_s=1.0) == 4.0
+    _, reading = HostStopwatch(iter([0.0, 3.0]).__next__).time(int)
+    assert taken_s(reading, alone_s=1.0) == 3.0
