@@ -26,7 +26,7 @@ from shardwright.profiler.cache import Cache
 from shardwright.profiler.capture import Progress
 from shardwright.profiler.measure import Goal, Pass, is_out_of_memory, measure, prepare
 from shardwright.profiler.pool import Pool
-from shardwright.profiler.profile import Device, Misfit, Timing, Variation
+from shardwright.profiler.profile import Clocked, Device, Misfit, Variation
 from shardwright.profiler.signature import device_key, step_key
 from shardwright.profiler.stand_ins import filled, sendable
 from shardwright.profiler.stopwatch import CudaStopwatch, HostStopwatch, Stopwatch
@@ -93,7 +93,7 @@ class Workers:
 class Findings:
     """What is known of every step on every device that was measured."""
 
-    timings: dict[tuple[str, int, str], Timing] = field(default_factory=dict)
+    timings: dict[tuple[str, int, str], Clocked] = field(default_factory=dict)
     """By device, number of micro-batches and step."""
     misfits: list[Misfit] = field(default_factory=list)
     variations: list[Variation] = field(default_factory=list)
@@ -145,7 +145,7 @@ def investigate(
     }
     keys = _keys(items, devices, train=train, optimizer=optimizer)
     whole = _Whole(keys, sum(work_bytes(step, train=train) for (count, _), step in items.items() if count == 1))
-    missing = {key for key in keys.values() if cache.get(key, Timing) is None}
+    missing = {key for key in keys.values() if cache.get(key, Clocked) is None}
     tell("known", len(set(keys.values()) - missing), len(set(keys.values())))
     found = Findings()
     jobs = {device.name: _jobs(device, items, keys, missing, inputs, train=train) for device in devices}
@@ -154,7 +154,7 @@ def investigate(
     found.misfits.clear()
     measured_on: dict[str, str] = {}
     for (name, item), key in keys.items():
-        timing = cache.get(key, Timing)
+        timing = cache.get(key, Clocked)
         if timing is not None:
             taken = {} if measured_on.setdefault(key, name) == name else {"source": "scaled"}  # from its twin
             found.timings[name, item.microbatches, item.step] = timing.model_copy(update=taken)

@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 import torch
 
 from shardwright.profiler.optimizers import make_optimizer
-from shardwright.profiler.stopwatch import Enqueued, Pacer, Reading, Stopwatch, taken_s
+from shardwright.profiler.stopwatch import Enqueued, Pacer, Reading, Stopwatch
 from shardwright.profiler.subject import Subject, as_input
 from shardwright.profiler.timing import LEAST_REPEATS, Series
 from shardwright.profiler.worker import resident
@@ -55,8 +55,7 @@ class Pass(Generic[Key]):
     A step that goes back by itself enters PyTorch's engine once more than it does as a part of a model, and its
     parameters' update calls the optimizer once more. Amid the steps an empty backward is timed, as cold as they are,
     and before their updates one of all parameters at once; what the steps take longer by that is taken off, the same
-    for each. Where work is enqueued, a backward by itself takes longer for the host only, and each step counts with
-    what takes it longest in a row of steps: the device, or the host.
+    for each. Where work is enqueued, this holds for the device's clock and for the host's, each by itself.
     """
 
     def __init__(self, subjects: Mapping[Key, Subject], *, alike: Mapping[Key, Key] | None = None) -> None:
@@ -67,9 +66,8 @@ class Pass(Generic[Key]):
         self.readings: dict[Key, dict[str, Reading]] = {}
         self.empty_backward: Reading | None = None
         self.whole_update: Reading | None = None
-        self.excess: dict[str, list[float]] = {"backward": [], "update": []}
-        self.enqueued_s: list[float] = []
-        """What the host took to enqueue the empty backwards."""
+        self.excess: dict[str, dict[str, list[float]]] = {}
+        """By clock and phase."""
         self.pacers = {"backward": Pacer(), "update": Pacer()}
 
     def run(
@@ -140,35 +138,47 @@ class Pass(Generic[Key]):
 
     def note(self, series: Mapping[Key, Series], *, first: bool) -> None:
         """Add what the last runs read, once the stopwatch has finished."""
+        self._note("device", series, lambda reading: reading(), first=first)
+        for key in self.readings:
+            series[self.named[key]].peak_bytes = self.subjects[key].peak.bytes
+        if any(isinstance(reading, Enqueued) for phases in self.readings.values() for reading in phases.values()):
+            hosts = {}
+            for key in self.readings:
+                own = series[self.named[key]]
+                own.host = hosts[self.named[key]] = own.host or Series()
+            self._note("host", hosts, _host_s, first=first)
+
+    def _note(self, clock: str, series: Mapping[Key, Series], seconds_of: _Clock, *, first: bool) -> None:
+        """Add what was read on one clock."""
         found: dict[Key, dict[str, list[float]]] = {}
-        if not first:
-            self._note_empty_backward()
-        alone_s = {"backward": statistics.median(self.enqueued_s)} if self.enqueued_s else {}
         for key, readings in self.readings.items():
             for phase, reading in readings.items():
-                seconds = taken_s(reading, alone_s.get(phase, 0.0))
-                found.setdefault(self.named[key], {}).setdefault(phase, []).append(seconds)
-        if not first and self.whole_update is not None:
-            updates = [seconds for phases in found.values() for seconds in phases.get("update", ())]
-            self.excess["update"].append(excess_s(updates, taken_s(self.whole_update)))
+                found.setdefault(self.named[key], {}).setdefault(phase, []).append(seconds_of(reading))
+        excess = self.excess.setdefault(clock, {"backward": [], "update": []})
+        if not first:
+            if self.empty_backward is not None:
+                excess["backward"].append(seconds_of(self.empty_backward))
+            if self.whole_update is not None:
+                updates = [seconds for phases in found.values() for seconds in phases.get("update", ())]
+                excess["update"].append(excess_s(updates, seconds_of(self.whole_update)))
         for key, phases in found.items():
             series[key].add(**{f"{phase}_s": statistics.fmean(each) for phase, each in phases.items()}, first=first)
-            series[key].peak_bytes = self.subjects[key].peak.bytes
-            for phase, excess in self.excess.items():
-                series[key].excess_s[phase] = statistics.median(excess) if excess else 0.0
-
-    def _note_empty_backward(self) -> None:
-        """Add what steps took longer by themselves, as far as it was timed."""
-        if isinstance(self.empty_backward, Enqueued):
-            self.enqueued_s.append(self.empty_backward.host_s)
-        elif self.empty_backward is not None:
-            self.excess["backward"].append(self.empty_backward())
+            for phase, each in excess.items():
+                series[key].excess_s[phase] = statistics.median(each) if each else 0.0
 
     def _empty_backward(self, stopwatch: Stopwatch) -> Reading:
         """Time the backward of a step that hands on what it gets: one number."""
         leaf = torch.zeros(1, device=self.device, requires_grad=True)
         backward = partial(torch.autograd.backward, [as_input(leaf)], [torch.ones_like(leaf)])
         return self.pacers["backward"].time(stopwatch, backward)[1]
+
+
+_Clock = Callable[[Reading], float]
+
+
+def _host_s(reading: Reading) -> float:
+    assert isinstance(reading, Enqueued)  # a stopwatch reads all in one way
+    return reading.host_s
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -236,16 +246,16 @@ def measure(
         for steps in running:
             steps.note(series, first=round_ == 0)
         on_round(round_)
-        whole = sum(s.median_s() for s in series.values())
+        whole = sum(s.slower.median_s() for s in series.values())
         ended = round_ >= min(goal.repeats, LEAST_REPEATS) and clock() - start > goal.budget_s
         for key in list(open_):
-            enough = series[key].is_settled(goal.precision, goal.negligible * whole)
+            enough = series[key].slower.is_settled(goal.precision, goal.negligible * whole)
             if round_ and (enough or ended or round_ >= goal.repeats):
                 del open_[key]
                 on_settled(key, series[key])
         if not open_:
             break
-    return round_totals(list(series.values()))
+    return round_totals([each.slower for each in series.values()])
 
 
 def round_totals(series: Sequence[Series]) -> list[float]:

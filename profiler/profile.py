@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pandas
 
 __all__ = [
+    "Clocked",
     "Device",
     "Estimate",
     "Link",
@@ -198,6 +199,13 @@ class Timing(Record):
     """Where the times come from; see :data:`Origin`."""
 
 
+class Clocked(Timing):
+    """A timing as it was measured: where the host enqueues work, on the device's clock and on the host's."""
+
+    host: Timing | None = None
+    """What the host takes to enqueue it."""
+
+
 class Estimate(Record):
     """How the times of a declared device were estimated: the share of its peak rates that was counted on."""
 
@@ -224,6 +232,9 @@ class Case(Record):
 
 class Measurement(Timing, Case):
     """The times of a node on a device."""
+
+    host_bound: bool = False
+    """CUDA only: a whole step takes the host longer to enqueue than the device to do; times are the host's then."""
 
 
 class Misfit(Case):

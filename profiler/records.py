@@ -12,7 +12,7 @@ from shardwright.errors import ShardwrightError
 from shardwright.profiler.cache import Cache
 from shardwright.profiler.memory import StepMemory, count_step
 from shardwright.profiler.optimizers import OptimizerMemory
-from shardwright.profiler.profile import Measurement, Node, Tie, Timing
+from shardwright.profiler.profile import Clocked, Measurement, Node, Tie
 from shardwright.profiler.profile import Tensor as TensorRecord
 from shardwright.profiler.signature import step_key
 from shardwright.profiler.state import Snapshot
@@ -142,20 +142,43 @@ def _held(name: str, captures: Mapping[int, UnitGraph]) -> dict[int, int]:
     return {count: capture.values[name].held_bytes for count, capture in captures.items()}
 
 
-def measurements_of(names: Sequence[str], timings: Mapping[tuple[str, int, str], Timing]) -> tuple[Measurement, ...]:
+def measurements_of(names: Sequence[str], timings: Mapping[tuple[str, int, str], Clocked]) -> tuple[Measurement, ...]:
     """The records of ``timings`` (by device, number of micro-batches and step), in the order of ``names``.
 
-    The update, timed with the whole batch, is given at each number of micro-batches.
+    The update, timed with the whole batch, is given at each number of micro-batches. Where work is enqueued, host and
+    device work at the same time, step after step, and the slower of both sets the pace of all.
     """
     order = {name: position for position, name in enumerate(names)}
     devices = list(dict.fromkeys(device for device, _, _ in timings))
     keys = sorted(timings, key=lambda key: (order[key[2]], key[1], devices.index(key[0])))
+    bound = {case: _host_bound(timings, *case) for case in dict.fromkeys((device, count) for device, count, _ in keys)}
     made = []
     for device, count, step in keys:
+        own = timings[device, count, step]
         whole = timings.get((device, 1, step))
-        times = timings[device, count, step].model_dump() | {"update_s": whole.update_s if whole is not None else 0.0}
+        times = own.model_dump(exclude={"host"})
+        if bound[device, count] and own.host is not None:
+            times |= own.host.model_dump(exclude={"peak_bytes", "source"})
+            whole_update_s = whole.host.update_s if whole is not None and whole.host is not None else 0.0
+        else:
+            whole_update_s = whole.update_s if whole is not None else 0.0
+        times |= {"update_s": whole_update_s, "host_bound": bound[device, count]}
         made.append(Measurement(node=step, device=device, microbatches=count, **times))
     return tuple(made)
+
+
+def _host_bound(timings: Mapping[tuple[str, int, str], Clocked], device: str, count: int) -> bool:
+    """Whether the host takes longer to enqueue a step of so many micro-batches than the device to do it."""
+    device_s = host_s = 0.0
+    for (where, microbatches, step), timing in timings.items():
+        if (where, microbatches) != (device, count):
+            continue
+        whole = timings.get((device, 1, step), timing)
+        if timing.host is None or whole.host is None:
+            return False
+        device_s += count * (timing.forward_s + timing.backward_s) + whole.update_s
+        host_s += count * (timing.host.forward_s + timing.host.backward_s) + whole.host.update_s
+    return host_s > device_s
 
 
 class _Weights:

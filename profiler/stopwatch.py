@@ -18,7 +18,6 @@ __all__ = [
     "Timer",
     "cuda_timer",
     "host_timer",
-    "taken_s",
 ]
 
 Reading = Callable[[], float]
@@ -135,16 +134,6 @@ class Pacer:
             self.host_s = enqueued.host_s
             return result, enqueued
         return stopwatch.time(function)
-
-
-def taken_s(reading: Reading, alone_s: float = 0.0) -> float:
-    """What a thing takes in a row of others, in s: on the device, or where the host takes longer to enqueue it, there.
-
-    Args:
-        alone_s: what the host took longer because the thing was called by itself.
-    """
-    seconds = reading()
-    return max(seconds, reading.host_s - alone_s) if isinstance(reading, Enqueued) else seconds
 
 
 Timer = Callable[[Callable[[], Any]], tuple[Any, float]]

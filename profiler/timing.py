@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 
-from shardwright.profiler.profile import Timing
+from shardwright.profiler.profile import Clocked, Timing
 
 __all__ = ["LEAST_REPEATS", "Series", "median_error", "median_ranks", "summarise"]
 
@@ -55,6 +56,8 @@ class Series:
         self.peak_bytes: int | None = None
         self.excess_s: dict[str, float] = {}
         """By phase, what a repeat takes too long because the step was called by itself."""
+        self.host: Series | None = None
+        """Where work is enqueued, what the host takes for it; these here are the device's times then."""
 
     def add(
         self,
@@ -93,6 +96,11 @@ class Series:
         """The update of each repeat, as a part of a larger one."""
         return [max(0.0, seconds - self.excess_s.get("update", 0.0)) for seconds in self.update_s]
 
+    @property
+    def slower(self) -> Series:
+        """The times that count when such steps follow one another: the device's, or the host's."""
+        return self.host if self.host is not None and self.host.median_s() > self.median_s() else self
+
     def median_s(self) -> float:
         """The median of :meth:`totals`; 0 before the first."""
         return float(np.median(self.totals())) if self.forward_s else 0.0
@@ -103,25 +111,29 @@ class Series:
         return error <= max(precision * self.median_s(), negligible_s)
 
 
-def summarise(series: Series) -> Timing:
+def summarise(series: Series) -> Clocked:
     """Medians, spreads, and how far they can be trusted."""
+    host = Timing(**_figures(series.host)) if series.host is not None else None
+    return Clocked(**_figures(series), peak_bytes=series.peak_bytes, host=host)
+
+
+def _figures(series: Series) -> dict[str, Any]:
     totals = series.totals()
     low, high = np.percentile(totals, [25, 75])
     far = FAR * (high - low)
     error, median = median_error(totals), series.median_s()
-    return Timing(
-        repeats=series.repeats,
-        forward_s=_median(series.forward_s),
-        forward_spread_s=_spread(series.forward_s),
-        backward_s=_median(series.backwards()),
-        backward_spread_s=_spread(series.backwards()),
-        recompute_s=_median(series.recompute_s) if series.recompute_s else None,
-        update_s=_median(series.updates()),
-        first_call_s=series.first_call_s,
-        median_error=error / median if math.isfinite(error) and median else None,
-        outliers=sum(not low - far <= total <= high + far for total in totals),
-        peak_bytes=series.peak_bytes,
-    )
+    return {
+        "repeats": series.repeats,
+        "forward_s": _median(series.forward_s),
+        "forward_spread_s": _spread(series.forward_s),
+        "backward_s": _median(series.backwards()),
+        "backward_spread_s": _spread(series.backwards()),
+        "recompute_s": _median(series.recompute_s) if series.recompute_s else None,
+        "update_s": _median(series.updates()),
+        "first_call_s": series.first_call_s,
+        "median_error": error / median if math.isfinite(error) and median else None,
+        "outliers": sum(not low - far <= total <= high + far for total in totals),
+    }
 
 
 def _median(seconds: Sequence[float]) -> float:

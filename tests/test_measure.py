@@ -6,12 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_stopwatch import Queue
 from torch import nn
 
 from shardwright.profiler.measure import Goal, Pass, excess_s, measure, round_totals
+from shardwright.profiler.profile import Clocked, Timing
+from shardwright.profiler.records import measurements_of
 from shardwright.profiler.stopwatch import HostStopwatch
 from shardwright.profiler.subject import Subject, as_input
-from shardwright.profiler.timing import LEAST_REPEATS, Series
+from shardwright.profiler.timing import LEAST_REPEATS, Series, summarise
 from shardwright.profiler.unitgraph import Call
 
 CPU = torch.device("cpu")
@@ -397,3 +400,67 @@ def test_an_input_keeps_its_class():
     """A unit may go by it."""
     marked = torch.ones(3).as_subclass(Marked).requires_grad_()
     assert type(as_input(marked)) is Marked
+
+
+class Launches(nn.Module):
+    """A unit that launches one kernel in its forward and one in its backward, on a simulated device."""
+
+    def __init__(self, queue, launch_s, run_s):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.work = queue.kernels([(launch_s, run_s, False)])
+
+    def forward(self, x):
+        self.work()
+        y = x * self.weight
+        if y.requires_grad:
+            y.register_hook(lambda _: self.work())
+        return y
+
+
+def test_work_that_is_enqueued_is_timed_on_both_clocks():
+    """In a full queue the device is not charged for launches; the slower clock decides when a step is settled."""
+    queue = Queue()
+    x = torch.ones(3, requires_grad=True)
+    subjects = {
+        "large": subject(Launches(queue, 1 / 1024, 4 / 1024), x),
+        "small": subject(Launches(queue, 2 / 1024, 1 / 1024), x),
+    }
+    settled = {}
+    measure([Pass(subjects)], queue, Goal(repeats=6), on_settled=settled.__setitem__)
+    for name, launch_s, run_s in (("large", 1 / 1024, 4 / 1024), ("small", 2 / 1024, 1 / 1024)):
+        timing = summarise(settled[name])
+        assert (timing.forward_s, timing.backward_s) == pytest.approx((run_s, run_s))
+        assert (timing.host.forward_s, timing.host.backward_s) == pytest.approx((launch_s, launch_s))
+    assert settled["large"].slower is settled["large"]
+    assert settled["small"].slower is settled["small"].host
+
+
+SIDES = st.tuples(st.integers(0, 9), st.integers(0, 9))
+
+
+@given(st.lists(st.tuples(SIDES, SIDES, SIDES), min_size=1, max_size=5), st.sampled_from([1, 4]))
+def test_the_slower_of_host_and_device_sets_the_pace_of_all(steps, count):
+    """Forward, backward and update of each step, on the device and on the host: one side's times for all of them."""
+
+    def timing(side):
+        return {
+            "repeats": 6,
+            "forward_s": side[0],
+            "forward_spread_s": 0,
+            "backward_s": side[1],
+            "backward_spread_s": 0,
+            "update_s": side[2],
+        }
+
+    sides = [[[phase[side] for phase in step] for step in steps] for side in (0, 1)]
+    timings = {
+        ("cuda:0", microbatches, f"s{number}"): Clocked(**timing(device), host=Timing(**timing(host)))
+        for number, (device, host) in enumerate(zip(*sides, strict=True))
+        for microbatches in {1, count}
+    }
+    names = [f"s{number}" for number in range(len(steps))]
+    found = [m for m in measurements_of(names, timings) if m.microbatches == count]
+    totals = [sum(count * (f + b) + u for f, b, u in side) for side in sides]
+    assert sum(count * (m.forward_s + m.backward_s) + m.update_s for m in found) == max(totals)
+    assert {m.host_bound for m in found} == {totals[1] > totals[0]}
