@@ -43,9 +43,20 @@ def step_key(step: Step, *, train: bool, optimizer: str | None, accumulate: bool
     for operation in step.operations:
         digest.update(f"{operation.text}\n".encode())
     kind = type(step.call.function).__qualname__ if step.kind == "unit" else step.type
-    how = (METHOD, step.kind, kind, train, optimizer, accumulate, torch.__version__)
+    how = (METHOD, step.kind, kind, train, optimizer, accumulate, torch.__version__, _dropouts(step.call.function))
     digest.update(repr(how).encode())
     return digest.hexdigest()[:32]
+
+
+def _dropouts(function: Any) -> list[float]:
+    """The shares that a unit drops: which its operators need not tell, where attention was captured without dropout."""
+    modules = function.modules() if isinstance(function, nn.Module) else ()
+    return [
+        float(value)
+        for module in modules
+        for name, value in sorted(vars(module).items())
+        if "drop" in name and isinstance(value, (int, float))
+    ]
 
 
 def device_key(device: Device, beside: int) -> str:

@@ -1,0 +1,88 @@
+"""Attention's memory where GPUs are to run it: no probabilities are kept, with dropout or without."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+import shardwright as sw
+from shardwright.profiler.attention import attention_as_on
+from shardwright.profiler.capture import captures_of
+from shardwright.profiler.devices import find_devices
+from shardwright.profiler.profile import Device
+from shardwright.profiler.signature import step_key
+
+GPUS = [Device(name=f"cuda:{i}", kind="cuda", description="", memory_bytes=1) for i in range(2)]
+CLUSTER = """
+[[devices]]
+names = ["cuda:0", "cuda:1"]
+model = "H100 SXM"
+[links]
+within = "NVLink 4"
+"""
+
+
+class Attention(nn.Module):
+    """Attention by the function, as transformers calls it."""
+
+    def __init__(self, dropout):
+        super().__init__()
+        self.project, self.dropout = nn.Linear(16, 48), dropout
+
+    def forward(self, x):
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.project(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v, None, self.dropout if self.training else 0.0)
+
+
+def layer(dropout):
+    made = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, batch_first=True)
+    made.self_attn.dropout = dropout
+    return nn.Sequential(made, nn.Linear(16, 16))
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """What all steps keep for the backward, counted for declared GPUs."""
+    path = tmp_path / "cluster.toml"
+    path.write_text(CLUSTER)
+
+    def of(model):
+        torch.manual_seed(0)
+        profile = sw.profile(model, (torch.randn(2, 32, 16),), cluster=path, microbatches=[1])
+        return {node.name: node.saved_bytes[1] for node in profile.nodes if node.saved_bytes}
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: nn.Sequential(Attention(p), nn.Flatten()), layer], ids=["function", "layer"]
+)
+def test_gpus_keep_no_probabilities(kept, make):
+    """With dropout attention keeps what it keeps without."""
+    assert kept(make(0.1)) == kept(make(0.0))
+
+
+def test_a_cpu_keeps_them():
+    """There the counts are those of what it runs, and the values those that it gives."""
+    q = torch.randn(1, 2, 32, 8, requires_grad=True)
+
+    def saved(devices):
+        sizes = []
+        with attention_as_on(devices), torch.autograd.graph.saved_tensors_hooks(sizes.append, lambda t: t):
+            F.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
+            F.scaled_dot_product_attention(q, q, q, None, 0.5)
+        return sum(t.numel() for t in sizes)
+
+    assert saved(GPUS) < saved(find_devices(["cpu:0"])) == saved([*GPUS, *find_devices(["cpu:0"])])
+
+
+def test_shares_that_are_dropped_tell_units_apart():
+    """Two layers that the capture sees alike are not timed as one."""
+    keys = set()
+    for dropout in (0.0, 0.1):
+        model = nn.Sequential(Attention(dropout), nn.Flatten())
+        with attention_as_on(GPUS):
+            captures, _ = captures_of(model, (torch.randn(2, 32, 16),), {}, [1], devices=2, train=True)
+        step = next(step for step in captures[1].steps if step.unit == "0")
+        keys.add(step_key(step, train=True, optimizer="adam", accumulate=False))
+    assert len(keys) == 2
