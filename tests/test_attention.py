@@ -82,7 +82,7 @@ def test_shares_that_are_dropped_tell_units_apart():
     for dropout in (0.0, 0.1):
         model = nn.Sequential(Attention(dropout), nn.Flatten())
         with attention_as_on(GPUS):
-            captures, _ = captures_of(model, (torch.randn(2, 32, 16),), {}, [1], devices=2, train=True)
+            captures, _ = captures_of(model, (torch.randn(2, 32, 16),), {}, [1], devices=2, units=["0"], train=True)
         step = next(step for step in captures[1].steps if step.unit == "0")
         keys.add(step_key(step, train=True, optimizer="adam", accumulate=False))
     assert len(keys) == 2
