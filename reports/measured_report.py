@@ -28,6 +28,15 @@ def measured_section(profile: Profile) -> Iterator[RenderableType]:
     if rows:
         yield section("Measured", "how sure the medians are, with 95% confidence, weighted by time")
         yield facts(rows)
+    for device in profile.devices:
+        counts = sorted({m.microbatches for m in profile.measurements if m.device == device.name and m.host_bound})
+        if counts:
+            at = f"at {', '.join(map(str, counts))} micro-batches" if counts != [1] else "with the whole batch"
+            text = (
+                f"{device.name} waits for its host {at}: that takes longer to launch the kernels than the GPU to run "
+                "them; larger micro-batches cost little more there"
+            )
+            yield indented(Text(text, style="yellow"))
     yield from _misfits(profile.misfits)
 
 

@@ -105,6 +105,7 @@ def test_frame_has_a_row_for_each_measurement(chain_profile):
         "outliers",
         "peak_bytes",
         "source",
+        "host_bound",
         "kind",
         "type",
         "param_bytes",

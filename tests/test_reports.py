@@ -585,3 +585,14 @@ def test_what_does_not_fit_is_told():
     shown = text_of(ProfileReport(profile.model_copy(update={"misfits": misfits})), 160)
     assert f"{profile.nodes[1].name} does not fit on cpu:1 at 2 micro-batches: out of memory" in shown
     assert "and 3 more do not fit" in shown
+
+
+def test_a_gpu_that_waits_for_its_host_is_named():
+    """With the numbers of micro-batches at which it does; nothing is said of the others."""
+    profile = REPORTS["profile"]().profile
+    device = profile.devices[0].name
+    bound = [m.model_copy(update={"host_bound": m.device == device}) for m in profile.measurements]
+    shown = " ".join(text_of(ProfileReport(profile.model_copy(update={"measurements": tuple(bound)})), 100).split())
+    assert f"{device} waits for its host" in shown
+    assert f"{profile.devices[1].name} waits for its host" not in shown
+    assert "waits for its host" not in text_of(REPORTS["profile"](), 100)
