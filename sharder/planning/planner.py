@@ -13,12 +13,14 @@ from shardwright.profiler.graph import cost_graph
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.alternatives import alternatives_of
 from shardwright.sharder.planning.blocks import problem_from_graph
+from shardwright.sharder.planning.changes import changes_that_pay
 from shardwright.sharder.planning.explain import certify, gap_percent
 from shardwright.sharder.planning.freely import for_memory, least_of, plan_freely
 from shardwright.sharder.planning.infeasible import why_nothing_fits
 from shardwright.sharder.planning.least_memory import within_share
 from shardwright.sharder.planning.offload import Rates
 from shardwright.sharder.planning.offload import offload as offload_some
+from shardwright.sharder.planning.pins import prices_of_pins
 from shardwright.sharder.planning.plan import (
     WORTHWHILE,
     Alternative,
@@ -33,7 +35,6 @@ from shardwright.sharder.planning.plan import (
 )
 from shardwright.sharder.planning.pricing import Option, baseline_of, noise_s, price, solve
 from shardwright.sharder.planning.problem import Problem, Schedule, Transfers, bits, in_flight
-from shardwright.sharder.planning.remedies import changes_that_pay, prices_of_pins
 from shardwright.sharder.planning.sensitivity import sensitivity_of
 from shardwright.sharder.planning.simulate import StageCost
 

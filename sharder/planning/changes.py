@@ -1,52 +1,27 @@
-"""What a pin costs, and what would make sharding worth it where it is not."""
+"""Changes of the task with which a split would be worth it where it is not: a larger batch, faster links."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
-from shardwright.sharder.planning.partition import partition, stage_loads
-from shardwright.sharder.planning.plan import WORTHWHILE, Change, PinPrice
+from shardwright.sharder.planning.partition import stage_loads
+from shardwright.sharder.planning.plan import WORTHWHILE, Change
 from shardwright.sharder.planning.pricing import Option, price, solve
 from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.relaxed import with_links_times
 
-__all__ = ["changes_that_pay", "prices_of_pins"]
+__all__ = ["changes_that_pay"]
 
 BATCHES = (2, 4, 8, 16, 32)
 """So many times the batch, in micro-batches of the same size."""
 LINKS = (2, 4, 10)
 """So many times as fast."""
-
-
-def prices_of_pins(
-    chosen: Option,
-    pins: Mapping[str, str],
-    problem_with: Callable[[Mapping[str, str]], Problem],
-    deadline_s: float,
-) -> tuple[PinPrice, ...]:
-    """What the largest load would be without each pin, the others kept.
-
-    Args:
-        chosen: the option that obeys all.
-        pins: unit name or pattern -> device.
-        problem_with: the problem with other pins, at the chosen number of micro-batches.
-        deadline_s: of ``time.monotonic()``; pins that it leaves no time for have no price.
-    """
-    prices = []
-    for position, (pattern, device) in enumerate(pins.items()):
-        others = {key: value for key, value in pins.items() if key != pattern}
-        problem = dataclasses.replace(problem_with(others), schedule=chosen.problem.schedule)
-        split = None
-        with contextlib.suppress(ShardwrightError):
-            split = partition(problem, time_limit_s=max(0.0, deadline_s - time.monotonic()) / (len(pins) - position))
-        value_s = None if split is None else min(split.value_s, chosen.split.value_s)
-        prices.append(PinPrice(unit=pattern, device=device, without_s=value_s, exact=split is not None and split.exact))
-    return tuple(prices)
 
 
 def changes_that_pay(
@@ -71,17 +46,10 @@ def _with_batch(splits: Sequence[Option], baseline: Option, profile: Profile) ->
     for factor in BATCHES:
         alone = _at_batch(baseline, factor, profile)
         priced = [larger for split in splits if (larger := _at_batch(split, factor, profile)) is not None]
-        if alone is None or not priced:
-            continue
-        best = min(priced, key=lambda option: option.step_s)
-        if best.step_s * WORTHWHILE <= alone.step_s:
-            return Change(
-                what="batch",
-                factor=factor,
-                microbatches=best.problem.microbatches,
-                step_s=best.step_s,
-                speedup=alone.step_s / best.step_s if best.step_s else 1.0,
-            )
+        if alone is not None and priced:
+            change = _if_it_pays("batch", factor, min(priced, key=lambda option: option.step_s), alone)
+            if change is not None:
+                return change
     return None
 
 
@@ -98,12 +66,21 @@ def _with_links(problem: Problem, baseline: Option, profile: Profile, deadline_s
         with contextlib.suppress(ShardwrightError):
             time_limit_s = max(0.0, deadline_s - time.monotonic()) / len(LINKS)
             option = solve(with_links_times(problem, factor), profile, time_limit_s=time_limit_s)
-        if option is not None and len(option.split.stages) > 1 and option.step_s * WORTHWHILE <= baseline.step_s:
-            return Change(
-                what="links",
-                factor=factor,
-                microbatches=option.problem.microbatches,
-                step_s=option.step_s,
-                speedup=baseline.step_s / option.step_s if option.step_s else 1.0,
-            )
+        if option is not None and len(option.split.stages) > 1:
+            change = _if_it_pays("links", factor, option, baseline)
+            if change is not None:
+                return change
     return None
+
+
+def _if_it_pays(what: Literal["batch", "links"], factor: int, split: Option, alone: Option) -> Change | None:
+    """The change with which ``split`` is worth it beside one device ``alone``; None if it is not."""
+    if split.step_s * WORTHWHILE > alone.step_s:
+        return None
+    return Change(
+        what=what,
+        factor=factor,
+        microbatches=split.problem.microbatches,
+        step_s=split.step_s,
+        speedup=alone.step_s / split.step_s if split.step_s else 1.0,
+    )
