@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
@@ -297,17 +297,24 @@ class PlanReport:
 
 
 def _what_would_change(changes: Sequence[Change]) -> str:
-    """With what a split would be worth it."""
-    if not changes:
-        return "Nothing that was tried changes that: a batch up to 32 times as large, links up to 10 times as fast."
-    words = []
-    for change in changes:
-        if change.what == "batch":
-            what = f"a batch {change.factor} times as large, in micro-batches of the same size"
-        else:
-            what = f"links {change.factor} times as fast"
-        words.append(f"{what} ({ratio(change.speedup)} with {count(change.microbatches, 'micro-batch')})")
-    return f"What would change that: {'; or '.join(words)}."
+    """With what a split would be worth it, or that nothing which was tried is enough."""
+    found = [
+        f"{_change_in_words(change.what, str(change.pays.factor))} ({ratio(change.pays.speedup)} with "
+        f"{count(change.pays.microbatches, 'micro-batch')})"
+        for change in changes
+        if change.pays is not None
+    ]
+    if found:
+        return f"What would change that: {'; or '.join(found)}."
+    tried = [_change_in_words(change.what, f"up to {max(change.tried)}") for change in changes]
+    return f"Nothing that was tried changes that: {', '.join(tried)}." if tried else "No change of it could be priced."
+
+
+def _change_in_words(what: Literal["batch", "links"], times: str) -> str:
+    """A batch or links so many ``times`` as large or as fast."""
+    if what == "links":
+        return f"links {times} times as fast"
+    return f"a batch {times} times as large, in micro-batches of the same size"
 
 
 def _price_of(pin: PinPrice, value_s: float) -> str:

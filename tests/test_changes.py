@@ -7,7 +7,7 @@ from rich.console import Console
 
 from shardwright.profiler.profile import Link
 from shardwright.reports.plan_report import PlanReport, verdict
-from shardwright.sharder.planning.plan import WORTHWHILE
+from shardwright.sharder.planning.plan import WORTHWHILE, Change
 from shardwright.sharder.planning.planner import plan
 
 
@@ -34,7 +34,9 @@ def test_a_larger_batch_that_pays_is_found(chain_profile):
         larger = chain_profile(2, microbatches=(2 * factor,), forward_s=float(factor), tensor_bytes=100 * factor)
         return plan(over_links(larger, 0.5, 1e9))
 
-    (batch,) = [change for change in at(1).changes if change.what == "batch"]
+    (change,) = [change for change in at(1).changes if change.what == "batch"]
+    batch = change.pays
+    assert change.tried[-1] == batch.factor
     assert batch.microbatches == 2 * batch.factor
     paid = at(batch.factor).predicted
     assert (paid.step_s, paid.speedup) == (pytest.approx(batch.step_s), pytest.approx(batch.speedup))
@@ -46,7 +48,7 @@ def test_faster_links_that_pay_are_found(chain_profile):
     """With links of that speed the planner itself shards; with those of the step before it does not."""
     profile = over_links(chain_profile(8, microbatches=(4,), tensor_bytes=1000), 0.0, 25.0)
     result = plan(profile)
-    (links,) = [change for change in result.changes if change.what == "links"]
+    (links,) = [change.pays for change in result.changes if change.what == "links"]
     faster = plan(over_links(profile, 0.0, 25.0 * links.factor))
     assert verdict(faster).shard
     assert faster.predicted.step_s == pytest.approx(links.step_s)
@@ -55,10 +57,35 @@ def test_faster_links_that_pay_are_found(chain_profile):
 
 
 def test_where_nothing_pays_it_says_so(chain_profile):
-    """One unit cannot be split, whatever the batch and the links are."""
+    """One unit cannot be split, whatever the links are, and there is no split whose batch could be larger."""
     result = plan(chain_profile(1))
-    assert result.changes == ()
-    assert "Nothing that was tried changes that" in text_of(PlanReport(result))
+    (links,) = result.changes
+    assert (links.what, links.pays) == ("links", None)
+    assert f"Nothing that was tried changes that: links up to {max(links.tried)} times as fast." in text_of(
+        PlanReport(result)
+    )
+
+
+def test_what_was_tried_is_told_as_the_plan_records_it(chain_profile):
+    """Whatever factors the search takes; where it could price nothing, that is said."""
+    result = plan(chain_profile(1))
+    changes = (Change(what="batch", tried=(2, 6), pays=None), Change(what="links", tried=(3,), pays=None))
+    text = text_of(PlanReport(result.model_copy(update={"changes": changes})))
+    assert "a batch up to 6 times as large, in micro-batches of the same size, links up to 3 times as fast." in text
+    assert "No change of it could be priced." in text_of(PlanReport(result.model_copy(update={"changes": ()})))
+
+
+def test_a_batch_that_does_not_fit_is_not_said_to_be_tried(chain_profile):
+    """The engine's buffers are of all micro-batches: what little memory leaves no room for is not claimed."""
+    profile = over_links(chain_profile(2, microbatches=(2,), tensor_bytes=100), 0.7, 1e9)
+
+    def batches(result):
+        return next(change.tried for change in result.changes if change.what == "batch")
+
+    roomy = plan(profile)
+    whole = roomy.stages[0].memory_bytes
+    assert batches(roomy) == (2, 4, 8, 16, 32)
+    assert batches(plan(profile, memory={"cpu:0": whole, "cpu:1": whole})) == (2, 4, 8, 16)
 
 
 def test_a_plan_worth_it_needs_no_change(chain_profile):

@@ -15,6 +15,7 @@ __all__ = [
     "Candidate",
     "Certificate",
     "Change",
+    "Gain",
     "Objective",
     "PeakShare",
     "PinPrice",
@@ -182,17 +183,26 @@ class PinPrice(Record):
     """Whether it is proven, or only the best that was found."""
 
 
-class Change(Record):
-    """A change of the task with which a split would be worth it."""
+class Gain(Record):
+    """The smallest factor with which a split would be worth it."""
 
-    what: Literal["batch", "links"]
-    """``"batch"``: a larger one, in more micro-batches of the same size; ``"links"``: faster ones."""
     factor: PositiveInt
     """So many times as large, or as fast."""
     microbatches: PositiveInt
     step_s: NonNegativeFloat
     speedup: NonNegativeFloat
     """Over the one device, with the same batch."""
+
+
+class Change(Record):
+    """A change of the task that was weighed, since a split is not worth it as it is."""
+
+    what: Literal["batch", "links"]
+    """``"batch"``: a larger one, in more micro-batches of the same size; ``"links"``: faster ones."""
+    tried: tuple[PositiveInt, ...] = Field(min_length=1)
+    """The factors with which the best that fits was found and priced, in rising order, up to the first that pays."""
+    pays: Gain | None
+    """None where none of them does."""
 
 
 class Replans(Record):
@@ -274,7 +284,8 @@ class Plan(Document):
     pins: tuple[PinPrice, ...] = ()
     """What the planner was told, and what that costs."""
     changes: tuple[Change, ...] | None = None
-    """Where sharding is not worth it: what would change that; None where it is, or nothing fits one device."""
+    """Where sharding is not worth it: what was tried that might change that; None where it is, or no single device
+    holds the model."""
     sensitivity: Sensitivity | None = None
     """None where the profile does not say how sure its times are."""
 

@@ -13,7 +13,7 @@ from shardwright.profiler.graph import cost_graph
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.alternatives import alternatives_of
 from shardwright.sharder.planning.blocks import problem_from_graph
-from shardwright.sharder.planning.changes import changes_that_pay
+from shardwright.sharder.planning.changes import changes_tried
 from shardwright.sharder.planning.explain import certify, gap_percent
 from shardwright.sharder.planning.freely import for_memory, least_of, plan_freely
 from shardwright.sharder.planning.infeasible import why_nothing_fits
@@ -172,7 +172,7 @@ def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
             "changes": (
                 None
                 if baseline is None or (written.predicted.speedup or 0.0) >= WORTHWHILE
-                else changes_that_pay(options, baseline, profile, deadline_s)
+                else changes_tried(options, baseline, profile, deadline_s)
             ),
             "sensitivity": sensitivity_of(
                 chosen, _rivals(chosen, options, baseline), profile, replans=replans, deadline_s=deadline_s
