@@ -320,7 +320,7 @@ def _change_in_words(what: Literal["batch", "links"], times: str) -> str:
 def _price_of(pin: PinPrice, value_s: float) -> str:
     """What a pin costs."""
     if pin.without_s is None:
-        return "its price was not found in the time"
+        return f"its price was not found: {pin.why}"
     if not value_s or pin.without_s >= value_s * (1 - 1e-9):
         return "costs nothing" if pin.exact else "no better split was found without it"
     more = percent(100 * (value_s / pin.without_s - 1)) if pin.without_s else "all of it"

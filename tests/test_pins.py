@@ -1,11 +1,20 @@
 """What a pin costs: against planning without it."""
 
 import io
+import math
 
 from rich.console import Console
 
 from shardwright.reports.plan_report import PlanReport
+from shardwright.sharder.planning.blocks import problem_from_graph
+from shardwright.sharder.planning.offload import Rates
+from shardwright.sharder.planning.partition import partition
+from shardwright.sharder.planning.pins import prices_of_pins
 from shardwright.sharder.planning.planner import plan
+from shardwright.sharder.planning.pricing import price
+
+NOWHERE = Rates((None, None), None, 0)
+"""No weights can come from anywhere."""
 
 
 def text_of(report):
@@ -39,8 +48,54 @@ def test_prices_of_pins_are_shown(chain_profile):
 
 
 def test_no_time_for_prices_is_said(chain_profile):
-    """A pin whose price was not found has none."""
-    result = plan(chain_profile(8), microbatches=4, pins={"net.u0": "cpu:0"})
-    unpriced = result.pins[0].model_copy(update={"without_s": None, "exact": False})
-    text = text_of(PlanReport(result.model_copy(update={"pins": (unpriced,)})))
-    assert "its price was not found in the time" in text
+    """Only an uneven cut fits, which takes a search: a pin for which there was none says so."""
+    profile = chain_profile(8)
+    uneven = {"cpu:0": 6_500, "cpu:1": 15_000}
+
+    def with_pins(pins):
+        return problem_from_graph(profile.graph(4), pins=pins, memory=uneven)
+
+    pins = {"net.u0": "cpu:0"}
+    problem = with_pins(pins)
+    chosen = price(problem, partition(problem), profile)
+    assert prices_of_pins(chosen, pins, with_pins, NOWHERE, math.inf)[0].without_s is not None
+    (found,) = prices_of_pins(chosen, pins, with_pins, NOWHERE, 0.0)
+    assert found.without_s is None
+    assert "in the time allowed" in found.why
+    text = text_of(PlanReport(plan(profile, microbatches=4).model_copy(update={"pins": (found,)})))
+    assert f"its price was not found: {found.why}" in " ".join(text.split())
+
+
+def offloading(profile):
+    """The profile of devices to which weights come from the host's memory."""
+    devices = tuple(device.model_copy(update={"fetch_bytes_per_s": 1e4}) for device in profile.devices)
+    return profile.model_copy(update={"devices": devices, "host_bytes": 10**6})
+
+
+def tight(chain_profile, memory_bytes):
+    """Units of 1,000 bytes for inference on two devices of a little memory."""
+    speed = {"cuda:0": 1.0, "cuda:1": 1.0}
+    return offloading(
+        chain_profile(8, train=False, speed=speed, memory_bytes=memory_bytes, param_bytes=1_000, tensor_bytes=8)
+    )
+
+
+def test_a_pin_of_a_plan_with_offloaded_weights_has_a_price(chain_profile):
+    """Planned without it, weights are offloaded too, and loads are even: proven is neither."""
+    profile = tight(chain_profile, 3_400)
+    pinned = plan(profile, microbatches=1, pins={"net.u[0-5]": "cuda:0"})
+    assert pinned.offloaded
+    (found,) = pinned.pins
+    assert found.without_s == plan(profile, microbatches=1).certificate.value_s
+    assert found.without_s < pinned.certificate.value_s
+    assert not found.exact
+
+
+def test_a_pin_that_is_why_weights_are_offloaded_is_priced_without_it(chain_profile):
+    """Each device holds half of the weights: only what a pin crowds onto one has to be brought in."""
+    profile = tight(chain_profile, 4_400)
+    pinned = plan(profile, microbatches=1, pins={"net.u[0-5]": "cuda:0"})
+    alone = plan(profile, microbatches=1)
+    assert pinned.offloaded
+    assert not alone.offloaded
+    assert pinned.pins[0].without_s == alone.certificate.value_s

@@ -178,9 +178,11 @@ class PinPrice(Record):
     """Name or pattern."""
     device: str
     without_s: NonNegativeFloat | None
-    """The plan's own largest load, or less; None where the time did not allow to find it."""
+    """The plan's own largest load, or less; None where no split without the pin was found."""
     exact: bool
     """Whether it is proven, or only the best that was found."""
+    why: str = ""
+    """Why there is no price."""
 
 
 class Gain(Record):

@@ -167,7 +167,11 @@ def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
     return written.model_copy(
         update={
             "pins": prices_of_pins(
-                chosen, pins or {}, lambda others: problem_at(chosen.problem.microbatches, others), deadline_s
+                chosen,
+                pins or {},
+                lambda others: problem_at(chosen.problem.microbatches, others),
+                _rates(profile, chosen.problem),
+                deadline_s,
             ),
             "changes": (
                 None
@@ -212,12 +216,16 @@ def _rivals(chosen: Option, options: list[Option], baseline: Option | None) -> l
 def _offloaded(problems: list[Problem], profile: Profile, deadline_s: float) -> list[Option]:
     """The last resort at the smallest micro-batch: a split with the weights of some blocks elsewhere, if one fits."""
     problem = max(problems, key=lambda p: p.microbatches)
-    fetch = {device.name: device.fetch_bytes_per_s for device in profile.devices}
-    rates = Rates(tuple(fetch[name] for name in problem.devices), profile.disk_bytes_per_s, profile.host_bytes)
-    found = offload_some(problem, rates, time_limit_s=max(0.5, (deadline_s - time.monotonic()) / 10))
+    found = offload_some(problem, _rates(profile, problem), time_limit_s=max(0.5, (deadline_s - time.monotonic()) / 10))
     if found is None:
         return []
     return [dataclasses.replace(price(found.problem, found.split, profile), tiers=found.tiers)]
+
+
+def _rates(profile: Profile, problem: Problem) -> Rates:
+    """How fast offloaded weights come to the devices of ``problem``."""
+    fetch = {device.name: device.fetch_bytes_per_s for device in profile.devices}
+    return Rates(tuple(fetch[name] for name in problem.devices), profile.disk_bytes_per_s, profile.host_bytes)
 
 
 def _write(
