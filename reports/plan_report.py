@@ -111,9 +111,10 @@ class PlanReport:
         if plan.changes is not None and not shard:
             yield Text(_what_would_change(plan.changes))
         if plan.sensitivity is not None and plan.sensitivity.faster_share < SURE:
+            found, best = plan.sensitivity, plan.predicted.step_s <= plan.sensitivity.rival_step_s
             yield Text(
-                f"Best only by noise: with costs drawn within their uncertainty, {plan.sensitivity.rival} is as fast "
-                f"or faster in {percent(100 * (1 - plan.sensitivity.faster_share))} of the draws.",
+                f"{'Best only by noise' if best else 'Not the fastest'}: with costs drawn within their uncertainty, "
+                f"{found.rival} is as fast or faster in {percent(100 * (1 - found.faster_share))} of the draws.",
                 style="yellow",
             )
         declared = [device for device in plan.devices if device in plan.declared_devices]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from shardwright.errors import ShardwrightError
@@ -179,7 +179,12 @@ def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
                 else changes_tried(options, baseline, profile, deadline_s)
             ),
             "sensitivity": sensitivity_of(
-                chosen, _rivals(chosen, options, baseline), profile, replans=replans, deadline_s=deadline_s
+                chosen,
+                _rivals(chosen, options, baseline),
+                profile,
+                parallel=_in_parallel(alternatives, every),
+                replans=replans,
+                deadline_s=deadline_s,
             ),
         }
     )
@@ -211,6 +216,14 @@ def _rivals(chosen: Option, options: list[Option], baseline: Option | None) -> l
     if baseline is not None and chosen is not baseline:
         rivals.append((f"{baseline.problem.devices[0]} alone", baseline))
     return rivals
+
+
+def _in_parallel(alternatives: Sequence[Alternative], every: Sequence[Problem]) -> tuple[Problem, float] | None:
+    """The problem that data parallel was priced at, and its step; None where it is not possible."""
+    for one in alternatives:
+        if one.name == "data parallel" and one.step_s is not None:
+            return next(problem for problem in every if problem.microbatches == one.microbatches), one.step_s
+    return None
 
 
 def _offloaded(problems: list[Problem], profile: Profile, deadline_s: float) -> list[Option]:

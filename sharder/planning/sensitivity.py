@@ -4,6 +4,11 @@ The profile says of each unit how sure its median is (half of its 95% interval),
 off where they were fitted. Costs are drawn within that, the same for units that share a measurement, and the chosen
 split and its rivals are simulated with the same draws. A rival that is faster in a good part of them is as good as the
 plan, for all that is known.
+
+Drawn is what units and glue take to compute, and nothing else. The times of links, with them those in which offloaded
+weights come, are the same in every draw, since a profile does not say how sure these are. Rivals are what one may
+decide for instead: other numbers of micro-batches, one device, data parallel. The equal splits are none: they are
+splits like the plan, with the same costs and no smaller largest load.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,7 +31,7 @@ from shardwright.sharder.planning.pricing import Option, rules_of
 from shardwright.sharder.planning.problem import Problem, bits
 from shardwright.sharder.planning.simulate import steps_at
 
-__all__ = ["replans_of", "sensitivity_of"]
+__all__ = ["sensitivity_of"]
 
 DRAWS = 101
 WIDTH_OF_95 = 1.96
@@ -49,7 +54,7 @@ class _Draws:
     profile: Profile
     deviations: Mapping[str, float] = field(init=False)
     """By declared device: the standard deviation of an estimate there."""
-    drawn: dict[tuple[object, ...], _Floats] = field(default_factory=dict)
+    drawn: dict[tuple[float, ...], _Floats] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.generator = np.random.default_rng(0)
@@ -60,29 +65,46 @@ class _Draws:
         }
 
     def deviation(self, row: Measurement) -> float:
-        """Standard deviation of a time, as a part of it; 0 where nothing is known."""
-        if row.source == "measured":
-            return (row.median_error or 0.0) / WIDTH_OF_95
-        return self.deviations.get(row.device, 0.0)
+        """Standard deviation of a time, as a part of it; 0 where nothing is known.
+
+        A time that was taken from another device of the same model is as sure as it was there.
+        """
+        if row.median_error is not None and row.source != "estimated":
+            return row.median_error / WIDTH_OF_95
+        return 0.0 if row.source == "measured" else self.deviations.get(row.device, 0.0)
 
     def of(self, row: Measurement) -> _Floats:
-        """The factors of one measurement, by draw."""
-        key = (row.device, row.microbatches, row.forward_s, row.backward_s, row.update_s)
+        """The factors of one measurement, by draw.
+
+        Units of a kind share one measurement, and so do devices of a model if only one of them was timed; estimates
+        from equal figures are off together. All of these have equal times and are equally sure of them, which
+        measurements apart never are.
+        """
+        deviation = self.deviation(row)
+        key = (row.microbatches, row.forward_s, row.backward_s, row.update_s, deviation)
         if key not in self.drawn:
             normal = self.generator.standard_normal(DRAWS)
-            self.drawn[key] = np.maximum(LEAST_FACTOR, 1 + self.deviation(row) * normal)
+            self.drawn[key] = np.maximum(LEAST_FACTOR, 1 + deviation * normal)
         return self.drawn[key]
 
-    def of_nodes(self, nodes: Sequence[str], device: str, microbatches: int) -> _Floats:
-        """The factors of a piece of several nodes, weighed by their times."""
-        whole, changed = 0.0, np.zeros(DRAWS)
+    def added_s(self, nodes: Iterable[str], device: str, microbatches: int, *, passes: int) -> _Floats:
+        """What ``passes`` micro-batches through ``nodes`` and an update take more than by their medians, by draw."""
+        added = np.zeros(DRAWS)
         for node in nodes:
             row = self.profile.measurement(node, device, microbatches)
             if row is not None:
-                seconds = microbatches * (row.forward_s + row.backward_s) + row.update_s
-                whole += seconds
-                changed += seconds * self.of(row)
-        return changed / whole if whole else np.ones(DRAWS)
+                added += (passes * (row.forward_s + row.backward_s) + row.update_s) * (self.of(row) - 1)
+        return added
+
+    def factors(self, problem: Problem, members: int, device: int) -> _Floats:
+        """By draw: the time of the blocks in ``members`` on ``device``, over that by their medians."""
+        blocks = [*bits(members)]
+        seconds = sum(problem.work_s(v, device) for v in blocks)
+        if not seconds:
+            return np.ones(DRAWS)
+        nodes = (node for v in blocks for node in problem.blocks[v].nodes)
+        passes = problem.microbatches
+        return 1 + self.added_s(nodes, problem.devices[device], passes, passes=passes) / seconds
 
     def known(self) -> bool:
         """Whether the profile says anything of how sure its times are."""
@@ -90,7 +112,13 @@ class _Draws:
 
 
 def sensitivity_of(
-    chosen: Option, rivals: Sequence[tuple[str, Option]], profile: Profile, *, replans: int, deadline_s: float
+    chosen: Option,
+    rivals: Sequence[tuple[str, Option]],
+    profile: Profile,
+    *,
+    parallel: tuple[Problem, float] | None = None,
+    replans: int,
+    deadline_s: float,
 ) -> Sensitivity | None:
     """How the step of ``chosen`` moves, and how it stands to its nearest rival; None where nothing is known.
 
@@ -98,6 +126,7 @@ def sensitivity_of(
         chosen: the option that was chosen.
         rivals: the others, each with its name.
         profile: with the uncertainty of its times.
+        parallel: of data parallel, where it is possible, the problem in as many micro-batches as devices, and the step.
         replans: how many of the draws are planned anew.
         deadline_s: of ``time.monotonic()``, for planning anew.
     """
@@ -105,29 +134,31 @@ def sensitivity_of(
     if not draws.known():
         return None
     own = _steps(chosen, draws, profile)
-    deciles = statistics.quantiles(own.tolist(), n=20)
-    share, rival, step_s = min(
-        ((float(np.mean(own <= _steps(option, draws, profile))), name, option.step_s) for name, option in rivals),
+    twentieths = statistics.quantiles(own.tolist(), n=20)
+    others = [(name, option.step_s, _steps(option, draws, profile)) for name, option in rivals]
+    if parallel is not None:
+        problem, step_s = parallel
+        name = f"data parallel over {len(problem.devices)} devices"
+        others.append((name, step_s, step_s + _more_in_parallel_s(problem, draws)))
+    share, rival, rival_step_s = min(
+        ((float(np.mean(own <= steps)), name, step_s) for name, step_s, steps in others),
         default=(1.0, "", 0.0),
     )
     return Sensitivity(
         draws=DRAWS,
-        step_low_s=deciles[0],
-        step_high_s=deciles[-1],
+        step_low_s=twentieths[0],
+        step_high_s=twentieths[-1],
         rival=rival,
-        rival_step_s=step_s,
+        rival_step_s=rival_step_s,
         faster_share=share,
-        replans=replans_of(chosen, draws, replans, deadline_s) if replans else None,
+        replans=_replans_of(chosen, draws, replans, deadline_s) if replans else None,
     )
 
 
 def _steps(option: Option, draws: _Draws, profile: Profile) -> _Floats:
     """The median step at each draw."""
     problem = option.problem
-    factors = []
-    for device, members in option.split.stages:
-        nodes = [node for v in bits(members) for node in problem.blocks[v].nodes]
-        factors.append(draws.of_nodes(nodes, problem.devices[device], problem.microbatches))
+    factors = [draws.factors(problem, members, device) for device, members in option.split.stages]
     rules = rules_of(problem, train=profile.train)
     steps = steps_at(option.costs, np.array(factors).T, problem.microbatches, **rules)
     # What unsteady devices add to the step of the median times is taken as in proportion.
@@ -135,7 +166,19 @@ def _steps(option: Option, draws: _Draws, profile: Profile) -> _Floats:
     return np.array(steps) * scale
 
 
-def replans_of(chosen: Option, draws: _Draws, count: int, deadline_s: float) -> Replans:
+def _more_in_parallel_s(problem: Problem, draws: _Draws) -> _Floats:
+    """By draw: how much longer than by the medians all wait for the slowest device, each with one micro-batch."""
+    nodes = [node for block in problem.blocks for node in block.nodes]
+    devices = range(len(problem.devices))
+    medians_s = np.array(
+        [sum(b.forward_s[d] + b.backward_s[d] + b.update_s[d] for b in problem.blocks) for d in devices]
+    )
+    added_s = [draws.added_s(nodes, problem.devices[d], problem.microbatches, passes=1) for d in devices]
+    slowest_s: _Floats = (medians_s[:, None] + np.array(added_s)).max(axis=0)
+    return slowest_s - medians_s.max()
+
+
+def _replans_of(chosen: Option, draws: _Draws, count: int, deadline_s: float) -> Replans:
     """Plan with drawn costs: how often another split is better then, and by how much it has the smaller largest load.
 
     Draws that the time does not allow are left out.
@@ -161,14 +204,14 @@ def replans_of(chosen: Option, draws: _Draws, count: int, deadline_s: float) -> 
 def _drawn(problem: Problem, draws: _Draws, draw: int) -> Problem:
     """The problem with the costs of one draw."""
     blocks = []
-    for block in problem.blocks:
-        factors = [draws.of_nodes(block.nodes, name, problem.microbatches)[draw] for name in problem.devices]
+    for v, block in enumerate(problem.blocks):
+        factors = [float(draws.factors(problem, 1 << v, device)[draw]) for device in range(len(problem.devices))]
         blocks.append(
             dataclasses.replace(
                 block,
-                forward_s=tuple(float(s * f) for s, f in zip(block.forward_s, factors, strict=True)),
-                backward_s=tuple(float(s * f) for s, f in zip(block.backward_s, factors, strict=True)),
-                update_s=tuple(float(s * f) for s, f in zip(block.update_s, factors, strict=True)),
+                forward_s=tuple(s * f for s, f in zip(block.forward_s, factors, strict=True)),
+                backward_s=tuple(s * f for s, f in zip(block.backward_s, factors, strict=True)),
+                update_s=tuple(s * f for s, f in zip(block.update_s, factors, strict=True)),
             )
         )
     return dataclasses.replace(problem, blocks=tuple(blocks))
