@@ -243,6 +243,7 @@ class _Probe:
                 self.behind[other].append(number)
         self.weights = np.array([(state.behind, state.ahead) for state in states]).reshape(-1, 2).T
         self.windows: list[tuple[int, int]] = []
+        self.edges: dict[tuple[int, int], tuple[Floats, Floats]] = {}
         self.values: list[Floats | None] = []
 
     def open(self, ceiling: float) -> None:
@@ -252,6 +253,14 @@ class _Probe:
         lows = np.searchsorted(even, even[-1] * (1 - ROUNDING) - behind)
         highs = np.searchsorted(even, ahead + even[-1] * ROUNDING, side="right")
         self.windows = list(zip(lows.tolist(), highs.tolist(), strict=True))
+        self.edges.clear()
+
+    def _edges_before(self, number: int, behind: int) -> tuple[Floats, Floats]:
+        """In the window of a state, with one of the kind ``behind`` next: starts of that, and ends of its own stage."""
+        if (number, behind) not in self.edges:
+            kind, at = self.states[number].kind, slice(*self.windows[number])
+            self.edges[number, behind] = self.line.start(behind, kind, at), self.line.end(kind, behind, at)
+        return self.edges[number, behind]
 
     def below(self, ceiling: float) -> tuple[Cut | None, float]:
         """A cut with no load above ``ceiling``, or None and the smallest ceiling at which that might change."""
@@ -272,12 +281,14 @@ class _Probe:
                 first, last = self.windows[other]
                 if first >= last:
                     continue
-                kind, at = self.states[other].kind, slice(first, last)
-                loads = self._ends(number, smallest, at) - line.start(state.kind, kind, at)
+                starts, ends = self._edges_before(other, state.kind)
+                loads = self._ends(number, smallest, slice(first, last)) - starts
                 low = loads <= ceiling
-                too_large = min(too_large, float(np.where(low, np.inf, loads).min()))
-                if low.any():
-                    self._offer(other, first, np.where(low, line.end(kind, state.kind, at), np.inf))
+                most = np.count_nonzero(low)
+                if most < len(low):
+                    too_large = min(too_large, float(loads[~low].min()))
+                if most:
+                    self._offer(other, first, ends if most == len(low) else np.where(low, ends, np.inf))
         return None, too_large
 
     def _offer(self, number: int, first: int, values: Floats) -> None:
@@ -295,7 +306,8 @@ class _Probe:
         """By position in the window of a state: the smallest value from there to the next barred block."""
         values = self.values[number]
         assert values is not None, "only states that can be reached are gone through"
-        smallest = np.append(values, np.inf)  # behind the window is nothing
+        smallest = np.empty(len(values) + 1)
+        smallest[:-1], smallest[-1] = values, np.inf  # behind the window is nothing
         edges = [0, len(values)]
         if self.line.barred:
             low, high = self.windows[number]
