@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -422,9 +423,15 @@ def schema(
 
 
 def _format_of(path: Path) -> str:
-    """The ``format`` field of a JSON file; the empty string when it has none, for the loader to explain."""
+    """The ``format`` field of a JSON file; the empty string when it has none, for the loader to explain.
+
+    Our own files have it in front, and need not be read twice.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if first := re.match(r'\s*{\s*"format"\s*:\s*"([\w.]+)"', text):
+            return first[1]
+        content = json.loads(text)
     except (OSError, ValueError):
         return ""
     return str(content.get("format", "")) if isinstance(content, dict) else ""
@@ -432,10 +439,15 @@ def _format_of(path: Path) -> str:
 
 def _load_profile(path: Path) -> Profile:
     """A saved profile, or costs as one."""
-    from shardwright.profiler.costs import Costs
     from shardwright.profiler.profile import Profile
 
-    return Costs.load(path).profile() if _format_of(path) == Costs.kind else Profile.load(path)
+    found = _format_of(path)
+    if found != Profile.kind:
+        from shardwright.profiler.costs import Costs
+
+        if found == Costs.kind:
+            return Costs.load(path).profile()
+    return Profile.load(path)
 
 
 def _profile_path(given: Path | None, target: str | None) -> Path:

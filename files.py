@@ -79,25 +79,37 @@ class Document(Record):
     @classmethod
     def parse(cls, text: str, *, source: str) -> Self:
         """Make a document from JSON ``text``; ``source`` names it in errors."""
+        try:
+            made = cls.model_validate_json(text)
+        except ValidationError as error:
+            raise ShardwrightError(cls._refusal(text, source, error)) from error
+        if not made.model_fields_set >= {"format", "version"}:  # which have defaults for what is made, not read
+            raise ShardwrightError(cls._refusal(text, source, None))
+        return made
+
+    @classmethod
+    def _refusal(cls, text: str, source: str, error: ValidationError | None) -> str:
+        """Why ``text`` is no such document: the first reason that a person would give.
+
+        ``error`` is what is wrong beside its format and version, if anything is.
+        """
         noun = cls.kind.rpartition(".")[2]
         again = cls.remedy or f"make the {noun} again"
         try:
             content: Any = json.loads(text)
-        except ValueError as error:
-            raise ShardwrightError(f"{source} is not complete JSON ({error}); {again}") from error
+        except ValueError as broken:
+            return f"{source} is not complete JSON ({broken}); {again}"
         found = content.get("format") if isinstance(content, dict) else None
         if found != cls.kind:
-            raise ShardwrightError(f"{source} is not a {noun}: its format is {found!r}, expected {cls.kind!r}")
+            return f"{source} is not a {noun}: its format is {found!r}, expected {cls.kind!r}"
         version = content.get("version")
         if not isinstance(version, int) or version > cls.current_version:
-            raise ShardwrightError(
+            return (
                 f"{source} has {noun} version {version!r}; this shardwright reads up to {cls.current_version}: "
                 f"upgrade shardwright, or {again}"
             )
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            raise ShardwrightError(f"{source} {cls.fault(error, content)}") from error
+        assert error is not None, "format and version are as they should be"
+        return f"{source} {cls.fault(error, content)}"
 
     @classmethod
     def fault(cls, error: ValidationError, content: Any) -> str:  # noqa: ARG003  # a subclass may look into it

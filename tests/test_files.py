@@ -49,6 +49,8 @@ def without(**changes):
         ("[]", "is not a paper: its format is None, expected 'shardwright.paper'"),
         ("{}", "is not a paper"),
         (without(format="shardwright.plan"), "is not a paper: its format is 'shardwright.plan'"),
+        (without(format=None), "is not a paper: its format is None"),
+        (without(version=None), "has paper version None"),
         (without(version=3), "has paper version 3; this shardwright reads up to 2: upgrade"),
         (without(version="2"), "has paper version '2'"),
         (without(rows=None), "is a damaged paper: rows: Field required; make it again"),
