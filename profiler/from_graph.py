@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import networkx as nx
@@ -14,10 +15,11 @@ import networkx as nx
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.given import rate, refuse_misspelt, seconds, texts, whole
 from shardwright.profiler.given_devices import devices_of, links_of, variations_of
+from shardwright.profiler.graph import Times, cost_graph
 from shardwright.profiler.graphml import nested_graph
 from shardwright.profiler.profile import Measurement, Misfit, Node, NodeKind, Profile, Tensor, Tie
 
-__all__ = ["profile_from_graph"]
+__all__ = ["costs_from_graph", "profile_from_graph"]
 
 _TIMES = ("forward_s", "backward_s", "update_s")
 _BYTES = ("static_bytes", "param_bytes", "grad_bytes", "saved_bytes", "output_bytes")
@@ -41,6 +43,21 @@ def profile_from_graph(graph: nx.DiGraph[Any]) -> Profile:
     Raises:
         ShardwrightError: a time is missing, or an attribute is not what it is documented to be; both are named.
     """
+    return _reading(graph).profile()
+
+
+def costs_from_graph(graph: nx.DiGraph[Any]) -> tuple[Profile, nx.DiGraph[str]]:
+    """The profile of the costs in ``graph`` with its times left out, and their cost graph, which has them.
+
+    For planning: records of the times of ten thousand units on 64 devices take longer to make than a plan. Order and
+    errors are those of :func:`profile_from_graph`.
+    """
+    reading = _reading(graph)
+    profile = reading.profile(timed=False)
+    return profile, cost_graph(profile, reading.microbatches, reading.times)
+
+
+def _reading(graph: nx.DiGraph[Any]) -> _Reading:
     if not isinstance(graph, nx.DiGraph) or graph.is_multigraph():
         raise ShardwrightError(
             f"costs are a Profile or a networkx.DiGraph, not a {type(graph).__name__}; make it a DiGraph"
@@ -48,7 +65,7 @@ def profile_from_graph(graph: nx.DiGraph[Any]) -> Profile:
     names = {node: str(node) for node in graph}
     if len(set(names.values())) < len(names):
         raise ShardwrightError("two nodes of the graph have the same name as text; give each a name of its own")
-    return _Reading(nested_graph(nx.relabel_nodes(graph, names))).profile()
+    return _Reading(nested_graph(nx.relabel_nodes(graph, names)))
 
 
 class _Reading:
@@ -61,6 +78,7 @@ class _Reading:
         if not isinstance(self.train, bool):
             raise ShardwrightError(f"graph attribute train is {self.train!r}; give True or False")
         self.devices = devices_of(graph)
+        self.names = [device.name for device in self.devices]
         self.microbatches = whole("graph attribute microbatches", graph.graph.get("microbatches", len(self.devices)))
         if not self.microbatches:
             raise ShardwrightError("graph attribute microbatches is 0; give the number that the costs are of")
@@ -72,10 +90,14 @@ class _Reading:
             size = tensor.bytes[self.microbatches]
             self.made_bytes[tensor.producer] = self.made_bytes.get(tensor.producer, 0) + size
 
-    def profile(self) -> Profile:
-        """The records."""
+    @cached_property
+    def times(self) -> dict[str, Times]:
+        """By node; of a device with a forward the others are there too."""
+        return {name: self._of_node(name) for name in self.order}
+
+    def profile(self, *, timed: bool = True) -> Profile:
+        """The records, without the times if not ``timed``."""
         attributes = self.graph.graph
-        names = [device.name for device in self.devices]
         disk = attributes.get("disk_bytes_per_s")
         return Profile(
             model=str(attributes.get("name") or "costs"),
@@ -87,7 +109,7 @@ class _Reading:
             torch_version="",
             microbatches=(self.microbatches,),
             devices=self.devices,
-            links=links_of(attributes.get("links"), names),
+            links=links_of(attributes.get("links"), self.names),
             nodes=tuple(self._node(name) for name in self.order),
             tensors=tuple(self.tensors.values()),
             colocate=self._colocate(attributes.get("colocate", ())),
@@ -95,7 +117,7 @@ class _Reading:
             obstacles=tuple(texts("obstacles", attributes.get("obstacles", ()))),
             host_bytes=whole("graph attribute host_bytes", attributes.get("host_bytes", 0)),
             disk_bytes_per_s=None if disk is None else rate("graph attribute disk_bytes_per_s", disk),
-            measurements=tuple(row for name in self.order for row in self._measurements(name)),
+            measurements=self._measurements() if timed else (),
             misfits=tuple(misfit for name in self.order for misfit in self._misfits(name)),
             variations=variations_of(attributes.get("devices", {})),
         )
@@ -164,11 +186,18 @@ class _Reading:
             return given if given in ("buffer", "constant") else "buffer"
         return "parameter" if given in ("buffer", "constant") else given
 
-    def _measurements(self, name: str) -> list[Measurement]:
-        times = {key: self._times(name, key) for key in _TIMES}
-        if not times["forward_s"] and any(s for key in _TIMES for s in times[key].values()):
+    def _of_node(self, name: str) -> Times:
+        forward, backward, update = (self._times(name, key) for key in _TIMES)
+        if not forward and (any(backward.values()) or any(update.values())):
             raise ShardwrightError(f"node {name}: forward_s is missing, and other times are there; give seconds, or 0")
-        return [
+        return {
+            "forward_s": forward,
+            "backward_s": {device: backward.get(device, 0.0) for device in forward},
+            "update_s": {device: update.get(device, 0.0) for device in forward},
+        }
+
+    def _measurements(self) -> tuple[Measurement, ...]:
+        return tuple(
             Measurement(
                 node=name,
                 device=device,
@@ -176,12 +205,13 @@ class _Reading:
                 repeats=1,
                 forward_s=forward_s,
                 forward_spread_s=0.0,
-                backward_s=times["backward_s"].get(device, 0.0),
+                backward_s=times["backward_s"][device],
                 backward_spread_s=0.0,
-                update_s=times["update_s"].get(device, 0.0),
+                update_s=times["update_s"][device],
             )
+            for name, times in self.times.items()
             for device, forward_s in times["forward_s"].items()
-        ]
+        )
 
     def _unfit(self, name: str) -> list[str]:
         """The devices that a node does not fit on."""
@@ -202,7 +232,7 @@ class _Reading:
         """Seconds by device; nothing where none are given and none are needed."""
         where, given = f"node {name}: {key}", self.graph.nodes[name].get(key)
         unfit = self._unfit(name)
-        names = [device.name for device in self.devices if device.name not in unfit]
+        names = [device for device in self.names if device not in unfit] if unfit else self.names
         if given is None or not names:
             if names and self.kinds[name] == "unit" and (key == "forward_s" or (key == "backward_s" and self.train)):
                 hint = ", or make train False" if key == "backward_s" else ""

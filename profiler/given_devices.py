@@ -82,8 +82,9 @@ def links_of(given: Any, names: Sequence[str]) -> tuple[Link, ...]:
         return ()
     pairs = list(itertools.permutations(names, 2))
     by_pair = given if isinstance(given, Mapping) else dict.fromkeys(pairs, given)
+    known = set(pairs)
     for pair in by_pair:
-        if pair not in pairs:
+        if pair not in known:
             raise ShardwrightError(f"graph attribute links has {pair!r}, not a pair of the devices {', '.join(names)}")
     if all(by_pair.get(pair) == (0.0, math.inf) for pair in pairs):
         return ()

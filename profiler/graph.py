@@ -56,6 +56,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import networkx as nx
@@ -63,14 +64,23 @@ import networkx as nx
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile, Tensor
 
-__all__ = ["OF_HOST", "cost_graph"]
+__all__ = ["OF_HOST", "Times", "cost_graph"]
 
 OF_HOST = ("host_latency_s", "host_bandwidth_bytes_per_s", "in_host_memory")
 """What a device may say of its way to the host's memory; in the graph of a profile only where it does."""
 
 
-def cost_graph(profile: Profile, microbatches: int) -> nx.DiGraph[str]:
+Times = Mapping[str, Mapping[str, float]]
+"""``forward_s``, ``backward_s`` and ``update_s`` of a node, each seconds by device."""
+
+
+def cost_graph(profile: Profile, microbatches: int, times: Mapping[str, Times] | None = None) -> nx.DiGraph[str]:
     """Turn ``profile`` into the cost graph at ``microbatches`` micro-batches a batch.
+
+    Args:
+        profile: nodes, tensors, devices and links.
+        microbatches: one of the profiled numbers.
+        times: by node; those that were measured by default.
 
     Raises:
         ShardwrightError: that number of micro-batches was not profiled.
@@ -107,11 +117,7 @@ def cost_graph(profile: Profile, microbatches: int) -> nx.DiGraph[str]:
         if misfit.microbatches == microbatches:
             unfit[misfit.node] = (*unfit.get(misfit.node, ()), misfit.device)
     for node in profile.nodes:
-        rows = [
-            m
-            for device in profile.devices
-            if (m := profile.measurement(node.name, device.name, microbatches)) is not None
-        ]
+        of_node = _measured(profile, node.name, microbatches) if times is None else times[node.name]
         graph.add_node(
             node.name,
             kind=node.kind,
@@ -119,9 +125,9 @@ def cost_graph(profile: Profile, microbatches: int) -> nx.DiGraph[str]:
             unit=node.unit,
             site=node.site,
             copied=node.kind == "parameter" and node.type in ("constant", "buffer"),
-            forward_s={m.device: m.forward_s for m in rows},
-            backward_s={m.device: m.backward_s for m in rows},
-            update_s={m.device: m.update_s for m in rows},
+            forward_s=of_node["forward_s"],
+            backward_s=of_node["backward_s"],
+            update_s=of_node["update_s"],
             unfit=unfit.get(node.name, ()),
             static_bytes=node.static_bytes + (inputs.get(node.name, 0) if node.kind == "input" else 0),
             param_bytes=node.param_bytes,
@@ -146,6 +152,15 @@ def cost_graph(profile: Profile, microbatches: int) -> nx.DiGraph[str]:
                 size if profile.train and tensor.requires_grad else 0,
             )
     return graph
+
+
+def _measured(profile: Profile, node: str, microbatches: int) -> Times:
+    rows = [m for device in profile.devices if (m := profile.measurement(node, device.name, microbatches)) is not None]
+    return {
+        "forward_s": {m.device: m.forward_s for m in rows},
+        "backward_s": {m.device: m.backward_s for m in rows},
+        "update_s": {m.device: m.update_s for m in rows},
+    }
 
 
 def _devices(profile: Profile) -> dict[str, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Alternatives: what one would do without a planner, against the same simulator."""
 
+import dataclasses
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from shardwright.sharder.planning.alternatives import cut_evenly, data_parallel_s
 from shardwright.sharder.planning.planner import plan
 from shardwright.sharder.planning.problem import Block, Problem
+from shardwright.sharder.planning.relaxed import unpinned
 
 
 def problem_of(work, *, links=(0.0, math.inf), microbatches=2):
@@ -84,3 +86,12 @@ def test_what_is_not_possible_says_why(chain_profile):
 def test_one_device_has_no_alternative(chain_profile):
     """There is nothing to divide."""
     assert plan(chain_profile(8), devices=["cpu:0"]).alternatives == ()
+
+
+def test_what_is_not_pinned_stays_as_it_is():
+    """With all that it knows of its costs by then; what is pinned may go wherever it fits."""
+    free = problem_of([[1.0, 2.0], [3.0, 4.0]])
+    assert unpinned(free) is free
+    narrow = dataclasses.replace(free.blocks[0], allowed=(False, False), unfit=(True, False))
+    loose = unpinned(dataclasses.replace(free, blocks=(narrow, free.blocks[1])))
+    assert [block.allowed for block in loose.blocks] == [(False, True), (True, True)]

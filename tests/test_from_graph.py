@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 import shardwright as sw
 from shardwright.errors import ShardwrightError
+from shardwright.profiler import from_graph
 from shardwright.profiler.costs import Costs
-from shardwright.profiler.from_graph import profile_from_graph
+from shardwright.profiler.from_graph import costs_from_graph, profile_from_graph
 from shardwright.profiler.given_devices import AMPLE_BYTES
 from shardwright.profiler.graphml import graphml
 from shardwright.profiler.profile import Device, Link, Measurement, Node, Profile, Tensor
@@ -384,6 +385,16 @@ def test_reading_a_graph_again_changes_nothing(case):
     """The profile of a profile's graph has that graph, to the last attribute and in the same order."""
     graph = as_profile(case).graph(case["microbatches"])
     again = profile_from_graph(graph).graph(case["microbatches"])
-    assert again.graph == graph.graph
-    assert list(again.nodes(data=True)) == list(graph.nodes(data=True))
-    assert list(again.edges(data=True)) == list(graph.edges(data=True))
+    profile, direct = costs_from_graph(graph)
+    assert profile == profile_from_graph(graph).model_copy(update={"measurements": ()})
+    for same in (again, direct):
+        assert same.graph == graph.graph
+        assert list(same.nodes(data=True)) == list(graph.nodes(data=True))
+        assert list(same.edges(data=True)) == list(graph.edges(data=True))
+
+
+def test_no_record_is_made_of_each_time_for_planning(monkeypatch):
+    """Units times devices are many, and records take longer to make than the plan."""
+    expected = sw.plan(five_lines())
+    monkeypatch.setattr(from_graph, "Measurement", None)
+    assert sw.plan(five_lines()) == expected

@@ -18,7 +18,7 @@ import dataclasses
 import math
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from shardwright.profiler.profile import Profile
@@ -29,7 +29,7 @@ from shardwright.sharder.planning.problem import Block, Problem
 from shardwright.sharder.planning.relaxed import unpinned
 from shardwright.sharder.planning.search import Stages
 
-__all__ = ["alternatives_of", "cut_evenly", "data_parallel_s"]
+__all__ = ["alternatives_of", "cut_evenly", "data_parallel_s", "priced_in_parallel"]
 
 DRAWS = 101
 
@@ -55,6 +55,14 @@ def alternatives_of(
         one.model_copy(update={"speedup": baseline_s / one.step_s}) if baseline_s and one.step_s else one
         for one in found
     )
+
+
+def priced_in_parallel(alternatives: Iterable[Alternative], every: Iterable[Problem]) -> tuple[Problem, float] | None:
+    """The one of ``every`` problem that data parallel was priced at, and its step; None where it is not possible."""
+    for one in alternatives:
+        if one.name == "data parallel" and one.step_s is not None:
+            return next(problem for problem in every if problem.microbatches == one.microbatches), one.step_s
+    return None
 
 
 def cut_evenly(weights: Sequence[float], parts: int) -> list[int]:

@@ -11,6 +11,7 @@ import dataclasses
 import fnmatch
 import itertools
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -105,16 +106,22 @@ def _blocks(graph: nx.DiGraph[str]) -> tuple[list[tuple[str, ...]], list[set[int
 
 def _seconds(times: list[Mapping[str, float]], devices: tuple[str, ...]) -> tuple[float, ...]:
     """By device: the sum of ``times``, each of one node by device; nodes that take no time have none."""
-    rows = [[row.get(device, 0.0) for device in devices] for row in times if row]
+    rows = [tuple(map(row.get, devices, itertools.repeat(0.0))) for row in times if row]
     if len(rows) == 1:
-        return tuple(rows[0])
+        return rows[0]
     return tuple(map(sum, zip(*rows, strict=True))) if rows else (0.0,) * len(devices)
 
 
 def _allowed(
-    graph: nx.DiGraph[str], nodes: tuple[str, ...], devices: tuple[str, ...], pins: Mapping[str, str]
+    graph: nx.DiGraph[str],
+    nodes: tuple[str, ...],
+    devices: tuple[str, ...],
+    pins: Mapping[str, str],
+    unfit: tuple[bool, ...],
 ) -> tuple[bool, ...]:
     """Which devices the pins leave for a block of ``nodes``, and each of them fits on."""
+    if not pins:
+        return tuple(map(operator.not_, unfit))
     wanted = {
         device: name
         for pattern, device in pins.items()
@@ -128,14 +135,13 @@ def _allowed(
         raise ShardwrightError(
             f"pins put {a} on {one} and {b} on {other}, but the two must share a device; pin them alike"
         )
-    unfit = _unfit(graph, nodes, devices)
     return tuple((not wanted or device in wanted) and not lacks for device, lacks in zip(devices, unfit, strict=True))
 
 
 def _unfit(graph: nx.DiGraph[str], nodes: tuple[str, ...], devices: tuple[str, ...]) -> tuple[bool, ...]:
     """Which devices one of ``nodes`` did not fit on, even alone."""
     found = {device for node in nodes for device in graph.nodes[node].get("unfit", ())}
-    return tuple(device in found for device in devices)
+    return tuple(device in found for device in devices) if found else (False,) * len(devices)
 
 
 def _check_pins(graph: nx.DiGraph[str], devices: tuple[str, ...], pins: Mapping[str, str]) -> None:
@@ -164,6 +170,7 @@ def _check(graph: nx.DiGraph[str], devices: tuple[str, ...]) -> None:
     for a, b in itertools.permutations(devices, 2):
         if (a, b) not in graph.graph["links"]:
             raise ShardwrightError(f"the profile has no link from {a} to {b}; profile with both devices")
+    needed = set(devices)
     for node, times in graph.nodes(data="forward_s"):
         unfit = graph.nodes[node].get("unfit", ())
         if unfit and all(device in unfit for device in devices):
@@ -172,9 +179,10 @@ def _check(graph: nx.DiGraph[str], devices: tuple[str, ...]) -> None:
                 f"{name} fits on none of {', '.join(devices)}, not even alone, at {graph.graph['microbatches']} "
                 "micro-batches: divide the batch further, or use a device with more memory"
             )
-        missing = [device for device in devices if times and device not in times and device not in unfit]
+        missing = [device for device in needed - times.keys() if device not in unfit] if times else []
         if missing:
-            raise ShardwrightError(f"the profile has no time of {node} on {missing[0]}; profile again with that device")
+            first = min(missing, key=devices.index)
+            raise ShardwrightError(f"the profile has no time of {node} on {first}; profile again with that device")
 
 
 def problem_from_graph(
@@ -216,11 +224,14 @@ def problem_from_graph(
     _check_pins(graph, names, pins)
 
     own = _own_copies(graph)
-    cut = graph.copy()
-    cut.graph["colocate"] = (*graph.graph.get("colocate", ()), *groups_together(graph, together, pins))
+    groups = groups_together(graph, together, pins)
+    cut = graph.copy() if own or groups else graph
+    if groups:
+        cut.graph["colocate"] = (*graph.graph.get("colocate", ()), *groups)
     cut.remove_edges_from((node, reader) for node, readers in own.items() for reader in readers[1:])
     members, before = _blocks(cut)
-    data = graph.nodes
+    data: dict[str, dict[str, Any]] = {name: graph.nodes[name] for name in graph}
+    unfit = [_unfit(graph, nodes, names) for nodes in members]
     blocks = tuple(
         Block(
             nodes=nodes,
@@ -229,10 +240,10 @@ def problem_from_graph(
             update_s=_seconds([data[n]["update_s"] for n in nodes], names),
             static_bytes=sum(data[n]["static_bytes"] for n in nodes),
             units=tuple(data[n].get("unit") or n for n in nodes if data[n]["kind"] == "unit"),
-            allowed=_allowed(graph, nodes, names, pins),
-            unfit=_unfit(graph, nodes, names),
+            allowed=_allowed(graph, nodes, names, pins, lacking),
+            unfit=lacking,
         )
-        for nodes in members
+        for nodes, lacking in zip(members, unfit, strict=True)
     )
     block_of = {name: i for i, nodes in enumerate(members) for name in nodes}
     problem = Problem(

@@ -1,23 +1,23 @@
-"""From a profile to the plan: split at each number of micro-batches, simulate each, choose, certify."""
+"""From a profile to the plan: split at each number of micro-batches, simulate each, choose, certify.
+
+What only other objectives, other costs than a profile's, or failures need is imported there: of the time that planning
+from a saved profile takes as a command, more than half are imports.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.from_graph import profile_from_graph
 from shardwright.profiler.graph import cost_graph
 from shardwright.profiler.profile import Profile
-from shardwright.sharder.planning.alternatives import alternatives_of
+from shardwright.sharder.planning.alternatives import alternatives_of, priced_in_parallel
 from shardwright.sharder.planning.blocks import problem_from_graph
 from shardwright.sharder.planning.changes import changes_tried
 from shardwright.sharder.planning.explain import certify, gap_percent
-from shardwright.sharder.planning.freely import for_memory, least_of, plan_freely
-from shardwright.sharder.planning.infeasible import why_nothing_fits
-from shardwright.sharder.planning.least_memory import within_share
 from shardwright.sharder.planning.offload import Rates
 from shardwright.sharder.planning.offload import offload as offload_some
 from shardwright.sharder.planning.pins import prices_of_pins
@@ -35,7 +35,7 @@ from shardwright.sharder.planning.plan import (
 )
 from shardwright.sharder.planning.pricing import Option, baseline_of, noise_s, price, solve
 from shardwright.sharder.planning.problem import Problem, Schedule, Transfers, bits, in_flight
-from shardwright.sharder.planning.sensitivity import sensitivity_of
+from shardwright.sharder.planning.sensitivity import rivals_of, sensitivity_of
 from shardwright.sharder.planning.simulate import StageCost
 
 if TYPE_CHECKING:
@@ -95,8 +95,11 @@ def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
         ShardwrightError: nothing fits the memory, an argument names what the profile does not have, or a graph's
             attribute is missing or wrong.
     """
+    given: nx.DiGraph[str] | None = None
     if not isinstance(profile, Profile):
-        profile = profile_from_graph(profile)
+        from shardwright.profiler.from_graph import costs_from_graph
+
+        profile, given = costs_from_graph(profile)
     if objective not in ("throughput", "latency", "memory"):
         raise ShardwrightError(f"objective {objective!r} is not known; the planner has: throughput, latency, memory")
     if schedule not in ("1f1b", "gpipe"):
@@ -108,7 +111,7 @@ def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
     deadline_s = time.monotonic() + time_limit_s
 
     def problem_at(count: int, pins: Mapping[str, str] | None = pins) -> Problem:
-        graph = cost_graph(profile, count)
+        graph = given if given is not None and count == profile.microbatches[0] else cost_graph(profile, count)
         order: Schedule = schedule if profile.train else "gpipe"
         return problem_from_graph(
             graph,
@@ -123,6 +126,8 @@ def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
 
     problems = [problem_at(count) for count in (profile.microbatches if microbatches == "auto" else (microbatches,))]
     if objective == "latency" or not contiguous:
+        from shardwright.sharder.planning.freely import plan_freely
+
         counts = sorted(profile.microbatches)
         return plan_freely(
             profile,
@@ -147,9 +152,7 @@ def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
     if not options and offload and not profile.train:
         options = _offloaded(problems, profile, deadline_s)
     if not options:
-        raise unfinished or ShardwrightError(
-            why_nothing_fits(problems, deadline_s, batch=profile.batch, train=profile.train)
-        )
+        raise unfinished or _nothing_fits(problems, profile, deadline_s)
 
     by_count = {problem.microbatches: problem for problem in problems}
     every = [by_count.get(count) or problem_at(count) for count in sorted(profile.microbatches)]
@@ -180,9 +183,9 @@ def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
             ),
             "sensitivity": sensitivity_of(
                 chosen,
-                _rivals(chosen, options, baseline),
+                rivals_of(chosen, options, baseline),
                 profile,
-                parallel=_in_parallel(alternatives, every),
+                parallel=priced_in_parallel(alternatives, every),
                 replans=replans,
                 deadline_s=deadline_s,
             ),
@@ -192,9 +195,12 @@ def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
 
 def _for_memory(profile: Profile, problems: list[Problem], every: list[Problem], deadline_s: float) -> Plan:
     """The split with the smallest peak share, and of those with no larger one that with the smallest largest load."""
+    from shardwright.sharder.planning.freely import for_memory, least_of
+    from shardwright.sharder.planning.least_memory import within_share
+
     least = least_of(problems, deadline_s)
     if least is None:
-        raise ShardwrightError(why_nothing_fits(problems, deadline_s, batch=profile.batch, train=profile.train))
+        raise _nothing_fits(problems, profile, deadline_s)
     problem, share = least
     option = solve(within_share(problem, share.value), profile, time_limit_s=max(0.0, deadline_s - time.monotonic()))
     if option is None:
@@ -206,24 +212,10 @@ def _for_memory(profile: Profile, problems: list[Problem], every: list[Problem],
     return for_memory(written, option, problem, share)
 
 
-def _rivals(chosen: Option, options: list[Option], baseline: Option | None) -> list[tuple[str, Option]]:
-    """What else was weighed, by name."""
-    rivals = [
-        (f"the best split over {len(o.split.stages)} devices at {o.problem.microbatches} micro-batches", o)
-        for o in options
-        if o is not chosen and len(o.split.stages) > 1
-    ]
-    if baseline is not None and chosen is not baseline:
-        rivals.append((f"{baseline.problem.devices[0]} alone", baseline))
-    return rivals
+def _nothing_fits(problems: list[Problem], profile: Profile, deadline_s: float) -> ShardwrightError:
+    from shardwright.sharder.planning.infeasible import why_nothing_fits
 
-
-def _in_parallel(alternatives: Sequence[Alternative], every: Sequence[Problem]) -> tuple[Problem, float] | None:
-    """The problem that data parallel was priced at, and its step; None where it is not possible."""
-    for one in alternatives:
-        if one.name == "data parallel" and one.step_s is not None:
-            return next(problem for problem in every if problem.microbatches == one.microbatches), one.step_s
-    return None
+    return ShardwrightError(why_nothing_fits(problems, deadline_s, batch=profile.batch, train=profile.train))
 
 
 def _offloaded(problems: list[Problem], profile: Profile, deadline_s: float) -> list[Option]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Iterable
 
 from shardwright.sharder.planning.memory import Ledger, Step, Storage
@@ -21,9 +22,12 @@ __all__ = [
 
 
 def unpinned(problem: Problem) -> Problem:
-    """Every block allowed wherever it fits."""
-    every = range(len(problem.devices))
-    blocks = (dataclasses.replace(b, allowed=tuple(b.fits_on(device) for device in every)) for b in problem.blocks)
+    """Every block allowed wherever it fits; ``problem`` itself, with all that it knows by now, if nothing is pinned."""
+    anywhere = (True,) * len(problem.devices)
+    fits = [tuple(map(operator.not_, b.unfit)) or anywhere for b in problem.blocks]
+    if all(b.allowed == allowed for b, allowed in zip(problem.blocks, fits, strict=True)):
+        return problem
+    blocks = (dataclasses.replace(b, allowed=allowed) for b, allowed in zip(problem.blocks, fits, strict=True))
     return dataclasses.replace(problem, blocks=tuple(blocks))
 
 

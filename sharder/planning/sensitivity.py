@@ -31,7 +31,7 @@ from shardwright.sharder.planning.pricing import Option, rules_of
 from shardwright.sharder.planning.problem import Problem, bits
 from shardwright.sharder.planning.simulate import steps_at
 
-__all__ = ["sensitivity_of"]
+__all__ = ["rivals_of", "sensitivity_of"]
 
 DRAWS = 101
 WIDTH_OF_95 = 1.96
@@ -155,6 +155,18 @@ def sensitivity_of(
     )
 
 
+def rivals_of(chosen: Option, options: Sequence[Option], baseline: Option | None) -> list[tuple[str, Option]]:
+    """The other options that were weighed, each with a name."""
+    rivals = [
+        (f"the best split over {len(o.split.stages)} devices at {o.problem.microbatches} micro-batches", o)
+        for o in options
+        if o is not chosen and len(o.split.stages) > 1
+    ]
+    if baseline is not None and chosen is not baseline:
+        rivals.append((f"{baseline.problem.devices[0]} alone", baseline))
+    return rivals
+
+
 def _steps(option: Option, draws: _Draws, profile: Profile) -> _Floats:
     """The median step at each draw."""
     problem = option.problem
@@ -175,7 +187,7 @@ def _more_in_parallel_s(problem: Problem, draws: _Draws) -> _Floats:
     )
     added_s = [draws.added_s(nodes, problem.devices[d], problem.microbatches, passes=1) for d in devices]
     slowest_s: _Floats = (medians_s[:, None] + np.array(added_s)).max(axis=0)
-    return slowest_s - medians_s.max()
+    return slowest_s - float(medians_s.max())
 
 
 def _replans_of(chosen: Option, draws: _Draws, count: int, deadline_s: float) -> Replans:
