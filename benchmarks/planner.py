@@ -141,6 +141,13 @@ def cases(*, quick: bool) -> Iterator[Case]:
             yield Case("random, all differ", problem_of(tangled(units, 40, random_), MIXED, units))
             little = problem_of(series_parallel(units, 4, random_), [1.0] * devices, units, room=1.3)
             yield Case("series-parallel, little memory", little)
+            wide = problem_of(tangled(units, 40, random_), [1.0] * devices, units, room=1.3)
+            yield Case("random, little memory", wide)
+        if devices == 16:
+            speeds = [1.0] * 8 + [2.0] * 8
+            yield Case("random, two kinds", problem_of(tangled(units, 40, random_), speeds, units))
+    if not quick:  # nearly as many closed sets as are searched exactly
+        yield Case("layered, 4 wide", problem_of(layered(101, 4, random.Random(101)), [1.0] * 8, 101))
 
 
 def load_of(problem: Problem, shares: Sequence[int]) -> float | None:
