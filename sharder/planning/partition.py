@@ -30,6 +30,7 @@ from shardwright.sharder.planning.search import (
     simple_bound_s,
     sums_of,
 )
+from shardwright.sharder.planning.shifting import shifted
 from shardwright.sharder.planning.stagewise import Stagewise
 from shardwright.sharder.planning.transfers import as_staged, load_s, traffic_of
 
@@ -37,6 +38,9 @@ __all__ = ["Partition", "partition", "stage_loads"]
 
 LONG_SUMS = 1e-9
 """Differences of sums over ten thousand blocks differ from the sums of a few of them by less than this share."""
+
+ORDERS_UNTIL, MOVES_UNTIL = 0.7, 0.95
+"""Shares of the time until which, in a graph with too many closed sets, orders and moves of blocks are tried."""
 
 
 @dataclass(frozen=True)
@@ -208,20 +212,25 @@ class _Best:
         # The same loads, summed up in another order.
         self.bound_s = self.value_s if same and split.bound_s == split.value_s else max(self.bound_s, split.bound_s)
 
-    def try_orders(self, out_of_time: Callable[[], bool]) -> None:
-        """Take the best of many orders of the blocks, if it fits, and the bound that its value allows."""
+    def try_orders(self, spent: Callable[[float], bool]) -> None:
+        """Take the best of many orders of the blocks, and of moves from stage to stage, if it fits, and the bound that
+        its value allows.
+
+        Args:
+            spent: whether a share of the time has passed.
+        """
         problem = self.problem
-        found = best_of_orders(
-            problem,
-            _classes(problem),
-            _orders(problem),
-            lambda: (self.stages, self.value_s),
-            self.bound_s,
-            out_of_time,
-        )
-        for stages in found:
+        classes, device_orders = _classes(problem), _orders(problem)
+
+        def best() -> tuple[Stages, float]:
+            return self.stages, self.value_s
+
+        for stages in best_of_orders(problem, classes, device_orders, best, self.bound_s, partial(spent, ORDERS_UNTIL)):
             self.offer(stages)
-        self.bound_s = max(self.bound_s, min(self.value_s, transfer_bound_s(problem, self.value_s, out_of_time)))
+        for stages in shifted(problem, best, self.bound_s, partial(spent, MOVES_UNTIL)):
+            self.offer(stages)
+        moved_s = transfer_bound_s(problem, self.value_s, partial(spent, 1.0))
+        self.bound_s = max(self.bound_s, min(self.value_s, moved_s))
 
     def improve(self, search: AnySearch, *, proves: bool) -> None:
         """Take the best split of ``search``; one that ``proves`` knows every split, so its failures raise the bound."""
@@ -322,7 +331,7 @@ def _search_all(problem: Problem, best: _Best, limit: int, spent: Callable[[floa
         raise OutOfTimeError
     lattice = closed_sets(problem.predecessors, limit)
     if lattice is None and best.stages:
-        best.try_orders(partial(spent, 1.0))
+        best.try_orders(spent)
     if lattice is not None and len(lattice) > len(prefixes):
         family, sums = lattice, sums_of(problem, lattice)
         some_split(family, sums)

@@ -1,0 +1,115 @@
+"""Blocks that move from stage to stage: loads as they are priced, valid splits, near what the exact search finds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from test_partition import block, chain, problems
+
+from shardwright.sharder.planning.partition import partition, stage_loads
+from shardwright.sharder.planning.problem import Crossing, bits
+from shardwright.sharder.planning.shifting import Shifts, shifted
+
+
+def plain(problem):
+    """The problem with room for all, a unit in each block, and without ties."""
+    blocks = tuple(dataclasses.replace(b, units=("u",)) for b in problem.blocks)
+    caps = (10**9,) * len(problem.caps)
+    return dataclasses.replace(problem, blocks=blocks, caps=caps, ties=(), transfers="relayed", overlap=False)
+
+
+def is_split(problem, stages):
+    """Whether every block is in one stage, and none is before what it needs."""
+    closed = 0
+    for _, members in stages:
+        assert not closed & members
+        closed |= members
+        if any(problem.predecessors[v] & ~closed for v in bits(members)):
+            return False
+    return closed == (1 << len(problem.blocks)) - 1
+
+
+@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(problems(), st.randoms(use_true_random=False))
+def test_loads_are_those_that_a_split_is_priced_at(problem, random_):
+    """After any moves, each block by one stage, as often as it may."""
+    problem = plain(problem)
+    count = min(len(problem.devices), len(problem.blocks))
+    assume(count > 1)
+    ends = [len(problem.blocks) * s // count for s in range(count + 1)]
+    first = tuple((s, (1 << ends[s + 1]) - (1 << ends[s])) for s in range(count))
+    assume((loads := stage_loads(problem, first)) is not None and all(map(math.isfinite, loads)))
+    shifts = Shifts(problem, first)
+    assert shifts.loads == pytest.approx(loads)
+    for _ in range(30):
+        v = random_.randrange(len(problem.blocks))
+        to = shifts.stage[v] + random_.choice((-1, 1))
+        if not shifts.may(v, to) or not all(map(math.isfinite, change := shifts.change(v, to))):
+            continue
+        shifts.move(v, to, change)
+        stages = shifts.stages(shifts.stage)
+        assert is_split(problem, stages)
+        assert shifts.loads == pytest.approx(stage_loads(problem, stages))
+
+
+@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(problems(), st.data())
+def test_a_move_is_refused_only_where_it_makes_no_split(problem, data):
+    """An order that breaks, a pin, an empty stage, or a stage that does not exist."""
+    problem = plain(problem)
+    assume(len(problem.blocks) > 1)
+    end = data.draw(st.integers(1, len(problem.blocks) - 1))
+    first = ((0, (1 << end) - 1), (1, (1 << len(problem.blocks)) - (1 << end)))
+    shifts = Shifts(problem, first)
+    v, to = data.draw(st.integers(0, len(problem.blocks) - 1)), data.draw(st.integers(-1, 2))
+    assume(abs(to - shifts.stage[v]) == 1)
+    moved = shifts.stages([to if u == v else s for u, s in enumerate(shifts.stage)]) if 0 <= to < 2 else ()
+    split = bool(moved) and all(members for _, members in moved) and is_split(problem, moved)
+    assert shifts.may(v, to) == (split and problem.blocks[v].allowed[to])
+
+
+def tangled(seed, units=12, devices=3):
+    """Blocks of very uneven times that read one or two of any before, over links that cost something."""
+    random_ = random.Random(seed)
+    times = [random_.lognormvariate(0, 1) for _ in range(units)]
+    before = [0] + [sum(1 << u for u in {random_.randrange(v) for _ in range(2)}) for v in range(1, units)]
+    readers = [sum(1 << v for v in range(units) if before[v] >> u & 1) for u in range(units)]
+    return dataclasses.replace(
+        chain([1.0] * units, devices),
+        blocks=tuple(block(time, devices) for time in times),
+        predecessors=tuple(before),
+        crossings=tuple(Crossing(f"t{u}", u, mask, 1, 1) for u, mask in enumerate(readers) if mask),
+        links=(((0.0, 50.0),) * devices,) * devices,
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_moves_come_near_the_best_split(seed):
+    """From an equal split, within one per cent of what the search over all closed sets proves, by valid splits only."""
+    problem = tangled(seed)
+    exact = partition(problem)
+    assert exact.exact
+    cut = len(problem.blocks) // 3
+    first = tuple((d, (1 << cut * d + cut) - (1 << cut * d)) for d in range(3))
+    best = [(first, max(stage_loads(problem, first)))]
+    for stages in shifted(problem, lambda: best[-1], 0.0, lambda: False):
+        assert is_split(problem, stages)
+        value_s = max(stage_loads(problem, stages))
+        assert value_s < best[-1][1]
+        best.append((stages, value_s))
+    assert exact.value_s * (1 - 1e-9) <= best[-1][1] <= 1.01 * exact.value_s
+
+
+def test_time_ends_the_moves_and_other_transfers_have_none():
+    """No split comes with no time left, nor where loads are no sums of work and relayed transfers."""
+    problem = tangled(0)
+    stages = ((0, 1), (1, (1 << 12) - 2))
+    assert list(shifted(problem, lambda: (stages, 1e9), 0.0, lambda: True)) == []
+    for other in ({"transfers": "staged"}, {"overlap": True}):
+        changed = dataclasses.replace(problem, **other)
+        assert list(shifted(changed, lambda: (stages, 1e9), 0.0, lambda: False)) == []
