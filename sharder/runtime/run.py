@@ -24,6 +24,7 @@ from shardwright.profiler.profile import Device
 from shardwright.profiler.target import load_target
 from shardwright.profiler.trace import trace
 from shardwright.sharder.planning.plan import Plan
+from shardwright.sharder.runtime.accounts import Noted, accounts_of
 from shardwright.sharder.runtime.check import check_can_be_piped, check_inputs, check_model, units_of
 from shardwright.sharder.runtime.cut import cut
 from shardwright.sharder.runtime.engine import sendable, shared_parameters
@@ -34,6 +35,7 @@ from shardwright.sharder.runtime.pipeline import (
     check_whole,
     hold_stage,
     hold_whole,
+    note_stage,
     step_stage,
     step_whole,
     weigh_stage,
@@ -45,6 +47,8 @@ __all__ = ["compare", "run"]
 STEP_LIMIT_S = 15.0
 """A step that takes so much longer than five times its prediction counts as hung."""
 WARMUP_STEPS = 2
+NOTED_STEPS = 5
+"""At most; they follow those that are timed."""
 
 
 def run(
@@ -59,7 +63,8 @@ def run(
     """Run ``plan`` as a pipeline, one worker process a device, and time it against one device.
 
     First one step of both is compared: outputs and every gradient. Then steps of both are timed in turn, the whole
-    step each: forward, backward and update. The caller's model is not changed.
+    step each: forward, backward and update. A few more steps are noted slot by slot, for the accounts; noting them
+    does not touch those that are timed. The caller's model is not changed.
 
     Args:
         target: ``"file.py:Name"``, or the model itself.
@@ -129,6 +134,7 @@ def run(
             if baseline:
                 whole_s.append(pool.call({baseline: (step_whole, ())}, limit_s=limit_s)[baseline])
             step_s.append(max(pool.call(dict.fromkeys(stages, (step_stage, ())), limit_s=limit_s).values()))
+        noted = _noted(pool, plan.devices, min(NOTED_STEPS, steps), limit_s, tell)
         peaks = pool.call(dict.fromkeys(stages, (weigh_stage, ())), limit_s=limit_s)
         tell("time", WARMUP_STEPS + steps, WARMUP_STEPS + steps)
 
@@ -148,7 +154,18 @@ def run(
             Weighed(device=stage.device, predicted_bytes=stage.memory_bytes, measured_bytes=peaks[stage.device])
             for stage in plan.stages
         ),
+        accounts=accounts_of(plan, noted),
     )
+
+
+def _noted(pool: Pool, devices: Sequence[str], steps: int, limit_s: float, tell: Progress) -> list[list[Noted]]:
+    """What the stages on ``devices`` note in further steps."""
+    noted = []
+    for step in range(steps):
+        tell("note", step, steps)
+        found = pool.call(dict.fromkeys(devices, (note_stage, ())), limit_s=limit_s)
+        noted.append([found[device] for device in devices])
+    return noted
 
 
 def _job(plan: Plan, model: nn.Module, output_places: tuple[int, ...], schedule: str, microbatches: int) -> Job:
