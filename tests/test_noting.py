@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributed.pipelining import PipelineStage, schedules
 
-from shardwright.sharder.runtime.noting import Notes
+from shardwright.sharder.runtime.noting import Notes, StreamClock
 
 
 class Counting:
@@ -101,6 +101,17 @@ def test_works_that_stand_for_several_operations_are_for_what_is_received(monkey
     assert [(mark.what, mark.microbatch) for mark in notes.noted().marks] == [("receive activations", 1)]
 
 
+def test_what_is_of_no_message_passes_unnoted(posted):
+    """The engine's own exchange, as when it sets itself up, goes on as it would without notes."""
+    stage, notes, waited = Stage(), Notes(torch.device("cpu"), Counting()), []
+    own = SimpleNamespace(wait=lambda: waited.append(True))
+    with notes.engine(stage, train=True), notes.whole():
+        schedules._batch_p2p([SimpleNamespace(kind="isend")])
+        schedules._wait_batch_p2p([own])
+    assert (len(posted), waited) == (1, [True])
+    assert notes.noted().marks == notes.noted().posts == ()
+
+
 def test_without_training_no_backward_is_noted():
     """The engine calls one that does nothing."""
     stage, notes = Stage(), Notes(torch.device("cpu"), Counting())
@@ -108,6 +119,27 @@ def test_without_training_no_backward_is_noted():
         stage.forward_one_chunk(0, "x")
         stage.backward_one_chunk(0, loss=None)
     assert [mark.what for mark in notes.noted().marks] == ["forward"]
+
+
+def test_moments_of_a_gpu_are_told_on_the_hosts_clock(monkeypatch):
+    """Events count from the first one, which the host has seen pass: seconds of both clocks are then the same."""
+    stream = iter([100.0, 103.5])  # milliseconds since some start of the device
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream_of):
+            self.at = next(stream) if stream_of == "stream" else None
+
+        def elapsed_time(self, later):
+            return later.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: "stream")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
+    clock = StreamClock(torch.device("cuda:0"))
+    assert clock.seconds(clock.now()) - clock.origin_s == pytest.approx(3.5e-3)
 
 
 def test_everything_is_put_back_even_after_an_error():

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from torch.distributed.pipelining import PipelineStage, schedules
 from shardwright.sharder.runtime.accounts import Mark, Noted
 from shardwright.sharder.runtime.record import What
 
-__all__ = ["Notes"]
+__all__ = ["Clock", "HostClock", "Notes", "StreamClock"]
 
 _MESSAGES: dict[str, What] = {
     "get_fwd_recv_ops": "receive activations",
@@ -169,7 +169,10 @@ class Notes:
 
     def _posted(self, call: Callable[..., list[dist.Work]]) -> Callable[..., list[dist.Work]]:
         def noted(operations: list[dist.P2POp], *args: Any, **kwargs: Any) -> list[dist.Work]:
-            labels = [self._labels[id(operation)] for operation in operations]
+            # What the engine sends of its own accord, as when it sets itself up, is of no stage's message.
+            labels = [self._labels[id(each)] for each in operations if id(each) in self._labels]
+            if len(labels) != len(operations):
+                return call(operations, *args, **kwargs)
             for label in labels:
                 self.post(*label)
             works = call(operations, *args, **kwargs)
@@ -184,7 +187,8 @@ class Notes:
 
     def _await(self, works: list[dist.Work]) -> None:
         for work in works:
-            with self.slot(*self._labels[id(work)]):
+            label = self._labels.get(id(work))
+            with self.slot(*label) if label else nullcontext():
                 work.wait()
 
     def _label(self, objects: Sequence[Any], labels: Sequence[tuple[What, int]]) -> None:
