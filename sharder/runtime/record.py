@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from shardwright.errors import ShardwrightError
 from shardwright.files import Document, Record
 
 __all__ = ["Account", "Accounts", "Equality", "Off", "Run", "Slot", "StageAccounts", "Timed", "Weighed", "What"]
@@ -187,6 +189,18 @@ class Run(Document):
         if self.accounts is None:
             return None
         return 100.0 * (self.accounts.measured_s / self.sharded.measured_s - 1.0)
+
+    def save_trace(self, path: str | Path) -> None:
+        """Write the measured timeline and the predicted one as a Chrome trace, which ui.perfetto.dev opens.
+
+        Raises:
+            ShardwrightError: the run has no accounts, or ``path`` cannot be written.
+        """
+        from shardwright.sharder.runtime.chrome import write_trace
+
+        if self.accounts is None:
+            raise ShardwrightError("this run kept no timeline: run the plan again, with `shard --run --trace FILE`")
+        write_trace(self, self.accounts, path)
 
     @property
     def speedup(self) -> float | None:
