@@ -75,6 +75,14 @@ def test_a_run_notes_what_each_stage_was_at(captured_profile, schedule, train):
     assert sum(each.step_s for each in run.accounts.off) == pytest.approx(gap)
 
 
+@pytest.mark.parametrize(
+    ("steps", "noted"), [(1, [2]), (3, [2, 3, 4]), (11, [2, 4, 6, 8, 10]), (101, [2, 22, 42, 62, 82])]
+)
+def test_noted_steps_are_spread_over_the_timed_ones(steps, noted):
+    """None after a warm-up step, at most five; what slows the machine down then slows both alike."""
+    assert list(run_module._noted_after(steps)) == noted
+
+
 class Mixed(nn.Module):
     """Batch statistics, dropout of every kind, an integer input, a mask for all samples, two outputs, a frozen unit."""
 

@@ -41,6 +41,9 @@ _FIELDS: dict[What, str] = {
     "wait": "bubble_s",
 }
 
+ROUNDING = 1e-9
+"""What is left of a step by less than this part of it is left by adding up."""
+
 
 class Mark(NamedTuple):
     """Something that a stage noted, in seconds of the host's clock."""
@@ -94,7 +97,8 @@ def account(slots: Iterable[Slot], step_s: float) -> Account:
     parts = dict.fromkeys(_FIELDS.values(), 0.0)
     for slot in slots:
         parts[_FIELDS[slot.what]] += slot.duration_s
-    return Account(**parts, other_s=max(0.0, step_s - sum(parts.values())))
+    other_s = step_s - sum(parts.values())
+    return Account(**parts, other_s=other_s if other_s > ROUNDING * step_s else 0.0)
 
 
 def measured_slots(noted: Sequence[Noted]) -> tuple[float, tuple[Slot, ...]]:

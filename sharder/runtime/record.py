@@ -135,7 +135,7 @@ class Accounts(Record):
     """One step of which everything was noted, beside the one that the plan foresees."""
 
     noted_s: tuple[NonNegativeFloat, ...]
-    """All steps that were noted, apart from those that were timed; the one of median length is shown."""
+    """All steps that were noted, between those that were timed; the one of median length is shown."""
     measured_s: NonNegativeFloat
     """That step, from the first stage's start to the last one's end."""
     predicted_s: NonNegativeFloat

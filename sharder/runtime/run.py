@@ -48,7 +48,7 @@ STEP_LIMIT_S = 15.0
 """A step that takes so much longer than five times its prediction counts as hung."""
 WARMUP_STEPS = 2
 NOTED_STEPS = 5
-"""At most; they follow those that are timed."""
+"""At most; they come between those that are timed, which meet no wrapper."""
 
 
 def run(
@@ -63,8 +63,8 @@ def run(
     """Run ``plan`` as a pipeline, one worker process a device, and time it against one device.
 
     First one step of both is compared: outputs and every gradient. Then steps of both are timed in turn, the whole
-    step each: forward, backward and update. A few more steps are noted slot by slot, for the accounts; noting them
-    does not touch those that are timed. The caller's model is not changed.
+    step each: forward, backward and update. Between those that are timed a few more steps are noted slot by slot, for
+    the accounts. The caller's model is not changed.
 
     Args:
         target: ``"file.py:Name"``, or the model itself.
@@ -124,17 +124,10 @@ def run(
         equality = compare(reference, list(sharded.values()))
         tell("compare", 1, 1)
 
-        whole_s: list[float] = []
-        step_s: list[float] = []
         if baseline:
             whole = job("", plan.predicted.baseline_microbatches)
             pool.call({baseline: (hold_whole, (whole, model, args, kwargs))}, limit_s=START_LIMIT_S)
-        for step in range(WARMUP_STEPS + steps):
-            tell("time", step, WARMUP_STEPS + steps)
-            if baseline:
-                whole_s.append(pool.call({baseline: (step_whole, ())}, limit_s=limit_s)[baseline])
-            step_s.append(max(pool.call(dict.fromkeys(stages, (step_stage, ())), limit_s=limit_s).values()))
-        noted = _noted(pool, plan.devices, min(NOTED_STEPS, steps), limit_s, tell)
+        step_s, whole_s, noted = _timed_in_turn(pool, plan.devices, baseline, steps, limit_s, tell)
         peaks = pool.call(dict.fromkeys(stages, (weigh_stage, ())), limit_s=limit_s)
         tell("time", WARMUP_STEPS + steps, WARMUP_STEPS + steps)
 
@@ -147,9 +140,9 @@ def run(
         microbatches=plan.microbatches,
         steps=steps,
         equality=equality,
-        sharded=_timed(step_s[WARMUP_STEPS:], plan.predicted.step_s),
+        sharded=_timed(step_s, plan.predicted.step_s),
         baseline_device=baseline,
-        baseline=_timed(whole_s[WARMUP_STEPS:], plan.predicted.baseline_s) if baseline else None,
+        baseline=_timed(whole_s, plan.predicted.baseline_s) if baseline else None,
         memory=tuple(
             Weighed(device=stage.device, predicted_bytes=stage.memory_bytes, measured_bytes=peaks[stage.device])
             for stage in plan.stages
@@ -158,14 +151,28 @@ def run(
     )
 
 
-def _noted(pool: Pool, devices: Sequence[str], steps: int, limit_s: float, tell: Progress) -> list[list[Noted]]:
-    """What the stages on ``devices`` note in further steps."""
-    noted = []
-    for step in range(steps):
-        tell("note", step, steps)
-        found = pool.call(dict.fromkeys(devices, (note_stage, ())), limit_s=limit_s)
-        noted.append([found[device] for device in devices])
-    return noted
+def _timed_in_turn(
+    pool: Pool, devices: Sequence[str], baseline: str | None, steps: int, limit_s: float, tell: Progress
+) -> tuple[list[float], list[float], list[list[Noted]]]:
+    """Seconds of ``steps`` steps on ``devices``, of as many on ``baseline`` alone, and what was noted between."""
+    step_s: list[float] = []
+    whole_s: list[float] = []
+    noted: list[list[Noted]] = []
+    for step in range(WARMUP_STEPS + steps):
+        tell("time", step, WARMUP_STEPS + steps)
+        if baseline:
+            whole_s.append(pool.call({baseline: (step_whole, ())}, limit_s=limit_s)[baseline])
+        step_s.append(max(pool.call(dict.fromkeys(devices, (step_stage, ())), limit_s=limit_s).values()))
+        if step in _noted_after(steps):
+            found = pool.call(dict.fromkeys(devices, (note_stage, ())), limit_s=limit_s)
+            noted.append([found[device] for device in devices])
+    return step_s[WARMUP_STEPS:], whole_s[WARMUP_STEPS:], noted
+
+
+def _noted_after(steps: int) -> range:
+    """After which of ``steps`` timed steps one is noted: spread over them, so that both see the same machine."""
+    count = min(NOTED_STEPS, steps)
+    return range(WARMUP_STEPS, WARMUP_STEPS + steps, steps // count)[:count]
 
 
 def _job(plan: Plan, model: nn.Module, output_places: tuple[int, ...], schedule: str, microbatches: int) -> Job:
