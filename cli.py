@@ -266,6 +266,14 @@ def shard(
     run_out: Annotated[
         Path | None, typer.Option("--run-out", metavar="FILE", help="With --run: where to write what was measured.")
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace",
+            metavar="FILE",
+            help="With --run: the measured timeline beside the predicted, for ui.perfetto.dev.",
+        ),
+    ] = None,
     settings: SetOption = None,
     inputs: InputsOption = None,
     input_specs: InputOption = None,
@@ -276,8 +284,8 @@ def shard(
 
     source = _profile_path(profile_path, target)
     path = _checked_folder(_out_path(out_path, target, "plan") if target else out_path or _plan_path(source))
-    if run_out is not None:
-        _checked_folder(run_out)
+    for written in filter(None, (run_out, trace)):
+        _checked_folder(written)
         run = True
     made = _load_profile(source)
     if target is not None:
@@ -334,10 +342,14 @@ def shard(
         measured = run_plan(model, plan, args, kwargs, steps=steps, progress=progress)
     if run_out is not None:
         measured.save(run_out)
+    if trace is not None:
+        measured.save_trace(trace)
     from shardwright.reports.run_report import RunReport
 
     out.print()
     out.print(RunReport(measured))
+    if trace is not None:
+        out.print(f"\nWrote {trace}: open it at https://ui.perfetto.dev.", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -377,6 +389,10 @@ def report(
     microbatches: Annotated[
         int | None, typer.Option("--microbatches", metavar="N", help="With --graphml: another of the profiled numbers.")
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", metavar="FILE", help="Of a run: its timelines, for ui.perfetto.dev."),
+    ] = None,
 ) -> None:
     """Show a saved profile, plan or run again, or export a profile."""
     from shardwright.sharder.planning.plan import Plan
@@ -386,6 +402,10 @@ def report(
     if microbatches is not None and graphml is None:
         raise ShardwrightError(f"--microbatches {microbatches} is for the graph: give --graphml FILE too")
     kind = _format_of(path)
+    if trace is not None:
+        _checked_folder(trace)
+        if kind != Run.kind:
+            raise ShardwrightError(f"{path} is no run; --trace is for one, as `shard --run --run-out FILE` writes it")
     if kind in (Plan.kind, Run.kind) and (csv or parquet or graphml):
         raise ShardwrightError(
             f"{path} is a {kind.rpartition('.')[2]}; --csv, --parquet and --graphml are for a profile"
@@ -397,7 +417,10 @@ def report(
     elif kind == Run.kind:
         from shardwright.reports.run_report import RunReport
 
-        out.print(RunReport(Run.load(path)))
+        saved = Run.load(path)
+        out.print(RunReport(saved))
+        if trace is not None:
+            saved.save_trace(trace)
     else:
         from shardwright.reports.profile_report import ProfileReport
 

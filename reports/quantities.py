@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-__all__ = ["bandwidth", "count", "number_of_bytes", "percent", "ratio", "seconds", "share", "spread", "used_of"]
+__all__ = [
+    "bandwidth",
+    "count",
+    "number_of_bytes",
+    "per_second",
+    "percent",
+    "ratio",
+    "seconds",
+    "share",
+    "signed_seconds",
+    "spread",
+    "used_of",
+]
 
 _TIMES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
 _BANDWIDTHS = ((1e12, "TB/s"), (1e9, "GB/s"), (1e6, "MB/s"), (1e3, "kB/s"), (1.0, "B/s"))
@@ -27,6 +39,16 @@ def _in_units(value: float, units: tuple[tuple[float, str], ...]) -> str:
 def seconds(value: float) -> str:
     """A time: ``1.24 s``, ``12.3 ms``, ``310 us``."""
     return _in_units(value, _TIMES) if value else "0 s"
+
+
+def signed_seconds(value: float) -> str:
+    """A difference of times: ``+12.3 ms``, ``-310 us``."""
+    return f"{'+' if value > 0 else '-'}{seconds(abs(value))}" if value else seconds(0.0)
+
+
+def per_second(value: float) -> str:
+    """How many of something a second: ``48.0/s``."""
+    return f"{_three_digits(value)}/s"
 
 
 def bandwidth(bytes_per_s: float) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
+from shardwright.reports.accounts_report import AccountsReport
 from shardwright.reports.layout import Column, Glyphs, section, tables
-from shardwright.reports.quantities import count, number_of_bytes, percent, ratio, seconds, spread
+from shardwright.reports.quantities import count, number_of_bytes, per_second, percent, ratio, seconds, spread
 from shardwright.sharder.runtime.record import Run, Timed
 
 __all__ = ["RunReport", "conclusion", "equality"]
@@ -60,7 +61,7 @@ class RunReport:
         self.run = run
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """Equality, the table of steps, the conclusion."""
+        """Equality, the tables of steps, accounts and memory, the conclusion."""
         run, glyphs = self.run, Glyphs.of(options)
         equal, text = equality(run)
         yield Text(text, style="green" if equal else "bold red")
@@ -69,6 +70,8 @@ class RunReport:
         note = f"{how}, batch {run.batch}; median of {count(run.steps, 'step')} of each, in turn"
         yield section("Run", note)
         yield from self._steps(options, glyphs)
+        if run.accounts is not None:
+            yield AccountsReport(run, run.accounts)
         yield from self._memory(options)
         slower = run.speedup is not None and run.speedup < 1
         yield Text(f"\n{conclusion(run)}", style="bold yellow" if slower else "bold")
@@ -101,6 +104,11 @@ class RunReport:
         rows = [row(f"step on {', '.join(run.devices)}", run.sharded)]
         if run.baseline is not None:
             rows.insert(0, row(f"step on {run.baseline_device} alone", run.baseline))
+        predicted, error = glyphs.none, ""
+        if run.predicted_throughput is not None:
+            predicted = per_second(run.predicted_throughput)
+            error = percent(100 * (run.predicted_throughput / run.throughput - 1), signed=True)
+        rows.append(("samples", per_second(run.throughput), "", predicted, error))
         if run.speedup is not None:
             predicted, error = glyphs.none, ""
             if run.predicted_speedup is not None:

@@ -76,17 +76,26 @@ def test_shard_plans_runs_and_reports(profiled, run_cli):
     """With --run, shard plans, runs the plan over two workers and shows predicted beside measured."""
     done = run_cli(
         "shard", "nets.py:Small", "--profile", "small.profile.json", "--out", "small.plan.json", "--microbatches", "4",
-        "--run", "--steps", "2", "--run-out", "small.run.json", cwd=profiled, timeout=120,
+        "--run", "--steps", "2", "--run-out", "small.run.json", "--trace", "small.trace.json",
+        cwd=profiled, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "lower bound" in done.stdout
     assert "redicted" in done.stdout
     run = json.loads((profiled / "small.run.json").read_text())
     assert run["equality"]["gradients"] <= 1e-5
+    trace = json.loads((profiled / "small.trace.json").read_text())
+    assert {event["name"] for event in trace["traceEvents"]} >= {"F0", "F3", "B0", "B3", "update"}
     for name in ("small.profile.json", "small.plan.json", "small.run.json"):
         again = run_cli("report", name, cwd=profiled)
         assert again.returncode == 0
         assert again.stdout.strip() in done.stdout or name == "small.profile.json"
+    again = run_cli("report", "small.run.json", "--trace", "again.trace.json", cwd=profiled)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((profiled / "again.trace.json").read_text()) == trace
+    refused = run_cli("report", "small.plan.json", "--trace", "again.trace.json", cwd=profiled)
+    assert refused.returncode == 2
+    assert "small.plan.json is no run; --trace is for one" in refused.stderr.replace("\n", " ")
     checked = run_cli("verify", "nets.py:Small", "--plan", "small.plan.json", cwd=profiled)
     assert checked.returncode == 0, checked.stderr
     assert "verified" in checked.stdout

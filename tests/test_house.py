@@ -27,6 +27,8 @@ WITHOUT_TORCH = [
     "profiler/catalogue.py",
     "profiler/cluster.py",
     "profiler/sizes.py",
+    "sharder/runtime/accounts.py",
+    "sharder/runtime/chrome.py",
     "sharder/runtime/record.py",
     *[f"sharder/planning/{path.name}" for path in (ROOT / "sharder/planning").glob("*.py")],
     *[f"reports/{path.name}" for path in (ROOT / "reports").glob("*.py")],

@@ -6,10 +6,12 @@ from shardwright.reports.quantities import (
     bandwidth,
     count,
     number_of_bytes,
+    per_second,
     percent,
     ratio,
     seconds,
     share,
+    signed_seconds,
     spread,
     used_of,
 )
@@ -19,6 +21,10 @@ from shardwright.reports.quantities import (
     ("formatted", "text"),
     [
         (seconds(0), "0 s"),
+        (signed_seconds(0.0123), "+12.3 ms"),
+        (signed_seconds(-310e-6), "-310 us"),
+        (signed_seconds(0.0), "0 s"),
+        (per_second(48.04), "48.0/s"),
         (seconds(4e-10), "0.40 ns"),
         (seconds(310e-6), "310 us"),
         (seconds(0.00099949), "999 us"),

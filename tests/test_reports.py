@@ -5,6 +5,7 @@ After a wanted change of the text, renew the golden files and read their differe
     SHARDWRIGHT_RENEW_GOLDEN=1 python -m pytest tests/test_reports.py
 """
 
+import dataclasses
 import functools
 import io
 import os
@@ -19,8 +20,10 @@ from shardwright.profiler.profile import Device, Estimate, Link, Measurement, Mi
 from shardwright.reports.plan_report import PlanReport, verdict
 from shardwright.reports.profile_report import ProfileReport
 from shardwright.reports.run_report import RunReport, conclusion, equality
+from shardwright.sharder.planning.foreseen import costs_of, timeline_of
 from shardwright.sharder.planning.plan import Alternative, Candidate, Certificate, Placement, Plan, Prediction, Stage
 from shardwright.sharder.planning.planner import plan
+from shardwright.sharder.runtime.accounts import Mark, Noted, accounts_of, predicted_slots
 from shardwright.sharder.runtime.record import Equality, Run, Timed
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -233,6 +236,32 @@ def a_run(measured=0.333, predicted=0.331, baseline=True, difference=3.1e-7):
     )
 
 
+def an_accounted_run():
+    """A run of the plan of examples/costs.json whose last stage computes its backward half as slowly again."""
+    made = planned()
+    costs = list(costs_of(made))
+    costs[-1] = dataclasses.replace(costs[-1], backward_s=1.5 * costs[-1].backward_s)
+    timeline = timeline_of(made, costs)
+    slots = predicted_slots(timeline, costs, serial=True)
+    noted = [
+        Noted(
+            0.0,
+            timeline.step_s,
+            tuple(Mark(s.what, s.microbatch, s.start_s, s.end_s) for s in slots if s.stage == n),
+            (),
+        )
+        for n in range(len(costs))
+    ]
+    update = {
+        "devices": made.devices,
+        "batch": made.batch,
+        "sharded": Timed(predicted_s=made.predicted.step_s, measured_s=0.99 * timeline.step_s, spread_s=0.002),
+        "baseline": Timed(predicted_s=made.predicted.baseline_s, measured_s=0.5, spread_s=0.004),
+        "accounts": accounts_of(made, [noted]),
+    }
+    return a_run().model_copy(update=update)
+
+
 def the_costs():
     """The costs in examples/costs.json, which are of no model."""
     return Costs.load(GOLDEN.parents[1] / "examples" / "costs.json").profile()
@@ -258,6 +287,7 @@ REPORTS = {
     "plan-memory": lambda: PlanReport(planned(objective="memory")),
     "run": lambda: RunReport(a_run()),
     "run-slower": lambda: RunReport(a_run(measured=0.61)),
+    "run-accounts": lambda: RunReport(an_accounted_run()),
 }
 KEY_NUMBERS = {
     "profile": ["downsample11", "19.2 ms", "41.1 ms", "159 ms", "3.31 MiB", "85.0 us", "3.20 GB/s", "10.0 GiB"],
@@ -297,6 +327,7 @@ KEY_NUMBERS = {
     "plan-one-device": ["Do not shard", "507 ms", "0.97x", "cpu:0"],
     "plan-too-large": ["makes it fit", "331 ms", "6.0%"],
     "run": ["47 outputs and gradients", "3.1e-07", "333 ms", "331 ms", "507 ms", "1.52x", "1.56x", "+2.6%"],
+    "run-accounts": ["backward on cuda:1", "14.4 ms", "21.6 ms", "waiting", "transfer", "samples"],
     "run-slower": ["Slower than one device", "0.83x", "610 ms"],
 }
 

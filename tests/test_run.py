@@ -12,6 +12,7 @@ from torch.distributed.pipelining import _utils
 import shardwright as sw
 from shardwright.profiler import pool
 from shardwright.profiler.equality import relative_difference
+from shardwright.sharder.planning.schedule import operations
 from shardwright.sharder.runtime import run as run_module
 from shardwright.sharder.runtime.pipeline import Comparison
 from shardwright.sharder.runtime.run import compare
@@ -48,6 +49,38 @@ def test_predicted_memory_is_held_against_what_a_step_took():
     assert [weighed.device for weighed in run.memory] == ["cpu:0", "cpu:1"]
     for weighed in run.memory:
         assert weighed.measured_bytes == pytest.approx(weighed.predicted_bytes, rel=0.2), weighed
+
+
+@pytest.mark.parametrize(("schedule", "train"), [("1f1b", True), ("gpipe", True), ("1f1b", False)])
+def test_a_run_notes_what_each_stage_was_at(captured_profile, schedule, train):
+    """Slots come in the order of the schedule, every message at both its ends, and the parts add up to the step."""
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)])
+    run = piped(captured_profile, model, (torch.randn(8, 8),), 4, schedule=schedule, train=train)
+    assert run.accounts is not None
+    for stage, accounts in enumerate(run.accounts.stages):
+        own = [slot for slot in run.accounts.measured if slot.stage == stage]
+        computed = [(slot.what, slot.microbatch) for slot in own if slot.what in ("forward", "backward")]
+        expected = operations(schedule, stage, 2, 4, train=train)
+        assert computed == [({"F": "forward", "B": "backward"}[o.kind], o.microbatch) for o in expected]
+        assert accounts.measured.step_s == pytest.approx(run.accounts.measured_s)
+        assert accounts.predicted.step_s == pytest.approx(run.accounts.predicted_s)
+        assert (accounts.measured.update_s > 0) == train
+    crossed = {(slot.stage, slot.what, slot.microbatch) for slot in run.accounts.measured if slot.what != "wait"}
+    for number in range(4):
+        assert (0, "send activations", number) in crossed
+        assert (1, "receive activations", number) in crossed
+        assert ((0, "receive gradients", number) in crossed) == train
+        assert ((1, "send gradients", number) in crossed) == train
+    gap = run.accounts.measured_s - run.sharded.predicted_s
+    assert sum(each.step_s for each in run.accounts.off) == pytest.approx(gap)
+
+
+@pytest.mark.parametrize(
+    ("steps", "noted"), [(1, [2]), (3, [2, 3, 4]), (11, [2, 4, 6, 8, 10]), (101, [2, 22, 42, 62, 82])]
+)
+def test_noted_steps_are_spread_over_the_timed_ones(steps, noted):
+    """None after a warm-up step, at most five; what slows the machine down then slows both alike."""
+    assert list(run_module._noted_after(steps)) == noted
 
 
 class Mixed(nn.Module):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,8 +24,11 @@ from shardwright.profiler.optimizers import make_optimizer
 from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.unitgraph import mean_square_loss
 from shardwright.profiler.worker import resident
+from shardwright.sharder.runtime.accounts import Noted
 from shardwright.sharder.runtime.cut import StageProgram, trainable
 from shardwright.sharder.runtime.engine import SharedGradients, SharedParameter, make_schedule, make_stage
+from shardwright.sharder.runtime.noting import Notes
+from shardwright.sharder.runtime.record import What
 
 __all__ = [
     "Comparison",
@@ -34,6 +37,7 @@ __all__ = [
     "check_whole",
     "hold_stage",
     "hold_whole",
+    "note_stage",
     "step_stage",
     "step_whole",
     "weigh_stage",
@@ -80,6 +84,13 @@ class _Held:
     inputs: tuple[Tensor, ...] = ()
     buffers: Callable[[], list[Tensor]] = list
     """The engine's own."""
+    stage: PipelineStage | None = None
+    notes: Notes | None = None
+    """Filled in a step that is noted."""
+
+    def noting(self, what: What, microbatch: int | None = None) -> AbstractContextManager[None]:
+        """Note the block, if this step is noted."""
+        return self.notes.slot(what, microbatch) if self.notes else nullcontext()
 
 
 def _synchronize(device: torch.device) -> None:
@@ -95,10 +106,11 @@ def hold_stage(job: Job, program: StageProgram, inputs: tuple[Tensor, ...]) -> N
     stage = make_stage(program, module, job.stages, device)
     here = tuple(t.to(device) for t in inputs)
     held = _Held(job, device, module, _optimizer(job, module), lambda: None)
-    held.inputs, held.buffers = here, partial(_engine_buffers, stage)
+    held.inputs, held.buffers, held.stage = here, partial(_engine_buffers, stage), stage
 
     def loss(outputs: Any, _target: Tensor) -> Tensor:
-        return mean_square_loss(outputs)
+        with held.noting("loss"):
+            return mean_square_loss(outputs)
 
     batched = [is_batched(t, job.batch) for t in inputs]
     schedule = make_schedule(
@@ -108,13 +120,19 @@ def hold_stage(job: Job, program: StageProgram, inputs: tuple[Tensor, ...]) -> N
     shared = SharedGradients(job.ties if job.train else (), program.index, module)
 
     def step() -> None:
-        with shared.summed(), nullcontext() if job.train else torch.no_grad():
-            last = program.index == job.stages - 1
-            schedule.step(
-                *(here if program.index == 0 else ()),
-                target=target if last and job.train else None,
-                return_outputs=False,
-            )
+        last = program.index == job.stages - 1
+        with ExitStack() as tied:
+            tied.enter_context(shared.summed())
+            with nullcontext() if job.train else torch.no_grad():
+                schedule.step(
+                    *(here if program.index == 0 else ()),
+                    target=target if last and job.train else None,
+                    return_outputs=False,
+                )
+            if held.notes and shared.shared:
+                held.notes.post("tie")
+            with held.noting("tie") if shared.shared else nullcontext():
+                tied.close()
 
     held.step = step
     if program.index == job.stages - 1:
@@ -165,13 +183,35 @@ def step_whole() -> float:
 def _timed_step(held: _Held) -> float:
     _synchronize(held.device)
     start = time.perf_counter()
-    if held.optimizer is not None:
-        held.optimizer.zero_grad()
-    held.step()
-    if held.optimizer is not None:
-        held.optimizer.step()
+    _whole_step(held)
     _synchronize(held.device)
     return time.perf_counter() - start
+
+
+def _whole_step(held: _Held) -> None:
+    if held.optimizer is not None:
+        with held.noting("update"):
+            held.optimizer.zero_grad()
+    held.step()
+    if held.optimizer is not None:
+        with held.noting("update"):
+            held.optimizer.step()
+
+
+def note_stage() -> Noted:
+    """One more step of this stage, begun together with the others; what it was at when."""
+    held: _Held = resident["stage"]
+    assert held.stage is not None, "a stage is held with its engine's"
+    held.notes = notes = Notes(held.device)
+    try:
+        with notes.engine(held.stage, train=held.job.train):
+            dist.all_reduce(torch.zeros(1))
+            with notes.whole():
+                _whole_step(held)
+    finally:
+        held.notes = None
+    _synchronize(held.device)
+    return notes.noted()
 
 
 def weigh_stage() -> int:

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from shardwright.errors import ShardwrightError
 from shardwright.files import Document, Record
 
-__all__ = ["Equality", "Run", "Timed", "Weighed"]
+__all__ = ["Account", "Accounts", "Equality", "Off", "Run", "Slot", "StageAccounts", "Timed", "Weighed", "What"]
+
+What = Literal[
+    "forward",
+    "loss",
+    "backward",
+    "update",
+    "tie",
+    "send activations",
+    "receive activations",
+    "send gradients",
+    "receive gradients",
+    "wait",
+]
+"""What a stage is at. A transfer begins when both its ends are at it; until then the one that came first waits."""
 
 
 class Equality(Record):
@@ -50,6 +66,87 @@ class Weighed(Record):
         return 100.0 * (self.predicted_bytes / self.measured_bytes - 1.0) if self.measured_bytes else 0.0
 
 
+class Slot(Record):
+    """When a stage was at something, in seconds from the start of the step. The slots of a stage do not overlap."""
+
+    stage: NonNegativeInt
+    what: What
+    microbatch: NonNegativeInt | None
+    """None: it is not of one micro-batch."""
+    start_s: NonNegativeFloat
+    end_s: NonNegativeFloat
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds."""
+        return self.end_s - self.start_s
+
+
+class Account(Record):
+    """How a stage spends a step, in seconds. Together they are the step."""
+
+    forward_s: NonNegativeFloat
+    """The loss with it."""
+    backward_s: NonNegativeFloat
+    update_s: NonNegativeFloat
+    """Gradients cleared, scaled and applied."""
+    transfer_s: NonNegativeFloat
+    """Sending, receiving, and summing tied gradients, both ends being at it."""
+    bubble_s: NonNegativeFloat
+    """Waiting for another stage, and for the step's end."""
+    other_s: NonNegativeFloat
+    """What the engine does between; none is predicted."""
+
+    @property
+    def compute_s(self) -> float:
+        """Forward, backward and update."""
+        return self.forward_s + self.backward_s + self.update_s
+
+    @property
+    def step_s(self) -> float:
+        """The sum."""
+        return self.compute_s + self.transfer_s + self.bubble_s + self.other_s
+
+
+class StageAccounts(Record):
+    """One stage: the account that the plan foresaw, and the one that was measured."""
+
+    device: str
+    predicted: Account
+    measured: Account
+
+
+class Off(Record):
+    """A cost that was predicted wrongly, and what that does to the step."""
+
+    what: Literal["forward", "backward", "update", "ties", "transfers", "variation", "rest"]
+    """``"variation"``: the plan's step is longer than that of its median times, since devices' speeds vary; the
+    measured costs have that in them. ``"rest"``: what no cost explains, as micro-batches that took unequal times."""
+    devices: tuple[str, ...]
+    """The stage's; of transfers, those of both ends."""
+    predicted_s: NonNegativeFloat | None
+    """Of a micro-batch; update and ties of a step; transfers of a micro-batch there and back, at both ends."""
+    measured_s: NonNegativeFloat | None
+    step_s: float
+    """So much longer is the measured step for it; negative when it is shorter."""
+
+
+class Accounts(Record):
+    """One step of which everything was noted, beside the one that the plan foresees."""
+
+    noted_s: tuple[NonNegativeFloat, ...]
+    """All steps that were noted, between those that were timed; the one of median length is shown."""
+    measured_s: NonNegativeFloat
+    """That step, from the first stage's start to the last one's end."""
+    predicted_s: NonNegativeFloat
+    """The step of the plan's median times."""
+    stages: tuple[StageAccounts, ...]
+    off: tuple[Off, ...]
+    """The largest first. Their ``step_s`` add up to ``measured_s`` less the plan's predicted step."""
+    predicted: tuple[Slot, ...]
+    measured: tuple[Slot, ...]
+
+
 class Run(Document):
     """One plan, run and timed against one device in the same session."""
 
@@ -73,6 +170,37 @@ class Run(Document):
     """One device alone; None when the model fits on none."""
     memory: tuple[Weighed, ...] = ()
     """Of each stage's device."""
+    accounts: Accounts | None = None
+    """None in files of before they were kept."""
+
+    @property
+    def throughput(self) -> float:
+        """Measured samples a second."""
+        return self.batch / self.sharded.measured_s
+
+    @property
+    def predicted_throughput(self) -> float | None:
+        """Samples a second as predicted by the plan."""
+        return self.batch / self.sharded.predicted_s if self.sharded.predicted_s else None
+
+    @property
+    def disturbance_percent(self) -> float | None:
+        """By how much the steps that were noted took longer than those that were timed, in percent, by the medians."""
+        if self.accounts is None:
+            return None
+        return 100.0 * (self.accounts.measured_s / self.sharded.measured_s - 1.0)
+
+    def save_trace(self, path: str | Path) -> None:
+        """Write the measured timeline and the predicted one as a Chrome trace, which ui.perfetto.dev opens.
+
+        Raises:
+            ShardwrightError: the run has no accounts, or ``path`` cannot be written.
+        """
+        from shardwright.sharder.runtime.chrome import write_trace
+
+        if self.accounts is None:
+            raise ShardwrightError("this run kept no timeline: run the plan again, with `shard --run --trace FILE`")
+        write_trace(self, self.accounts, path)
 
     @property
     def speedup(self) -> float | None:

@@ -24,6 +24,7 @@ from shardwright.profiler.profile import Device
 from shardwright.profiler.target import load_target
 from shardwright.profiler.trace import trace
 from shardwright.sharder.planning.plan import Plan
+from shardwright.sharder.runtime.accounts import Noted, accounts_of
 from shardwright.sharder.runtime.check import check_can_be_piped, check_inputs, check_model, units_of
 from shardwright.sharder.runtime.cut import cut
 from shardwright.sharder.runtime.engine import sendable, shared_parameters
@@ -34,6 +35,7 @@ from shardwright.sharder.runtime.pipeline import (
     check_whole,
     hold_stage,
     hold_whole,
+    note_stage,
     step_stage,
     step_whole,
     weigh_stage,
@@ -45,6 +47,8 @@ __all__ = ["compare", "run"]
 STEP_LIMIT_S = 15.0
 """A step that takes so much longer than five times its prediction counts as hung."""
 WARMUP_STEPS = 2
+NOTED_STEPS = 5
+"""At most; they come between those that are timed, which meet no wrapper."""
 
 
 def run(
@@ -59,7 +63,8 @@ def run(
     """Run ``plan`` as a pipeline, one worker process a device, and time it against one device.
 
     First one step of both is compared: outputs and every gradient. Then steps of both are timed in turn, the whole
-    step each: forward, backward and update. The caller's model is not changed.
+    step each: forward, backward and update. Between those that are timed a few more steps are noted slot by slot, for
+    the accounts. The caller's model is not changed.
 
     Args:
         target: ``"file.py:Name"``, or the model itself.
@@ -119,16 +124,10 @@ def run(
         equality = compare(reference, list(sharded.values()))
         tell("compare", 1, 1)
 
-        whole_s: list[float] = []
-        step_s: list[float] = []
         if baseline:
             whole = job("", plan.predicted.baseline_microbatches)
             pool.call({baseline: (hold_whole, (whole, model, args, kwargs))}, limit_s=START_LIMIT_S)
-        for step in range(WARMUP_STEPS + steps):
-            tell("time", step, WARMUP_STEPS + steps)
-            if baseline:
-                whole_s.append(pool.call({baseline: (step_whole, ())}, limit_s=limit_s)[baseline])
-            step_s.append(max(pool.call(dict.fromkeys(stages, (step_stage, ())), limit_s=limit_s).values()))
+        step_s, whole_s, noted = _timed_in_turn(pool, plan.devices, baseline, steps, limit_s, tell)
         peaks = pool.call(dict.fromkeys(stages, (weigh_stage, ())), limit_s=limit_s)
         tell("time", WARMUP_STEPS + steps, WARMUP_STEPS + steps)
 
@@ -141,14 +140,39 @@ def run(
         microbatches=plan.microbatches,
         steps=steps,
         equality=equality,
-        sharded=_timed(step_s[WARMUP_STEPS:], plan.predicted.step_s),
+        sharded=_timed(step_s, plan.predicted.step_s),
         baseline_device=baseline,
-        baseline=_timed(whole_s[WARMUP_STEPS:], plan.predicted.baseline_s) if baseline else None,
+        baseline=_timed(whole_s, plan.predicted.baseline_s) if baseline else None,
         memory=tuple(
             Weighed(device=stage.device, predicted_bytes=stage.memory_bytes, measured_bytes=peaks[stage.device])
             for stage in plan.stages
         ),
+        accounts=accounts_of(plan, noted),
     )
+
+
+def _timed_in_turn(
+    pool: Pool, devices: Sequence[str], baseline: str | None, steps: int, limit_s: float, tell: Progress
+) -> tuple[list[float], list[float], list[list[Noted]]]:
+    """Seconds of ``steps`` steps on ``devices``, of as many on ``baseline`` alone, and what was noted between."""
+    step_s: list[float] = []
+    whole_s: list[float] = []
+    noted: list[list[Noted]] = []
+    for step in range(WARMUP_STEPS + steps):
+        tell("time", step, WARMUP_STEPS + steps)
+        if baseline:
+            whole_s.append(pool.call({baseline: (step_whole, ())}, limit_s=limit_s)[baseline])
+        step_s.append(max(pool.call(dict.fromkeys(devices, (step_stage, ())), limit_s=limit_s).values()))
+        if step in _noted_after(steps):
+            found = pool.call(dict.fromkeys(devices, (note_stage, ())), limit_s=limit_s)
+            noted.append([found[device] for device in devices])
+    return step_s[WARMUP_STEPS:], whole_s[WARMUP_STEPS:], noted
+
+
+def _noted_after(steps: int) -> range:
+    """After which of ``steps`` timed steps one is noted: spread over them, so that both see the same machine."""
+    count = min(NOTED_STEPS, steps)
+    return range(WARMUP_STEPS, WARMUP_STEPS + steps, steps // count)[:count]
 
 
 def _job(plan: Plan, model: nn.Module, output_places: tuple[int, ...], schedule: str, microbatches: int) -> Job:

@@ -88,6 +88,10 @@ def test_one_gpu_runs_and_is_compared():
     run = sw.run(model, sw.plan(profile), (x,), steps=3)
     assert run.devices == ("cuda:0",)
     assert run.equality.gradients < 1e-5
+    assert run.accounts is not None
+    account = run.accounts.stages[0].measured
+    assert min(account.forward_s, account.backward_s, account.update_s) > 0
+    assert account.step_s == pytest.approx(run.accounts.measured_s)
 
 
 def test_a_plan_over_cpu_and_gpu_is_not_piped_yet(captured_profile):

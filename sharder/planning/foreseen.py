@@ -1,0 +1,43 @@
+"""The step that a plan foresees, simulated again from the plan's own numbers: no profile is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shardwright.sharder.planning.plan import Plan
+from shardwright.sharder.planning.simulate import StageCost, simulate
+from shardwright.sharder.planning.timeline import Timeline
+
+__all__ = ["costs_of", "timeline_of"]
+
+
+def costs_of(plan: Plan) -> tuple[StageCost, ...]:
+    """What each stage of ``plan`` is predicted to cost."""
+    return tuple(
+        StageCost(
+            forward_s=stage.forward_s,
+            backward_s=stage.backward_s,
+            update_s=stage.update_s,
+            send_forward_s=stage.send_forward_s,
+            receive_backward_s=stage.receive_backward_s,
+            tie_s=stage.tie_s,
+            receive_forward_s=stage.receive_forward_s,
+            send_backward_s=stage.send_backward_s,
+        )
+        for stage in plan.stages
+    )
+
+
+def timeline_of(plan: Plan, costs: Sequence[StageCost] | None = None) -> Timeline:
+    """A step of ``plan`` at the median times, or at other ``costs`` of its stages.
+
+    It is shorter than ``plan.predicted.step_s`` where the devices' speeds varied while they were measured.
+    """
+    return simulate(
+        costs or costs_of(plan),
+        plan.microbatches,
+        schedule=plan.schedule,
+        train=plan.train,
+        transfers="overlapped" if plan.overlap else "serial",
+        staged=plan.transfers == "staged",
+    )

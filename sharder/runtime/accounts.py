@@ -1,0 +1,283 @@
+"""Accounts of a step: what each stage spends it on, as predicted and as measured, and which costs were off.
+
+Each stage's slots are put on one clock. A transfer begins when both ends have posted it; the wait for it is cut there:
+
+    sender     | F3 ......... |post     send F3     |
+    receiver   | B1 ... |post     wait    | recv F3 | F3 ...
+
+Before the cut the receiver waits for the sender's compute, which is its bubble, and afterwards for the link. What no
+slot covers between a stage's start and end is the engine's own work. So the parts of each stage add up to the step.
+
+The difference of the steps is explained by simulating the step with one measured cost after the other in place of the
+predicted one, first the one that changes the step most. The changes add up to all that costs can explain.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from shardwright.sharder.planning.foreseen import costs_of, timeline_of
+from shardwright.sharder.planning.plan import Plan
+from shardwright.sharder.planning.simulate import StageCost
+from shardwright.sharder.planning.timeline import Timeline
+from shardwright.sharder.runtime.record import Account, Accounts, Off, Slot, StageAccounts, What
+
+__all__ = ["Mark", "Noted", "account", "accounts_of", "measured_costs", "measured_slots", "off", "predicted_slots"]
+
+_FIELDS: dict[What, str] = {
+    "forward": "forward_s",
+    "loss": "forward_s",
+    "backward": "backward_s",
+    "update": "update_s",
+    "tie": "transfer_s",
+    "send activations": "transfer_s",
+    "receive activations": "transfer_s",
+    "send gradients": "transfer_s",
+    "receive gradients": "transfer_s",
+    "wait": "bubble_s",
+}
+
+ROUNDING = 1e-9
+"""What is left of a step by less than this part of it is left by adding up."""
+
+
+class Mark(NamedTuple):
+    """Something that a stage noted, in seconds of the host's clock."""
+
+    what: What
+    microbatch: int | None
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What one stage noted in a step, all in seconds of the host's clock."""
+
+    start_s: float
+    end_s: float
+    marks: tuple[Mark, ...]
+    """In the order of time, without overlaps."""
+    posts: tuple[Mark, ...]
+    """When it came to a transfer: ``start_s`` and ``end_s`` are the same."""
+
+
+def accounts_of(plan: Plan, steps: Sequence[Sequence[Noted]]) -> Accounts:
+    """The accounts of the step of median length (the shorter of two) among noted ``steps``, each by stage."""
+    lengths = [max(n.end_s for n in step) - min(n.start_s for n in step) for step in steps]
+    shown = steps[lengths.index(statistics.median_low(lengths))]
+    measured_s, measured = measured_slots(shown)
+    costs = costs_of(plan)
+    timeline = timeline_of(plan, costs)
+    predicted = predicted_slots(timeline, costs, serial=not plan.overlap)
+    return Accounts(
+        noted_s=tuple(lengths),
+        measured_s=measured_s,
+        predicted_s=timeline.step_s,
+        stages=tuple(
+            StageAccounts(
+                device=stage.device,
+                predicted=account((s for s in predicted if s.stage == stage.index), timeline.step_s),
+                measured=account((s for s in measured if s.stage == stage.index), measured_s),
+            )
+            for stage in plan.stages
+        ),
+        off=off(plan, measured_costs(measured, len(plan.stages), plan.microbatches), measured_s),
+        predicted=predicted,
+        measured=measured,
+    )
+
+
+def account(slots: Iterable[Slot], step_s: float) -> Account:
+    """The account of one stage whose ``slots`` do not overlap, in a step of ``step_s`` seconds."""
+    parts = dict.fromkeys(_FIELDS.values(), 0.0)
+    for slot in slots:
+        parts[_FIELDS[slot.what]] += slot.duration_s
+    other_s = step_s - sum(parts.values())
+    return Account(**parts, other_s=other_s if other_s > ROUNDING * step_s else 0.0)
+
+
+def measured_slots(noted: Sequence[Noted]) -> tuple[float, tuple[Slot, ...]]:
+    """The step's seconds and its slots, from what each stage noted."""
+    start_s, end_s = min(n.start_s for n in noted), max(n.end_s for n in noted)
+    ready: dict[tuple[str, int, int | None], float] = {}
+    for stage, each in enumerate(noted):
+        for post in each.posts:
+            key = _message(stage, post)
+            ready[key] = max(post.start_s, ready.get(key, post.start_s))
+    slots: list[Slot] = []
+    for stage, each in enumerate(noted):
+        parts = [Mark("wait", None, start_s, each.start_s)]
+        for mark in each.marks:
+            both_s = min(max(ready.get(_message(stage, mark), mark.start_s), mark.start_s), mark.end_s)
+            parts += [mark._replace(what="wait", end_s=both_s), mark._replace(start_s=both_s)]
+        parts.append(Mark("wait", None, max(each.end_s, parts[-1].end_s), end_s))
+        at_s = start_s
+        for part in parts:
+            # Events of a GPU may be a little off the host's clock at the ends.
+            begin_s, until_s = max(part.start_s, at_s), min(part.end_s, end_s)
+            if until_s > begin_s:
+                slots.append(_slot(stage, part, begin_s - start_s, until_s - start_s))
+                at_s = until_s
+    return end_s - start_s, tuple(slots)
+
+
+def _slot(stage: int, mark: Mark, start_s: float, end_s: float) -> Slot:
+    return Slot(stage=stage, what=mark.what, microbatch=mark.microbatch, start_s=start_s, end_s=end_s)
+
+
+def _message(stage: int, mark: Mark) -> tuple[str, int, int | None]:
+    """What both ends of a transfer call it: its kind, the earlier stage of its link, its micro-batch."""
+    how, _, kind = mark.what.partition(" ")
+    if not kind:
+        # A tie is one sum for all its stages.
+        return (how, -1, None) if how == "tie" else (how, stage, mark.microbatch)
+    towards_next = (how == "send") == (kind == "activations")
+    return kind, stage if towards_next else stage - 1, mark.microbatch
+
+
+def predicted_slots(timeline: Timeline, costs: Sequence[StageCost], *, serial: bool) -> tuple[Slot, ...]:
+    """The slots of a simulated step with one stage a device; ``serial``: transfers keep both ends from computing."""
+    free_s = [0.0] * len(costs)
+    slots: list[Slot] = []
+
+    def add(stage: int, what: What, microbatch: int | None, start_s: float, seconds: float) -> None:
+        if start_s > free_s[stage]:
+            slots.append(_slot(stage, Mark("wait", microbatch, 0, 0), free_s[stage], start_s))
+            free_s[stage] = start_s
+        if seconds > 0:
+            slots.append(_slot(stage, Mark(what, microbatch, 0, 0), free_s[stage], free_s[stage] + seconds))
+            free_s[stage] += seconds
+
+    for slot in timeline.slots:
+        stage, number = slot.device, slot.operation.microbatch
+        forward = slot.operation.kind == "F"
+        into_s, out_s = _exchanged_s(costs, stage, forward=forward) if serial else (0.0, 0.0)
+        crossing = "activations" if forward else "gradients"
+        receive: What = "receive activations" if crossing == "activations" else "receive gradients"
+        send: What = "send activations" if crossing == "activations" else "send gradients"
+        add(stage, receive, number, slot.start_s - into_s, into_s)
+        add(stage, "forward" if forward else "backward", number, slot.start_s, slot.end_s - slot.start_s)
+        add(stage, send, number, slot.end_s, out_s)
+    for stage, cost in enumerate(costs):
+        add(stage, "tie", None, free_s[stage], cost.tie_s)
+        add(stage, "update", None, free_s[stage], cost.update_s)
+        add(stage, "wait", None, timeline.step_s, 0.0)
+    return tuple(slots)
+
+
+def _exchanged_s(costs: Sequence[StageCost], stage: int, *, forward: bool) -> tuple[float, float]:
+    """Seconds in which ``stage`` receives the input of an operation and sends its result, as in simulate.py."""
+    cost, first, last = costs[stage], stage == 0, stage == len(costs) - 1
+    if forward:
+        into_s = 0.0 if first else _or(cost.receive_forward_s, costs[stage - 1].send_forward_s)
+        return into_s, 0.0 if last else cost.send_forward_s
+    out_s = 0.0 if first else _or(cost.send_backward_s, costs[stage - 1].receive_backward_s)
+    return 0.0 if last else cost.receive_backward_s, out_s
+
+
+def _or(own_s: float | None, other_s: float) -> float:
+    return other_s if own_s is None else own_s
+
+
+def measured_costs(slots: Sequence[Slot], stages: int, microbatches: int) -> tuple[StageCost, ...]:
+    """What each stage cost in a measured step: means over its micro-batches."""
+
+    def spent_s(stage: int, *what: What) -> float:
+        return sum(slot.duration_s for slot in slots if slot.stage == stage and slot.what in what)
+
+    return tuple(
+        StageCost(
+            forward_s=spent_s(stage, "forward", "loss") / microbatches,
+            backward_s=spent_s(stage, "backward") / microbatches,
+            update_s=spent_s(stage, "update"),
+            send_forward_s=spent_s(stage, "send activations") / microbatches,
+            receive_backward_s=spent_s(stage, "receive gradients") / microbatches,
+            tie_s=spent_s(stage, "tie"),
+            receive_forward_s=spent_s(stage, "receive activations") / microbatches,
+            send_backward_s=spent_s(stage, "send gradients") / microbatches,
+        )
+        for stage in range(stages)
+    )
+
+
+class _Change(NamedTuple):
+    """A measured cost in place of a predicted one: (stage, field of StageCost) of each of its parts."""
+
+    what: Literal["forward", "backward", "update", "ties", "transfers"]
+    devices: tuple[str, ...]
+    parts: tuple[tuple[int, str], ...]
+
+    def seconds(self, costs: Sequence[StageCost]) -> float:
+        return float(sum(getattr(costs[stage], field) for stage, field in self.parts))
+
+    def made(self, costs: Sequence[StageCost], measured: Sequence[StageCost]) -> tuple[StageCost, ...]:
+        changed = list(costs)
+        for stage, field in self.parts:
+            changed[stage] = dataclasses.replace(changed[stage], **{field: getattr(measured[stage], field)})
+        return tuple(changed)
+
+
+def off(plan: Plan, measured: Sequence[StageCost], measured_s: float) -> tuple[Off, ...]:
+    """What explains the difference of a measured step of ``measured_s`` seconds from the plan's; see this module.
+
+    ``measured`` are the stages' costs in that step. Together the parts are the difference, whatever the costs are.
+    """
+    costs, measured = _all_own(costs_of(plan)), _all_own(measured)
+    predicted, step_s = costs, timeline_of(plan, costs).step_s
+    # Varying speeds are in the plan's step, not in that of its median times; the measured costs have them in them.
+    found = [_unpriced("variation", step_s - plan.predicted.step_s)]
+    changes = [c for c in _changes(plan) if c.seconds(predicted) or c.seconds(measured)]
+    alone_s = {c: timeline_of(plan, c.made(costs, measured)).step_s - step_s for c in changes}
+    for change in sorted(changes, key=lambda c: -abs(alone_s[c])):
+        costs = change.made(costs, measured)
+        now_s = timeline_of(plan, costs).step_s
+        found.append(
+            Off(
+                what=change.what,
+                devices=change.devices,
+                predicted_s=change.seconds(predicted),
+                measured_s=change.seconds(measured),
+                step_s=now_s - step_s,
+            )
+        )
+        step_s = now_s
+    found.append(_unpriced("rest", measured_s - step_s))
+    return tuple(sorted(found, key=lambda each: -abs(each.step_s)))
+
+
+def _unpriced(what: Literal["variation", "rest"], step_s: float) -> Off:
+    return Off(what=what, devices=(), predicted_s=None, measured_s=None, step_s=step_s)
+
+
+def _all_own(costs: Sequence[StageCost]) -> tuple[StageCost, ...]:
+    """``costs`` with both ends of each transfer in numbers of their own, so that one can change alone."""
+    return tuple(
+        dataclasses.replace(
+            cost,
+            receive_forward_s=_exchanged_s(costs, stage, forward=True)[0],
+            send_backward_s=_exchanged_s(costs, stage, forward=False)[1],
+        )
+        for stage, cost in enumerate(costs)
+    )
+
+
+def _changes(plan: Plan) -> list[_Change]:
+    """Every cost that may be off: of a stage, or of the link from it to the next."""
+    found = []
+    for stage, device in enumerate(plan.devices):
+        found += [
+            _Change("forward", (device,), ((stage, "forward_s"),)),
+            _Change("backward", (device,), ((stage, "backward_s"),)),
+            _Change("update", (device,), ((stage, "update_s"),)),
+            _Change("ties", (device,), ((stage, "tie_s"),)),
+        ]
+        if stage + 1 < len(plan.stages):
+            ends = (stage, "send_forward_s"), (stage, "receive_backward_s")
+            others = (stage + 1, "receive_forward_s"), (stage + 1, "send_backward_s")
+            found.append(_Change("transfers", plan.devices[stage : stage + 2], (*ends, *others)))
+    return found
