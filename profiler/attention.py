@@ -17,13 +17,25 @@ from torch.overrides import TorchFunctionMode
 
 from shardwright.profiler.profile import Device
 
-__all__ = ["attention_as_on"]
+__all__ = ["attention_as_on", "without_dropout"]
 
 _DROPOUT_AT = {
     F.scaled_dot_product_attention: 4,
     F.multi_head_attention_forward: [*inspect.signature(F.multi_head_attention_forward).parameters].index("dropout_p"),
 }
 """Where among the arguments the share that is dropped is."""
+
+
+def without_dropout(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of ``func`` with no dropout in them, if it is attention."""
+    place = _DROPOUT_AT.get(func)
+    if place is None:
+        return args, kwargs
+    if len(args) > place:
+        return (*args[:place], 0.0, *args[place + 1 :]), kwargs
+    return args, kwargs | {"dropout_p": 0.0}
 
 
 @contextmanager
@@ -43,11 +55,5 @@ class _WithoutDropout(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        place = _DROPOUT_AT.get(func)
-        if place is not None:
-            if len(args) > place:
-                args = (*args[:place], 0.0, *args[place + 1 :])
-            else:
-                kwargs["dropout_p"] = 0.0
+        args, kwargs = without_dropout(func, args, kwargs or {})
         return func(*args, **kwargs)

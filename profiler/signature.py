@@ -23,7 +23,7 @@ from shardwright.profiler.unitgraph import Call, Step
 
 __all__ = ["device_key", "step_key"]
 
-METHOD = 3
+METHOD = 4
 """How steps are measured; counted up when figures of an earlier release would not compare."""
 
 
@@ -55,7 +55,7 @@ def _dropouts(function: Any) -> list[float]:
         float(value)
         for module in modules
         for name, value in sorted(vars(module).items())
-        if "drop" in name and isinstance(value, (int, float))
+        if ("drop" in name or isinstance(module, nn.modules.dropout._DropoutNd)) and isinstance(value, (int, float))
     ]
 
 

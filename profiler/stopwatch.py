@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -83,8 +85,7 @@ class CudaStopwatch:
         """See :class:`Stopwatch`.
 
         Args:
-            ahead_s: what the host is expected to take; a function that waits for the GPU waits as much longer, which is
-                taken off again.
+            ahead_s: what the host is expected to take.
         """
         stream = torch.cuda.current_stream(self.device)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -95,7 +96,21 @@ class CudaStopwatch:
         result = function()
         host_s = time.perf_counter() - begin
         end.record(stream)
-        return result, Enqueued(lambda: start.elapsed_time(end) / 1e3, host_s - ahead_s if host_s > ahead_s else host_s)
+        return result, Enqueued(lambda: start.elapsed_time(end) / 1e3, host_s)
+
+    @contextmanager
+    def watching(self) -> Iterator[list[str]]:
+        """Fill the list with the places in the block at which the host waits for the GPU, as far as PyTorch tells."""
+        places: list[str] = []
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                yield places
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        places += [f"{warning.filename}:{warning.lineno}" for warning in caught if "synchroniz" in str(warning.message)]
 
     def finish(self) -> None:
         """See :class:`Stopwatch`."""
@@ -116,7 +131,8 @@ class CudaStopwatch:
 class Pacer:
     """Times one thing again and again; where it is enqueued, the queue is filled for as long as the host took before.
 
-    On a host's stopwatch it changes nothing.
+    What waits for the GPU empties the queue in a training loop too, and is timed as it is. Nothing is changed on a
+    host's stopwatch.
     """
 
     MORE = 1.2
@@ -126,14 +142,22 @@ class Pacer:
 
     def __init__(self) -> None:
         self.host_s = 0.0
+        self.waits: bool | None = None
+        """Whether the host waits for the GPU in between; not known before the first call."""
 
     def time(self, stopwatch: Stopwatch, function: Callable[[], Any]) -> tuple[Any, Reading]:
         """See :class:`Stopwatch`."""
-        if isinstance(stopwatch, CudaStopwatch):
-            result, enqueued = stopwatch.time(function, min(self.MORE * self.host_s, self.MOST_S))
-            self.host_s = enqueued.host_s
-            return result, enqueued
-        return stopwatch.time(function)
+        if not isinstance(stopwatch, CudaStopwatch):
+            return stopwatch.time(function)
+        if self.waits is None:
+            with stopwatch.watching() as places:
+                result, enqueued = stopwatch.time(function)
+            self.waits = bool(places)
+        else:
+            ahead_s = 0.0 if self.waits else min(self.MORE * self.host_s, self.MOST_S)
+            result, enqueued = stopwatch.time(function, ahead_s)
+        self.host_s = enqueued.host_s
+        return result, enqueued
 
 
 Timer = Callable[[Callable[[], Any]], tuple[Any, float]]

@@ -31,7 +31,8 @@ def verdict_of_free(plan: Plan) -> tuple[bool, str]:
     value = seconds(predicted.step_s)
     if len(plan.stages) == 1:
         what = f"{value} from input to end" if latency else f"{value} a step"
-        return False, f"Do not shard this: keep it on {plan.devices[0]}, {what}. No other assignment is better."
+        others = "No other assignment is better" if plan.certificate.exact else "No better assignment was found"
+        return False, f"Do not shard this: keep it on {plan.devices[0]}, {what}. {others}."
     over = f"over {', '.join(plan.devices[:-1])} and {plan.devices[-1]}"
     if latency:
         head = f"Place this {over}, branches side by side: {_part(plan)} is through in {value}"

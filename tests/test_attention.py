@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import shardwright as sw
-from shardwright.profiler.attention import attention_as_on
+from shardwright.profiler.attention import attention_as_on, without_dropout
 from shardwright.profiler.capture import captures_of
 from shardwright.profiler.devices import find_devices
 from shardwright.profiler.profile import Device
@@ -76,13 +76,35 @@ def test_a_cpu_keeps_them():
     assert saved(GPUS) < saved(find_devices(["cpu:0"])) == saved([*GPUS, *find_devices(["cpu:0"])])
 
 
-def test_shares_that_are_dropped_tell_units_apart():
+class ByModule(Attention):
+    """Its share is a module's."""
+
+    def __init__(self, dropout):
+        super().__init__(0.0)
+        self.attn_drop = nn.Dropout(dropout)
+
+    def forward(self, x):
+        self.dropout = self.attn_drop.p
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("make", [Attention, ByModule])
+def test_shares_that_are_dropped_tell_units_apart(make):
     """Two layers that the capture sees alike are not timed as one."""
     keys = set()
     for dropout in (0.0, 0.1):
-        model = nn.Sequential(Attention(dropout), nn.Flatten())
+        model = nn.Sequential(make(dropout), nn.Flatten())
         with attention_as_on(GPUS):
             captures, _ = captures_of(model, (torch.randn(2, 32, 16),), {}, [1], devices=2, units=["0"], train=True)
         step = next(step for step in captures[1].steps if step.unit == "0")
         keys.add(step_key(step, train=True, optimizer="adam", accumulate=False))
     assert len(keys) == 2
+
+
+def test_dropout_is_taken_out_of_every_form_of_the_call():
+    """By position or by name; other functions keep their arguments."""
+    q = torch.randn(1, 1, 4, 2)
+    attend = F.scaled_dot_product_attention
+    assert without_dropout(attend, (q, q, q, None, 0.5, True), {})[0][4:] == (0.0, True)
+    assert without_dropout(attend, (q, q, q), {"dropout_p": 0.5})[1] == {"dropout_p": 0.0}
+    assert without_dropout(F.dropout, (q, 0.5), {}) == ((q, 0.5), {})

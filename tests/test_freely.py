@@ -143,3 +143,12 @@ def test_run_refuses_what_is_no_chain_of_stages(captured_profile):
     free = sw.plan(captured_profile(model, (x,)), pins={"0": "cpu:0", "1": "cpu:1", "2": "cpu:0"}, contiguous=False)
     with pytest.raises(sw.ShardwrightError, match=r"no chain of stages.*place\(model, plan\)"):
         sw.run(model, free, (x,))
+
+
+def test_a_verdict_claims_no_more_than_the_certificate(branches):
+    """That nothing is better is said where it is proven."""
+    result = plan(branches, contiguous=False)
+    alone = result.model_copy(update={"stages": result.stages[:1]})
+    for exact, said in ((True, "No other assignment is better."), (False, "No better assignment was found.")):
+        certificate = result.certificate.model_copy(update={"exact": exact})
+        assert verdict(alone.model_copy(update={"certificate": certificate})).text.endswith(said)

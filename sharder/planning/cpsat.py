@@ -70,10 +70,10 @@ def run_solver(
         while not solving.done():
             try:
                 wait([solving], LOOK_AGAIN_S)
+                if budget.stopped:  # said again each time, for a search that has not begun does not hear it
+                    solver.stop_search()
             except KeyboardInterrupt:
                 budget.stop()
-            if budget.stopped:  # said again each time, for a search that has not begun does not hear it
-                solver.stop_search()
     status = solving.result()
     if status == cp_model.INFEASIBLE:
         return None

@@ -132,7 +132,7 @@ class OutputForm:
         made = []
         for divided, *parts in zip(self.batched, *micro, strict=True):
             if divided:
-                made.append(torch.cat(parts))
+                made.append(torch.cat(parts).contiguous())  # as those make room that receive it
             else:
                 made.append(torch.stack(parts).mean(0) if parts[0].is_floating_point() else parts[-1])
         return made

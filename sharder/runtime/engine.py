@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -114,14 +115,26 @@ class SharedGradients:
     """Sums the gradients of the parameters that this stage shares with others.
 
     Every process makes one, with the same ``ties`` in the same order, for each tie is a process group.
+
+    Args:
+        backend: of these groups; by default that of the process group.
+        limit: how long one process waits for another there; by default PyTorch's.
     """
 
-    def __init__(self, ties: Sequence[SharedParameter], stage: int, module: nn.Module) -> None:
+    def __init__(
+        self,
+        ties: Sequence[SharedParameter],
+        stage: int,
+        module: nn.Module,
+        *,
+        backend: str | None = None,
+        limit: timedelta | None = None,
+    ) -> None:
         named = trainable(module)
         self.shared: list[tuple[nn.Parameter, dist.ProcessGroup]] = []
         self.groups: list[dist.ProcessGroup] = []
         for tie in ties:
-            group = dist.new_group(list(tie.stages))
+            group = dist.new_group(list(tie.stages), backend=backend, timeout=limit)
             if stage in tie.stages:
                 self.groups.append(group)
                 self.shared += [(named[name], group) for name in sorted(tie.names & named.keys())[:1]]
@@ -132,10 +145,22 @@ class SharedGradients:
         earlier = [parameter.grad for parameter, _ in self.shared]
         for parameter, _ in self.shared:
             parameter.grad = None
-        yield
-        for (parameter, group), before in zip(self.shared, earlier, strict=True):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad, group=group)
-            if before is not None:
+        try:
+            yield
+            for parameter, group in self.shared:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad, group=group)
+        except BaseException:
+            for (parameter, _), before in zip(self.shared, earlier, strict=True):
+                parameter.grad = before  # what was there is not lost with a step that failed
+            raise
+        for (parameter, _), before in zip(self.shared, earlier, strict=True):
+            if before is not None and parameter.grad is not None:
                 parameter.grad += before
+
+    def close(self) -> None:
+        """Leave the groups."""
+        for group in self.groups:
+            dist.destroy_process_group(group)
+        self.groups.clear()

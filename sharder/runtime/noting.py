@@ -88,9 +88,8 @@ class Notes:
         self.clock: Clock = clock or (StreamClock(device) if device.type == "cuda" else HostClock())
         self._slots: list[tuple[What, int | None, Any, Any]] = []
         self._posts: dict[tuple[What, int | None], Any] = {}
-        # By identity, of objects that the lists keep alive for as long.
-        self._labels: dict[int, tuple[What, int]] = {}
-        self._kept: list[Any] = []
+        self._labels: dict[int, tuple[Any, tuple[What, int]]] = {}
+        """By identity, with the object, which stays alive until its label is read: no longer, for it holds tensors."""
 
     @contextmanager
     def slot(self, what: What, microbatch: int | None = None) -> Iterator[None]:
@@ -170,7 +169,7 @@ class Notes:
     def _posted(self, call: Callable[..., list[dist.Work]]) -> Callable[..., list[dist.Work]]:
         def noted(operations: list[dist.P2POp], *args: Any, **kwargs: Any) -> list[dist.Work]:
             # What the engine sends of its own accord, as when it sets itself up, is of no stage's message.
-            labels = [self._labels[id(each)] for each in operations if id(each) in self._labels]
+            labels = [label for each in operations if (label := self._label_of(each)) is not None]
             if len(labels) != len(operations):
                 return call(operations, *args, **kwargs)
             for label in labels:
@@ -187,10 +186,13 @@ class Notes:
 
     def _await(self, works: list[dist.Work]) -> None:
         for work in works:
-            label = self._labels.get(id(work))
+            label = self._label_of(work)
             with self.slot(*label) if label else nullcontext():
                 work.wait()
 
     def _label(self, objects: Sequence[Any], labels: Sequence[tuple[What, int]]) -> None:
-        self._kept += objects
-        self._labels |= {id(each): label for each, label in zip(objects, labels, strict=True)}
+        self._labels |= {id(each): (each, label) for each, label in zip(objects, labels, strict=True)}
+
+    def _label_of(self, found: Any) -> tuple[What, int] | None:
+        """What was noted of an object, once."""
+        return self._labels.pop(id(found), (None, None))[1]

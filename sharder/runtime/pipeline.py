@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 from torch.overrides import TorchFunctionMode
 
+from shardwright.profiler.attention import without_dropout
 from shardwright.profiler.inputs import all_microbatches, is_batched, outputs_of
 from shardwright.profiler.memory import MemoryCounter, total_bytes
 from shardwright.profiler.optimizers import make_optimizer
@@ -277,8 +278,7 @@ class _NoDropout(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in self.FUNCTIONS:
             return args[0] if args else kwargs["input"]
-        if func is nn.functional.scaled_dot_product_attention and len(args) < 5:
-            kwargs = kwargs | {"dropout_p": 0.0}
+        args, kwargs = without_dropout(func, args, kwargs)
         return func(*args, **kwargs)
 
 

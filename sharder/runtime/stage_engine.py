@@ -64,7 +64,7 @@ class StageEngine:
     def infer(self, tensors: list[Tensor]) -> list[Any]:
         """One forward in evaluation; the last stage's results of each micro-batch, as :attr:`form` fills them."""
         self._outputs = []
-        keep = self.form.module.register_forward_hook(lambda _module, _args, output: self._outputs.append(output))
+        keep = self.form.module.register_forward_hook(self._keep if self.ranks.is_last else lambda *_: None)
         modes = [(module, module.training) for module in self.form.module.modules()]
         self.form.module.eval()
         try:
@@ -76,6 +76,9 @@ class StageEngine:
             self.stage.clear_runtime_states()
         found, self._outputs = self._outputs, []
         return found if self.ranks.is_last else []
+
+    def _keep(self, _module: Any, _args: Any, output: Any) -> None:
+        self._outputs.append(output)
 
     def room(self) -> list[Tensor]:
         """Tensors like the last stage's, to receive them in."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,7 +110,13 @@ class Pipe:
         self._state = StageState(model, saved, self._recipe.programs, self.module, ranks.rank)
         release_others(model, [form.module for form in self._recipe.forms.values()], self._state.unused.values())
         self._recipe.settle()
-        self._shared = SharedGradients(self._state.shared if plan.train else (), ranks.rank, self.module)
+        self._shared = SharedGradients(
+            self._state.shared if plan.train else (),
+            ranks.rank,
+            self.module,
+            backend=dist.get_backend(ranks.data),
+            limit=timedelta(seconds=ranks.timeout_s),
+        )
         self._engines: dict[tuple[Division, bool], StageEngine] = {}
         self._seen_a_batch = False
         self._make_copies_equal()
@@ -267,6 +274,8 @@ class Pipe:
     def close(self) -> None:
         """Leave the process groups that the pipeline made; it cannot be used afterwards."""
         self._engines.clear()
+        if dist.is_initialized():
+            self._shared.close()
         self._ranks.close()
 
     def _begin(
