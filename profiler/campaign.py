@@ -438,7 +438,7 @@ def measure_held(goal: Goal, elsewhere_bytes: int, folder: str, devices: int) ->
         on_settled=lambda item, series: report((item, series)),
         on_refused=refuse,
         on_round=lambda _: report(None),
-        between=_Eviction(elsewhere_bytes) if device.type == "cpu" else lambda _: None,
+        before=_Eviction(elsewhere_bytes) if device.type == "cpu" else lambda _: None,
     )
     (Path(folder) / str(os.getpid())).touch()
     _keep_busy(passes, stopwatch, lambda: len(os.listdir(folder)) >= devices)
@@ -460,7 +460,10 @@ def _let_go() -> None:
 
 
 class _Eviction:
-    """Walks through memory, so that weights are as cold as after a pass over a whole model that is not all here."""
+    """Walks through memory, so that weights are as cold as after a pass over a whole model that is not all here.
+
+    Once for the forwards and once for the backwards: a step touches no other's weights.
+    """
 
     LEAST_WEIGHT_BYTES = 1 << 18
     """Smaller weights are fetched in no time."""
@@ -470,8 +473,9 @@ class _Eviction:
         size = min(elsewhere_bytes, 2 * _last_cache_bytes(), self.MOST_BYTES)
         self.memory = torch.zeros(max(0, size), dtype=torch.uint8)
 
-    def __call__(self, subject: Subject) -> None:
-        if len(self.memory) and sum(map(nbytes, subject.parameters)) >= self.LEAST_WEIGHT_BYTES:
+    def __call__(self, subjects: Iterable[Subject]) -> None:
+        weights = max((sum(map(nbytes, subject.parameters)) for subject in subjects), default=0)
+        if len(self.memory) and weights >= self.LEAST_WEIGHT_BYTES:
             self.memory.add_(1)
 
 

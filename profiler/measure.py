@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
@@ -74,7 +74,7 @@ class Pass(Generic[Key]):
         self,
         stopwatch: Stopwatch,
         *,
-        between: Callable[[Subject], None] = lambda _: None,
+        before: Callable[[Iterable[Subject]], None] = lambda _: None,
         on_refused: Callable[[Key, Exception], None] | None = None,
         broken_off: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -84,6 +84,8 @@ class Pass(Generic[Key]):
         for phase in PHASES:
             if phase == "update":
                 self._update_all(stopwatch)
+            if phase in ("forward", "backward"):
+                before(self.subjects.values())
             keys = [*self.subjects] if phase != "backward" else [*reversed(self.subjects)]
             for position, key in enumerate(keys):
                 if broken_off():
@@ -92,8 +94,6 @@ class Pass(Generic[Key]):
                     self.empty_backward = self._empty_backward(stopwatch)
                 if key not in self.subjects:
                     continue
-                if phase in ("forward", "backward"):
-                    between(self.subjects[key])
                 try:
                     reading = getattr(self.subjects[key], phase)(stopwatch)
                 except Exception as error:
@@ -211,7 +211,7 @@ def measure(
     on_settled: Callable[[Key, Series], None],
     on_refused: Callable[[Key, Exception], None] | None = None,
     on_round: Callable[[int], None] = lambda _: None,
-    between: Callable[[Subject], None] = lambda _: None,
+    before: Callable[[Iterable[Subject]], None] = lambda _: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[float]:
     """Time the steps of all passes in turn until each is settled, after one round to warm up.
@@ -223,7 +223,7 @@ def measure(
         on_settled: told each step's series as soon as it needs no more.
         on_refused: told the steps that there is no memory for, and the error, which is raised without it.
         on_round: told the number of each round that is done, 0 for the warm-up.
-        between: called before each forward and backward, its time not counted.
+        before: called with the steps before all their forwards and before all their backwards, its time not counted.
 
     Returns:
         The seconds of each round over all steps, the warm-up apart; see :func:`round_totals`.
@@ -241,7 +241,7 @@ def measure(
     for round_ in range(max(1, goal.repeats) + 1):
         running = [steps for steps in passes if not open_.keys().isdisjoint(steps.named.values())]
         for steps in running:
-            steps.run(stopwatch, between=between, on_refused=refuse if on_refused is not None else None)
+            steps.run(stopwatch, before=before, on_refused=refuse if on_refused is not None else None)
         stopwatch.finish()
         for steps in running:
             steps.note(series, first=round_ == 0)

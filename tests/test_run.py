@@ -51,7 +51,9 @@ def test_predicted_memory_is_held_against_what_a_step_took():
         assert weighed.measured_bytes == pytest.approx(weighed.predicted_bytes, rel=0.2), weighed
 
 
-@pytest.mark.parametrize(("schedule", "train"), [("1f1b", True), ("gpipe", True), ("1f1b", False)])
+@pytest.mark.parametrize(
+    ("schedule", "train"), [("1f1b", True), pytest.param("gpipe", True, marks=pytest.mark.slow), ("1f1b", False)]
+)
 def test_a_run_notes_what_each_stage_was_at(captured_profile, schedule, train):
     """Slots come in the order of the schedule, every message at both its ends, and the parts add up to the step."""
     model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)])

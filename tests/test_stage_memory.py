@@ -102,6 +102,7 @@ def test_two_stages(captured_profile, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_three_stages(captured_profile, tmp_path):
     """What a stage between the others relays, and what stays of it, is predicted too."""
     with workers(3, tmp_path) as pool:

@@ -173,7 +173,7 @@ def check(problem, found, expected):
     assert max(priced) == found.value_s
 
 
-@settings(max_examples=300, **QUIET)
+@settings(max_examples=200, **QUIET)
 @given(problems())
 def test_the_split_is_the_best_of_all(problem):
     """For every kind of transfers the value is that of brute force, proven; none is found where none exists."""
