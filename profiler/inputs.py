@@ -159,6 +159,8 @@ def is_mask(tensor: Tensor) -> bool:
         or isinstance(tensor, FakeTensor)
         or tensor.is_meta
         or tensor.layout != torch.strided
+        or tensor.is_complex()
+        or (tensor.is_floating_point() and tensor.element_size() == 1)  # PyTorch does not sort them
     ):
         return False
     return all(len(part.unique()) <= FEW_VALUES for part in (tensor.detach().flatten()[:SOME], tensor))

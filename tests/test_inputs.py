@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.inputs import batch_size, copied_inputs, default_counts, input_specs, microbatch
+from shardwright.profiler.inputs import batch_size, copied_inputs, default_counts, input_specs, is_mask, microbatch
 
 
 def test_only_batched_tensors_are_divided():
@@ -71,3 +71,10 @@ def test_a_nested_input_is_refused(layout):
         ragged = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(1, 3)], layout=layout)
     with pytest.raises(ShardwrightError, match=r"input \['x'\] is a nested tensor, .*; pad it"):
         batch_size((), {"x": ragged})
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.float8_e4m3fn])
+def test_what_cannot_be_sorted_is_no_mask(dtype):
+    """Rotary embeddings are complex numbers in some models; asking how many values differ would fail."""
+    assert not is_mask(torch.zeros(64, 64).to(dtype))
+    assert is_mask(torch.zeros(64, 64))
