@@ -55,7 +55,8 @@ def _dropouts(function: Any) -> list[float]:
         float(value)
         for module in modules
         for name, value in sorted(vars(module).items())
-        if ("drop" in name or isinstance(module, nn.modules.dropout._DropoutNd)) and isinstance(value, (int, float))
+        if (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd)) or "drop" in name
+        if isinstance(value, (int, float))
     ]
 
 
