@@ -715,6 +715,27 @@ def test_a_list_is_the_callers_again_whatever_hooks_make_of_it(captured_profile)
     assert open_calls() == []
 
 
+def test_users_hooks_see_what_placing_before_or_after_them_means(captured_profile):
+    """One from before finds the list as the unit got it, one from after as it was; from the first such call on."""
+    model, x = Lists(), torch.randn(4, 8)
+    pins = {"layers.0": "cpu:0", "layers.1": "cpu:0", "layers.2": "cpu:1"}
+    plan = sw.plan(captured_profile(model, (x,), microbatches=(1,)), microbatches=1, pins=pins)
+    seen = []
+
+    def see(_module, args, _output):
+        seen.append(args[0][0].device)
+
+    model.layers[2].register_forward_hook(see)
+    sw.place(model, plan, devices=PAIR)
+    model.layers[2].register_forward_hook(see)
+    first, second = (torch.device(name) for name in PAIR.values())
+    for placed in (model, copy.deepcopy(model)):
+        for _ in range(2):
+            seen.clear()
+            placed.layers[2]([x.to(first), x.to(first)])
+            assert seen == [second, first]
+
+
 def test_a_list_is_the_callers_again_after_an_error(captured_profile):
     """Also where the unit fails."""
     model, x = Lists(), torch.randn(4, 8)

@@ -14,10 +14,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from shardwright.profiler.placed import PlacementHook
 from shardwright.sharder.runtime.align import AlignGlue
-from shardwright.sharder.runtime.calls import Begun, begin, end, has_begun, open_calls, settle
+from shardwright.sharder.runtime.calls import OPEN, Begun, begin, end, has_begun, open_calls, settle
 from shardwright.sharder.runtime.moving import Mover, containers_in, is_accelerated, may_hold, moved, rewrite
 
 __all__ = ["Borrow", "Enter", "Leave", "MoveInputs", "PutBack", "Return", "Window"]
@@ -62,20 +63,36 @@ class MoveInputs(PlacementHook):
     def __init__(self, device: torch.device, *, lengths_stay: bool = False) -> None:
         self.device = device
         self.lengths_stay = lengths_stay
+        self.put_back: PutBack | None = None
+        self.number = RemovableHandle.next_id
+        """That of this hook: what hooks the unit had before have lower ones."""
 
-    def __call__(self, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Move the arguments."""
-        if not kwargs and _is_one_tensor(args):  # nearly always
+        if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):  # nearly always
             return (args[0].to(self.device),), kwargs
-        return self._fetched(args, kwargs)
+        return self._fetched(module, args, kwargs)
 
     @_left_to_python
-    def _fetched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def _fetched(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         values = (*args, *kwargs.values())
         mover = Mover(self.device, renamed=True, lengths_stay=self.lengths_stay and any(map(is_accelerated, values)))
         if any(map(may_hold, values)):
+            if self.put_back is None:
+                self._will_put_back(module)
             begin(_Moved(self, mover))
         return tuple([mover(arg) for arg in args]), {key: mover(arg) for key, arg in kwargs.items()}
+
+    def _will_put_back(self, module: nn.Module) -> None:
+        """Add the hook for after the calls, from this one on, where it would be had it come with this one.
+
+        Most units never get a container, and a hook costs the same whether it has anything to do or not.
+        """
+        self.put_back = PutBack(self)
+        nn.Module.register_forward_hook(module, self.put_back, always_call=True)
+        for key, hook in list(module._forward_hooks.items()):
+            if key > self.number and hook is not self.put_back:
+                module._forward_hooks.move_to_end(key)  # type: ignore[attr-defined]  # an OrderedDict, torch says dict
 
 
 class PutBack(PlacementHook):
@@ -89,7 +106,7 @@ class PutBack(PlacementHook):
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
         """Put back what :class:`MoveInputs` replaced in this call."""
-        if open_calls():
+        if OPEN:
             self._put_back(output)
 
     @_left_to_python
@@ -324,7 +341,7 @@ class Enter(PlacementHook):
 
     def __call__(self, _module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Move the arguments, and begin to align."""
-        if self.aligns or kwargs or not _is_one_tensor(args) or args[0].device != self.first or open_calls():
+        if self.aligns or kwargs or OPEN or not _is_one_tensor(args) or args[0].device != self.first:
             return self._begun(args, kwargs)
         return None
 
@@ -359,9 +376,12 @@ class Leave(PlacementHook):
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         """End what :class:`Enter` began, and move the output."""
-        if open_calls():
+        if OPEN:
             return self._ended(output)
-        return moved(output, self.enter.first)
+        first = self.enter.first
+        if isinstance(output, Tensor):  # nearly always
+            return None if output.device == first else output.to(first)
+        return moved(output, first)
 
     @_left_to_python
     def _ended(self, output: Any) -> Any:

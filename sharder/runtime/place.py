@@ -21,7 +21,7 @@ from shardwright.sharder.runtime.align import changes_operand
 from shardwright.sharder.runtime.calls import settle
 from shardwright.sharder.runtime.check import check_model
 from shardwright.sharder.runtime.checkpoint import Checkpoint
-from shardwright.sharder.runtime.hooks import Borrow, Enter, Leave, MoveInputs, PutBack, Return, Window
+from shardwright.sharder.runtime.hooks import Borrow, Enter, Leave, MoveInputs, Return, Window
 from shardwright.sharder.runtime.inprocess import Piped, check_threads, pipe
 from shardwright.sharder.runtime.relocate import relocate, tensors_of
 from shardwright.sharder.runtime.weights import check_devices, check_fill, fill
@@ -118,9 +118,7 @@ def _hook(model: nn.Module, plan: Plan, homes: dict[str, torch.device], origins:
         unit = model.get_submodule(path)
         # Before hooks that the unit has already, which see it where it is; so the last added is called first.
         if path in moves.units:
-            move = MoveInputs(device, lengths_stay=no_cpu)
-            before(unit, move, with_kwargs=True, prepend=True)
-            after(unit, PutBack(move), always_call=True)
+            before(unit, MoveInputs(device, lengths_stay=no_cpu), with_kwargs=True, prepend=True)
         if path in borrowed:
             borrow = Borrow(device, [_holder(model, name) for name in borrowed[path]])
             before(unit, borrow, prepend=True)
