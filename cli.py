@@ -215,7 +215,7 @@ def shard(
         Path | None, typer.Option("--out", metavar="FILE", help="Where to write the plan; default NAME.plan.json.")
     ] = None,
     run: Annotated[
-        bool, typer.Option("--run", help="Run the plan as a pipeline and time it against one device.")
+        bool, typer.Option("--run", help="Run the plan as a pipeline; time it against one device and naive splits.")
     ] = False,
     devices: DevicesOption = None,
     microbatches: Annotated[
@@ -263,6 +263,10 @@ def shard(
         typer.Option("--replans", min=0, max=101, help="Plan anew so often with costs drawn within their uncertainty."),
     ] = 0,
     steps: Annotated[int, typer.Option("--steps", min=1, help="With --run: how many steps of each are timed.")] = 11,
+    naive: Annotated[
+        bool,
+        typer.Option(help="With --run: also time the splits by count and by parameters, for a minute at most."),
+    ] = True,
     run_out: Annotated[
         Path | None, typer.Option("--run-out", metavar="FILE", help="With --run: where to write what was measured.")
     ] = None,
@@ -339,7 +343,7 @@ def shard(
             str(target), settings=_settings(settings), inputs=inputs, input_specs=input_specs or ()
         )
         progress("load the model", 1, 1)
-        measured = run_plan(model, plan, args, kwargs, steps=steps, progress=progress)
+        measured = run_plan(model, plan, args, kwargs, steps=steps, naive=naive, progress=progress)
     if run_out is not None:
         measured.save(run_out)
     if trace is not None:
@@ -349,7 +353,7 @@ def shard(
     out.print()
     out.print(RunReport(measured))
     if trace is not None:
-        out.print(f"\nWrote {trace}: open it at https://ui.perfetto.dev.", highlight=False, soft_wrap=True)
+        _tell_of_trace(trace)
 
 
 @app.command()
@@ -421,6 +425,7 @@ def report(
         out.print(RunReport(saved))
         if trace is not None:
             saved.save_trace(trace)
+            _tell_of_trace(trace)
     else:
         from shardwright.reports.profile_report import ProfileReport
 
@@ -513,6 +518,10 @@ def _export(
         write_graphml(made, graphml, microbatches)
     if written := [str(path) for path in (csv, parquet, graphml) if path is not None]:
         out.print(f"Wrote {', '.join(written)}.", highlight=False, soft_wrap=True)
+
+
+def _tell_of_trace(path: Path) -> None:
+    out.print(f"\nWrote {path}: open it at https://ui.perfetto.dev.", highlight=False, soft_wrap=True)
 
 
 def _out_path(given: Path | None, target: str, kind: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Device
 
-__all__ = ["available_cores", "find_devices", "parse_devices", "spare_host_bytes"]
+__all__ = ["available_cores", "find_devices", "free_host_bytes", "parse_devices", "spare_host_bytes"]
 
 CUDA_CONTEXT_BYTES = 512 * 2**20
 """What the context of one more process takes of a GPU, kernels loaded; free memory is read where one is already."""
@@ -109,6 +110,21 @@ def spare_host_bytes(devices: Sequence[Device]) -> int:
     """Memory of the host that is no device's, where weights can stay: all of it but a share, unless workers have it."""
     taken = any(device.kind == "cpu" for device in devices)
     return 0 if taken else int(CPU_SHARE * _host_memory_bytes())
+
+
+def free_host_bytes() -> int:
+    """Memory of the host that programs can still have, or the control group's where that is less."""
+    free = _host_memory_bytes()
+    with contextlib.suppress(OSError, StopIteration, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free = min(free, 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]))
+    with contextlib.suppress(OSError, StopIteration, ValueError, IndexError):
+        group = Path("/sys/fs/cgroup")
+        stat = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+        cached = int(next(line for line in stat if line.startswith("inactive_file ")).split()[1])
+        used = int((group / "memory.current").read_text(encoding="utf-8")) - cached  # what files keep can be had
+        free = min(free, max(0, _host_memory_bytes() - used))
+    return free
 
 
 def _host_memory_bytes() -> int:

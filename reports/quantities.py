@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 __all__ = [
     "bandwidth",
     "count",
@@ -47,7 +49,9 @@ def signed_seconds(value: float) -> str:
 
 
 def per_second(value: float) -> str:
-    """How many of something a second: ``48.0/s``."""
+    """How many of something a second: ``48.0/s``, ``0.25/s``, ``0.00417/s``."""
+    if 0 < value < 0.0995:
+        return f"{value:.{2 - math.floor(math.log10(value))}f}/s"  # as many digits of what is rare
     return f"{_three_digits(value)}/s"
 
 

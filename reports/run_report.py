@@ -9,6 +9,7 @@ from rich.text import Text
 
 from shardwright.reports.accounts_report import AccountsReport
 from shardwright.reports.layout import Column, Glyphs, section, tables
+from shardwright.reports.naive_report import NaiveReport, beside_naive
 from shardwright.reports.quantities import count, number_of_bytes, per_second, percent, ratio, seconds, spread
 from shardwright.sharder.runtime.record import Run, Timed
 
@@ -61,7 +62,7 @@ class RunReport:
         self.run = run
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """Equality, the tables of steps, accounts and memory, the conclusion."""
+        """Equality, the tables of steps, accounts, memory and naive splits, the conclusion."""
         run, glyphs = self.run, Glyphs.of(options)
         equal, text = equality(run)
         yield Text(text, style="green" if equal else "bold red")
@@ -73,8 +74,11 @@ class RunReport:
         if run.accounts is not None:
             yield AccountsReport(run, run.accounts)
         yield from self._memory(options)
+        if run.naive:
+            yield NaiveReport(run)
         slower = run.speedup is not None and run.speedup < 1
-        yield Text(f"\n{conclusion(run)}", style="bold yellow" if slower else "bold")
+        text = " ".join(filter(None, (conclusion(run), beside_naive(run))))
+        yield Text(f"\n{text}", style="bold yellow" if slower else "bold")
 
     def _memory(self, options: ConsoleOptions) -> Iterator[RenderableType]:
         memory = self.run.memory

@@ -84,6 +84,8 @@ def test_shard_plans_runs_and_reports(profiled, run_cli):
     assert "redicted" in done.stdout
     run = json.loads((profiled / "small.run.json").read_text())
     assert run["equality"]["gradients"] <= 1e-5
+    assert [naive["name"] for naive in run["naive"]] == ["equal count", "by parameters"]
+    assert "Naive splits" in done.stdout
     trace = json.loads((profiled / "small.trace.json").read_text())
     assert {event["name"] for event in trace["traceEvents"]} >= {"F0", "F3", "B0", "B3", "update"}
     for name in ("small.profile.json", "small.plan.json", "small.run.json"):
@@ -93,6 +95,7 @@ def test_shard_plans_runs_and_reports(profiled, run_cli):
     again = run_cli("report", "small.run.json", "--trace", "again.trace.json", cwd=profiled)
     assert again.returncode == 0, again.stderr
     assert json.loads((profiled / "again.trace.json").read_text()) == trace
+    assert "Wrote again.trace.json: open it at https://ui.perfetto.dev." in again.stdout
     refused = run_cli("report", "small.plan.json", "--trace", "again.trace.json", cwd=profiled)
     assert refused.returncode == 2
     assert "small.plan.json is no run; --trace is for one" in refused.stderr.replace("\n", " ")

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from shardwright.profiler.costs import Costs
 from shardwright.profiler.profile import Device, Estimate, Link, Measurement, Misfit, Node, Profile, TensorSpec
+from shardwright.reports.naive_report import beside_naive
 from shardwright.reports.plan_report import PlanReport, verdict
 from shardwright.reports.profile_report import ProfileReport
 from shardwright.reports.run_report import RunReport, conclusion, equality
@@ -24,7 +25,7 @@ from shardwright.sharder.planning.foreseen import costs_of, timeline_of
 from shardwright.sharder.planning.plan import Alternative, Candidate, Certificate, Placement, Plan, Prediction, Stage
 from shardwright.sharder.planning.planner import plan
 from shardwright.sharder.runtime.accounts import Mark, Noted, accounts_of, predicted_slots
-from shardwright.sharder.runtime.record import Equality, Run, Timed
+from shardwright.sharder.runtime.record import Equality, Naive, Run, Timed
 
 GOLDEN = Path(__file__).parent / "golden"
 KIB, MIB, GIB = 2**10, 2**20, 2**30
@@ -236,6 +237,28 @@ def a_run(measured=0.333, predicted=0.331, baseline=True, difference=3.1e-7):
     )
 
 
+def a_run_beside_naive():
+    """As :func:`a_run`, with an equal split that was run, in fewer steps, and one that was not."""
+    naive = (
+        Naive(
+            name="equal count",
+            devices=("cpu:0", "cpu:1"),
+            microbatches=4,
+            steps=5,
+            timed=Timed(predicted_s=0.402, measured_s=0.411, spread_s=0.02),
+        ),
+        Naive(
+            name="by parameters",
+            devices=("cpu:0", "cpu:1"),
+            microbatches=8,
+            steps=0,
+            timed=None,
+            why="it is the plan's own split",
+        ),
+    )
+    return a_run().model_copy(update={"naive": naive})
+
+
 def an_accounted_run():
     """A run of the plan of examples/costs.json whose last stage computes its backward half as slowly again."""
     made = planned()
@@ -287,6 +310,7 @@ REPORTS = {
     "plan-memory": lambda: PlanReport(planned(objective="memory")),
     "run": lambda: RunReport(a_run()),
     "run-slower": lambda: RunReport(a_run(measured=0.61)),
+    "run-naive": lambda: RunReport(a_run_beside_naive()),
     "run-accounts": lambda: RunReport(an_accounted_run()),
 }
 KEY_NUMBERS = {
@@ -327,6 +351,14 @@ KEY_NUMBERS = {
     "plan-one-device": ["Do not shard", "507 ms", "0.97x", "cpu:0"],
     "plan-too-large": ["makes it fit", "331 ms", "6.0%"],
     "run": ["47 outputs and gradients", "3.1e-07", "333 ms", "331 ms", "507 ms", "1.52x", "1.56x", "+2.6%"],
+    "run-naive": [
+        "411 ms",
+        "402 ms",
+        "1.21x",
+        "1.23x",
+        "5 steps",
+        "by parameters: not run, it is the plan's own split",
+    ],
     "run-accounts": ["backward on cuda:1", "14.4 ms", "21.6 ms", "waiting", "transfer", "samples"],
     "run-slower": ["Slower than one device", "0.83x", "610 ms"],
 }
@@ -442,6 +474,24 @@ def test_the_verdict_says_when_data_parallel_is_faster(step_s, said):
 def test_conclusion(run, text):
     """A run ends with the measured speedup beside the predicted one, and says so when it is a loss."""
     assert conclusion(run) == text
+
+
+@pytest.mark.parametrize(
+    ("measured", "text"),
+    [
+        (0.411, "1.23x over the split by equal count."),
+        (0.349, "As fast as the split by equal count, within the noise."),
+        (0.300, "The split by equal count was faster: 1.11x the speed of the plan."),
+    ],
+)
+def test_a_plan_is_held_to_the_fastest_naive_split(measured, text):
+    """The steps differ by 16 ms or less, half of both interquartile ranges: that is noise."""
+    run = a_run_beside_naive()
+    timed = run.naive[0].timed.model_copy(update={"measured_s": measured})
+    slow = run.naive[0].model_copy(update={"timed": timed.model_copy(update={"measured_s": 2.0})})
+    other = run.naive[0].model_copy(update={"timed": timed})
+    assert beside_naive(run.model_copy(update={"naive": (slow, other)})) == text
+    assert beside_naive(a_run()) == ""
 
 
 def test_unequal_results_are_said_first():

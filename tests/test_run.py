@@ -14,8 +14,8 @@ from shardwright.profiler import pool
 from shardwright.profiler.equality import relative_difference
 from shardwright.sharder.planning.schedule import operations
 from shardwright.sharder.runtime import run as run_module
+from shardwright.sharder.runtime.gate import compare
 from shardwright.sharder.runtime.pipeline import Comparison
-from shardwright.sharder.runtime.run import compare
 
 
 def piped(captured_profile, model, args, microbatches, schedule="1f1b", **options):
@@ -75,14 +75,6 @@ def test_a_run_notes_what_each_stage_was_at(captured_profile, schedule, train):
         assert ((1, "send gradients", number) in crossed) == train
     gap = run.accounts.measured_s - run.sharded.predicted_s
     assert sum(each.step_s for each in run.accounts.off) == pytest.approx(gap)
-
-
-@pytest.mark.parametrize(
-    ("steps", "noted"), [(1, [2]), (3, [2, 3, 4]), (11, [2, 4, 6, 8, 10]), (101, [2, 22, 42, 62, 82])]
-)
-def test_noted_steps_are_spread_over_the_timed_ones(steps, noted):
-    """None after a warm-up step, at most five; what slows the machine down then slows both alike."""
-    assert list(run_module._noted_after(steps)) == noted
 
 
 class Mixed(nn.Module):

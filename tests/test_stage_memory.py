@@ -18,7 +18,7 @@ from shardwright.profiler.profile import Device
 from shardwright.profiler.trace import trace
 from shardwright.sharder.runtime.cut import cut
 from shardwright.sharder.runtime.pipeline import hold_stage, step_stage, weigh_stage
-from shardwright.sharder.runtime.run import _job
+from shardwright.sharder.runtime.session import job_of
 
 LAYERS = 6
 LIMIT_S = 60.0
@@ -69,7 +69,7 @@ def weighed(pool, captured_profile, name, schedule, microbatches):
     pins = {f"layers.{i}.*": devices[i * len(devices) // LAYERS] for i in range(LAYERS)}
     plan = sw.plan(profile, microbatches=microbatches, schedule=schedule or "1f1b", pins=pins)
     capture = trace(model, *microbatch((x,), {}, microbatches), train=train)
-    job = _job(plan, model, capture.output_places, plan.schedule, microbatches)
+    job = job_of(plan, model, capture.output_places)
     programs = cut(capture, plan)
     pool.call(
         {d: (hold_stage, (job, programs[i], (x,) if i == 0 else ())) for i, d in enumerate(devices)}, limit_s=LIMIT_S

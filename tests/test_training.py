@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -24,6 +25,7 @@ import shardwright as sw
 from shardwright.profiler.pool import Pool
 from shardwright.profiler.profile import Device
 from shardwright.profiler.target import load_target
+from shardwright.sharder.runtime.newfiles import NewFiles
 
 ROOT = Path(__file__).parents[1]
 STEPS = 4
@@ -652,6 +654,91 @@ def test_a_stage_does_not_wait_for_ever(workers, captured_profile):
     """A rank that takes no part is noticed within the limit."""
     lines = on_ranks(workers, 2, left_alone, Chain, planned(captured_profile, Chain, 2))
     assert lines[0].startswith("stage 0 on cpu:0 lost another stage, which has ended or did not answer within 3 s")
+
+
+def made_apart(kind, other, plan):
+    """In a rank: the second makes a pipeline of another model."""
+    return made_pipe(other if os.environ["RANK"] == "1" else kind, plan).stage
+
+
+class Unlucky(Chain):
+    """Fails in the second rank alone, where it is captured."""
+
+    def forward(self, x):
+        if os.environ.get("RANK") == "1":
+            raise ValueError("no luck with this capture")
+        return super().forward(x)
+
+
+class Longer(Chain):
+    """One more layer than was planned."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers.append(nn.Linear(6, 6))
+
+
+def test_a_rank_that_fails_while_they_meet_is_noticed_at_once(workers, captured_profile):
+    """Before the others have captured anything, and while they capture; the limit is ten minutes."""
+    lines = on_ranks(workers, 2, told, made_apart, Chain, Longer, planned(captured_profile, Chain, 2))
+    assert "the plan is for another Chain" in lines[1]
+    assert lines[0] == f"rank 1 is not ready: {lines[1]}"
+    lines = on_ranks(workers, 2, told, made_apart, Unlucky, Unlucky, planned(captured_profile, Unlucky, 2))
+    assert all("no luck with this capture" in line for line in lines)
+
+
+def left_after_a_failure(kind, plan):
+    """In a rank: a step that all refuse, then one for which the second process does not come."""
+    pipe = made_pipe(kind, plan, timeout_s=3.0)
+    args, kwargs, target = kind.batch(0)
+    first = told(lambda: pipe.step(args[0][..., :-1], target=target, **kwargs))
+    return first, told(lambda: pipe.step(*args, target=target, **kwargs)) if pipe.stage == 0 else ""
+
+
+def test_an_error_is_not_explained_by_an_earlier_one(workers, captured_profile):
+    """A script that caught the first goes on."""
+    (first, second), _ = on_ranks(workers, 2, left_after_a_failure, Chain, planned(captured_profile, Chain, 2))
+    assert first != second
+    assert second.startswith("stage 0 on cpu:0 lost another stage")
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_checkpoint_that_fails_leaves_the_one_before(captured_profile, tmp_path, monkeypatch):
+    """Whether it fails in the data or in what says where they are; and one that succeeds leaves no other's files."""
+    pipe = made_pipe(Chain, planned(captured_profile, Chain, 1))
+    (tmp_path / "notes.txt").write_text("mine")
+    pipe.save(tmp_path)
+    saved = {name: value.clone() for name, value in pipe.state_dict().items()}
+    files = {path.name for path in tmp_path.iterdir()}
+    with torch.no_grad():
+        for parameter in pipe.parameters():
+            parameter.add_(1.0)
+
+    def fail(*_args, **_kwargs):
+        raise OSError(28, "no space left")
+
+    write = NewFiles.write_data
+
+    def write_and_fail(*args):
+        write(*args).wait()
+        fail()
+
+    for where, what, does in ((NewFiles, "write_data", write_and_fail), (filesystem.pickle, "dump", fail)):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, what, does)
+            with pytest.raises(
+                sw.ShardwrightError, match=r"cannot write the checkpoint into .*: rank 0: OSError: .*no space left"
+            ):
+                pipe.save(tmp_path)
+        other = made_pipe(Chain, planned(captured_profile, Chain, 1))
+        other.load(tmp_path)
+        assert all(torch.equal(other.state_dict()[name], value) for name, value in saved.items())
+    pipe.save(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left & files == {"notes.txt", ".metadata"}
+    assert len(left) == len(files)
+    pipe.load(tmp_path)
+    assert not torch.equal(pipe.state_dict()[name := next(iter(saved))], saved[name])
 
 
 class Masked(Chain):

@@ -23,9 +23,10 @@ from typing import Literal
 
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.partition import Partition, stage_loads
-from shardwright.sharder.planning.plan import Alternative
-from shardwright.sharder.planning.pricing import price
+from shardwright.sharder.planning.plan import Alternative, SplitStage
+from shardwright.sharder.planning.pricing import Option, price
 from shardwright.sharder.planning.problem import Block, Problem
+from shardwright.sharder.planning.recorded import split_ties, stage_of_nodes, stages_of
 from shardwright.sharder.planning.relaxed import unpinned
 from shardwright.sharder.planning.search import Stages
 
@@ -92,14 +93,33 @@ def _naive(
         stages = _even_stages(problem, weight)
         loads = stage_loads(problem, stages) if stages else None
         if loads is not None:
-            option = price(problem, Partition(stages, max(loads), max(loads), exact=False), profile)
-            priced.append((option.step_s, problem.microbatches, len(stages)))
-    if not priced or math.isinf(min(priced)[0]):
+            priced.append(price(problem, Partition(stages, max(loads), max(loads), exact=False), profile))
+    best = min(priced, key=lambda option: (option.step_s, option.problem.microbatches), default=None)
+    if best is None or math.isinf(best.step_s):
         last, why = problems[-1], "a link is not to be used" if priced else "none fits that gives each device a unit"
         devices = min(len(last.devices), len(last.blocks))
         return Alternative(name=name, microbatches=last.microbatches, devices=devices, step_s=None, why=why)
-    step_s, microbatches, devices = min(priced)
-    return Alternative(name=name, microbatches=microbatches, devices=devices, step_s=step_s)
+    return Alternative(
+        name=name,
+        microbatches=best.problem.microbatches,
+        devices=len(best.split.stages),
+        step_s=best.step_s,
+        schedule=best.problem.schedule,
+        stages=_with_nodes(profile, best),
+        ties=split_ties(profile, best),
+    )
+
+
+def _with_nodes(profile: Profile, option: Option) -> tuple[SplitStage, ...]:
+    """The stages of ``option``, each with its nodes in the order of the forward."""
+    stage_of = stage_of_nodes(option)
+    nodes: list[list[str]] = [[] for _ in option.split.stages]
+    for node in profile.nodes:
+        nodes[stage_of[node.name]].append(node.name)
+    return tuple(
+        SplitStage(**dict(stage), nodes=tuple(own))
+        for stage, own in zip(stages_of(profile, option), nodes, strict=True)
+    )
 
 
 def _even_stages(problem: Problem, weight: Callable[[Block], float]) -> Stages:

@@ -24,6 +24,7 @@ __all__ = [
     "Prediction",
     "Replans",
     "Sensitivity",
+    "SplitStage",
     "SplitTie",
     "Stage",
     "Timed",
@@ -158,6 +159,12 @@ class Candidate(Record):
     chosen: bool
 
 
+class SplitStage(Stage):
+    """A stage of a split that is not the plan's, with the nodes that it would have, glue among them."""
+
+    nodes: tuple[str, ...]
+
+
 class Alternative(Record):
     """What one would do without a planner, at its best number of micro-batches, priced from the same costs."""
 
@@ -169,6 +176,12 @@ class Alternative(Record):
     speedup: NonNegativeFloat | None = None
     why: str = ""
     """Why it is not possible."""
+    schedule: Literal["1f1b", "gpipe"] | None = None
+    """Of a split that is possible; None for data parallel, and in plans of before it was kept."""
+    stages: tuple[SplitStage, ...] = ()
+    """Likewise: with these a run measures it beside the plan."""
+    ties: tuple[SplitTie, ...] = ()
+    """The tied parameters with users in several of its stages."""
 
 
 class PinPrice(Record):

@@ -30,13 +30,11 @@ from shardwright.sharder.planning.plan import (
     Placement,
     Plan,
     Prediction,
-    SplitTie,
-    Stage,
 )
 from shardwright.sharder.planning.pricing import Option, baseline_of, noise_s, price, solve
-from shardwright.sharder.planning.problem import Problem, Schedule, Transfers, bits, in_flight
+from shardwright.sharder.planning.problem import Problem, Schedule, Transfers
+from shardwright.sharder.planning.recorded import split_ties, stage_of_nodes, stages_of
 from shardwright.sharder.planning.sensitivity import rivals_of, sensitivity_of
-from shardwright.sharder.planning.simulate import StageCost
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -242,31 +240,8 @@ def _write(
     certificate: Certificate,
 ) -> Plan:
     """The records of the chosen option."""
-    problem, split = chosen.problem, chosen.split
-    stage_of: dict[str, int] = {}
-    stages = []
-    closed = 0
-    nodes = {node.name: node for node in profile.nodes}
-    for index, (device, members) in enumerate(split.stages):
-        after = len(split.stages) - 1 - index
-        names = {n for v in bits(members) for n in problem.blocks[v].nodes}
-        stage_of |= dict.fromkeys(names, index)
-        stages.append(
-            Stage(
-                index=index,
-                device=problem.devices[device],
-                units=tuple(
-                    dict.fromkeys(node.unit for node in profile.nodes if node.kind == "unit" and node.name in names)
-                ),
-                **_recorded(chosen.costs[index]),
-                load_s=chosen.loads[index],
-                param_bytes=sum(nodes[n].param_bytes for n in names),
-                memory_bytes=problem.memory_bytes(closed, closed | members, device, after),
-                memory_cap_bytes=problem.caps[device],
-                in_flight=in_flight(problem.schedule, problem.microbatches, after) if profile.train else 1,
-            )
-        )
-        closed |= members
+    problem = chosen.problem
+    stages, stage_of = stages_of(profile, chosen), stage_of_nodes(chosen)
     producer = {tensor.name: tensor.producer for tensor in profile.tensors}
     baseline_s = baseline.step_s if baseline else None
     kept = {name: tier for v, tier in chosen.tiers.items() for name in problem.blocks[v].nodes}
@@ -284,7 +259,7 @@ def _write(
         overlap=problem.overlap,
         schedule=problem.schedule,
         microbatches=problem.microbatches,
-        stages=tuple(stages),
+        stages=stages,
         nodes=tuple(
             Placement(
                 node=node.name,
@@ -299,7 +274,7 @@ def _write(
             )
             for node in profile.nodes
         ),
-        ties=_split_ties(profile, chosen),
+        ties=split_ties(profile, chosen),
         obstacles=profile.obstacles,
         guards=profile.guards,
         certificate=certificate,
@@ -326,22 +301,6 @@ def _write(
         ),
         alternatives=alternatives,
     )
-
-
-def _recorded(cost: StageCost) -> dict[str, Any]:
-    """The costs that a plan's stage records: no schedule that is planned splits the backward."""
-    return {name: value for name, value in dataclasses.asdict(cost).items() if name in Stage.model_fields}
-
-
-def _split_ties(profile: Profile, chosen: Option) -> tuple[SplitTie, ...]:
-    """The profile's ties with users in several stages; copies of buffers and constants have nothing in common."""
-    named = {tie.name for tie in profile.ties}
-    held = {
-        tie.name: tuple(i for i, (_, members) in enumerate(chosen.split.stages) if tie.held(members))
-        for tie in chosen.problem.ties
-        if tie.name in named
-    }
-    return tuple(SplitTie(name=name, stages=stages) for name, stages in held.items() if stages)
 
 
 def _speedup(baseline_s: float | None, step_s: float) -> float | None:

@@ -117,6 +117,7 @@ class SharedGradients:
     Every process makes one, with the same ``ties`` in the same order, for each tie is a process group.
 
     Args:
+        ranks: of each stage, its rank in the process group; by default its number.
         backend: of these groups; by default that of the process group.
         limit: how long one process waits for another there; by default PyTorch's.
     """
@@ -127,6 +128,7 @@ class SharedGradients:
         stage: int,
         module: nn.Module,
         *,
+        ranks: Sequence[int] = (),
         backend: str | None = None,
         limit: timedelta | None = None,
     ) -> None:
@@ -134,7 +136,8 @@ class SharedGradients:
         self.shared: list[tuple[nn.Parameter, dist.ProcessGroup]] = []
         self.groups: list[dist.ProcessGroup] = []
         for tie in ties:
-            group = dist.new_group(list(tie.stages), backend=backend, timeout=limit)
+            members = [ranks[each] if ranks else each for each in tie.stages]
+            group = dist.new_group(members, backend=backend, timeout=limit)
             if stage in tie.stages:
                 self.groups.append(group)
                 self.shared += [(named[name], group) for name in sorted(tie.names & named.keys())[:1]]

@@ -19,6 +19,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.overrides import TorchFunctionMode
 
 from shardwright.profiler.attention import without_dropout
+from shardwright.profiler.devices import free_host_bytes
 from shardwright.profiler.inputs import all_microbatches, is_batched, outputs_of
 from shardwright.profiler.memory import MemoryCounter, total_bytes
 from shardwright.profiler.optimizers import make_optimizer
@@ -36,9 +37,11 @@ __all__ = [
     "Job",
     "check_stage",
     "check_whole",
+    "free_bytes",
     "hold_stage",
     "hold_whole",
     "note_stage",
+    "release_whole",
     "step_stage",
     "step_whole",
     "weigh_stage",
@@ -60,6 +63,10 @@ class Job:
     ties: tuple[SharedParameter, ...] = ()
     units: tuple[str, ...] = ()
     """The units' paths in the whole model."""
+    name: str = "plan"
+    """Of the pipeline, among those that a worker holds."""
+    ranks: tuple[int, ...] = ()
+    """Of each stage, that of its worker among all; () for the whole model."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,8 @@ class _Held:
     buffers: Callable[[], list[Tensor]] = list
     """The engine's own."""
     stage: PipelineStage | None = None
+    group: dist.ProcessGroup | None = None
+    """Of the pipeline's stages; None: all workers."""
     notes: Notes | None = None
     """Filled in a step that is noted."""
 
@@ -99,15 +108,27 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def hold_stage(job: Job, program: StageProgram, inputs: tuple[Tensor, ...]) -> None:
-    """Take in one stage; ``inputs`` are the model's (for the first stage), the whole batch."""
+def hold_stage(job: Job, program: StageProgram | None, inputs: tuple[Tensor, ...]) -> None:
+    """Take in one stage of a pipeline, beside those of others; ``inputs`` are the model's, the whole batch.
+
+    All workers call it, for its groups are made by all; those without a stage have no ``program``, and only the first
+    stage has inputs.
+    """
     device: torch.device = resident["device"]
+    alone = job.ranks != tuple(range(dist.get_world_size()))
+    group = dist.new_group(list(job.ranks)) if alone else None
+    ties = job.ties if job.train else ()
+    if program is None:
+        SharedGradients(ties, -1, nn.Module(), ranks=job.ranks)
+        return
     module = program.module().to(device)
     module.train(job.train)
-    stage = make_stage(program, module, job.stages, device)
+    stage = make_stage(program, module, job.stages, device, group)
+    # PyTorch numbers the ranks of a group in rising order, whatever the order of the stages is.
+    stage.stage_index_to_group_rank = {i: sorted(job.ranks).index(rank) for i, rank in enumerate(job.ranks)}
     here = tuple(t.to(device) for t in inputs)
     held = _Held(job, device, module, _optimizer(job, module), lambda: None)
-    held.inputs, held.buffers, held.stage = here, partial(_engine_buffers, stage), stage
+    held.inputs, held.buffers, held.stage, held.group = here, partial(_engine_buffers, stage), stage, group
 
     def loss(outputs: Any, _target: Tensor) -> Tensor:
         with held.noting("loss"):
@@ -118,7 +139,7 @@ def hold_stage(job: Job, program: StageProgram, inputs: tuple[Tensor, ...]) -> N
         stage, job.schedule, job.microbatches, loss if job.train else None, batched, scale_grads=True
     )
     target = torch.zeros(job.batch, device=device)
-    shared = SharedGradients(job.ties if job.train else (), program.index, module)
+    shared = SharedGradients(ties, program.index, module, ranks=job.ranks)
 
     def step() -> None:
         last = program.index == job.stages - 1
@@ -138,7 +159,12 @@ def hold_stage(job: Job, program: StageProgram, inputs: tuple[Tensor, ...]) -> N
     held.step = step
     if program.index == job.stages - 1:
         module.register_forward_hook(lambda _module, _args, output: _keep(held, output))
-    resident["stage"] = held
+    resident[_key(job.name)] = held
+
+
+def _key(name: str) -> str:
+    """Where the stage of a pipeline stays."""
+    return f"stage of {name}"
 
 
 def hold_whole(job: Job, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -170,10 +196,16 @@ def _keep(held: _Held, output: Any) -> None:
         held.outputs += [t.detach().cpu().clone() for t in outputs_of(output)]
 
 
-def step_stage() -> float:
+def _meet(held: _Held) -> None:
+    """Begin together with the pipeline's other stages."""
+    dist.all_reduce(torch.zeros(1), group=held.group)  # a barrier that never waits for a GPU's stream
+
+
+def step_stage(name: str = "plan") -> float:
     """One step of this stage, begun together with the others; seconds."""
-    dist.all_reduce(torch.zeros(1))  # a barrier that never waits for a GPU's stream
-    return _timed_step(resident["stage"])
+    held: _Held = resident[_key(name)]
+    _meet(held)
+    return _timed_step(held)
 
 
 def step_whole() -> float:
@@ -199,14 +231,14 @@ def _whole_step(held: _Held) -> None:
             held.optimizer.step()
 
 
-def note_stage() -> Noted:
+def note_stage(name: str = "plan") -> Noted:
     """One more step of this stage, begun together with the others; what it was at when."""
-    held: _Held = resident["stage"]
+    held: _Held = resident[_key(name)]
     assert held.stage is not None, "a stage is held with its engine's"
     held.notes = notes = Notes(held.device)
     try:
         with notes.engine(held.stage, train=held.job.train):
-            dist.all_reduce(torch.zeros(1))
+            _meet(held)
             with notes.whole():
                 _whole_step(held)
     finally:
@@ -215,14 +247,14 @@ def note_stage() -> Noted:
     return notes.noted()
 
 
-def weigh_stage() -> int:
+def weigh_stage(name: str = "plan") -> int:
     """One more step of this stage, together with the others; its peak in bytes.
 
-    A GPU's allocator says it. On the CPU storages are counted: those that are there before the step, the engine's
-    buffers among them, and those that come and go in it.
+    A GPU's allocator says it, so nothing else may be held there. On the CPU storages are counted: those that are there
+    before the step, the engine's buffers among them, and those that come and go in it.
     """
-    held: _Held = resident["stage"]
-    dist.all_reduce(torch.zeros(1))
+    held: _Held = resident[_key(name)]
+    _meet(held)
     if held.optimizer is not None:
         held.optimizer.zero_grad()
     if held.device.type == "cuda":
@@ -244,14 +276,28 @@ def _engine_buffers(stage: PipelineStage) -> list[Tensor]:
     return [buffer for buffer in buffers if isinstance(buffer, Tensor)]
 
 
-def check_stage() -> Comparison:
+def check_stage(name: str = "plan") -> Comparison:
     """One step of this stage without an update, for the gate."""
-    return _compared(resident["stage"])
+    return _compared(resident[_key(name)])
 
 
 def check_whole() -> Comparison:
     """One step of the whole model without an update, for the gate."""
     return _compared(resident["whole"])
+
+
+def release_whole() -> None:
+    """Let go of the whole model, its gradients and the optimizer's state."""
+    resident.pop("whole", None)
+
+
+def free_bytes() -> int:
+    """What this worker's device has free; a CPU worker's is the whole host's."""
+    device: torch.device = resident["device"]
+    if device.type == "cpu":
+        return free_host_bytes()
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def _compared(held: _Held) -> Comparison:

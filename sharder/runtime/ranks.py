@@ -3,17 +3,15 @@
 The process group is the script's own if it has one, else made from the environment that ``torchrun`` sets. What the
 pipeline sends goes over groups of its own, so that it never mixes with the script's messages.
 
-A rank that fails says why in the group's store before it raises. The others, whose messages to it then break off, find
-it there, so that the error of one is the error of all.
+A rank that fails says why in the ranks' store before it raises. The others, whose messages to it then break off, find
+it there, so that the error of one is the error of all. Before any message is sent they meet over the store, where one
+that fails is noticed at once.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -21,20 +19,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore, PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.devices import available_cores
 from shardwright.profiler.pool import loopback_interface
 from shardwright.profiler.worker import root_of
 from shardwright.sharder.planning.plan import Plan
+from shardwright.sharder.runtime.board import Board
 
 __all__ = ["Ranks", "stage_device"]
 
 MEETING_S = 300.0
 """Processes that start one after another, each importing much, are waited for at least so long."""
-TOLD_S = 3.0
-"""After a broken connection, time for the word why."""
-_numbers = itertools.count()
 
 
 class Ranks:
@@ -42,33 +40,40 @@ class Ranks:
 
     Args:
         timeout_s: how long a rank waits for another's message.
+        ready: raises where this rank cannot take part; the others are told.
 
     Raises:
-        ShardwrightError: there are more or fewer processes than stages, they do not meet, or a GPU is not here.
+        ShardwrightError: there are more or fewer processes than stages, they do not meet, a GPU is not here, or a rank
+            is not ready; the same on every rank.
     """
 
-    def __init__(self, plan: Plan, timeout_s: float) -> None:
+    def __init__(self, plan: Plan, timeout_s: float, ready: Callable[[], None] = lambda: None) -> None:
+        self.timeout_s = timeout_s
         try:
-            self.made_group = _join(plan, max(timeout_s, MEETING_S))
+            self._board, self.made_group = _join(plan, self._meeting_s, ready)
         except (dist.DistError, RuntimeError, ValueError) as error:
             if isinstance(error, ShardwrightError):
                 raise
             raise ShardwrightError(f"the processes of the pipeline could not meet: {root_of(error)}") from error
         self.size, self.rank = dist.get_world_size(), dist.get_rank()
-        if self.size != len(plan.stages):
-            if self.made_group:
-                dist.destroy_process_group()
-            raise ShardwrightError(_miscounted(plan, self.size))
         self.name = plan.stages[self.rank].device
         self.device = stage_device(self.name)
-        self.timeout_s = timeout_s
         limit = timedelta(seconds=timeout_s)
         # Objects and checkpoints go over the host's memory, tensors of a step between the devices.
         self.control = dist.new_group(backend="gloo", timeout=limit)
         self.data = dist.new_group(backend="nccl", timeout=limit) if self.device.type == "cuda" else self.control
-        self._key = f"shardwright/pipeline{self.share(next(_numbers), 0)}/failed"
-        # The store alone outlives a rank's broken connections.
-        self._store = dist.distributed_c10d._get_default_store()
+
+    @property
+    def _meeting_s(self) -> float:
+        return max(self.timeout_s, MEETING_S)
+
+    def assemble(self) -> None:
+        """Wait for all ranks to come to the same point of a call, before they send messages.
+
+        Raises:
+            ShardwrightError: one has failed before it, or does not come.
+        """
+        self._board.assemble(self._meeting_s)
 
     @property
     def is_last(self) -> bool:
@@ -158,15 +163,15 @@ class Ranks:
         Raises:
             ShardwrightError: the first error of any rank, in one line.
         """
+        self._board.begin()
         try:
             yield
         except Exception as error:
             if _is_broken_off(error):
-                raise ShardwrightError(self._told_by_another() or self._lost(error)) from error
+                raise ShardwrightError(self._board.failure() or self._lost(error)) from error
             ours = next((e for e in _chain(error) if isinstance(e, ShardwrightError)), None)
             text = str(ours) if ours is not None else f"stage {self.rank} on {self.name} failed: {root_of(error)}"
-            with contextlib.suppress(Exception):  # the store's host may be gone, which takes nothing from the error
-                self._store.set(self._key, text)
+            self._board.fail(text)
             raise ShardwrightError(text) from error
 
     def _lost(self, error: BaseException) -> str:
@@ -174,16 +179,6 @@ class Ranks:
             f"stage {self.rank} on {self.name} lost another stage, which has ended or did not answer within "
             f"{self.timeout_s:.0f} s: {root_of(error)}"
         )
-
-    def _told_by_another(self) -> str:
-        """What the rank that failed first has said, if it says so soon."""
-        end = time.monotonic() + TOLD_S
-        with contextlib.suppress(Exception):
-            while time.monotonic() < end:
-                if self._store.check([self._key]):
-                    return str(self._store.get(self._key).decode())
-                time.sleep(0.05)
-        return ""
 
 
 def stage_device(name: str) -> torch.device:
@@ -201,33 +196,45 @@ def stage_device(name: str) -> torch.device:
     return device
 
 
-def _join(plan: Plan, timeout_s: float) -> bool:
-    """Enter the default process group; whether it had to be made."""
+def _join(plan: Plan, limit_s: float, ready: Callable[[], None]) -> tuple[Board, bool]:
+    """Enter the default process group when all ranks are ready; the ranks' board, and whether the group was made."""
     if not dist.is_available():
         raise ShardwrightError("this PyTorch was built without torch.distributed, which a pipeline needs")
-    if dist.is_initialized():
-        return False
-    limit = timedelta(seconds=timeout_s)
-    backend = "cpu:gloo,cuda:nccl" if plan.devices[0].startswith("cuda") else "gloo"
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        if int(os.environ["WORLD_SIZE"]) != len(plan.stages):
-            raise ShardwrightError(_miscounted(plan, int(os.environ["WORLD_SIZE"])))
-        if os.environ.get("MASTER_ADDR") in ("localhost", "127.0.0.1"):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
-        if plan.devices[0].startswith("cuda"):
-            torch.cuda.set_device(stage_device(plan.devices[int(os.environ["RANK"])]))
-        dist.init_process_group(backend, timeout=limit)
+    limit = timedelta(seconds=limit_s)
+    there = dist.is_initialized()
+    if there:
+        store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+    elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        store, rank, size = next(iter(rendezvous("env://", timeout=limit)))
     elif len(plan.stages) == 1:
-        dist.init_process_group(
-            backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=limit
-        )
+        store, rank, size = HashStore(), 0, 1
     else:
+        ready()
         count = len(plan.stages)
         raise ShardwrightError(
             f"the plan has {count} stages, and this is one process: start the script with torchrun --nproc-per-node "
             f"{count} SCRIPT, or pipeline in one process with place(model, plan, microbatches={plan.microbatches})"
         )
-    return True
+    board = Board(store, rank, size)
+    try:
+        ready()
+        if size != len(plan.stages):
+            raise ShardwrightError(_miscounted(plan, size))
+        stage_device(plan.devices[rank])
+    except Exception as error:
+        board.fail(f"rank {rank} is not ready: {root_of(error)}" if size == len(plan.stages) else str(error))
+        raise
+    board.assemble(limit_s)
+    if not there:
+        if os.environ.get("MASTER_ADDR") in ("localhost", "127.0.0.1"):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
+        gpus = plan.devices[0].startswith("cuda")
+        if gpus:
+            torch.cuda.set_device(stage_device(plan.devices[rank]))
+        own = PrefixStore(f"{board.name}/group", store)
+        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=limit)
+    return board, not there
 
 
 def _miscounted(plan: Plan, size: int) -> str:

@@ -10,7 +10,19 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from shardwright.errors import ShardwrightError
 from shardwright.files import Document, Record
 
-__all__ = ["Account", "Accounts", "Equality", "Off", "Run", "Slot", "StageAccounts", "Timed", "Weighed", "What"]
+__all__ = [
+    "Account",
+    "Accounts",
+    "Equality",
+    "Naive",
+    "Off",
+    "Run",
+    "Slot",
+    "StageAccounts",
+    "Timed",
+    "Weighed",
+    "What",
+]
 
 What = Literal[
     "forward",
@@ -147,6 +159,22 @@ class Accounts(Record):
     measured: tuple[Slot, ...]
 
 
+class Naive(Record):
+    """A split that one would make without a planner, measured in the same run."""
+
+    name: Literal["equal count", "by parameters"]
+    devices: tuple[str, ...]
+    """In the order of its stages."""
+    microbatches: PositiveInt
+    """The number at which it was predicted to be fastest."""
+    steps: NonNegativeInt
+    """How many were timed, in turn with the plan's."""
+    timed: Timed | None
+    """None where it was not run."""
+    why: str = ""
+    """Why not."""
+
+
 class Run(Document):
     """One plan, run and timed against one device in the same session."""
 
@@ -172,6 +200,18 @@ class Run(Document):
     """Of each stage's device."""
     accounts: Accounts | None = None
     """None in files of before they were kept."""
+    naive: tuple[Naive, ...] = ()
+    """What the plan would be without a planner; empty where that was not asked for."""
+
+    def gain_over(self, naive: Naive) -> float | None:
+        """How many times as fast as that split the plan is, measured; None where it was not run."""
+        return naive.timed.measured_s / self.sharded.measured_s if naive.timed else None
+
+    def predicted_gain_over(self, naive: Naive) -> float | None:
+        """How many times as fast the plan was predicted to be."""
+        if naive.timed is None or naive.timed.predicted_s is None or not self.sharded.predicted_s:
+            return None
+        return naive.timed.predicted_s / self.sharded.predicted_s
 
     @property
     def throughput(self) -> float:

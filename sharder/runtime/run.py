@@ -1,9 +1,15 @@
-"""Running a plan: a worker a device, a gate that compares with the unsharded model, then both timed in turn."""
+"""Running a plan: a worker a device, a gate that compares with the unsharded model, then all timed in turn.
+
+Beside the plan and one device alone are the splits that one would make without a planner. They never keep the plan from
+being run: one that cannot be is left out, with the reason.
+"""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,43 +18,52 @@ import numpy as np
 from torch import nn
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.campaign import START_LIMIT_S
 from shardwright.profiler.capture import Progress, silent
 from shardwright.profiler.devices import find_devices
-from shardwright.profiler.equality import relative_difference, tolerance
-from shardwright.profiler.inputs import microbatch, outputs_of
-from shardwright.profiler.links import join
-from shardwright.profiler.measure import prepare
-from shardwright.profiler.pool import Pool
+from shardwright.profiler.inputs import microbatch
+from shardwright.profiler.pool import Pool, WorkerError
 from shardwright.profiler.profile import Device
 from shardwright.profiler.target import load_target
 from shardwright.profiler.trace import trace
+from shardwright.profiler.unitgraph import UnitGraph
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.accounts import Noted, accounts_of
 from shardwright.sharder.runtime.check import check_can_be_piped, check_inputs, check_model, units_of
 from shardwright.sharder.runtime.cut import cut
-from shardwright.sharder.runtime.engine import sendable, shared_parameters
-from shardwright.sharder.runtime.pipeline import (
-    Comparison,
-    Job,
-    check_stage,
-    check_whole,
-    hold_stage,
-    hold_whole,
-    note_stage,
-    step_stage,
-    step_whole,
-    weigh_stage,
-)
-from shardwright.sharder.runtime.record import Equality, Run, Timed, Weighed
+from shardwright.sharder.runtime.engine import sendable
+from shardwright.sharder.runtime.gate import Gate
+from shardwright.sharder.runtime.naive import NAIVE_LIMIT_S, naive_plans, not_measured
+from shardwright.sharder.runtime.record import Equality, Naive, Run, Timed, Weighed
+from shardwright.sharder.runtime.session import Session, Split
+from shardwright.sharder.runtime.turns import WARMUP_STEPS, in_turn, spread_over
 
-__all__ = ["compare", "run"]
+__all__ = ["run"]
 
 STEP_LIMIT_S = 15.0
 """A step that takes so much longer than five times its prediction counts as hung."""
-WARMUP_STEPS = 2
 NOTED_STEPS = 5
 """At most; they come between those that are timed, which meet no wrapper."""
+PLAN, ALONE = "plan", "one device alone"
+
+
+class _SplitFailedError(ShardwrightError):
+    """A naive split raised in a worker; the plan can be run without it."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(why)
+        self.name = name
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What the workers of a run found."""
+
+    equality: Equality
+    peaks: list[int]
+    seconds: dict[str, list[float]]
+    noted: list[list[Noted]]
+    refused: dict[str, str]
+    """Naive splits that were not run -> why."""
 
 
 def run(
@@ -58,19 +73,23 @@ def run(
     kwargs: Mapping[str, Any] | None = None,
     *,
     steps: int = 11,
+    naive: bool = True,
     progress: Progress | None = None,
 ) -> Run:
-    """Run ``plan`` as a pipeline, one worker process a device, and time it against one device.
+    """Run ``plan`` as a pipeline, one worker process a device, and time it against one device and against equal splits.
 
-    First one step of both is compared: outputs and every gradient. Then steps of both are timed in turn, the whole
-    step each: forward, backward and update. Between those that are timed a few more steps are noted slot by slot, for
-    the accounts. The caller's model is not changed.
+    First one step of each is compared: outputs and every gradient. Then steps of all are timed in turn, the whole step
+    each: forward, backward and update. Between those that are timed a few more steps of the plan are noted slot by
+    slot, for the accounts. The caller's model is not changed.
 
     Args:
         target: ``"file.py:Name"``, or the model itself.
         args: the batch; the target's own sample inputs by default.
         kwargs: likewise.
         steps: how many steps of each are timed.
+        naive: whether the splits by count and by parameters that the plan lists are measured too, which takes a minute
+            at most; one that is not possible, or is the plan's own, is left out.
+        progress: is told what is being done, and how much of it.
 
     Raises:
         ShardwrightError: the plan is for another model or other inputs, a worker fails, or the results differ.
@@ -88,49 +107,173 @@ def run(
     check_model(plan, model)
     check_inputs(plan, args, kwargs)
     check_can_be_piped(plan, model)
+    captures = _Captures(model, args, kwargs)
+    own = captures.split(PLAN, plan)
+    others, refused = naive_plans(plan) if naive else ({}, ())
+    rivals: dict[str, Split] = {}
+    why: dict[str, str] = {each.name: each.why for each in refused}
+    for name, rival in others.items():
+        try:
+            check_can_be_piped(rival, model)
+            _found(rival, rival.devices)
+            rivals[name] = captures.split(name, rival)
+        except ShardwrightError as error:
+            why[name] = str(error)
+    while True:
+        try:
+            measured = _measured(model, args, kwargs, own, list(rivals.values()), steps, tell)
+            break
+        except _SplitFailedError as error:
+            del rivals[error.name]
+            why[error.name] = str(error)
+    return _record(plan, measured, {name: split.plan for name, split in rivals.items()}, why | measured.refused, steps)
+
+
+class _Captures:
+    """A model's forward, captured once for each number of micro-batches."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.model, self.args, self.kwargs = model, args, kwargs
+        self.found: dict[int, UnitGraph] = {}
+
+    def split(self, name: str, plan: Plan) -> Split:
+        """``plan``, cut."""
+        count = plan.microbatches
+        if count not in self.found:
+            inputs = microbatch(self.args, self.kwargs, count)
+            self.found[count] = trace(self.model, *inputs, train=plan.train, units=units_of(plan, self.model))
+        capture = self.found[count]
+        return Split(name, plan, sendable(cut(capture, plan), train=plan.train), capture.output_places)
+
+
+def _measured(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    own: Split,
+    rivals: list[Split],
+    steps: int,
+    tell: Progress,
+) -> _Measured:
+    """Compare and time ``own`` beside its ``rivals`` and one device, in workers that are ended afterwards."""
+    plan, splits = own.plan, [own, *rivals]
     baseline = plan.predicted.baseline_device
-    needed = {*plan.devices, *([baseline] if baseline else [])}
-    # The cores are shared out as they were for the profile, or its times would not hold.
-    others = [name for name in plan.profiled_devices if name in needed or name.startswith("cpu")]
-    devices = [device for device in _found(plan, others or list(plan.devices)) if device.name in needed]
-    capture = trace(model, *microbatch(args, kwargs, plan.microbatches), train=plan.train, units=units_of(plan, model))
-    programs = sendable(cut(capture, plan), train=plan.train)
-
-    job = partial(_job, plan, model, capture.output_places)
-    flat = tuple(outputs_of((args, kwargs)))
-    expected = max(plan.predicted.step_s, plan.predicted.baseline_s or 0.0)
-    limit_s = STEP_LIMIT_S + 5 * expected
-
+    expected = max(plan.predicted.baseline_s or 0.0, *(split.plan.predicted.step_s for split in splits))
+    devices = _devices_of(plan, {device for split in splits for device in split.plan.devices})
     with tempfile.TemporaryDirectory() as folder, Pool(devices) as pool:
         tell("start workers", 0, 1)
-        pool.call({d.name: (prepare, (d.name, max(1, len(d.cores)))) for d in devices}, limit_s=START_LIMIT_S)
-        stages = {stage.device: index for index, stage in enumerate(plan.stages)}
-        pool.call(
-            {d: (join, (i, len(stages), str(Path(folder) / "store"))) for d, i in stages.items()}, limit_s=limit_s
-        )
-        pool.call(
-            {
-                d: (hold_stage, (job(plan.schedule, plan.microbatches), programs[i], flat if i == 0 else ()))
-                for d, i in stages.items()
-            },
-            limit_s=START_LIMIT_S,
-        )
-        alone = baseline or plan.devices[0]
-        # The gate sums over the same micro-batches; the baseline is then timed as the plan priced it.
-        pool.call({alone: (hold_whole, (job("", plan.microbatches), model, args, kwargs))}, limit_s=START_LIMIT_S)
-        tell("compare", 0, 1)
-        reference: Comparison = pool.call({alone: (check_whole, ())}, limit_s=limit_s)[alone]
-        sharded = pool.call(dict.fromkeys(stages, (check_stage, ())), limit_s=limit_s)
-        equality = compare(reference, list(sharded.values()))
-        tell("compare", 1, 1)
-
+        session = Session(pool, model, args, kwargs, splits, STEP_LIMIT_S + 5 * expected)
+        session.begin(devices, str(Path(folder) / "store"))
+        session.hold(own)
+        tell("compare", 0, len(splits))
+        found = session.check(own)
+        session.step(own)  # the optimizer's state comes with it
+        peaks = session.weigh(own)  # before anything else is held
+        gate = Gate(session, plan, baseline or plan.devices[0])
+        equality = gate.compared(own, found)
+        refused = {}
+        for number, rival in enumerate(rivals, 1):
+            tell("compare", number, len(splits))
+            with _named(rival):
+                if why := _lacks_room(rival, session.room()) or _admitted(session, gate, rival):
+                    refused[rival.name] = why
+        tell("compare", len(splits), len(splits))
+        contenders: dict[str, Callable[[], float]] = {PLAN: partial(session.step, own)}
         if baseline:
-            whole = job("", plan.predicted.baseline_microbatches)
-            pool.call({baseline: (hold_whole, (whole, model, args, kwargs))}, limit_s=START_LIMIT_S)
-        step_s, whole_s, noted = _timed_in_turn(pool, plan.devices, baseline, steps, limit_s, tell)
-        peaks = pool.call(dict.fromkeys(stages, (weigh_stage, ())), limit_s=limit_s)
-        tell("time", WARMUP_STEPS + steps, WARMUP_STEPS + steps)
+            count = plan.predicted.baseline_microbatches
+            session.hold_whole(baseline, count, own.output_places, plan)
+            contenders[ALONE] = partial(session.step_whole, baseline)
+        else:
+            session.release_whole(gate.device)
+        ready = [rival for rival in rivals if rival.name not in refused]
+        contenders |= {rival.name: _stepping(session, rival) for rival in ready}
+        noted: list[list[Noted]] = []
+        after = spread_over(steps, NOTED_STEPS)
 
+        def between(number: int) -> None:
+            tell("time", number + 1, WARMUP_STEPS + steps)
+            if number in after:
+                noted.append(session.note(own))
+
+        tell("time", 0, WARMUP_STEPS + steps)
+        bounded = [rival.name for rival in ready]
+        seconds = in_turn(contenders, steps, bounded=bounded, limit_s=NAIVE_LIMIT_S, between=between)
+    return _Measured(equality, peaks, seconds, noted, refused)
+
+
+def _admitted(session: Session, gate: Gate, rival: Split) -> str:
+    """Have ``rival`` held and compared; why it is not to be timed, if so."""
+    session.hold(rival)
+    found = session.check(rival)
+    session.step(rival)  # likewise
+    try:
+        gate.compared(rival, found)
+    except WorkerError:
+        raise
+    except ShardwrightError as error:
+        return str(error)
+    return ""
+
+
+def _lacks_room(rival: Split, free: Mapping[str, int]) -> str:
+    """Why ``rival`` cannot be held beside what is there; CPU workers share their host's memory."""
+    needed = {stage.device: stage.memory_bytes for stage in rival.plan.stages}
+    on_cpu = sum(size for device, size in needed.items() if device.startswith("cpu"))
+    for device, size in needed.items():
+        wanted = on_cpu if device.startswith("cpu") else size
+        if wanted > free[device]:
+            return f"it needs {wanted:,} bytes on {device} beside the plan and the model, and {free[device]:,} are free"
+    return ""
+
+
+@contextmanager
+def _named(rival: Split) -> Iterator[None]:
+    """What fails in this block is of ``rival``: an error that is raised leaves it out, a worker's death ends all."""
+    try:
+        yield
+    except WorkerError as error:
+        if error.detail and not error.died:
+            raise _SplitFailedError(rival.name, str(error)) from error
+        error.args = (f"{error} (in a step of the split {rival.name}, which --no-naive leaves out)",)
+        raise
+
+
+def _stepping(session: Session, rival: Split) -> Callable[[], float]:
+    def step() -> float:
+        with _named(rival):
+            return session.step(rival)
+
+    return step
+
+
+def _devices_of(plan: Plan, needed: set[str]) -> list[Device]:
+    """The devices of a run, that of the baseline with them."""
+    if plan.predicted.baseline_device:
+        needed = needed | {plan.predicted.baseline_device}
+    # The cores are shared out as they were for the profile, or its times would not hold.
+    others = [name for name in plan.profiled_devices if name in needed or name.startswith("cpu")]
+    return [device for device in _found(plan, others or list(plan.devices)) if device.name in needed]
+
+
+def _record(plan: Plan, measured: _Measured, rivals: Mapping[str, Plan], why: Mapping[str, str], steps: int) -> Run:
+    """What was measured, beside what was predicted."""
+    seconds, baseline = measured.seconds, plan.predicted.baseline_device
+    naive = []
+    for alternative in plan.alternatives:
+        if alternative.name in why:
+            naive.append(not_measured(alternative, why[alternative.name]))
+        elif alternative.name in rivals:
+            own, rival = seconds[alternative.name], rivals[alternative.name]
+            timed = _timed(own, rival.predicted.step_s)
+            naive.append(
+                Naive(
+                    name=alternative.name,  # type: ignore[arg-type]  # data parallel is no rival
+                    devices=rival.devices,
+                    microbatches=rival.microbatches,
+                    steps=len(own),
+                    timed=timed,
+                )
+            )
     return Run(
         model=plan.model,
         batch=plan.batch,
@@ -139,48 +282,16 @@ def run(
         schedule=plan.schedule,
         microbatches=plan.microbatches,
         steps=steps,
-        equality=equality,
-        sharded=_timed(step_s, plan.predicted.step_s),
+        equality=measured.equality,
+        sharded=_timed(seconds[PLAN], plan.predicted.step_s),
         baseline_device=baseline,
-        baseline=_timed(whole_s, plan.predicted.baseline_s) if baseline else None,
+        baseline=_timed(seconds[ALONE], plan.predicted.baseline_s) if baseline else None,
         memory=tuple(
-            Weighed(device=stage.device, predicted_bytes=stage.memory_bytes, measured_bytes=peaks[stage.device])
-            for stage in plan.stages
+            Weighed(device=stage.device, predicted_bytes=stage.memory_bytes, measured_bytes=peak)
+            for stage, peak in zip(plan.stages, measured.peaks, strict=True)
         ),
-        accounts=accounts_of(plan, noted),
-    )
-
-
-def _timed_in_turn(
-    pool: Pool, devices: Sequence[str], baseline: str | None, steps: int, limit_s: float, tell: Progress
-) -> tuple[list[float], list[float], list[list[Noted]]]:
-    """Seconds of ``steps`` steps on ``devices``, of as many on ``baseline`` alone, and what was noted between."""
-    step_s: list[float] = []
-    whole_s: list[float] = []
-    noted: list[list[Noted]] = []
-    for step in range(WARMUP_STEPS + steps):
-        tell("time", step, WARMUP_STEPS + steps)
-        if baseline:
-            whole_s.append(pool.call({baseline: (step_whole, ())}, limit_s=limit_s)[baseline])
-        step_s.append(max(pool.call(dict.fromkeys(devices, (step_stage, ())), limit_s=limit_s).values()))
-        if step in _noted_after(steps):
-            found = pool.call(dict.fromkeys(devices, (note_stage, ())), limit_s=limit_s)
-            noted.append([found[device] for device in devices])
-    return step_s[WARMUP_STEPS:], whole_s[WARMUP_STEPS:], noted
-
-
-def _noted_after(steps: int) -> range:
-    """After which of ``steps`` timed steps one is noted: spread over them, so that both see the same machine."""
-    count = min(NOTED_STEPS, steps)
-    return range(WARMUP_STEPS, WARMUP_STEPS + steps, steps // count)[:count]
-
-
-def _job(plan: Plan, model: nn.Module, output_places: tuple[int, ...], schedule: str, microbatches: int) -> Job:
-    """The job of the stages, or with no schedule that of the whole model."""
-    ties = shared_parameters(plan, model) if schedule else ()
-    units = () if schedule else tuple(units_of(plan, model))
-    return Job(
-        schedule, microbatches, len(plan.stages), plan.batch, plan.train, plan.optimizer, output_places, ties, units
+        accounts=accounts_of(plan, measured.noted),
+        naive=tuple(naive),
     )
 
 
@@ -200,41 +311,3 @@ def _found(plan: Plan, names: Sequence[str]) -> tuple[Device, ...]:
 def _timed(seconds: list[float], predicted_s: float | None) -> Timed:
     low, median, high = np.percentile(seconds, [25, 50, 75])
     return Timed(predicted_s=predicted_s, measured_s=float(median), spread_s=float(high - low))
-
-
-def compare(reference: Comparison, stages: list[Comparison]) -> Equality:
-    """Hold the stages' outputs and gradients against the whole model's.
-
-    Raises:
-        ShardwrightError: one differs by more than its dtype explains, or is missing; the worst is named.
-    """
-    outputs = [t for stage in stages for t in stage.outputs]
-    gradients = {name: t for stage in stages for name, t in stage.gradients.items()}
-    if len(outputs) != len(reference.outputs):
-        raise ShardwrightError(
-            f"the pipeline gave {len(outputs)} outputs, the model {len(reference.outputs)}; nothing was timed"
-        )
-    # A parameter that the loss does not reach has no gradient, or zeros, depending on who asks.
-    absent = [n for n, t in reference.gradients.items() if n not in gradients and bool(t.count_nonzero())]
-    if absent:
-        raise ShardwrightError(f"the pipeline gave no gradient for {absent[0]}, the model did; nothing was timed")
-    pairs = [(f"output {i}", a, b) for i, (a, b) in enumerate(zip(reference.outputs, outputs, strict=True))]
-    count = len(pairs)
-    pairs += [(f"the gradient of {n}", t, gradients[n]) for n, t in reference.gradients.items() if n in gradients]
-    errors, largest = [], 0.0
-    for name, expected, found in pairs:
-        error = relative_difference(expected, found)
-        allowed = tolerance(expected.dtype)
-        if not error <= allowed:
-            raise ShardwrightError(
-                f"{name} differs from the unsharded model's by {error:.2g} of its largest value; "
-                f"{allowed:.2g} is allowed for {expected.dtype}; nothing was timed"
-            )
-        errors.append(error)
-        largest = max(largest, allowed)
-    return Equality(
-        outputs=max(errors[:count], default=0.0),
-        gradients=max(errors[count:], default=0.0),
-        tolerance=largest,
-        tensors=len(pairs),
-    )

@@ -7,19 +7,24 @@ flattened names of ``torch.distributed.checkpoint.state_dict`` with ``flatten_op
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.worker import root_of
 from shardwright.sharder.runtime.cut import StageProgram
 from shardwright.sharder.runtime.engine import SharedParameter, names_by_tensor
+from shardwright.sharder.runtime.newfiles import NewFiles
 from shardwright.sharder.runtime.ranks import Ranks
 from shardwright.sharder.runtime.stages import held_tensors
 
@@ -218,13 +223,20 @@ def _by_name(state: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
 def save_checkpoint(
     folder: str | Path, state: StageState, ranks: Ranks, optimizer: torch.optim.Optimizer | None
 ) -> None:
-    """Write all stages' parts into ``folder``, each tensor once."""
+    """Write all stages' parts into ``folder``, each tensor once; see :class:`NewFiles`.
+
+    Raises:
+        ShardwrightError: that is not possible; an earlier checkpoint there is as it was.
+    """
     parts: dict[str, Any] = {"model": state.tensors()}
     if optimizer is not None:
         parts["optimizer"] = state.optimizer_state(optimizer)
     # One thread alone looks for an accelerator's streams, and would take simulated devices for one.
-    writer = FileSystemWriter(folder, thread_count=1 if ranks.device.type == "cuda" else 2)
-    save(parts, storage_writer=writer, process_group=ranks.control)
+    writer = NewFiles(folder, thread_count=1 if ranks.device.type == "cuda" else 2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected an existing checkpoint")  # which is taken care of
+        with _told(f"cannot write the checkpoint into {folder}"):
+            save(parts, storage_writer=writer, process_group=ranks.control)
 
 
 def load_checkpoint(
@@ -233,7 +245,7 @@ def load_checkpoint(
     """Read this stage's part from ``folder``, and the optimizer's.
 
     Raises:
-        ShardwrightError: there is no checkpoint, or it is not of this model.
+        ShardwrightError: there is no checkpoint, it cannot be read, or it is not of this model.
     """
     stored = _stored(folder)
     parts: dict[str, Any] = {"model": {}}
@@ -243,10 +255,21 @@ def load_checkpoint(
         parts["model"][key] = torch.empty_like(value) if isinstance(value, Tensor) else value
     if optimizer is not None:
         parts["optimizer"] = _optimizer_forms(stored, state)
-    load(parts, checkpoint_id=folder, process_group=ranks.control)
+    with _told(f"cannot read the checkpoint in {folder}"):
+        load(parts, checkpoint_id=folder, process_group=ranks.control)
     state.load(parts["model"])
     if optimizer is not None:
         state.load_optimizer(optimizer, parts["optimizer"])
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Say in one line what failed on which rank: PyTorch's exception is no ``Exception``, and holds tracebacks."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        raise ShardwrightError(f"{what}: rank {rank}: {root_of(cause)}") from error
 
 
 def _stored(folder: str | Path) -> dict[str, Any]:

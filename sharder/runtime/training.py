@@ -70,10 +70,13 @@ def pipeline(
     if reduction not in ("mean", "sum"):
         raise ShardwrightError(f'reduction={reduction!r}; it is "mean" or "sum"')
     kwargs = dict(kwargs or {})
-    check_model(plan, model)
-    check_inputs(plan, args, kwargs)
-    check_can_be_piped(plan, model)
-    ranks = Ranks(plan, timeout_s)
+
+    def ready() -> None:
+        check_model(plan, model)
+        check_inputs(plan, args, kwargs)
+        check_can_be_piped(plan, model)
+
+    ranks = Ranks(plan, timeout_s, ready)
     with ranks.failing_together():
         ranks.pin(plan)
         ranks.agree("a plan", plan.model_dump_json(), "make the plan once and have each rank load its file")
@@ -110,6 +113,7 @@ class Pipe:
         self._state = StageState(model, saved, self._recipe.programs, self.module, ranks.rank)
         release_others(model, [form.module for form in self._recipe.forms.values()], self._state.unused.values())
         self._recipe.settle()
+        ranks.assemble()  # what failed in the capture is of this rank alone
         self._shared = SharedGradients(
             self._state.shared if plan.train else (),
             ranks.rank,

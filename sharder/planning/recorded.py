@@ -1,0 +1,71 @@
+"""The records of a split: its stages as a plan shows them, the stage of every node, and the ties that it splits."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from shardwright.profiler.profile import Profile
+from shardwright.sharder.planning.plan import SplitTie, Stage
+from shardwright.sharder.planning.pricing import Option
+from shardwright.sharder.planning.problem import bits, in_flight
+from shardwright.sharder.planning.simulate import StageCost
+
+__all__ = ["split_ties", "stage_of_nodes", "stages_of"]
+
+
+def stage_of_nodes(option: Option) -> dict[str, int]:
+    """Node -> the index of its stage."""
+    blocks = option.problem.blocks
+    return {
+        name: index
+        for index, (_, members) in enumerate(option.split.stages)
+        for v in bits(members)
+        for name in blocks[v].nodes
+    }
+
+
+def stages_of(profile: Profile, option: Option) -> tuple[Stage, ...]:
+    """The stages of ``option``, with their costs and peak memory."""
+    problem, split = option.problem, option.split
+    stage_of = stage_of_nodes(option)
+    units: list[dict[str, None]] = [{} for _ in split.stages]
+    param_bytes = [0] * len(split.stages)
+    for node in profile.nodes:
+        param_bytes[stage_of[node.name]] += node.param_bytes
+        if node.kind == "unit":
+            units[stage_of[node.name]][node.unit] = None
+    stages, closed = [], 0
+    for index, (device, members) in enumerate(split.stages):
+        after = len(split.stages) - 1 - index
+        stages.append(
+            Stage(
+                index=index,
+                device=problem.devices[device],
+                units=tuple(units[index]),
+                **_recorded(option.costs[index]),
+                load_s=option.loads[index],
+                param_bytes=param_bytes[index],
+                memory_bytes=problem.memory_bytes(closed, closed | members, device, after),
+                memory_cap_bytes=problem.caps[device],
+                in_flight=in_flight(problem.schedule, problem.microbatches, after) if profile.train else 1,
+            )
+        )
+        closed |= members
+    return tuple(stages)
+
+
+def _recorded(cost: StageCost) -> dict[str, Any]:
+    """The costs that a plan's stage records: no schedule that is planned splits the backward."""
+    return {name: value for name, value in dataclasses.asdict(cost).items() if name in Stage.model_fields}
+
+
+def split_ties(profile: Profile, option: Option) -> tuple[SplitTie, ...]:
+    """The profile's ties with users in several stages; copies of buffers and constants have nothing in common."""
+    named = {tie.name for tie in profile.ties}
+    held = {
+        tie.name: tuple(i for i, (_, members) in enumerate(option.split.stages) if tie.held(members))
+        for tie in option.problem.ties
+        if tie.name in named
+    }
+    return tuple(SplitTie(name=name, stages=stages) for name, stages in held.items() if stages)

@@ -1,0 +1,67 @@
+"""The gate before the timing: a pipeline has to give the outputs and every gradient of the unsharded model."""
+
+from __future__ import annotations
+
+from shardwright.errors import ShardwrightError
+from shardwright.profiler.equality import relative_difference, tolerance
+from shardwright.sharder.planning.plan import Plan
+from shardwright.sharder.runtime.pipeline import Comparison
+from shardwright.sharder.runtime.record import Equality
+from shardwright.sharder.runtime.session import Session, Split
+
+__all__ = ["Gate", "compare"]
+
+
+class Gate:
+    """Compares pipelines with the whole model on one device, which is run once for each number of micro-batches."""
+
+    def __init__(self, session: Session, plan: Plan, device: str) -> None:
+        self.session, self.plan, self.device = session, plan, device
+        self.references: dict[int, Comparison] = {}
+
+    def compared(self, split: Split, found: list[Comparison]) -> Equality:
+        """Hold what the stages of ``split`` ``found`` against the sum over the same micro-batches."""
+        count = split.plan.microbatches
+        if count not in self.references:
+            self.session.hold_whole(self.device, count, split.output_places, self.plan)
+            self.references[count] = self.session.check_whole(self.device)
+            self.session.step_whole(self.device)  # the optimizer's state takes its room before others are let in
+        return compare(self.references[count], found)
+
+
+def compare(reference: Comparison, stages: list[Comparison]) -> Equality:
+    """Hold the stages' outputs and gradients against the whole model's.
+
+    Raises:
+        ShardwrightError: one differs by more than its dtype explains, or is missing; the worst is named.
+    """
+    outputs = [t for stage in stages for t in stage.outputs]
+    gradients = {name: t for stage in stages for name, t in stage.gradients.items()}
+    if len(outputs) != len(reference.outputs):
+        raise ShardwrightError(
+            f"the pipeline gave {len(outputs)} outputs, the model {len(reference.outputs)}; nothing was timed"
+        )
+    # A parameter that the loss does not reach has no gradient, or zeros, depending on who asks.
+    absent = [n for n, t in reference.gradients.items() if n not in gradients and bool(t.count_nonzero())]
+    if absent:
+        raise ShardwrightError(f"the pipeline gave no gradient for {absent[0]}, the model did; nothing was timed")
+    pairs = [(f"output {i}", a, b) for i, (a, b) in enumerate(zip(reference.outputs, outputs, strict=True))]
+    count = len(pairs)
+    pairs += [(f"the gradient of {n}", t, gradients[n]) for n, t in reference.gradients.items() if n in gradients]
+    errors, largest = [], 0.0
+    for name, expected, found in pairs:
+        error = relative_difference(expected, found)
+        allowed = tolerance(expected.dtype)
+        if not error <= allowed:
+            raise ShardwrightError(
+                f"{name} differs from the unsharded model's by {error:.2g} of its largest value; "
+                f"{allowed:.2g} is allowed for {expected.dtype}; nothing was timed"
+            )
+        errors.append(error)
+        largest = max(largest, allowed)
+    return Equality(
+        outputs=max(errors[:count], default=0.0),
+        gradients=max(errors[count:], default=0.0),
+        tolerance=largest,
+        tensors=len(pairs),
+    )

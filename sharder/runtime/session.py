@@ -1,0 +1,159 @@
+"""The workers of a run: they hold one pipeline or several, and the whole model, and take steps with one at a time.
+
+Every worker is in one group; a pipeline's stages have a group of their own where they are not all of them in order. So
+pipelines of other plans, over other devices or in another order, stand beside each other and never mix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from shardwright.profiler.campaign import START_LIMIT_S
+from shardwright.profiler.inputs import outputs_of
+from shardwright.profiler.links import join
+from shardwright.profiler.measure import prepare
+from shardwright.profiler.pool import Pool
+from shardwright.profiler.profile import Device
+from shardwright.sharder.planning.plan import Plan
+from shardwright.sharder.runtime.accounts import Noted
+from shardwright.sharder.runtime.check import units_of
+from shardwright.sharder.runtime.cut import StageProgram
+from shardwright.sharder.runtime.engine import shared_parameters
+from shardwright.sharder.runtime.pipeline import (
+    Comparison,
+    Job,
+    check_stage,
+    check_whole,
+    free_bytes,
+    hold_stage,
+    hold_whole,
+    note_stage,
+    release_whole,
+    step_stage,
+    step_whole,
+    weigh_stage,
+)
+
+__all__ = ["Session", "Split", "job_of"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A plan that is run as a pipeline."""
+
+    name: str
+    plan: Plan
+    programs: Sequence[StageProgram]
+    """Of its stages."""
+    output_places: tuple[int, ...]
+
+
+class Session:
+    """The workers of a run.
+
+    Args:
+        pool: of ``devices``.
+        splits: all that may be held.
+        limit_s: seconds after which a worker that does not answer counts as hung.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        splits: Sequence[Split],
+        limit_s: float,
+    ) -> None:
+        self.pool, self.model, self.args, self.kwargs, self.limit_s = pool, model, args, dict(kwargs), limit_s
+        names = dict.fromkeys(device for split in splits for device in split.plan.devices)
+        self.ranks = {device: rank for rank, device in enumerate(names)}
+
+    def begin(self, devices: Sequence[Device], store: str) -> None:
+        """Wait for the workers and have those of pipelines meet over the file ``store``."""
+        ready = {d.name: (prepare, (d.name, max(1, len(d.cores)))) for d in devices}
+        self.pool.call(ready, limit_s=START_LIMIT_S)
+        joining = {d: (join, (rank, len(self.ranks), store)) for d, rank in self.ranks.items()}
+        self.pool.call(joining, limit_s=self.limit_s)
+
+    def hold(self, split: Split) -> None:
+        """Give every stage of ``split`` to its worker."""
+        ranks = tuple(self.ranks[device] for device in split.plan.devices)
+        job = job_of(split.plan, self.model, split.output_places, split.name, ranks)
+        inputs = tuple(outputs_of((self.args, self.kwargs)))
+        stages = {stage.device: stage.index for stage in split.plan.stages}
+        calls: dict[str, Any] = {}
+        for device in self.ranks:  # those without a stage too: a group is made by all
+            index = stages.get(device)
+            program = None if index is None else split.programs[index]
+            calls[device] = hold_stage, (job, program, inputs if index == 0 else ())
+        self.pool.call(calls, limit_s=START_LIMIT_S)
+
+    def check(self, split: Split) -> list[Comparison]:
+        """One step without an update: what each stage gave, in order."""
+        return self._all(split, check_stage)
+
+    def step(self, split: Split) -> float:
+        """Seconds of one step, until the last stage has done it."""
+        return float(max(self._all(split, step_stage)))
+
+    def note(self, split: Split) -> list[Noted]:
+        """One step, and what each stage was at when."""
+        return self._all(split, note_stage)
+
+    def weigh(self, split: Split) -> list[int]:
+        """One step, and the peak bytes of each stage's device in it."""
+        return self._all(split, weigh_stage)
+
+    def room(self) -> dict[str, int]:
+        """Free bytes of each device that may have stages; CPU workers share the host's."""
+        return self.pool.call(dict.fromkeys(self.ranks, (free_bytes, ())), limit_s=self.limit_s)
+
+    def hold_whole(self, device: str, microbatches: int, output_places: tuple[int, ...], plan: Plan) -> None:
+        """Give the whole model to one worker, to be run in so many micro-batches."""
+        units = tuple(units_of(plan, self.model))
+        job = Job("", microbatches, 1, plan.batch, plan.train, plan.optimizer, output_places, units=units)
+        self.pool.call({device: (hold_whole, (job, self.model, self.args, self.kwargs))}, limit_s=START_LIMIT_S)
+
+    def check_whole(self, device: str) -> Comparison:
+        """One step of it without an update."""
+        found: Comparison = self.pool.call({device: (check_whole, ())}, limit_s=self.limit_s)[device]
+        return found
+
+    def step_whole(self, device: str) -> float:
+        """Seconds of one step of it."""
+        return float(self.pool.call({device: (step_whole, ())}, limit_s=self.limit_s)[device])
+
+    def release_whole(self, device: str) -> None:
+        """Let go of it."""
+        self.pool.call({device: (release_whole, ())}, limit_s=self.limit_s)
+
+    def _all(self, split: Split, function: Any) -> list[Any]:
+        """The results of all stages, in order."""
+        devices = split.plan.devices
+        found = self.pool.call({d: (partial(function, split.name), ()) for d in devices}, limit_s=self.limit_s)
+        return [found[device] for device in devices]
+
+
+def job_of(
+    plan: Plan, model: nn.Module, output_places: tuple[int, ...], name: str = "plan", ranks: tuple[int, ...] = ()
+) -> Job:
+    """The job of the stages of ``plan``; ``ranks`` are theirs in the workers' group, by default their numbers."""
+    return Job(
+        plan.schedule,
+        plan.microbatches,
+        len(plan.stages),
+        plan.batch,
+        plan.train,
+        plan.optimizer,
+        output_places,
+        shared_parameters(plan, model),
+        name=name,
+        ranks=ranks or tuple(range(len(plan.stages))),
+    )

@@ -1,0 +1,48 @@
+"""Taking turns: steps of several contenders one after another, so that a noisy machine treats them alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+__all__ = ["WARMUP_STEPS", "in_turn", "spread_over"]
+
+WARMUP_STEPS = 2
+
+
+def in_turn(
+    contenders: Mapping[str, Callable[[], float]],
+    steps: int,
+    *,
+    bounded: Collection[str] = (),
+    limit_s: float,
+    between: Callable[[int], None] = lambda _: None,
+) -> dict[str, list[float]]:
+    """Seconds of ``steps`` steps of each, after those of a warm-up, in rounds that begin with one after the other.
+
+    Args:
+        contenders: name -> takes a step and returns its seconds.
+        bounded: those whose steps may take ``limit_s`` seconds in all, by what the last of the warm-up took; if not all
+            fit, they take part in fewer rounds, at least in one, spread over the others'.
+        between: called with the number of each round when it is over, those of the warm-up counted.
+    """
+    names = [*contenders]
+    found: dict[str, list[float]] = {name: [] for name in names}
+    their_rounds: Collection[int] = range(WARMUP_STEPS + steps)
+    for number in range(WARMUP_STEPS + steps):
+        if number == WARMUP_STEPS:
+            spent_s = sum(sum(found[name]) for name in bounded)
+            round_s = sum(found[name][-1] for name in bounded)
+            fitting = int((limit_s - spent_s) / round_s) if round_s else steps
+            their_rounds = spread_over(steps, max(1, fitting))
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            if name not in bounded or number in their_rounds:
+                found[name].append(contenders[name]())
+        between(number)
+    return {name: seconds[WARMUP_STEPS:] for name, seconds in found.items()}
+
+
+def spread_over(steps: int, most: int) -> list[int]:
+    """At most so many of the rounds of ``steps`` after the warm-up, evenly: what slows the machine slows both alike."""
+    count = min(most, steps)
+    return [WARMUP_STEPS + steps * position // count for position in range(count)]
