@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from shardwright.profiler.capture import Progress
     from shardwright.profiler.profile import Profile
     from shardwright.sharder.planning.plan import Objective
-    from shardwright.sharder.planning.problem import Schedule, Transfers
+    from shardwright.sharder.planning.problem import Recompute, Schedule, Transfers
 
 app = typer.Typer(
     name="shardwright",
@@ -255,6 +255,13 @@ def shard(
     offload: Annotated[
         bool, typer.Option(help="In inference, leave weights that fit on no device on the host, as a last resort.")
     ] = True,
+    recompute: Annotated[
+        str,
+        typer.Option(
+            "--recompute",
+            help="In training, compute stages anew in the backward: auto (only what does not fit else), never, always.",
+        ),
+    ] = "auto",
     time_limit: Annotated[
         float, typer.Option("--time-limit", metavar="SECONDS", min=0, help="For the search of the plan.")
     ] = 30.0,
@@ -321,6 +328,7 @@ def shard(
         overlap=overlap,
         together=[_names(group) or [] for group in together or ()],
         offload=offload,
+        recompute=cast("Recompute", recompute),
         time_limit_s=time_limit,
         replans=replans,
     )

@@ -81,6 +81,8 @@ class CostsOfUnit(Record):
     """Needed in training."""
     update_s: Seconds = 0.0
     """One optimizer step, once a batch."""
+    recompute_s: Seconds | None = None
+    """A forward that keeps nothing for backward, which a stage that is computed anew adds; ``forward_s`` by default."""
     static_bytes: NonNegativeInt | None = None
     """Parameters, gradients and optimizer state; ``param_bytes`` by default."""
     param_bytes: NonNegativeInt = 0

@@ -21,7 +21,7 @@ from shardwright.profiler.profile import Measurement, Misfit, Node, NodeKind, Pr
 
 __all__ = ["costs_from_graph", "profile_from_graph"]
 
-_TIMES = ("forward_s", "backward_s", "update_s")
+_TIMES = ("forward_s", "backward_s", "update_s", "recompute_s")
 _BYTES = ("static_bytes", "param_bytes", "grad_bytes", "saved_bytes", "output_bytes")
 _PEAKS = ("forward_peak_bytes", "backward_peak_bytes", "input_gradient_bytes")
 _OF_NODES = (
@@ -187,13 +187,14 @@ class _Reading:
         return "parameter" if given in ("buffer", "constant") else given
 
     def _of_node(self, name: str) -> Times:
-        forward, backward, update = (self._times(name, key) for key in _TIMES)
-        if not forward and (any(backward.values()) or any(update.values())):
+        forward, backward, update, again = (self._times(name, key) for key in _TIMES)
+        if not forward and any(seconds for times in (backward, update, again) for seconds in times.values()):
             raise ShardwrightError(f"node {name}: forward_s is missing, and other times are there; give seconds, or 0")
         return {
             "forward_s": forward,
             "backward_s": {device: backward.get(device, 0.0) for device in forward},
             "update_s": {device: update.get(device, 0.0) for device in forward},
+            "recompute_s": again if forward else {},
         }
 
     def _measurements(self) -> tuple[Measurement, ...]:
@@ -208,6 +209,7 @@ class _Reading:
                 backward_s=times["backward_s"][device],
                 backward_spread_s=0.0,
                 update_s=times["update_s"][device],
+                recompute_s=times["recompute_s"].get(device),
             )
             for name, times in self.times.items()
             for device, forward_s in times["forward_s"].items()

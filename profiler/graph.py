@@ -37,6 +37,7 @@ Node attributes
     forward_s         {device: seconds}, or a number for all devices; empty when the node takes no time [a unit has it]
     backward_s        likewise [in training a unit has it]
     update_s          likewise, seconds of one optimizer step [0]
+    recompute_s       likewise, in training, a forward that keeps nothing for backward [forward_s]
     unfit             names of the devices that it does not fit on, even alone, and has no times for [none]
     static_bytes      parameters, buffers, gradients and optimizer state; of an input the whole batch [param_bytes]
     param_bytes       the parameters among them [0]
@@ -56,13 +57,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import networkx as nx
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.profile import Profile, Tensor
+from shardwright.profiler.profile import Measurement, Profile, Tensor
 
 __all__ = ["OF_HOST", "Times", "cost_graph"]
 
@@ -71,7 +72,7 @@ OF_HOST = ("host_latency_s", "host_bandwidth_bytes_per_s", "in_host_memory")
 
 
 Times = Mapping[str, Mapping[str, float]]
-"""``forward_s``, ``backward_s`` and ``update_s`` of a node, each seconds by device."""
+"""``forward_s``, ``backward_s``, ``update_s`` and ``recompute_s`` of a node, each seconds by device."""
 
 
 def cost_graph(profile: Profile, microbatches: int, times: Mapping[str, Times] | None = None) -> nx.DiGraph[str]:
@@ -128,6 +129,7 @@ def cost_graph(profile: Profile, microbatches: int, times: Mapping[str, Times] |
             forward_s=of_node["forward_s"],
             backward_s=of_node["backward_s"],
             update_s=of_node["update_s"],
+            recompute_s=of_node["recompute_s"],
             unfit=unfit.get(node.name, ()),
             static_bytes=node.static_bytes + (inputs.get(node.name, 0) if node.kind == "input" else 0),
             param_bytes=node.param_bytes,
@@ -160,7 +162,15 @@ def _measured(profile: Profile, node: str, microbatches: int) -> Times:
         "forward_s": {m.device: m.forward_s for m in rows},
         "backward_s": {m.device: m.backward_s for m in rows},
         "update_s": {m.device: m.update_s for m in rows},
+        "recompute_s": _again_s(rows),
     }
+
+
+def _again_s(rows: Sequence[Measurement]) -> dict[str, float]:
+    """By device: a forward that keeps nothing; where it was not timed the forward, and nothing if it was nowhere."""
+    if all(row.recompute_s is None for row in rows):
+        return {}
+    return {row.device: row.forward_s if row.recompute_s is None else row.recompute_s for row in rows}
 
 
 def _devices(profile: Profile) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ Graph keys
     tensors                                                       JSON: storages that tensors share
 Node keys
     kind, type, unit, site, copied, static_bytes, param_bytes, saved_bytes, output_bytes
-    forward_s:DEVICE, backward_s:DEVICE, update_s:DEVICE
+    forward_s:DEVICE, backward_s:DEVICE, update_s:DEVICE, recompute_s:DEVICE
     unfit                                    a JSON list
     forward_peak_bytes, backward_peak_bytes, input_gradient_bytes, update_left_bytes, update_peak_bytes:KIND
 Edge keys
@@ -37,7 +37,7 @@ from shardwright.profiler.graph import OF_HOST
 __all__ = ["flat_graph", "graphml", "nested_graph"]
 
 _ARROW = "->"
-_TIMES = ("forward_s", "backward_s", "update_s")
+_TIMES = ("forward_s", "backward_s", "update_s", "recompute_s")
 _OF_DEVICE = ("kind", "memory_bytes", "fetch_bytes_per_s", "variation", *OF_HOST)
 _OF_LINK = ("latency_s", "bandwidth_bytes_per_s")
 _OF_NODE = (

@@ -36,6 +36,7 @@ def verdict(plan: Plan) -> Verdict:
     if not plan.contiguous:
         return Verdict(*verdict_of_free(plan))
     shard, text = _verdict_of_splits(plan)
+    text += _recomputed_in_words(plan)
     parallel = next((one for one in plan.alternatives if one.name == "data parallel" and one.step_s is not None), None)
     if parallel is None or parallel.step_s is None or parallel.step_s * WORTHWHILE > plan.predicted.step_s:
         return Verdict(shard, text)
@@ -44,6 +45,29 @@ def verdict(plan: Plan) -> Verdict:
         f"{text} Data parallel over {parallel.devices} devices, the whole model on each and a part of the batch, would "
         f"take {seconds(parallel.step_s)}: faster by {ratio(plan.predicted.step_s / parallel.step_s)}.",
     )
+
+
+def _recomputed_in_words(plan: Plan) -> str:
+    """Which stages are computed anew, and what that was chosen against."""
+    if not plan.recomputed:
+        return ""
+    found, several = [str(stage.index) for stage in plan.recomputed], False
+    if len(plan.stages) == 1:
+        who = "It"
+    elif len(found) == len(plan.stages):
+        who = "Every stage"
+    else:
+        several = len(found) > 1
+        who = f"Stage{'s' if several else ''} {_joined(found)}"
+    text = (
+        f" {who} {'keep' if several else 'keeps'} no activations and {'compute' if several else 'computes'} them anew"
+    )
+    kept = next((one for one in plan.alternatives if one.name == "nothing anew"), None)
+    if kept is None:
+        return f"{text} in the backward, as was asked for."
+    if kept.step_s is None:
+        return f"{text} in the backward: without that, {kept.why}."
+    return f"{text} in the backward: the best split without that takes {seconds(kept.step_s)} a step."
 
 
 def _verdict_of_splits(plan: Plan) -> Verdict:
@@ -141,6 +165,7 @@ class PlanReport:
             for stage, own, before in zip(stages, behind, [0.0, *behind], strict=False)
         ]
         largest = max(stage.load_s for stage in stages) or 1.0
+        anew = ["yes" if stage.recompute else glyphs.none for stage in stages]
         schedule = {"1f1b": "1F1B", "gpipe": "GPipe"}[plan.schedule]
         note = "times of the whole batch; load of a step, with the optimizer's update" if plan.train else ""
         if plan.microbatches > 1:
@@ -149,6 +174,7 @@ class PlanReport:
                 part = f"one micro-batch ({plan.batch / plan.microbatches:.3g} of {plan.batch} samples)"
             note = f"compute and transfers of {part}; load of a whole step, {schedule}"
         note += _transfers_in_words(plan)
+        note += "; the backward of a recomputed stage has its forward in it" if plan.recomputed else ""
         yield section("Stages", note)
         yield from tables(
             self._names(),
@@ -156,6 +182,7 @@ class PlanReport:
                 Column("units", [_first_of(stage.units, glyphs) for stage in stages], "left", drop=2),
                 Column("forward", times([stage.forward_s for stage in stages])),
                 *([Column("backward", times([stage.backward_s for stage in stages]))] if plan.train else []),
+                *([Column("recomputed", anew)] if plan.recomputed else []),
                 Column("transfers", times(transfers)),
                 *([Column("update", times([stage.update_s for stage in stages]), drop=3)] if plan.train else []),
                 Column("load", times([stage.load_s for stage in stages])),

@@ -46,6 +46,7 @@ def test_attributes_at_a_number_of_microbatches(make_profile):
         "forward_s": {"cpu:0": 0.5, "cpu:1": 0.5},
         "backward_s": {"cpu:0": 1.0, "cpu:1": 1.0},
         "update_s": {"cpu:0": 0.0, "cpu:1": 0.0},
+        "recompute_s": {},
         "static_bytes": 2_000,
         "param_bytes": 1_000,
         "grad_bytes": 1_000,

@@ -64,7 +64,10 @@ class Clock:
 
 @st.composite
 def problems(draw):
-    """Small DAGs over mixed devices, unequal and unusable links, ties, caps that may bind, pins, both schedules."""
+    """Small DAGs over mixed devices, unequal and unusable links, ties, caps that may bind, pins, both schedules.
+
+    Stages may be computed anew, or all are.
+    """
     count, devices = draw(st.integers(1, 7)), draw(st.integers(2, 4))
     time = st.integers(0, 9).map(float)
     times = st.tuples(*[time] * devices)
@@ -84,6 +87,7 @@ def problems(draw):
                 static_bytes=draw(size),
                 units=draw(st.sampled_from([("u",), ("u",), ()])),
                 allowed=allowed,
+                recompute_s=draw(st.one_of(st.just(()), row)),
             )
         )
     tensors = []
@@ -120,6 +124,7 @@ def problems(draw):
         ties=tuple(ties),
         ledger=draw(ledgers(count, tensors)),
         updates_together=tuple(draw(st.booleans()) for _ in range(devices)),
+        recompute=draw(st.sampled_from(["never", "auto", "auto", "always"])),
     )
 
 
@@ -144,7 +149,8 @@ def ledgers(draw, count, tensors):
 
 
 def brute_force(p):
-    """The least largest load over every assignment of blocks to an ordered choice of devices, by the formulas alone."""
+    """The least largest load over every assignment of blocks to an ordered choice of devices, and over every set of
+    stages that are computed anew, by the formulas alone."""
     count, best = len(p.blocks), math.inf
     most = len(p.devices) if p.schedule == "gpipe" else min(len(p.devices), p.microbatches)
     for stages in range(1, most + 1):
@@ -154,10 +160,16 @@ def brute_force(p):
             } != set(range(stages)):
                 continue
             for order in itertools.permutations(range(len(p.devices)), stages):
-                value = largest_load(p, stage_of, order)
-                if value is not None:
-                    best = min(best, value)
+                for anew in sets_anew(p, stages):
+                    value = largest_load(p, stage_of, order, anew)
+                    if value is not None:
+                        best = min(best, value)
     return best
+
+
+def sets_anew(p, stages):
+    """Which stages are computed anew: as the problem says of all, or any of them."""
+    return itertools.product({"never": [False], "always": [True], "auto": [False, True]}[p.recompute], repeat=stages)
 
 
 def slowest_s(p, d, size):
@@ -166,7 +178,7 @@ def slowest_s(p, d, size):
     return max(p.links[a][b][0] + size / p.links[a][b][1] for a, b in ends)
 
 
-def largest_load(p, stage_of, order):
+def largest_load(p, stage_of, order, anew):
     m, stages = p.microbatches, len(order)
     loads = []
     for s, d in enumerate(order):
@@ -174,6 +186,7 @@ def largest_load(p, stage_of, order):
         if not all(b.allowed[d] for b in mine):
             return None
         load = sum(m * (b.forward_s[d] + b.backward_s[d]) + b.update_s[d] for b in mine)
+        load += sum(m * (b.recompute_s or b.forward_s)[d] for b in mine) if anew[s] else 0
         for t in p.crossings:
             last = max(stage_of[v] for v in range(len(p.blocks)) if t.readers >> v & 1)
             first = stage_of[t.producer]
@@ -191,7 +204,7 @@ def largest_load(p, stage_of, order):
             at = {stage_of[v] for v in range(len(p.blocks)) if tie.users >> v & 1}
             if s in at and at != {s}:
                 load += 2 * slowest_s(p, d, tie.gradient_bytes) if tie.gradient_bytes else 0
-        if p.memory_bytes(start, end, d, stages - s - 1) > p.caps[d]:
+        if p.memory_bytes(start, end, d, stages - s - 1, recomputed=anew[s]) > p.caps[d]:
             return None
         loads.append(load)
     return max(loads)

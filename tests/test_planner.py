@@ -13,6 +13,8 @@ import pytest
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Misfit, Profile, Tie, Variation
+from shardwright.reports.plan_report import verdict
+from shardwright.sharder.planning.foreseen import timeline_of
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.planning.planner import plan
@@ -446,3 +448,101 @@ def test_what_only_a_corrupt_link_could_do_is_refused_by_its_name(chain_profile)
     with pytest.raises(ShardwrightError, match=r"no split fits without corrupt links \(cpu:0 -> cpu:1\)") as caught:
         plan(corrupt(profile, ("cpu:0", "cpu:1")))
     assert "\n" not in str(caught.value)
+
+
+def anew(found):
+    """Which stages are computed anew."""
+    return [stage.recompute for stage in found.stages]
+
+
+def test_a_stage_is_computed_anew_where_nothing_fits_otherwise(chain_profile, tmp_path):
+    """The first stage, which holds two micro-batches at once: its forward comes twice, and the plan says why."""
+    profile = chain_profile(6, saved_bytes=8 * 2**20, tensor_bytes=2**16, microbatches=(4,))
+    caps = {"cpu:0": "7MiB", "cpu:1": "7MiB"}
+    found = plan(profile, memory=caps)
+    assert anew(found) == [True, False]
+    assert all(stage.memory_bytes <= 7 * 2**20 for stage in found.stages)
+    first, last = found.stages
+    assert (first.forward_s, first.backward_s) == (last.forward_s, last.forward_s + last.backward_s)
+    assert found.certificate.exact
+    assert found.certificate.value_s == pytest.approx(4 * 4 * first.forward_s, rel=1e-3)
+    assert timeline_of(found).step_s == pytest.approx(found.predicted.step_s)
+    (against,) = [one for one in found.alternatives if one.name == "nothing anew"]
+    assert (against.step_s, against.why) == (None, "no split fits")
+    assert "Stage 0 keeps no activations and computes them anew in the backward: without that, no split fits." in (
+        verdict(found).text
+    )
+    path = tmp_path / "plan.json"
+    found.save(path)
+    assert Plan.load(path) == found
+    with pytest.raises(ShardwrightError, match=r"let stages be computed anew in the backward \(--recompute auto\)"):
+        plan(profile, memory=caps, recompute="never")
+
+
+def test_a_stage_is_computed_anew_where_that_is_faster(chain_profile):
+    """Three stages of twelve units: kept, a cap of seven units leaves two, three and seven of them."""
+    speed = dict.fromkeys(("cpu:0", "cpu:1", "cpu:2"), 1.0)
+    options = {"saved_bytes": 8 * 2**20, "tensor_bytes": 2**10, "microbatches": (8,), "speed": speed}
+    profile = chain_profile(12, **options)
+    caps = dict.fromkeys(speed, str(15 * 2**19))
+    found, kept = (plan(profile, memory=caps, recompute=recompute) for recompute in ("auto", "never"))
+    assert [len(stage.units) for stage in kept.stages] == [2, 3, 7]
+    assert not any(anew(kept))
+    assert any(anew(found))
+    assert found.certificate.value_s < kept.certificate.value_s
+    (against,) = [one for one in found.alternatives if one.name == "nothing anew"]
+    assert against.step_s == kept.predicted.step_s > found.predicted.step_s
+    assert "the best split without that takes" in verdict(found).text
+
+
+def test_nothing_is_computed_anew_where_all_fits(chain_profile):
+    """By itself never; asked for, every stage."""
+    profile = chain_profile(6)
+    assert not any(anew(plan(profile)))
+    always = plan(profile, microbatches=4, recompute="always")
+    assert anew(always) == [True, True]
+    assert "Every stage keeps no activations and computes them anew in the backward, as was asked for." in (
+        verdict(always).text
+    )
+    assert always.certificate.exact
+    assert always.certificate.value_s == pytest.approx(
+        4 / 3 * plan(profile, microbatches=4).certificate.value_s, rel=1e-3
+    )
+
+
+def test_the_forward_that_keeps_nothing_is_priced_as_measured(chain_profile):
+    """Where it takes another time than the forward: first the one that keeps nothing, then the forward again."""
+    profile = chain_profile(6, microbatches=(4,))
+    timed = [m.model_copy(update={"recompute_s": 0.5 * m.forward_s}) for m in profile.measurements]
+    found = plan(profile.model_copy(update={"measurements": tuple(timed)}), recompute="always")
+    assert [stage.backward_s / stage.forward_s for stage in found.stages] == pytest.approx([6.0, 6.0])
+    assert found.certificate.value_s == pytest.approx(4 * 7 * found.stages[0].forward_s, rel=1e-3)
+
+
+def test_the_peak_share_is_made_least_by_keeping_less_only_if_nothing_fits(chain_profile):
+    """Objective memory: a stage computed anew takes less nearly always, and longer always."""
+    profile = chain_profile(6, saved_bytes=8 * 2**20, tensor_bytes=2**16, microbatches=(4,))
+    roomy, tight = ({"cpu:0": size, "cpu:1": size} for size in ("13MiB", "7MiB"))
+    assert not any(anew(plan(profile, objective="memory", memory=roomy)))
+    found = plan(profile, objective="memory", memory=tight)
+    assert any(anew(found))
+    assert found.peak.value <= 1
+    every = plan(profile, objective="memory", memory=roomy, recompute="always")
+    assert all(anew(every))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"recompute": "sometimes"}, "recompute 'sometimes' is not known; the planner has: auto, never, always"),
+        ({"recompute": "always", "contiguous": False}, "is for a chain of stages"),
+        ({"recompute": "always", "objective": "latency"}, "is for a chain of stages"),
+    ],
+)
+def test_what_cannot_be_computed_anew_is_refused(chain_profile, options, says):
+    """Only a chain of stages in training has anything to compute anew."""
+    with pytest.raises(ShardwrightError, match=says):
+        plan(chain_profile(4), **options)
+    with pytest.raises(ShardwrightError, match="the profile is of inference"):
+        plan(chain_profile(4, train=False), recompute="always")
+    assert not any(anew(plan(chain_profile(4, train=False))))

@@ -60,14 +60,14 @@ def workers(stages, folder):
         yield pool
 
 
-def weighed(pool, captured_profile, name, schedule, microbatches):
+def weighed(pool, captured_profile, name, schedule, microbatches, recompute="never"):
     """Predicted and counted peak of each stage, six layers shared out evenly; without a schedule, in inference."""
     train, devices = schedule is not None, list(pool.workers)
     model = MODELS[name]().train(train)
     x = torch.randn(96 * microbatches, model.layers[0][0].in_features)
     profile = captured_profile(model, (x,), devices=devices, microbatches=(1, microbatches), train=train, counted=True)
     pins = {f"layers.{i}.*": devices[i * len(devices) // LAYERS] for i in range(LAYERS)}
-    plan = sw.plan(profile, microbatches=microbatches, schedule=schedule or "1f1b", pins=pins)
+    plan = sw.plan(profile, microbatches=microbatches, schedule=schedule or "1f1b", pins=pins, recompute=recompute)
     capture = trace(model, *microbatch((x,), {}, microbatches), train=train)
     job = job_of(plan, model, capture.output_places)
     programs = cut(capture, plan)
@@ -100,6 +100,13 @@ def test_two_stages(captured_profile, tmp_path):
                 ("wide cut", None, 3),
             ],
         )
+
+
+def test_stages_computed_anew(captured_profile, tmp_path):
+    """What they keep is what they receive and what they have sent, and one micro-batch is made again."""
+    cases = [("even", "1f1b", 3, "always"), ("wide cut", "gpipe", 3, "always"), ("relayed", "1f1b", 2, "always")]
+    with workers(2, tmp_path) as pool:
+        check(pool, captured_profile, cases)
 
 
 @pytest.mark.slow

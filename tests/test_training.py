@@ -210,12 +210,16 @@ def close(found, expected):
     return all(a == pytest.approx(b, rel=1e-5, abs=1e-6) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize(("kind", "stages"), [(Chain, 3), (Branches, 2), (Language, 3), (Branches, 3)])
-def test_a_pipeline_trains_as_the_model_does(workers, captured_profile, kind, stages):
+@pytest.mark.parametrize(
+    ("kind", "stages", "recompute"),
+    [(Chain, 3, "auto"), (Branches, 2, "auto"), (Language, 3, "auto"), (Branches, 3, "auto"), (Language, 3, "always")],
+)
+def test_a_pipeline_trains_as_the_model_does(workers, captured_profile, kind, stages, recompute):
     """Losses of four AdamW steps on every rank, and all weights after them, are the unsharded model's."""
     steps = [[seed] for seed in range(STEPS)]
     expected, model = unsharded(kind, steps)
-    results = on_ranks(workers, stages, trained, kind, planned(captured_profile, kind, stages), steps, {})
+    plan = planned(captured_profile, kind, stages, recompute=recompute)
+    results = on_ranks(workers, stages, trained, kind, plan, steps, {})
     for curve, *_ in results:
         assert close(curve, expected)
     whole = results[0][1]
@@ -470,6 +474,18 @@ def test_a_loss_may_be_a_sum(captured_profile):
 
 def summed(output, target):
     return F.mse_loss(output, target, reduction="sum")
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("recompute", ["never", "always"])
+def test_batch_statistics_are_updated_once_a_step(captured_profile, recompute):
+    """Also where the forward comes again in the backward, in steps and not in evaluation."""
+    with pytest.warns(UserWarning, match="normalises over a micro-batch"):
+        pipe = made_pipe(Normed, planned(captured_profile, Normed, 1, recompute=recompute))
+    (x,), _, target = Normed.batch(0)
+    pipe.step(x, target=target)
+    pipe.evaluate(x, target=target)
+    assert pipe.state_dict()["layers.1.num_batches_tracked"] == 4
 
 
 class Dropped(Chain):

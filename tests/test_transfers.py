@@ -18,12 +18,15 @@ from shardwright.sharder.planning.problem import Block, Crossing, Problem, Tie
 from shardwright.sharder.planning.transfers import as_staged
 
 KINDS = ["relayed", "staged", "direct"]
+CHOICES = {"never": [False], "always": [True], "auto": [False, True]}
+"""Whether a stage is computed anew."""
 QUIET = {"derandomize": True, "deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
 @st.composite
 def problems(draw, most_blocks=7, kinds=KINDS):
-    """Small DAGs over mixed devices: skips, own ways to the host, unusable links, ties, caps that may bind, pins."""
+    """Small DAGs over mixed devices: skips, own ways to the host, unusable links, ties, caps that may bind, pins, and
+    stages that are computed anew."""
     count, devices = draw(st.integers(1, most_blocks)), draw(st.integers(2, 4 if most_blocks < 9 else 3))
     time, size = st.integers(0, 9).map(float), st.integers(0, 9)
     alike = draw(st.booleans())
@@ -72,6 +75,7 @@ def problems(draw, most_blocks=7, kinds=KINDS):
         transfers=draw(st.sampled_from(kinds)),
         overlap=draw(st.booleans()),
         hosts=() if hosts == () else tuple((draw(one_link), draw(one_link)) for _ in range(devices)),
+        recompute=draw(st.sampled_from(["never", "auto", "auto", "always"])),
     )
 
 
@@ -92,24 +96,25 @@ def assignments(p, stages):
 
 
 def brute_force(p):
-    """The least largest load over every contiguous split and every choice of devices for it."""
+    """The least largest load over every contiguous split, choice of devices for it, and set of stages computed anew."""
     best = math.inf
     most = len(p.devices) if p.schedule == "gpipe" else min(len(p.devices), p.microbatches)
     for stages in range(1, most + 1):
         for stage_of in assignments(p, stages):
             for order in itertools.permutations(range(len(p.devices)), stages):
-                if fits(p, stage_of, order):
-                    best = min(best, max(loads(p, stage_of, order)))
+                for anew in itertools.product(CHOICES[p.recompute], repeat=stages):
+                    if fits(p, stage_of, order, anew):
+                        best = min(best, max(loads(p, stage_of, order, anew)))
     return best
 
 
-def fits(p, stage_of, order):
+def fits(p, stage_of, order, anew):
     """Pins and memory."""
     for s, d in enumerate(order):
         start, end = (sum(1 << v for v, at in enumerate(stage_of) if at < s + i) for i in (0, 1))
         if not all(p.blocks[v].allowed[d] for v, at in enumerate(stage_of) if at == s):
             return False
-        if p.memory_bytes(start, end, d, len(order) - s - 1) > p.caps[d]:
+        if p.memory_bytes(start, end, d, len(order) - s - 1, recomputed=anew[s]) > p.caps[d]:
             return False
     return True
 
@@ -123,7 +128,7 @@ def way(p, d, out):
     return (max(s for s, _ in usable), min(r for _, r in usable)) if usable else (math.inf, 1.0)
 
 
-def loads(p, stage_of, order):
+def loads(p, stage_of, order, anew):
     """The load of each stage, tensor by tensor."""
     sends, receives = [0.0] * len(order), [0.0] * len(order)
 
@@ -153,7 +158,8 @@ def loads(p, stage_of, order):
     found = []
     for s, d in enumerate(order):
         mine = [p.blocks[v] for v, at in enumerate(stage_of) if at == s]
-        compute = sum(p.microbatches * (b.forward_s[d] + b.backward_s[d]) + b.update_s[d] for b in mine)
+        forwards = 2 if anew[s] else 1
+        compute = sum(p.microbatches * (forwards * b.forward_s[d] + b.backward_s[d]) + b.update_s[d] for b in mine)
         members = sum(1 << v for v, at in enumerate(stage_of) if at == s)
         compute += p.ties_s(members, d)  # tested with the search of relayed transfers
         parts = [compute, p.microbatches * sends[s], p.microbatches * receives[s]]
@@ -239,7 +245,8 @@ def test_staged_over_the_best_links_is_no_dearer_than_direct(problem):
     for stages in range(1, len(problem.devices) + 1):
         for stage_of in itertools.islice(assignments(problem, stages), 20):
             order = tuple(range(stages))
-            pairs = zip(loads(relaxed, stage_of, order), loads(problem, stage_of, order), strict=True)
+            anew = (False,) * stages
+            pairs = zip(loads(relaxed, stage_of, order, anew), loads(problem, stage_of, order, anew), strict=True)
             assert all(staged <= direct * (1 + 1e-9) for staged, direct in pairs)
 
 

@@ -3,6 +3,7 @@
     equal count        each device as many units as the others, in the order of the forward
     by parameters   each device as many bytes of weights, gradients and optimizer state
     data parallel      each device the whole model and an equal part of the batch; gradients are summed once a step
+    nothing anew       beside a plan with stages that are computed anew: the best split without
 
 Data parallel on D devices takes, with G bytes of gradient, latency l and bandwidth b of the slowest link,
 
@@ -30,7 +31,7 @@ from shardwright.sharder.planning.recorded import split_ties, stage_of_nodes, st
 from shardwright.sharder.planning.relaxed import unpinned
 from shardwright.sharder.planning.search import Stages
 
-__all__ = ["alternatives_of", "cut_evenly", "data_parallel_s", "priced_in_parallel"]
+__all__ = ["alternatives_of", "cut_evenly", "data_parallel_s", "kept_whole", "priced_in_parallel"]
 
 DRAWS = 101
 
@@ -55,6 +56,24 @@ def alternatives_of(
     return tuple(
         one.model_copy(update={"speedup": baseline_s / one.step_s}) if baseline_s and one.step_s else one
         for one in found
+    )
+
+
+def kept_whole(chosen: Option, options: Iterable[Option], baseline_s: float | None) -> tuple[Alternative, ...]:
+    """The best split that keeps all activations, where the chosen one computes some anew by choice."""
+    if chosen.problem.recompute != "auto" or not any(chosen.anew):
+        return ()
+    others = [kept for option in options if (kept := option.kept if any(option.anew) else option) is not None]
+    best = min(others, key=lambda option: option.step_s, default=None)
+    return (
+        Alternative(
+            name="nothing anew",
+            microbatches=(best or chosen).problem.microbatches,
+            devices=len((best or chosen).split.stages),
+            step_s=best.step_s if best else None,
+            speedup=baseline_s / best.step_s if best and best.step_s and baseline_s else None,
+            why="" if best else chosen.why_none_kept,
+        ),
     )
 
 

@@ -21,7 +21,7 @@ from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import NodeKind
 from shardwright.profiler.sizes import parse_bytes
 from shardwright.sharder.planning.ledger import ledger_of
-from shardwright.sharder.planning.problem import Block, Crossing, Link, Problem, Schedule, Tie, Transfers
+from shardwright.sharder.planning.problem import Block, Crossing, Link, Problem, Recompute, Schedule, Tie, Transfers
 from shardwright.sharder.planning.together import groups_together
 
 __all__ = ["parse_bytes", "problem_from_graph"]
@@ -112,6 +112,14 @@ def _seconds(times: list[Mapping[str, float]], devices: tuple[str, ...]) -> tupl
     return tuple(map(sum, zip(*rows, strict=True))) if rows else (0.0,) * len(devices)
 
 
+def _again_s(nodes: list[dict[str, Any]], devices: tuple[str, ...]) -> tuple[float, ...]:
+    """By device: a forward of ``nodes`` that keeps nothing; a node of which none is known takes its forward."""
+    known = [node.get("recompute_s") for node in nodes]
+    if not any(known):
+        return ()
+    return _seconds([again or node["forward_s"] for again, node in zip(known, nodes, strict=True)], devices)
+
+
 def _allowed(
     graph: nx.DiGraph[str],
     nodes: tuple[str, ...],
@@ -195,6 +203,7 @@ def problem_from_graph(
     transfers: Transfers = "relayed",
     overlap: bool = False,
     together: Iterable[str | Iterable[str]] = (),
+    recompute: Recompute = "never",
 ) -> Problem:
     """Make the planning problem of a cost graph (attributes: :mod:`shardwright.profiler.graph`).
 
@@ -207,6 +216,7 @@ def problem_from_graph(
         transfers: ``"relayed"``, ``"staged"`` or ``"direct"``; see :mod:`shardwright.sharder.planning.problem`.
         overlap: whether transfers go on beside compute.
         together: unit names or patterns, or groups of them, whose units must share a device.
+        recompute: whether stages are computed anew in the backward, in training.
 
     Raises:
         ShardwrightError: a device, a link, or a unit named in ``memory``, ``pins`` or ``together`` is not in the graph,
@@ -242,6 +252,7 @@ def problem_from_graph(
             units=tuple(data[n].get("unit") or n for n in nodes if data[n]["kind"] == "unit"),
             allowed=_allowed(graph, nodes, names, pins, lacking),
             unfit=lacking,
+            recompute_s=_again_s([data[n] for n in nodes], names),
         )
         for nodes, lacking in zip(members, unfit, strict=True)
     )
@@ -260,6 +271,7 @@ def problem_from_graph(
         updates_together=tuple(known[d]["kind"] == "cuda" for d in names),
         transfers=transfers,
         overlap=overlap,
+        recompute=recompute if graph.graph["train"] else "never",
     )
     ways = [_to_host(known[d]) for d in names]
     if not any(ways):

@@ -67,9 +67,8 @@ class Direct:
             return None
         ends = relaxed.ends(start, -1, device, free, after)
         for end, compute_s in zip(ends.at.tolist(), ends.compute_s.tolist(), strict=True):
-            if not relaxed.fits(start, end, device, after):
-                continue
-            grown = self.with_stage(stages, start, end, _Stage(device, 0, compute_s, Traffic()))
+            more_s = relaxed.more_s(start, end, device, after)  # infinite where the stage does not fit
+            grown = self.with_stage(stages, start, end, _Stage(device, 0, compute_s + more_s, Traffic()))
             if grown is None:
                 continue
             if after == 0:

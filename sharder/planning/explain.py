@@ -70,7 +70,7 @@ def what_binds(chosen: Option, deadline_s: float) -> str:
     device, members = split.stages[index]
     stage = f"stage {index} on {problem.devices[device]}"
     compute = {v: problem.work_s(v, device) for v in bits(members)}
-    computes_s = sum(compute.values()) + problem.ties_s(members, device)
+    computes_s = sum(compute.values()) + problem.ties_s(members, device) + _anew_s(chosen, index)
     transfers = max(0.0, 1 - computes_s / loads[index])
     if problem.overlap and transfers > 1e-9:
         transfers = 1.0  # sends or receives are all of the load, and compute is beside them
@@ -85,6 +85,14 @@ def what_binds(chosen: Option, deadline_s: float) -> str:
     if split.value_s <= 1.02 * simple_bound_s(problem):
         return f"the work itself: {stage} holds an even share of it"
     return f"the grain of the units: {stage} cannot be evened out, its largest is {name} with {share:.0%}"
+
+
+def _anew_s(chosen: Option, index: int) -> float:
+    """Seconds of a step in which a stage of a split computes what it did not keep."""
+    stages = chosen.split.stages
+    before = sum(members for _, members in stages[:index])
+    device, members = stages[index]
+    return chosen.problem.more_s(before, before | members, device, len(stages) - 1 - index)
 
 
 def _relaxations(problem: Problem) -> Iterator[tuple[str, Problem, float]]:

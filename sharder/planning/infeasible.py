@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 
@@ -69,7 +70,8 @@ def why_nothing_fits(problems: list[Problem], deadline_s: float, *, batch: int, 
     caps = ", ".join(f"{device} {size_of(cap)}" for device, cap in zip(problem.devices, problem.caps, strict=True))
     changes = [*changes_that_fit(problem, deadline_s, batch=batch, train=train)]
     return (
-        f"no split fits: at {problem.microbatches} micro-batches the model needs {size_of(whole)} in one piece "
+        f"no split fits{', not even with stages computed anew' if problem.recompute == 'auto' else ''}: "
+        f"at {problem.microbatches} micro-batches the model needs {size_of(whole)} in one piece "
         f"({size_of(static)} of it weights, gradients and optimizer state); the devices have {caps}: "
         + ("; or ".join(changes) if changes else "add devices, raise --memory, or profile more micro-batches")
     )
@@ -97,7 +99,9 @@ def changes_that_fit(problem: Problem, deadline_s: float, *, batch: int, train: 
             yield f"profile --microbatches {problem.microbatches * factor}, which should fit (estimated)"
             break
         factor *= 2
-    if train and _fits(checkpointed(problem), deadline_s):
+    if train and problem.recompute == "never" and _fits(dataclasses.replace(problem, recompute="auto"), deadline_s):
+        yield "let stages be computed anew in the backward (--recompute auto)"
+    elif train and _fits(checkpointed(problem), deadline_s):
         yield "compute activations anew in the backward (torch.utils.checkpoint around each unit), which should fit"
 
 

@@ -62,10 +62,13 @@ def within_share(problem: Problem, share: float) -> Problem:
 
 
 def share_of(problem: Problem, stages: Sequence[tuple[int, int]]) -> float:
-    """The largest peak over cap of the stages of a split."""
+    """The largest peak over cap of the stages of a split, computed anew where that may be and is less."""
     closed, most = 0, 0.0
     for position, (device, members) in enumerate(stages):
-        size = problem.memory_bytes(closed, closed | members, device, len(stages) - 1 - position)
+        at = closed, closed | members, device, len(stages) - 1 - position
+        size = problem.memory_bytes(*at)
+        if problem.recompute == "auto":
+            size = min(size, problem.memory_bytes(*at, recomputed=True))
         most = max(most, size / problem.caps[device])
         closed |= members
     return most
@@ -74,7 +77,9 @@ def share_of(problem: Problem, stages: Sequence[tuple[int, int]]) -> float:
 def _timeless(problem: Problem) -> Problem:
     """The same without times: any split that fits is the best."""
     none = (0.0,) * len(problem.devices)
-    blocks = (dataclasses.replace(b, forward_s=none, backward_s=none, update_s=none) for b in problem.blocks)
+    blocks = (
+        dataclasses.replace(b, forward_s=none, backward_s=none, update_s=none, recompute_s=()) for b in problem.blocks
+    )
     links = tuple(tuple((s if math.isinf(s) else 0.0, math.inf) for s, _ in row) for row in problem.links)
     hosts = tuple(tuple((s if math.isinf(s) else 0.0, math.inf) for s, _ in pair) for pair in problem.hosts)
     return dataclasses.replace(problem, blocks=tuple(blocks), links=links, hosts=hosts)  # type: ignore[arg-type]

@@ -13,6 +13,15 @@ node's backward, as far as nodes tell (a node of several layers makes some of th
 
     first    = max over i of  held before i backward + what i takes beyond it + gradients of the nodes behind i
 
+A stage that is computed anew lets go of all but what it receives and what it has sent. When the backward comes to the
+last node that saves anything, its forward is run again and keeps what nodes save, but not what is sent unless a node
+saves that too:
+
+    forward  = max over i of  storages between nodes held before i + what i takes beyond it
+    backward = sent + max over i of  gradients that wait before i, from that node on what the nodes up to i keep, and
+                                     what i takes beyond it, or there the peak of the forward that is run again
+    kept     = sent
+
 A maximum over nodes is no sum: the peak of a union of blocks does not follow from the peaks of the blocks. So the
 search asks for the walk through each stage that a bound by sums does not settle, and the plan reports the same number.
 """
@@ -25,7 +34,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-__all__ = ["EMPTY", "Gradient", "Ledger", "Step", "Storage", "Walk", "bits"]
+__all__ = ["EMPTY", "Gradient", "Ledger", "Step", "Storage", "Walk", "bits", "engine_bytes"]
 
 
 def bits(mask: int) -> Iterator[int]:
@@ -125,13 +134,10 @@ class Ledger:
         What the stage receives is left out. What it sends stays until the backward is done.
         """
         inside = set(bits(members))
-        mine = sorted(position for v in inside for position in self._of_block(v).steps)
-        ahead, back, sums = self._changes(inside, mine)
-        held = forward = 0
-        for position in mine:
-            forward = max(forward, held + self.steps[position].forward)
-            held += ahead[position]
-        kept = backward = first = held
+        mine = self._positions(inside)
+        ahead, back, sums = self._changes(inside, mine, leaves=True)
+        kept, forward = self._there(mine, ahead)
+        held = backward = first = kept
         made = 0
         for position in reversed(mine):
             peak = held + self.steps[position].backward + sums[position]
@@ -141,15 +147,58 @@ class Ledger:
         update = _update([self.steps[position] for position in mine])
         return Walk(kept, forward, backward, *update, max(first, held + made), made, self._sent(inside))
 
+    def walk_anew(self, members: int) -> Walk:
+        """The same where the stage is computed anew in the backward, and keeps only what it has sent."""
+        inside = set(bits(members))
+        mine = self._positions(inside)
+        ahead, back, sums = self._changes(inside, mine, leaves=False)
+        kept, again = self._there(mine, ahead)
+        held = backward = first = sent = self._sent(inside)
+        made, begun = 0, False
+        for position in reversed(mine):
+            if self.steps[position].saved and not begun:
+                begun = True
+                backward, first = max(backward, held + again), max(first, held + again + made)
+                held += kept
+            peak = held + self.steps[position].backward + sums[position]
+            backward, first = max(backward, peak), max(first, peak + made)
+            held += back[position]
+            made += self.steps[position].gradient
+        update = _update([self.steps[position] for position in mine])
+        return Walk(sent, self._bare_forward(inside), backward, *update, max(first, held + made), made, sent)
+
+    def _positions(self, inside: set[int]) -> list[int]:
+        return sorted(position for v in inside for position in self._of_block(v).steps)
+
+    def _there(self, mine: list[int], ahead: Mapping[int, int]) -> tuple[int, int]:
+        """What is held after a forward through ``mine`` that adds ``ahead`` at each node, and its peak."""
+        held = forward = 0
+        for position in mine:
+            forward = max(forward, held + self.steps[position].forward)
+            held += ahead[position]
+        return held, forward
+
+    def _bare_forward(self, inside: set[int]) -> int:
+        """The peak of a forward that saves nothing; what each node takes is as if it saved what it does."""
+        change: _Bytes = defaultdict(int)
+        for storage in (self.storages[number] for v in inside for number in self._of_block(v).made):
+            within = [reader for reader in storage.readers if self.steps[reader].block in inside]
+            change[storage.maker] += storage.size
+            if not storage.returned and len(within) == len(storage.readers):
+                change[max((storage.maker, *within))] -= storage.size
+        held, forward = self._there(self._positions(inside), change)
+        return max(forward, held)
+
     def _sent(self, blocks: set[int]) -> int:
         """Bytes of the storages made in ``blocks`` that are returned, or read outside."""
         made = (self.storages[number] for v in blocks for number in self._of_block(v).made)
         return sum(s.size for s in made if s.returned or any(self.steps[r].block not in blocks for r in s.readers))
 
-    def _changes(self, blocks: set[int], mine: list[int]) -> tuple[_Bytes, _Bytes, _Bytes]:
+    def _changes(self, blocks: set[int], mine: list[int], *, leaves: bool) -> tuple[_Bytes, _Bytes, _Bytes]:
         """By node: what its forward and its backward add to what is held, and the largest sum of gradients it makes.
 
-        What is said of nodes that are not ``mine``, in no block of ``blocks``, means nothing.
+        Unless the stage ``leaves`` what it sends, that is held as long as its own nodes need it. What is said of nodes
+        that are not ``mine``, in no block of ``blocks``, means nothing.
         """
         inside = set(mine)
         ahead: _Bytes = defaultdict(int, {position: self.steps[position].saved for position in mine})
@@ -157,7 +206,9 @@ class Ledger:
         sums: _Bytes = defaultdict(int)
         for storage in {s for v in blocks for s in self._of_block(v).storages}:
             size, maker, readers, saver, returned = self.storages[storage]
-            stays = returned or not inside.issuperset(readers)
+            stays = leaves and (returned or not inside.issuperset(readers))
+            if not leaves:
+                readers, saver = tuple(r for r in readers if r in inside), saver if saver in inside else None
             if saver is not None and (stays or maker not in inside):
                 ahead[saver] -= size  # it is held before and after
                 back[saver] += size
@@ -228,6 +279,32 @@ class Ledger:
     def with_more(self, forward: Mapping[int, int]) -> Ledger:
         """The same with more bytes in the forward of blocks, whose weights are brought for it."""
         return replace(self, steps=tuple(s._replace(forward=s.forward + forward.get(s.block, 0)) for s in self.steps))
+
+
+def engine_bytes(one: Walk, count: int, held: int, gradients: int, relayed: int, *, all_first: bool, last: bool) -> int:
+    """The peak of what comes and goes in a step of the pipeline engine: engine(s) of problem.py.
+
+    Args:
+        one: a micro-batch's walk, like that of each of ``count``.
+        held: how many are in flight at once.
+        gradients: of each, the bytes of gradients that are sent.
+        relayed: of these, those that are copies.
+        all_first: whether all forwards come before the first backward, as under GPipe.
+        last: whether no stage is behind.
+    """
+    backward = relayed + one.backward
+    peak = (held - 1) * one.kept + max(one.forward, relayed + one.first) - one.gradients
+    if count == 1:
+        return peak
+    if all_first:
+        left = gradients + (0 if last else one.sent)
+        return max(peak, backward + max((count - 1 - done) * one.kept + done * left for done in (1, count - 1)))
+    if count == held:
+        return max(peak, (held - 2) * one.kept + gradients + backward)
+    if held == 1:
+        return max(peak, gradients + max(one.sent + one.forward, backward))
+    stays = one.sent if count >= 2 * held - 1 else 0
+    return max(peak, (held - 1) * one.kept + gradients + stays + max(one.forward, backward))
 
 
 EMPTY = Ledger(())

@@ -71,7 +71,8 @@ def _classes(problem: Problem) -> list[list[int]]:
     Of devices with the same links to all others the slowest is the same too, so ties cost them the same.
     """
 
-    own = [*zip(*(block.forward_s + block.backward_s + block.update_s for block in problem.blocks), strict=True)]
+    times = (b.forward_s + b.backward_s + b.update_s + (b.recompute_s or b.forward_s) for b in problem.blocks)
+    own = [*zip(*times, strict=True)]
     count = len(problem.devices)
     pins = [*zip(*(block.allowed for block in problem.blocks), strict=True)]
 
@@ -87,7 +88,7 @@ def _classes(problem: Problem) -> list[list[int]]:
             )
             and pins[a] == pins[b]
             and (problem.transfers != "staged" or problem.ways[a] == problem.ways[b])
-            and all(own[a + i * count] == own[b + i * count] for i in range(3))
+            and all(own[a + i * count] == own[b + i * count] for i in range(4))
         )
 
     classes: list[list[int]] = []
@@ -140,10 +141,11 @@ def stage_loads(problem: Problem, stages: Sequence[tuple[int, int]]) -> list[flo
         blocks = [problem.blocks[v] for v in bits(members)]
         if not any(block.units for block in blocks) or not all(block.allowed[device] for block in blocks):
             return None
-        if problem.memory_bytes(closed, closed | members, device, after) > problem.caps[device]:
+        more_s = problem.more_s(closed, closed | members, device, after)
+        if math.isinf(more_s):
             return None
         closed |= members
-        work_s.append(sum(problem.work_s(v, device) for v in bits(members)) + problem.ties_s(members, device))
+        work_s.append(sum(problem.work_s(v, device) for v in bits(members)) + problem.ties_s(members, device) + more_s)
     return [load_s(problem, *parts) for parts in zip(work_s, traffic_of(problem, stages), strict=True)]
 
 

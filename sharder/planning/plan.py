@@ -81,6 +81,9 @@ class Stage(Record):
     """Micro-batches whose saved tensors are held at once."""
     finish_s: NonNegativeFloat | None = None
     """Objective latency: when the device has done everything, its updates as well."""
+    recompute: bool = False
+    """Whether it keeps only what it receives and computes the rest anew in the backward: ``backward_s`` has that
+    forward in it, and ``forward_s`` is of one that keeps nothing."""
 
 
 class Timed(Record):
@@ -168,7 +171,7 @@ class SplitStage(Stage):
 class Alternative(Record):
     """What one would do without a planner, at its best number of micro-batches, priced from the same costs."""
 
-    name: Literal["equal count", "by parameters", "data parallel"]
+    name: Literal["equal count", "by parameters", "data parallel", "nothing anew"]
     microbatches: PositiveInt
     devices: PositiveInt
     step_s: NonNegativeFloat | None
@@ -313,6 +316,11 @@ class Plan(Document):
     def devices(self) -> tuple[str, ...]:
         """The devices used, in the order of the stages."""
         return tuple(stage.device for stage in self.stages)
+
+    @property
+    def recomputed(self) -> tuple[Stage, ...]:
+        """The stages that are computed anew in the backward."""
+        return tuple(stage for stage in self.stages if stage.recompute)
 
     @property
     def offloaded(self) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.graph import cost_graph
 from shardwright.profiler.profile import Profile
-from shardwright.sharder.planning.alternatives import alternatives_of, priced_in_parallel
+from shardwright.sharder.planning.alternatives import alternatives_of, kept_whole, priced_in_parallel
 from shardwright.sharder.planning.blocks import problem_from_graph
 from shardwright.sharder.planning.changes import changes_tried
 from shardwright.sharder.planning.explain import certify, gap_percent
@@ -32,7 +32,7 @@ from shardwright.sharder.planning.plan import (
     Prediction,
 )
 from shardwright.sharder.planning.pricing import Option, baseline_of, noise_s, price, solve
-from shardwright.sharder.planning.problem import Problem, Schedule, Transfers
+from shardwright.sharder.planning.problem import Problem, Recompute, Schedule, Transfers
 from shardwright.sharder.planning.recorded import split_ties, stage_of_nodes, stages_of
 from shardwright.sharder.planning.sensitivity import rivals_of, sensitivity_of
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["plan"]
 
 
-def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
+def plan(
     profile: Profile | nx.DiGraph[Any],
     *,
     objective: Objective = "throughput",
@@ -56,6 +56,7 @@ def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
     overlap: bool = False,
     together: Iterable[str | Iterable[str]] = (),
     offload: bool = True,
+    recompute: Recompute = "auto",
     time_limit_s: float = 30.0,
     replans: int = 0,
 ) -> Plan:
@@ -85,6 +86,9 @@ def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
         together: unit names or patterns, or groups of them, whose units must share a device.
         offload: whether, in inference, the weights of units that fit on no device may stay in the host's memory or on
             its disk, from where they are brought for each call.
+        recompute: whether, in training, a stage keeps only what it receives of each micro-batch in flight, and computes
+            its forward anew in the backward: ``"never"``, ``"always"`` all stages, or ``"auto"`` those that would not
+            fit otherwise, if that is noticeably faster. A free assignment and latency have no such stages.
         time_limit_s: seconds for the whole search; after it, the best so far with an honest gap.
         replans: how often to plan anew with costs drawn within the uncertainty of the profile's times, to see how the
             plan moves; the prediction is drawn anew in any case.
@@ -98,12 +102,10 @@ def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
         from shardwright.profiler.from_graph import costs_from_graph
 
         profile, given = costs_from_graph(profile)
-    if objective not in ("throughput", "latency", "memory"):
-        raise ShardwrightError(f"objective {objective!r} is not known; the planner has: throughput, latency, memory")
-    if schedule not in ("1f1b", "gpipe"):
-        raise ShardwrightError(f"schedule {schedule!r} is not known; the planner has: 1f1b, gpipe")
-    if transfers not in ("relayed", "staged", "direct"):
-        raise ShardwrightError(f"transfers {transfers!r} is not known; the planner has: relayed, staged, direct")
+    _check_known(objective, schedule, transfers, recompute)
+    chain = contiguous and objective != "latency"
+    if recompute == "always":
+        _check_recompute(chain=chain, train=profile.train)
     names = tuple(devices) if devices is not None else None
     groups = [together] if isinstance(together, str) else list(together)
     deadline_s = time.monotonic() + time_limit_s
@@ -120,10 +122,11 @@ def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
             transfers=transfers,
             overlap=overlap,
             together=groups,
+            recompute=recompute if chain else "never",
         )
 
     problems = [problem_at(count) for count in (profile.microbatches if microbatches == "auto" else (microbatches,))]
-    if objective == "latency" or not contiguous:
+    if not chain:
         from shardwright.sharder.planning.freely import plan_freely
 
         counts = sorted(profile.microbatches)
@@ -163,6 +166,7 @@ def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
         margin_s = noise_s(best, baseline) if len(best.split.stages) == 1 else 0.0
         if baseline.step_s < best.step_s + margin_s:
             chosen = baseline
+    alternatives += kept_whole(chosen, options, baseline.step_s if baseline else None)
     certificate = certify(chosen, options, baseline, deadline_s)
     written = _write(profile, chosen, options, baseline, alternatives, certificate)
     return written.model_copy(
@@ -191,12 +195,36 @@ def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
     )
 
 
+def _check_known(objective: str, schedule: str, transfers: str, recompute: str) -> None:
+    """Refuse a word that the planner does not know."""
+    if objective not in ("throughput", "latency", "memory"):
+        raise ShardwrightError(f"objective {objective!r} is not known; the planner has: throughput, latency, memory")
+    if schedule not in ("1f1b", "gpipe"):
+        raise ShardwrightError(f"schedule {schedule!r} is not known; the planner has: 1f1b, gpipe")
+    if transfers not in ("relayed", "staged", "direct"):
+        raise ShardwrightError(f"transfers {transfers!r} is not known; the planner has: relayed, staged, direct")
+    if recompute not in ("auto", "never", "always"):
+        raise ShardwrightError(f"recompute {recompute!r} is not known; the planner has: auto, never, always")
+
+
+def _check_recompute(*, chain: bool, train: bool) -> None:
+    """Refuse to compute every stage anew where there is no backward, or no stage."""
+    if not train:
+        raise ShardwrightError("recompute 'always' is for training, and the profile is of inference: leave it out")
+    if not chain:
+        raise ShardwrightError(
+            "recompute 'always' is for a chain of stages, which a free assignment and latency do not make: leave it out"
+        )
+
+
 def _for_memory(profile: Profile, problems: list[Problem], every: list[Problem], deadline_s: float) -> Plan:
     """The split with the smallest peak share, and of those with no larger one that with the smallest largest load."""
     from shardwright.sharder.planning.freely import for_memory, least_of
     from shardwright.sharder.planning.least_memory import within_share
 
-    least = least_of(problems, deadline_s)
+    # Stages computed anew take less almost always: they are for what does not fit otherwise.
+    kept = [dataclasses.replace(p, recompute="never" if p.recompute == "auto" else p.recompute) for p in problems]
+    least = least_of(kept, deadline_s) or least_of(problems, deadline_s)
     if least is None:
         raise _nothing_fits(problems, profile, deadline_s)
     problem, share = least
@@ -205,6 +233,7 @@ def _for_memory(profile: Profile, problems: list[Problem], every: list[Problem],
         raise AssertionError("a split was found with these caps")
     baseline = baseline_of(every, profile)
     alternatives = alternatives_of(problems, every, profile, baseline.step_s if baseline else None)
+    alternatives += kept_whole(option, [option], baseline.step_s if baseline else None)
     certificate = certify(option, [option], None, deadline_s)
     written = _write(profile, option, [option], baseline, alternatives, certificate)
     return for_memory(written, option, problem, share)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -15,10 +16,12 @@ from shardwright.sharder.planning.simulate import StageCost, expected_step_s, si
 from shardwright.sharder.planning.timeline import Timeline
 from shardwright.sharder.planning.transfers import traffic_of
 
-__all__ = ["Option", "baseline_of", "noise_s", "price", "rules_of", "solve"]
+__all__ = ["Option", "baseline_of", "noise_s", "price", "rules_of", "solve", "stages_anew"]
 
 LEAST_NOISE = 0.05
 """One device counts as faster than an earlier one from this relative difference on, however steady both were."""
+LEAST_GAIN = 0.01
+"""For less than this part of the step no stage is computed anew where a split fits without."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,42 @@ class Option:
     step_spread_s: float
     tiers: Mapping[int, str] = dataclasses.field(default_factory=dict)
     """Blocks whose weights stay elsewhere -> where."""
+    kept: Option | None = None
+    """Where some stages are computed anew by choice: the best split in which none is, if one was found."""
+    why_none_kept: str = ""
+    """Why there is none."""
+
+    @property
+    def anew(self) -> list[bool]:
+        """Of each stage, whether it is computed anew."""
+        return stages_anew(self.problem, self.split.stages)
 
 
 def solve(problem: Problem, profile: Profile, *, time_limit_s: float) -> Option | None:
-    """The best split of ``problem``, under GPipe if 1F1B leaves too few stages to fit; None when nothing fits."""
+    """The best split of ``problem``, under GPipe if 1F1B leaves too few stages to fit; None when nothing fits.
+
+    Stages are computed anew by choice only where that makes the step noticeably shorter.
+    """
+    deadline_s = time.monotonic() + time_limit_s
+    best = _solved(problem, profile, time_limit_s)
+    if best is None or problem.recompute != "auto" or not any(best.anew):
+        return best
+    try:
+        left_s = max(0.0, deadline_s - time.monotonic())
+        kept = _solved(dataclasses.replace(problem, recompute="never"), profile, left_s)
+    except ShardwrightError:
+        return dataclasses.replace(best, why_none_kept="none was found in the time allowed")
+    if kept is None:
+        return dataclasses.replace(best, why_none_kept="no split fits")
+    if kept.step_s > best.step_s * (1 + LEAST_GAIN):
+        return dataclasses.replace(best, kept=kept)
+    # It is the better one for its step; the certificate is over all splits, of a smaller largest load.
+    bound_s = min(kept.split.bound_s, best.split.bound_s)
+    exact = kept.split.exact and bound_s == kept.split.value_s
+    return dataclasses.replace(kept, split=dataclasses.replace(kept.split, bound_s=bound_s, exact=exact))
+
+
+def _solved(problem: Problem, profile: Profile, time_limit_s: float) -> Option | None:
     attempts = [problem]
     if problem.most_stages < len(problem.devices):
         attempts.append(dataclasses.replace(problem, schedule="gpipe"))
@@ -76,18 +111,30 @@ def rules_of(problem: Problem, *, train: bool) -> Rules:
     )
 
 
+def stages_anew(problem: Problem, stages: Sequence[tuple[int, int]]) -> list[bool]:
+    """Of each stage of a split that fits, whether it is computed anew."""
+    found, closed = [], 0
+    for position, (device, members) in enumerate(stages):
+        found.append(problem.recomputes(closed, closed | members, device, len(stages) - 1 - position))
+        closed |= members
+    return found
+
+
 def price(problem: Problem, split: Partition, profile: Profile) -> Option:
     """Loads, costs of each stage, and the simulated step."""
     loads = stage_loads(problem, split.stages)
     assert loads is not None, "a split that was found is feasible"
     relayed = problem.transfers == "relayed"
     costs = []
-    for (device, members), traffic in zip(split.stages, traffic_of(problem, split.stages), strict=True):
+    anew = stages_anew(problem, split.stages)
+    for (device, members), traffic, again in zip(split.stages, traffic_of(problem, split.stages), anew, strict=True):
         blocks = [problem.blocks[v] for v in bits(members)]
+        forward_s = sum(b.forward_s[device] for b in blocks)
+        # Computed anew, the first forward keeps nothing, and the other one is a part of the backward.
         costs.append(
             StageCost(
-                forward_s=sum(b.forward_s[device] for b in blocks),
-                backward_s=sum(b.backward_s[device] for b in blocks),
+                forward_s=sum(b.again_s(device) for b in blocks) if again else forward_s,
+                backward_s=sum(b.backward_s[device] for b in blocks) + (forward_s if again else 0.0),
                 update_s=sum(b.update_s[device] for b in blocks),
                 send_forward_s=traffic.forward_out_s,
                 receive_backward_s=traffic.backward_in_s,

@@ -51,6 +51,20 @@ sent is held until nothing refers to the operation; NCCL lets tensors go when it
 less by up to the terms with out. In inference nothing is let go before the next step, as under GPipe. A stage that is
 the whole model has no engine: kept * (W - 1) + max(forward, backward), the parameters' gradients there from before.
 
+In training a stage may be computed anew: it keeps of a micro-batch in flight only what it receives, in the engine's
+buffers, and what it has sent, and makes the rest again just before that micro-batch's backward. Its forward comes once
+more, and memory(s) is as above with the walk of memory.py for such a stage in place of kept, forward, backward, first:
+
+    load(s) = M * (compute(s) + again(s)) + ...         again = its forward, as measured where nothing is kept
+
+Where each stage may be either (recompute = auto), the least largest load has a stage computed anew only if it would not
+fit otherwise, as that makes no load smaller: each stage's price is
+
+    load(s) as it is if memory(s) fits,  M * again(s) more if only its memory computed anew fits,  else infinite
+
+and it depends on what it depended on before: blocks, device, and how many stages are behind. So the searches that are
+exact for stages of one kind are exact over all sets of stages computed anew, and bounds from work alone still hold.
+
 A stage that has some users of a tied parameter, but not all, holds a copy of it:
 
     ties(s) = sum over the p that it holds of 2 * (latency + gradient bytes / bandwidth), if there is a gradient
@@ -73,10 +87,23 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from shardwright.sharder.planning.memory import EMPTY, Ledger, Walk, bits
+from shardwright.sharder.planning.memory import EMPTY, Ledger, Walk, bits, engine_bytes
 
-__all__ = ["Block", "Crossing", "Link", "Problem", "Schedule", "Tie", "Transfers", "bits", "in_flight", "slowest"]
+__all__ = [
+    "Block",
+    "Crossing",
+    "Link",
+    "Problem",
+    "Recompute",
+    "Schedule",
+    "Tie",
+    "Transfers",
+    "bits",
+    "in_flight",
+    "slowest",
+]
 
+Recompute = Literal["auto", "never", "always"]
 Schedule = Literal["1f1b", "gpipe"]
 Transfers = Literal["relayed", "staged", "direct"]
 Link = tuple[float, float]
@@ -109,6 +136,12 @@ class Block:
     """By device: whether pins leave it, and the block fits on it."""
     unfit: tuple[bool, ...] = ()
     """By device: whether the block was tried there and did not fit, even alone; nothing = nowhere."""
+    recompute_s: tuple[float, ...] = ()
+    """A forward that keeps nothing for backward, which computing anew adds; nothing = as ``forward_s``."""
+
+    def again_s(self, device: int) -> float:
+        """Seconds of one more forward on ``device``."""
+        return (self.recompute_s or self.forward_s)[device]
 
     def fits_on(self, device: int) -> bool:
         """Whether the block may be there by its size."""
@@ -178,6 +211,8 @@ class Problem:
     """Whether transfers go on beside compute."""
     hosts: tuple[tuple[Link, Link], ...] = ()
     """By device: the way to the host's memory and the way from it; by default those of its slowest usable links."""
+    recompute: Recompute = "never"
+    """Whether stages are computed anew in the backward; ``"auto"``: those that would not fit otherwise."""
 
     @property
     def most_stages(self) -> int:
@@ -190,11 +225,18 @@ class Problem:
 
     @cached_property
     def seconds(self) -> list[tuple[float, ...]]:
-        """By block and device: seconds of compute in one step."""
+        """By block and device: seconds of compute in one step, without what only some stages compute anew."""
+        none = (0.0,) * len(self.devices)
         return [
             tuple(
-                self.microbatches * (forward + backward) + update
-                for forward, backward, update in zip(b.forward_s, b.backward_s, b.update_s, strict=True)
+                self.microbatches * (forward + again + backward) + update
+                for forward, again, backward, update in zip(
+                    b.forward_s,
+                    (b.recompute_s or b.forward_s) if self.recompute == "always" else none,
+                    b.backward_s,
+                    b.update_s,
+                    strict=True,
+                )
             )
             for b in self.blocks
         ]
@@ -283,7 +325,7 @@ class Problem:
         )
 
     def alone(self, device: int) -> Problem:
-        """The same work on one device and no other, pins lifted."""
+        """The same work on one device and no other, pins lifted and nothing computed anew."""
         blocks = (
             dataclasses.replace(
                 b,
@@ -292,11 +334,13 @@ class Problem:
                 update_s=(b.update_s[device],),
                 allowed=(b.fits_on(device),),
                 unfit=(),
+                recompute_s=(),
             )
             for b in self.blocks
         )
         return dataclasses.replace(
             self,
+            recompute="never",
             blocks=tuple(blocks),
             devices=(self.devices[device],),
             caps=(self.caps[device],),
@@ -306,64 +350,72 @@ class Problem:
             hosts=self.hosts[device : device + 1],
         )
 
-    def memory_bytes(self, start: int, end: int, device: int, stages_after: int) -> int:
+    def memory_bytes(
+        self, start: int, end: int, device: int, stages_after: int, *, recomputed: bool | None = None
+    ) -> int:
         """Peak bytes of a stage on ``device`` with ``stages_after`` stages behind it.
 
-        Its blocks are those in ``end`` and not in ``start``, both predecessor-closed.
+        Its blocks are those in ``end`` and not in ``start``, both predecessor-closed. By default it is computed anew
+        where every stage is.
         """
         members = end & ~start
         static = sum(self.blocks[v].static_bytes for v in bits(members))
         copies = sum(tie.copy_bytes for tie in self.ties if not tie.counted(members))
         received, sent = self.received(start, members), self.sent(end, members)
         buffers = sum(c.forward_bytes for c in received) + sum(c.backward_bytes for c in sent)
-        one = self.walk(members)
+        one = self.walk(members, recomputed=self.recompute == "always" if recomputed is None else recomputed)
+        held = in_flight(self.schedule, self.microbatches, stages_after)
         if start or sent:
             gradients = sum(c.backward_bytes for c in received)
             relayed = sum(c.backward_bytes for c in received if c.readers & ~end and not c.readers & members)
-            peak = self._engine_bytes(one, stages_after, gradients, relayed)
+            last = stages_after == 0
+            peak = engine_bytes(one, self.microbatches, held, gradients, relayed, all_first=self.all_first, last=last)
         else:
-            others = in_flight(self.schedule, self.microbatches, stages_after) - 1
-            peak = others * one.kept + max(one.forward, one.backward)
+            peak = (held - 1) * one.kept + max(one.forward, one.backward)
         update = one.update_together if self._updates_together(device) else one.update
         return static + copies + self.microbatches * buffers + max(peak, update)
 
-    def _engine_bytes(self, one: Walk, stages_after: int, gradients: int, relayed: int) -> int:
-        """The peak of what comes and goes in a step: engine(s) above, of ``one`` micro-batch like the others.
+    @property
+    def all_first(self) -> bool:
+        """Whether all forwards come before the first backward."""
+        return self.schedule == "gpipe"
 
-        Of each, ``gradients`` are sent, of which ``relayed`` are copies.
+    def more_s(self, start: int, end: int, device: int, stages_after: int) -> float:
+        """Seconds of a step beyond those of its blocks with which a stage fits ``device``: none, or its forward again.
+
+        Infinite where it does not fit at all. The arguments are those of :meth:`memory_bytes`.
         """
-        count, backward = self.microbatches, relayed + one.backward
-        held = in_flight(self.schedule, count, stages_after)
-        peak = (held - 1) * one.kept + max(one.forward, relayed + one.first) - one.gradients
-        if count == 1:
-            return peak
-        if self.schedule == "gpipe":
-            left = gradients + (one.sent if stages_after else 0)
-            return max(peak, backward + max((count - 1 - done) * one.kept + done * left for done in (1, count - 1)))
-        if count == held:
-            return max(peak, (held - 2) * one.kept + gradients + backward)
-        if held == 1:
-            return max(peak, gradients + max(one.sent + one.forward, backward))
-        stays = one.sent if count >= 2 * held - 1 else 0
-        return max(peak, (held - 1) * one.kept + gradients + stays + max(one.forward, backward))
+        cap = self.caps[device]
+        if self.memory_bytes(start, end, device, stages_after) <= cap:
+            return 0.0
+        if self.recompute != "auto" or self.memory_bytes(start, end, device, stages_after, recomputed=True) > cap:
+            return math.inf
+        return self.microbatches * sum(self.blocks[v].again_s(device) for v in bits(end & ~start))
+
+    def recomputes(self, start: int, end: int, device: int, stages_after: int) -> bool:
+        """Whether a stage, which fits, is computed anew."""
+        if self.recompute != "auto":
+            return self.recompute == "always"
+        return self.memory_bytes(start, end, device, stages_after) > self.caps[device]
 
     def _updates_together(self, device: int) -> bool:
         return device < len(self.updates_together) and self.updates_together[device]
 
-    def walk(self, members: int) -> Walk:
-        """What a step takes on its way through the blocks in ``members``."""
-        if members not in self._walks:
-            self._walks[members] = self.ledger.walk(members)
-        return self._walks[members]
+    def walk(self, members: int, *, recomputed: bool = False) -> Walk:
+        """What a step takes on its way through the blocks in ``members``, computed anew or not."""
+        key = members, recomputed
+        if key not in self._walks:
+            self._walks[key] = self.ledger.walk_anew(members) if recomputed else self.ledger.walk(members)
+        return self._walks[key]
 
     @cached_property
-    def _walks(self) -> dict[int, Walk]:
+    def _walks(self) -> dict[tuple[int, bool], Walk]:
         return {}
 
     def least_bytes(self, block: int, device: int) -> int:
         """Bytes that ``block`` takes on ``device`` at least: as the last stage, with all that it shares elsewhere."""
         b, alone = self.blocks[block], self.ledger.least(block)
-        others = in_flight(self.schedule, self.microbatches, 0) - 1
+        others = in_flight(self.schedule, self.microbatches, 0) - 1 if self.recompute == "never" else 0
         update = alone.update_together if self._updates_together(device) else alone.update
         first = others * alone.kept + max(alone.forward, alone.backward) - alone.gradients
         later = max(0, others - 1) * alone.kept + alone.backward if self.microbatches > 1 else 0

@@ -35,7 +35,7 @@ def stages_of(profile: Profile, option: Option) -> tuple[Stage, ...]:
         param_bytes[stage_of[node.name]] += node.param_bytes
         if node.kind == "unit":
             units[stage_of[node.name]][node.unit] = None
-    stages, closed = [], 0
+    stages, closed, anew = [], 0, option.anew
     for index, (device, members) in enumerate(split.stages):
         after = len(split.stages) - 1 - index
         stages.append(
@@ -46,9 +46,10 @@ def stages_of(profile: Profile, option: Option) -> tuple[Stage, ...]:
                 **_recorded(option.costs[index]),
                 load_s=option.loads[index],
                 param_bytes=param_bytes[index],
-                memory_bytes=problem.memory_bytes(closed, closed | members, device, after),
+                memory_bytes=problem.memory_bytes(closed, closed | members, device, after, recomputed=anew[index]),
                 memory_cap_bytes=problem.caps[device],
                 in_flight=in_flight(problem.schedule, problem.microbatches, after) if profile.train else 1,
+                recompute=anew[index],
             )
         )
         closed |= members

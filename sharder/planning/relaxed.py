@@ -73,6 +73,7 @@ def with_another(problem: Problem, device: int) -> Problem:
             update_s=(*b.update_s, b.update_s[device]),
             allowed=(*b.allowed, b.allowed[device]),
             unfit=(*b.unfit, b.unfit[device]) if b.unfit else (),
+            recompute_s=(*b.recompute_s, b.recompute_s[device]) if b.recompute_s else (),
         )
         for b in problem.blocks
     )
@@ -100,6 +101,7 @@ def with_smaller_microbatches(problem: Problem, factor: int) -> Problem:
             b,
             forward_s=tuple(s / factor for s in b.forward_s),
             backward_s=tuple(s / factor for s in b.backward_s),
+            recompute_s=tuple(s / factor for s in b.recompute_s),
         )
         for b in problem.blocks
     )
@@ -132,7 +134,7 @@ def with_smaller_microbatches(problem: Problem, factor: int) -> Problem:
 
 
 def checkpointed(problem: Problem) -> Problem:
-    """Each node keeps what it reads and computes the rest anew in the backward; in time, a second forward.
+    """Each node, not each stage, keeps what it reads and computes the rest anew in the backward: a second forward.
 
     The peaks are upper bounds: what a node saved is taken as there in its backward beside all that it reads.
     """
@@ -154,6 +156,7 @@ def checkpointed(problem: Problem) -> Problem:
     )
     return dataclasses.replace(
         problem,
+        recompute="never",
         blocks=tuple(blocks),
         ledger=dataclasses.replace(
             ledger,

@@ -6,11 +6,12 @@ load below c, when the stage before ran on d, the next one runs on e, and the de
     R(I, d, e, U, k, c) = some closed I' > I and f in U have load(I' \ I on e, in from d, out to f) < c,
                           memory(I' \ I) within the cap of e, and R(I', e, f, U - f, k - 1, c)
 
-The optimum is the largest c for which no device e and no k give R({}, none, e, all - e, k, c). This is the programme of
-Tarnawski et al., "Efficient algorithms for device placement of DNN graph operators", NeurIPS 2020, section 4.1, with
-the neighbour's link in the state, because links differ, and with stages counted from the end, because the memory of a
-stage depends on the stages behind it. As a question with a ceiling it needs to remember only what failed, and each c
-that fails is a proven bound, even when the time runs out afterwards.
+where a stage that fits only if it is computed anew has that in its load. The optimum is the largest c for which no
+device e and no k give R({}, none, e, all - e, k, c). This is the programme of Tarnawski et al., "Efficient algorithms
+for device placement of DNN graph operators", NeurIPS 2020, section 4.1, with the neighbour's link in the state, because
+links differ, and with stages counted from the end, because the memory of a stage depends on the stages behind it. As a
+question with a ceiling it needs to remember only what failed, and each c that fails is a proven bound, even when the
+time runs out afterwards.
 
 Ties stay exact without more state: what a stage pays for them, in time and in memory, follows from its own blocks and
 its device (problem.py). They only add to a load, so bounds from work alone hold. But a stage that grows by the last
@@ -37,6 +38,7 @@ __all__ = [
     "Stages",
     "closed_sets",
     "fluid_s",
+    "most_held",
     "simple_bound_s",
     "sums_of",
     "tied_of",
@@ -110,6 +112,12 @@ def simple_bound_s(problem: Problem) -> float:
     """A bound without search: the work shared out evenly, and the largest block, each where it is fastest."""
     least = _least_s(problem)
     return max(sum(fluid_s(problem, range(len(problem.devices)))), sum(least) / problem.most_stages, *least)
+
+
+def most_held(problem: Problem, after: int) -> int:
+    """What a stage holds with ``after`` stages behind it, at most, in micro-batches of all that comes with one."""
+    # Beside those in flight there is what was sent of one more. Computed anew, what was sent is there twice.
+    return in_flight(problem.schedule, problem.microbatches, after) + (2 if problem.recompute == "always" else 1)
 
 
 class OutOfTimeError(Exception):
@@ -261,12 +269,13 @@ class Search:
                 load += self.ties_s(members, device)
                 if load >= self.ceiling_s:
                     continue
+            if self.hopeless(end, free, after) if after else members & self.forbidden[device]:
+                continue
+            load += self.more_s(start, end, device, after)
+            if load >= self.ceiling_s:
+                continue
             if after == 0:
-                if not members & self.forbidden[device] and self.fits(start, end, device, after):
-                    return ((device, members),)
-                continue
-            if self.hopeless(end, free, after) or not self.fits(start, end, device, after):
-                continue
+                return ((device, members),)
             for following in self.candidates(free):
                 if load + self.transfer_s(end, device, following) < self.ceiling_s:
                     rest = self.extend(end, device, following, free & ~(1 << following), after - 1)
@@ -335,18 +344,17 @@ class Search:
         backward_s = done.gradients * back_s + done.backward_bytes / back if done.gradients else 0.0
         return self.problem.microbatches * (forward_s + backward_s)
 
-    def fits(self, start: int, end: int, device: int, after: int) -> bool:
-        """Whether the stage of the blocks in ``end`` and not in ``start`` fits ``device``."""
+    def more_s(self, start: int, end: int, device: int, after: int) -> float:
+        """As :meth:`Problem.more_s`, of the stage of the blocks in ``end`` and not in ``start``."""
         first, last, cap = self.sums[start], self.sums[end], self.problem.caps[device]
         microbatches = self.problem.microbatches
         size = last.static_bytes - first.static_bytes + microbatches * (first.forward_bytes + last.backward_bytes)
         if self.ties:
             size += self.copies(end & ~start)
         if size > cap:
-            return False
+            return math.inf
         # A bound by sums settles most stages; a maximum over steps is no sum, so the others are walked through.
-        held = in_flight(self.problem.schedule, microbatches, after) + 1  # what was sent may stay for longer
-        coming = held * (last.coming_bytes - first.coming_bytes) + microbatches * first.backward_bytes
-        if size + coming + self.most_at_once <= cap:
-            return True
-        return self.problem.memory_bytes(start, end, device, after) <= cap
+        coming = most_held(self.problem, after) * (last.coming_bytes - first.coming_bytes)
+        if size + coming + microbatches * first.backward_bytes + self.most_at_once <= cap:
+            return 0.0
+        return self.problem.more_s(start, end, device, after)

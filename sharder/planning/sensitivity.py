@@ -224,6 +224,7 @@ def _drawn(problem: Problem, draws: _Draws, draw: int) -> Problem:
                 forward_s=tuple(s * f for s, f in zip(block.forward_s, factors, strict=True)),
                 backward_s=tuple(s * f for s, f in zip(block.backward_s, factors, strict=True)),
                 update_s=tuple(s * f for s, f in zip(block.update_s, factors, strict=True)),
+                recompute_s=tuple(s * f for s, f in zip(block.recompute_s, factors, strict=bool(block.recompute_s))),
             )
         )
     return dataclasses.replace(problem, blocks=tuple(blocks))

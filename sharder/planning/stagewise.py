@@ -18,6 +18,7 @@ closed sets in the order of their work.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from shardwright.sharder.planning.problem import Crossing, Link, Problem, bits, in_flight
+from shardwright.sharder.planning.problem import Crossing, Link, Problem, bits
 from shardwright.sharder.planning.search import (
     ROUNDING,
     Done,
@@ -33,6 +34,7 @@ from shardwright.sharder.planning.search import (
     OutOfTimeError,
     Stages,
     fluid_s,
+    most_held,
     tied_of,
 )
 
@@ -190,7 +192,7 @@ class Stagewise:
                 for other, left, gone in behind
                 if not gone[end >> 3] >> (end & 7) & 1 and (self.staged or self.passes(ends, position, device, other))
             ]
-            if (after and not following) or not self.fits(start, end, device, after):
+            if (after and not following) or not self.stays_low(ends, position, start, device, after):
                 continue
             members = self.closed[end] & ~self.closed[start]
             if after == 0:
@@ -316,19 +318,24 @@ class Stagewise:
                     received[number] += size * reads
         return _Sums(*sent), _Sums(*received)
 
-    def fits(self, start: int, end: int, device: int, after: int) -> bool:
-        """Whether the stage from ``start`` to ``end`` fits ``device``."""
+    def stays_low(self, ends: Ends, position: int, start: int, device: int, after: int) -> bool:
+        """Whether a stage from ``start`` to one of its ``ends`` fits, and is below the ceiling with what that takes."""
+        more_s = self.more_s(start, int(ends.at[position]), device, after)
+        beside_s = 0.0 if self.problem.overlap else float(ends.out_s[position] + ends.in_s[position])
+        return beside_s + float(ends.compute_s[position]) + more_s < self.ceiling_s
+
+    def more_s(self, start: int, end: int, device: int, after: int) -> float:
+        """As :meth:`Problem.more_s`, of the stage from ``start`` to ``end``."""
         problem, first, last = self.problem, self.done[start], self.done[end]
         cap, count = problem.caps[device], problem.microbatches
         members = self.closed[end] & ~self.closed[start]
         size = last.static_bytes - first.static_bytes
         size += sum(tied.copy_bytes for tied, _ in self.ties if members & tied.users and not members & tied.first)
         if size > cap:
-            return False
-        # What is at most received and at most sent settles most stages; the others are walked through. Beside the
-        # micro-batches in flight there is what was sent of one more, at most.
-        held = in_flight(problem.schedule, count, after) + 1
+            return math.inf
+        # What is at most received and at most sent settles most stages; the others are walked through.
+        coming = most_held(problem, after) * (last.coming_bytes - first.coming_bytes)
         buffers = count * (first.forward_bytes + first.backward_bytes + last.backward_bytes)
-        if size + buffers + held * (last.coming_bytes - first.coming_bytes) + self.most_at_once <= cap:
-            return True
-        return problem.memory_bytes(self.closed[start], self.closed[end], device, after) <= cap
+        if size + buffers + coming + self.most_at_once <= cap:
+            return 0.0
+        return problem.more_s(self.closed[start], self.closed[end], device, after)

@@ -7,7 +7,7 @@ A stage travels to its worker as a list of instructions and the modules they cal
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +59,8 @@ class StageProgram:
     """Units, parameters and constants by their name in the model."""
     inputs: tuple[TensorShape, ...]
     outputs: tuple[TensorShape, ...]
+    recompute: bool = False
+    """Whether it is computed anew in the backward."""
 
     def module(self) -> fx.GraphModule:
         """The stage as a module: takes its inputs in order, returns the tuple of its outputs."""
@@ -125,10 +127,11 @@ def cut(capture: UnitGraph, plan: Plan) -> list[StageProgram]:
         )
     borders = [inputs, *live, outputs]
     owner = capture.step_of()
-    return [
+    programs = [
         _stage(capture, index, borders[index], borders[index + 1], owner, stage_of, last=index == count - 1)
         for index in range(count)
     ]
+    return [replace(p, recompute=stage.recompute) for p, stage in zip(programs, plan.stages, strict=True)]
 
 
 def _check_order(capture: UnitGraph, stage_of: dict[str, int]) -> None:

@@ -21,6 +21,7 @@ from torch.distributed.pipelining.microbatch import TensorChunkSpec, _Replicate
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.cut import StageProgram, trainable
+from shardwright.sharder.runtime.recompute import RecomputedStage
 
 __all__ = [
     "SharedGradients",
@@ -76,7 +77,12 @@ def make_stage(
     device: torch.device,
     group: dist.ProcessGroup | None = None,
 ) -> PipelineStage:
-    """``program``, with ``module`` to compute it, as one of ``stages`` stages; ``group``'s ranks are the stages."""
+    """``program``, with ``module`` to compute it, as one of ``stages`` stages; ``group``'s ranks are the stages.
+
+    The stage's ``submod`` is ``module``, or what computes it anew in the backward.
+    """
+    if program.recompute:
+        module = RecomputedStage(module, program.index, device)
     examples = tuple(shape.example() for shape in program.inputs)
     if program.index == 0:
         examples = tuple(t.detach() for t in examples)

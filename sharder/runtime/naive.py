@@ -19,7 +19,7 @@ def naive_plans(plan: Plan) -> tuple[dict[str, Plan], tuple[Naive, ...]]:
     found: dict[str, Plan] = {}
     refused: list[Naive] = []
     for alternative in plan.alternatives:
-        if alternative.name == "data parallel":
+        if alternative.name in ("data parallel", "nothing anew"):  # no split, and the planner's own
             continue
         why = _why_not(plan, alternative, found)
         if why:
@@ -39,7 +39,7 @@ def naive_plans(plan: Plan) -> tuple[dict[str, Plan], tuple[Naive, ...]]:
 
 def not_measured(alternative: Alternative, why: str) -> Naive:
     """The record of a split that was not run."""
-    assert alternative.name != "data parallel", "it is no split"
+    assert alternative.name in ("equal count", "by parameters"), "the others are not naive"
     devices = tuple(stage.device for stage in alternative.stages)
     return Naive(
         name=alternative.name, devices=devices, microbatches=alternative.microbatches, steps=0, timed=None, why=why

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from shardwright.sharder.runtime.cut import Reference, StageProgram, mapped_arguments
+from shardwright.sharder.runtime.recompute import Recomputation, Turns
 
 __all__ = ["Border", "Gradients", "Stage"]
 
@@ -29,10 +30,11 @@ class Stage:
     """One stage of ``model`` on its device.
 
     Parameters and buffers that glue reads are looked up in the model for each call, so that others which have taken
-    their places are found.
+    their places are found. A stage that computes ``in_turn`` does so alone among those of this process that draw random
+    numbers, since one of them is computed anew with the same numbers.
     """
 
-    def __init__(self, program: StageProgram, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, program: StageProgram, model: nn.Module, device: torch.device, *, in_turn: bool = False) -> None:
         self.device = device
         self._side: dict[torch.device, torch.cuda.Stream] = {}
         own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -57,6 +59,17 @@ class Stage:
         graph.lint()
         units = {name: held for name, held in program.attributes.items() if not isinstance(held, Tensor)}
         self._run = fx.GraphModule(units, graph).forward  # called as a module it would cut off tracebacks
+        self._turns = Turns(device, shared=True) if in_turn else None
+        self._anew: Recomputation | None = None
+        if program.recompute:
+            named = {str(i.target): get for i, get in zip(read, self._attributes, strict=True)}
+            named = {name: get for name, get in named.items() if not isinstance(get(), nn.Parameter)}
+            self._anew = Recomputation(
+                f"stage {program.index} on {device}",
+                {name: module for name, module in units.items() if isinstance(module, nn.Module)},
+                self._turns or Turns(device, shared=True),
+                lambda: {name: get() for name, get in named.items()},
+            )
         self._holders = [
             (inner._parameters, name)
             for module in units.values()
@@ -77,8 +90,18 @@ class Stage:
     def __call__(self, received: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What it makes of tensors on its device."""
         attributes = [get().to(self.device) for get in self._attributes]
-        made: tuple[Tensor, ...] = self._run(*received, *attributes)
-        return made
+
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            made: tuple[Tensor, ...] = self._run(*tensors, *attributes)
+            return made
+
+        if self._anew is not None:
+            anew: tuple[Tensor, ...] = self._anew(run, received)
+            return anew
+        if self._turns is None or not torch.is_grad_enabled():
+            return run(*received)
+        with self._turns.taken():
+            return run(*received)
 
     def send(self, tensors: Gradients) -> Border:
         """Note when they are made."""

@@ -158,7 +158,8 @@ def hold_stage(job: Job, program: StageProgram | None, inputs: tuple[Tensor, ...
 
     held.step = step
     if program.index == job.stages - 1:
-        module.register_forward_hook(lambda _module, _args, output: _keep(held, output))
+        # Of the stage as the engine calls it: what is computed anew in a backward is no output.
+        stage.submod.register_forward_hook(lambda _module, _args, output: _keep(held, output))
     resident[_key(job.name)] = held
 
 

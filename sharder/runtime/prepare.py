@@ -72,7 +72,10 @@ def prepared(
         )
     _check_division(model, args, kwargs, count, found, result)
     programs = cut(capture, _fitted(plan, capture))
-    stages = [Stage(program, model, homes[stage.device]) for program, stage in zip(programs, plan.stages, strict=True)]
+    stages = [
+        Stage(program, model, homes[stage.device], in_turn=bool(plan.recomputed))
+        for program, stage in zip(programs, plan.stages, strict=True)
+    ]
     places = itertools.count()
     return Program(stages, copied(result, lambda _: Hole(next(places))))
 

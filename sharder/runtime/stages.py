@@ -8,7 +8,7 @@ weights are gone.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -134,7 +134,7 @@ class Recipe:
         if lacking is not None:
             raise ShardwrightError(f"{lacking} follows from the number of samples, and its values are not known")
         return StageForm(
-            program=StageProgram(program.index, (), {}, program.inputs, program.outputs),
+            program=replace(program, instructions=(), attributes={}),
             module=module.to(self.device),
             output=its.output,
             results=its.programs[-1].outputs,
