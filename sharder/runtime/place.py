@@ -6,7 +6,7 @@ The model's class, forward, parameter names and ``state_dict`` stay as they are;
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -227,10 +227,20 @@ def _borrowed(model: nn.Module, plan: Plan, homes: Mapping[str, torch.device]) -
     found: dict[str, list[str]] = {}
     for path, device in _unit_homes(plan, homes).items():
         own = [name for name in tensors if name.startswith(f"{path}.")]
-        names = [name for name in dict.fromkeys([*own, *given[path]]) if tensors[name].device != device]
-        if names:
-            found[path] = names
+        beside = _buffers_beside(model, given[path], known={*attributes.values()})
+        names = [
+            n for n in dict.fromkeys([*own, *given[path], *beside]) if n in tensors and tensors[n].device != device
+        ]
+        if names:  # a buffer that is still None may be made by the first call, wherever that is
+            found[path] = [*names, *(name for name in beside if name not in tensors)]
     return found
+
+
+def _buffers_beside(model: nn.Module, names: Iterable[str], *, known: Container[str]) -> list[str]:
+    """Buffers of the modules that hold ``names`` which the capture took for constants, such as what they keep ready."""
+    holders = dict.fromkeys(name.rpartition(".")[0] for name in names)
+    beside = [f"{path}.{own}" for path in holders if path for own in model.get_submodule(path)._buffers]
+    return [name for name in beside if name not in known]
 
 
 def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
