@@ -603,6 +603,59 @@ def assert_placed_alike(captured_profile, model, args, *, pins, devices=PAIR):
     return placed
 
 
+class Slopes(nn.Module):
+    """A bias that is made by the first call and kept ready for the others, as ALiBi is in x-transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("slopes", torch.arange(8.0), persistent=False)
+        self.register_buffer("bias", None, persistent=False)
+
+    def forward(self):
+        if self.bias is None:
+            self.register_buffer("bias", self.slopes * 2, persistent=False)
+        return self.bias
+
+
+class TakesModule(nn.Linear):
+    """A unit that is given a module, and calls it."""
+
+    def forward(self, x, bias):
+        return super().forward(x) + bias()
+
+
+class HandsModule(nn.Module):
+    """Hands one module to all its units."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = Slopes()
+        self.layers = nn.ModuleList(TakesModule(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x, self.bias)
+        return x
+
+
+@pytest.mark.parametrize("called", [True, False], ids=["made before", "made placed"])
+def test_a_given_module_is_lent_with_what_it_keeps_ready(captured_profile, called):
+    """The capture takes what the first call made for a constant; it may be made only once the model is placed."""
+    model, x = HandsModule(), torch.randn(4, 8)
+    pins = {"layers.0": "cpu:0", "layers.1": "cpu:1"}
+    plan = sw.plan(captured_profile(model, (x,), microbatches=(1,)), microbatches=1, pins=pins)
+    assert len(plan.stages) == 2
+    expected = copy.deepcopy(model)(x)
+    if called:
+        model(x)
+    else:
+        model.bias.register_buffer("bias", None, persistent=False)
+    placed = sw.place(model, plan, devices=PAIR)
+    for _ in range(2):
+        with Simulated():
+            torch.testing.assert_close(on_host(placed(x)), expected)
+
+
 @dataclass
 class State:
     h: torch.Tensor
