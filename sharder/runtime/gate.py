@@ -13,10 +13,14 @@ __all__ = ["Gate", "compare"]
 
 
 class Gate:
-    """Compares pipelines with the whole model on one device, which is run once for each number of micro-batches."""
+    """Compares pipelines with the whole model on one device, which is run once for each number of micro-batches.
 
-    def __init__(self, session: Session, plan: Plan, device: str) -> None:
-        self.session, self.plan, self.device = session, plan, device
+    Args:
+        stays: whether the model will be timed beside others that are let in by the room that is left.
+    """
+
+    def __init__(self, session: Session, plan: Plan, device: str, *, stays: bool) -> None:
+        self.session, self.plan, self.device, self.stays = session, plan, device, stays
         self.references: dict[int, Comparison] = {}
 
     def compared(self, split: Split, found: list[Comparison]) -> Equality:
@@ -25,7 +29,8 @@ class Gate:
         if count not in self.references:
             self.session.hold_whole(self.device, count, split.output_places, self.plan)
             self.references[count] = self.session.check_whole(self.device)
-            self.session.step_whole(self.device)  # the optimizer's state takes its room before others are let in
+            if self.stays:
+                self.session.step_whole(self.device)  # the optimizer's state takes its room before others are let in
         return compare(self.references[count], found)
 
 

@@ -89,6 +89,8 @@ class MoveInputs(PlacementHook):
         Most units never get a container, and a hook costs the same whether it has anything to do or not.
         """
         self.put_back = PutBack(self)
+        taken = [*module._forward_hooks, *module._forward_pre_hooks]  # of a loaded model, by another process
+        RemovableHandle.next_id = max(RemovableHandle.next_id, *(key + 1 for key in taken))
         nn.Module.register_forward_hook(module, self.put_back, always_call=True)
         for key, hook in list(module._forward_hooks.items()):
             if key > self.number and hook is not self.put_back:
@@ -175,7 +177,7 @@ class _Loan(Begun):
 
     def lend(self, held: dict[str, Any], name: str, device: torch.device) -> None:
         """Put a copy in the place of a tensor."""
-        tensor = held[name]
+        tensor = held.get(name)
         if tensor is not None:
             copied = tensor.to(device)
             self.lent.append((held, name, tensor, copied, _version(copied)))

@@ -61,7 +61,8 @@ def _why_not(plan: Plan, alternative: Alternative, others: dict[str, Plan]) -> s
 
 def _placed(plan: Plan) -> tuple[object, ...]:
     """What makes two plans run the same."""
-    return plan.microbatches, plan.schedule, plan.devices, [node.stage for node in plan.nodes]
+    stages = [(stage.device, stage.recompute) for stage in plan.stages]
+    return plan.microbatches, plan.schedule, stages, [node.stage for node in plan.nodes]
 
 
 def as_plan(plan: Plan, alternative: Alternative) -> Plan:

@@ -67,7 +67,7 @@ class Stage:
             self._anew = Recomputation(
                 f"stage {program.index} on {device}",
                 {name: module for name, module in units.items() if isinstance(module, nn.Module)},
-                self._turns or Turns(device, shared=True),
+                Turns(device, shared=False),
                 lambda: {name: get() for name, get in named.items()},
             )
         self._holders = [

@@ -171,6 +171,7 @@ def _key(name: str) -> str:
 def hold_whole(job: Job, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Take in the whole model with its batch, to run it on this device alone, in ``job.microbatches`` pieces."""
     device: torch.device = resident["device"]
+    resident.pop("whole", None)  # one that was held before goes first: two may not fit
     model.to(device).train(job.train)
     args, kwargs = map_tensors(lambda t: t.to(device), (args, kwargs))
     held = _Held(job, device, model, _optimizer(job, model), lambda: None)

@@ -173,18 +173,27 @@ class _Again:
     def __enter__(self) -> None:
         if self.state is not None:
             _ONE_AT_A_TIME.acquire()
-            self.before = _RandomState.of(self.state.device)
-            self.state.restore()
-        self.kept = [(t, t.detach().clone()) for t in self.of.statistics()]
+        try:
+            if self.state is not None:
+                self.before = _RandomState.of(self.state.device)
+                self.state.restore()
+            self.kept = [(t, t.detach().clone()) for t in self.of.statistics()]
+        except BaseException:  # such as out of memory, after which the other stages go on
+            if self.state is not None:
+                _ONE_AT_A_TIME.release()
+            raise
 
     def __exit__(self, *_error: object) -> None:
         # The statistics' own versions stay: autograd has saved them for a backward that does not read their values.
-        for tensor, value in self.kept:
-            tensor.data.copy_(value)
-        self.kept = []
-        if self.state is not None:
-            self.before.restore()
-            _ONE_AT_A_TIME.release()
+        try:
+            for tensor, value in self.kept:
+                tensor.data.copy_(value)
+            self.kept = []
+            if self.state is not None:
+                self.before.restore()
+        finally:
+            if self.state is not None:
+                _ONE_AT_A_TIME.release()
 
 
 class RecomputedStage(nn.Module):

@@ -169,7 +169,7 @@ def _measured(
         found = session.check(own)
         session.step(own)  # the optimizer's state comes with it
         peaks = session.weigh(own)  # before anything else is held
-        gate = Gate(session, plan, baseline or plan.devices[0])
+        gate = Gate(session, plan, baseline or plan.devices[0], stays=bool(baseline and rivals))
         equality = gate.compared(own, found)
         refused = {}
         for number, rival in enumerate(rivals, 1):
@@ -211,7 +211,7 @@ def _admitted(session: Session, gate: Gate, rival: Split) -> str:
     except WorkerError:
         raise
     except ShardwrightError as error:
-        return str(error)
+        return str(error).removesuffix("; nothing was timed")
     return ""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -242,7 +242,8 @@ class Pipe:
         Raises:
             ShardwrightError: it is not this model's.
         """
-        with self._ranks.failing_together():
+        # Alone, a rank must not count a call: the others would be behind.
+        with self._ranks.failing_together() if full else nullcontext():
             self._state.load(self._state.scatter(state, self._ranks) if full else state)
 
     def optimizer_state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
