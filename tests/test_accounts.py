@@ -173,7 +173,7 @@ def test_one_wrong_cost_is_named_and_explains_all(a_plan):
     assert all(abs(each.step_s) < 1e-9 for each in others)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_what_was_off_adds_up_to_the_difference(a_plan, data):
     """Of any measured costs and any measured step."""

@@ -114,6 +114,20 @@ def test_masks_are_those_of_the_first_forward(piped):
             torch.testing.assert_close(parameter.grad, (output.sum(0) / parameter).detach(), rtol=1e-4, atol=1e-4)
 
 
+def test_masks_are_those_of_a_dropout_that_begins_later(piped):
+    """A schedule that starts at no dropout: that the first calls draw nothing says nothing of the others."""
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.0)) for _ in range(4)])
+    placed, x = piped(model, torch.rand(BATCH, WIDTH)), torch.rand(BATCH, WIDTH)
+    for rate in (0.0, 0.5):
+        for dropout in (m for m in placed.modules() if isinstance(m, nn.Dropout)):
+            dropout.p = rate
+        placed.zero_grad()
+        output = placed(x)
+        output.sum().backward()
+        kept = output.detach().ne(0).float() / (1 - rate)  # the last mask, which scales the last layer's gradients
+        torch.testing.assert_close(placed[3][0].bias.grad, kept.sum(0))
+
+
 class Normalised(nn.Module):
     """Batch statistics of a module, and of the forward itself."""
 

@@ -1,7 +1,8 @@
 """Running a plan: a worker a device, a gate that compares with the unsharded model, then all timed in turn.
 
-Beside the plan and one device alone are the splits that one would make without a planner. They never keep the plan from
-being run: one that cannot be is left out, with the reason.
+Beside the plan and one device alone are the splits that one would make without a planner. One that cannot be run is
+left out, with the reason. A worker that dies in one ends the run, and so may one that leaves too little room for the
+others' activations: then ``naive=False``.
 """
 
 from __future__ import annotations
