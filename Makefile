@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test zoo test-slow lint format setup clean
+.PHONY: demo test zoo test-slow test-random lint format setup clean
 
 setup: $(READY)
 
@@ -32,6 +32,10 @@ zoo: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# Property-based tests on examples nobody saw yet.
+test-random: $(READY)
+	$(BIN)/python -m pytest -n 2 --hypothesis-profile=random
 
 lint: $(READY)
 	$(BIN)/ruff check .

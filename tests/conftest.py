@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import hypothesis
 import pytest
 from rich.console import Console
 
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from torch import nn
 
 ProfileMaker = Callable[..., Profile]
+
+# The same examples in every run; `make test-random` looks at others (--hypothesis-profile=random).
+hypothesis.settings.register_profile("random", deadline=None)
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("same")
 
 
 def _make_profile(

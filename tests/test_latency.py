@@ -180,3 +180,20 @@ def test_ctrl_c_returns_the_best_so_far(monkeypatch):
     found = fastest(dataclasses.replace(antichain(3), transfers="direct"), budget)
     assert len(found.schedule.of) == 5
     assert budget.spent()
+
+
+@needs_ortools
+def test_what_takes_no_time_does_not_wait_for_what_starts_with_it():
+    """CP-SAT lets both start at once; in the order of the graph the one of no time would come after 5 s."""
+    p = dataclasses.replace(antichain(2, devices=1), transfers="direct")
+    p = dataclasses.replace(
+        p,
+        blocks=tuple(
+            dataclasses.replace(b, forward_s=(t,)) for b, t in zip(p.blocks, [1.0, 5.0, 0.0, 2.0], strict=True)
+        ),
+    )
+    lead = Lead(Race(p))
+    lead.offer_assignment([0] * 4)
+    clocked = fastest_module._Clocked(lead)
+    starts = dict(zip(map(id, clocked.starts[0]), [0, 1, 1, 6], strict=True))
+    assert clocked.ordered(lead.race.forward, clocked.starts[0], [0] * 4, lambda x: starts[id(x)]) == [0, 2, 1, 3]

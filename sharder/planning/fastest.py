@@ -238,6 +238,13 @@ class _Clocked(Shares):
             for one in ran:
                 self.model.add_hint(starts[one.block], math.floor(one.start_s * self.scale))
 
+    def ordered(self, one: Pass, starts: list[Any], of: Sequence[int], value: Callable[[Any], int]) -> list[int]:
+        """The blocks of a solution as they start; of equal starts those that take no time, then as the graph has them.
+
+        A block of no time that starts with a long one would come after it otherwise, and wait for its end.
+        """
+        return sorted(one.order, key=lambda v: (value(starts[v]), self._units(one.seconds[v][of[v]]) > 0))
+
     def _horizon_s(self) -> float:
         """More than any schedule needs that leaves no device idle for nothing."""
         work = sum(max(row) for row in self.problem.seconds)
@@ -316,9 +323,8 @@ def improve_by_cpsat(lead: Lead, budget: Budget) -> None:
 
         def found(value: Callable[[Any], int], broken: set[tuple[int, int]] = broken) -> None:
             of = clocked.where(value)
-            # Of equal starts, which rounding leaves, the order of the graph decides.
             ahead, back = (
-                sorted(one.order, key=lambda v, starts=starts: value(starts[v]))  # type: ignore[misc]
+                clocked.ordered(one, starts, of, value)
                 for one, starts in zip((lead.race.forward, lead.race.backward), clocked.starts, strict=True)
             )
             if not lead.offer(of, ahead, back):
