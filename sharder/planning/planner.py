@@ -37,6 +37,13 @@ from shardwright.sharder.planning.pricing import Option, baseline_of, noise_s, p
 from shardwright.sharder.planning.problem import Problem, Schedule, Transfers, bits, in_flight
 from shardwright.sharder.planning.sensitivity import rivals_of, sensitivity_of
 from shardwright.sharder.planning.simulate import StageCost
+from shardwright.sharder.planning.stage_costs import shares_of
+from shardwright.sharder.planning.weighed import (
+    Wanted,
+    better_of,
+    compared,
+    with_interleaved,
+)
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -44,7 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["plan"]
 
 
-def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
+def plan(
     profile: Profile | nx.DiGraph[Any],
     *,
     objective: Objective = "throughput",
@@ -53,7 +60,8 @@ def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
     memory: Mapping[str, str | int] | None = None,
     pins: Mapping[str, str] | None = None,
     devices: Iterable[str] | None = None,
-    schedule: Schedule = "1f1b",
+    schedule: Wanted = "1f1b",
+    stages_per_device: int | None = None,
     transfers: Transfers = "relayed",
     overlap: bool = False,
     together: Iterable[str | Iterable[str]] = (),
@@ -79,7 +87,10 @@ def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
         memory: caps by device, in bytes or as text (``"10GiB"``), that replace the devices' own.
         pins: unit name or pattern -> device.
         devices: which devices to use; all that were profiled by default.
-        schedule: ``"1f1b"``, or ``"gpipe"``, which holds all micro-batches at once; inference has forwards only.
+        schedule: ``"1f1b"``; ``"gpipe"``, which holds all micro-batches at once; ``"interleaved"``, 1F1B with several
+            stages on each device, which fills the pipeline sooner and sends more; or ``"auto"``, 1F1B or interleaved,
+            whichever has the shorter step. Inference has forwards only.
+        stages_per_device: if interleaved; 2 by default.
         transfers: how tensors pass between stages: ``"relayed"`` from neighbour to neighbour, as the pipeline engine
             sends them; ``"direct"`` to each stage that reads them; ``"staged"`` through the host's memory, once out and
             once into each stage that reads.
@@ -102,17 +113,16 @@ def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
         profile, given = costs_from_graph(profile)
     if objective not in ("throughput", "latency", "memory"):
         raise ShardwrightError(f"objective {objective!r} is not known; the planner has: throughput, latency, memory")
-    if schedule not in ("1f1b", "gpipe"):
-        raise ShardwrightError(f"schedule {schedule!r} is not known; the planner has: 1f1b, gpipe")
     if transfers not in ("relayed", "staged", "direct"):
         raise ShardwrightError(f"transfers {transfers!r} is not known; the planner has: relayed, staged, direct")
+    pieces = _stages_per_device(schedule, stages_per_device, objective, transfers, contiguous=contiguous)
     names = tuple(devices) if devices is not None else None
     groups = [together] if isinstance(together, str) else list(together)
     deadline_s = time.monotonic() + time_limit_s
 
     def problem_at(count: int, pins: Mapping[str, str] | None = pins) -> Problem:
         graph = given if given is not None and count == profile.microbatches[0] else cost_graph(profile, count)
-        order: Schedule = schedule if profile.train else "gpipe"
+        order: Schedule = "gpipe" if schedule == "gpipe" or not profile.train else "1f1b"
         return problem_from_graph(
             graph,
             devices=names,
@@ -140,8 +150,9 @@ def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
         return _for_memory(profile, problems, [problem_at(count) for count in sorted(profile.microbatches)], deadline_s)
     options: list[Option] = []
     unfinished: ShardwrightError | None = None
+    plain_s = deadline_s - (time_limit_s / 2 if pieces > 1 else 0.0)
     for position, problem in enumerate(problems):
-        share_s = max(0.0, deadline_s - time.monotonic()) / (len(problems) - position)
+        share_s = max(0.0, plain_s - time.monotonic()) / (len(problems) - position)
         try:
             option = solve(problem, profile, time_limit_s=share_s)
         except ShardwrightError as error:
@@ -153,13 +164,13 @@ def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
         options = _offloaded(problems, profile, deadline_s)
     if not options:
         raise unfinished or _nothing_fits(problems, profile, deadline_s)
-
+    plain = options
+    options = with_interleaved(plain, problems, profile, schedule, pieces, deadline_s) if pieces > 1 else plain
     by_count = {problem.microbatches: problem for problem in problems}
     every = [by_count.get(count) or problem_at(count) for count in sorted(profile.microbatches)]
     baseline = baseline_of(every, profile)
     alternatives = alternatives_of(problems, every, profile, baseline.step_s if baseline else None)
-    best = min(options, key=lambda option: option.step_s)
-    chosen = best
+    chosen = best = better_of([] if schedule == "interleaved" else plain, options[len(plain) :])
     if microbatches == "auto" and baseline is not None and not pins:
         # Among single devices only a difference beyond noise counts; a split has to be faster.
         margin_s = noise_s(best, baseline) if len(best.split.stages) == 1 else 0.0
@@ -169,6 +180,7 @@ def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
     written = _write(profile, chosen, options, baseline, alternatives, certificate)
     return written.model_copy(
         update={
+            "other_schedule": compared(chosen, options),
             "pins": prices_of_pins(
                 chosen,
                 pins or {},
@@ -179,7 +191,7 @@ def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
             "changes": (
                 None
                 if baseline is None or (written.predicted.speedup or 0.0) >= WORTHWHILE
-                else changes_tried(options, baseline, profile, deadline_s)
+                else changes_tried(plain, baseline, profile, deadline_s)
             ),
             "sensitivity": sensitivity_of(
                 chosen,
@@ -191,6 +203,31 @@ def plan(  # noqa: PLR0912  # it refuses what it does not know, one line each
             ),
         }
     )
+
+
+def _stages_per_device(
+    schedule: Wanted, asked: int | None, objective: Objective, transfers: Transfers, *, contiguous: bool
+) -> int:
+    """How many stages a device are to be weighed, beside one.
+
+    Raises:
+        ShardwrightError: the schedule is not known or does not know so many, or what else is asked for knows one only.
+    """
+    if schedule not in ("1f1b", "gpipe", "interleaved", "auto"):
+        raise ShardwrightError(f"schedule {schedule!r} is not known; the planner has: 1f1b, gpipe, interleaved, auto")
+    if schedule in ("1f1b", "gpipe"):
+        if asked not in (None, 1):
+            raise ShardwrightError(f"{schedule} has one stage a device, not {asked}: ask for --schedule interleaved")
+        return 1
+    if asked is not None and asked < 2:
+        raise ShardwrightError(f"interleaved stages are 2 or more on each device, not {asked}; for 1 ask for 1f1b")
+    fits = objective == "throughput" and contiguous and transfers == "relayed"
+    if not fits and schedule == "interleaved":
+        raise ShardwrightError(
+            "interleaved stages are planned for the objective throughput with relayed transfers, as the pipeline "
+            f"engine sends them; not for {objective}, {'' if contiguous else 'free assignment, '}{transfers} transfers"
+        )
+    return (asked or 2) if fits else 1
 
 
 def _for_memory(profile: Profile, problems: list[Problem], every: list[Problem], deadline_s: float) -> Plan:
@@ -245,10 +282,9 @@ def _write(
     problem, split = chosen.problem, chosen.split
     stage_of: dict[str, int] = {}
     stages = []
-    closed = 0
     nodes = {node.name: node for node in profile.nodes}
+    held = _held(chosen, train=profile.train)
     for index, (device, members) in enumerate(split.stages):
-        after = len(split.stages) - 1 - index
         names = {n for v in bits(members) for n in problem.blocks[v].nodes}
         stage_of |= dict.fromkeys(names, index)
         stages.append(
@@ -261,12 +297,11 @@ def _write(
                 **_recorded(chosen.costs[index]),
                 load_s=chosen.loads[index],
                 param_bytes=sum(nodes[n].param_bytes for n in names),
-                memory_bytes=problem.memory_bytes(closed, closed | members, device, after),
+                memory_bytes=held[index][0],
                 memory_cap_bytes=problem.caps[device],
-                in_flight=in_flight(problem.schedule, problem.microbatches, after) if profile.train else 1,
+                in_flight=held[index][1],
             )
         )
-        closed |= members
     producer = {tensor.name: tensor.producer for tensor in profile.tensors}
     baseline_s = baseline.step_s if baseline else None
     kept = {name: tier for v, tier in chosen.tiers.items() for name in problem.blocks[v].nodes}
@@ -283,6 +318,7 @@ def _write(
         transfers=problem.transfers,
         overlap=problem.overlap,
         schedule=problem.schedule,
+        stages_per_device=problem.stages_per_device,
         microbatches=problem.microbatches,
         stages=tuple(stages),
         nodes=tuple(
@@ -316,6 +352,7 @@ def _write(
             Candidate(
                 microbatches=option.problem.microbatches,
                 stages=len(option.split.stages),
+                stages_per_device=option.problem.stages_per_device,
                 bottleneck_s=option.split.value_s,
                 gap_percent=gap_percent(option.split.value_s, option.split.bound_s),
                 step_s=option.step_s,
@@ -328,6 +365,26 @@ def _write(
     )
 
 
+def _held(chosen: Option, *, train: bool) -> list[tuple[int, int]]:
+    """By stage: its part of its device's peak in bytes, and the micro-batches that it holds at once."""
+    problem, stages = chosen.problem, chosen.split.stages
+    if problem.stages_per_device > 1:
+        from shardwright.sharder.planning.interleaved_memory import device_peaks
+
+        peaks = device_peaks(problem, stages)
+        parts = zip(*(peak.parts for peak in peaks), strict=True)
+        counts = zip(*(peak.in_flight if train else [1] * len(peak.parts) for peak in peaks), strict=True)
+        return [both for pair in zip(parts, counts, strict=True) for both in zip(*pair, strict=True)]
+    found = []
+    closed = 0
+    for index, (device, members) in enumerate(stages):
+        after = len(stages) - 1 - index
+        peak = problem.memory_bytes(closed, closed | members, device, after)
+        found.append((peak, in_flight(problem.schedule, problem.microbatches, after) if train else 1))
+        closed |= members
+    return found
+
+
 def _recorded(cost: StageCost) -> dict[str, Any]:
     """The costs that a plan's stage records: no schedule that is planned splits the backward."""
     return {name: value for name, value in dataclasses.asdict(cost).items() if name in Stage.model_fields}
@@ -336,8 +393,12 @@ def _recorded(cost: StageCost) -> dict[str, Any]:
 def _split_ties(profile: Profile, chosen: Option) -> tuple[SplitTie, ...]:
     """The profile's ties with users in several stages; copies of buffers and constants have nothing in common."""
     named = {tie.name for tie in profile.ties}
+    stages = chosen.split.stages
+    shares = shares_of(stages, chosen.problem.stages_per_device)
     held = {
-        tie.name: tuple(i for i, (_, members) in enumerate(chosen.split.stages) if tie.held(members))
+        tie.name: tuple(
+            i for i, (_, members) in enumerate(stages) if members & tie.users and tie.held(shares[i % len(shares)][1])
+        )
         for tie in chosen.problem.ties
         if tie.name in named
     }

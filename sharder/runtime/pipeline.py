@@ -1,4 +1,4 @@
-"""What the workers do in a run: hold a stage, or the whole model, and take steps with it.
+"""What the workers do in a run: hold their stages, or the whole model, and take steps with them.
 
 Stages run on ``torch.distributed.pipelining``, as :mod:`shardwright.sharder.runtime.engine` sets it up.
 """
@@ -6,7 +6,7 @@ Stages run on ``torch.distributed.pipelining``, as :mod:`shardwright.sharder.run
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,7 @@ from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.unitgraph import mean_square_loss
 from shardwright.profiler.worker import resident
 from shardwright.sharder.runtime.accounts import Noted
-from shardwright.sharder.runtime.cut import StageProgram, trainable
+from shardwright.sharder.runtime.cut import Share, StageProgram, trainable
 from shardwright.sharder.runtime.engine import SharedGradients, SharedParameter, make_schedule, make_stage
 from shardwright.sharder.runtime.noting import Notes
 from shardwright.sharder.runtime.record import What
@@ -36,7 +36,7 @@ __all__ = [
     "Job",
     "check_stage",
     "check_whole",
-    "hold_stage",
+    "hold_stages",
     "hold_whole",
     "note_stage",
     "step_stage",
@@ -52,6 +52,7 @@ class Job:
     schedule: str
     microbatches: int
     stages: int
+    """Of the whole pipeline."""
     batch: int
     train: bool
     optimizer: str
@@ -85,13 +86,13 @@ class _Held:
     inputs: tuple[Tensor, ...] = ()
     buffers: Callable[[], list[Tensor]] = list
     """The engine's own."""
-    stage: PipelineStage | None = None
+    stages: tuple[PipelineStage, ...] = ()
     notes: Notes | None = None
     """Filled in a step that is noted."""
 
-    def noting(self, what: What, microbatch: int | None = None) -> AbstractContextManager[None]:
+    def noting(self, what: What, *, piece: int = 0) -> AbstractContextManager[None]:
         """Note the block, if this step is noted."""
-        return self.notes.slot(what, microbatch) if self.notes else nullcontext()
+        return self.notes.slot(what, piece=piece) if self.notes else nullcontext()
 
 
 def _synchronize(device: torch.device) -> None:
@@ -99,34 +100,36 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def hold_stage(job: Job, program: StageProgram, inputs: tuple[Tensor, ...]) -> None:
-    """Take in one stage; ``inputs`` are the model's (for the first stage), the whole batch."""
+def hold_stages(job: Job, programs: Sequence[StageProgram], inputs: tuple[Tensor, ...]) -> None:
+    """Take in this device's stages; ``inputs`` are the model's (with the first stage), the whole batch."""
     device: torch.device = resident["device"]
-    module = program.module().to(device)
-    module.train(job.train)
-    stage = make_stage(program, module, job.stages, device)
+    share = Share(programs, device)
+    module = share.whole.train(job.train)
+    stages = tuple(make_stage(p, m, job.stages, device) for p, m in zip(programs, share.modules, strict=True))
     here = tuple(t.to(device) for t in inputs)
     held = _Held(job, device, module, _optimizer(job, module), lambda: None)
-    held.inputs, held.buffers, held.stage = here, partial(_engine_buffers, stage), stage
+    held.inputs, held.buffers, held.stages = here, partial(_engine_buffers, stages), stages
+    # The engine divides the gradients stage by stage, which is once too often for what several of them share.
+    parts = job.microbatches if len(stages) > 1 else 1
 
     def loss(outputs: Any, _target: Tensor) -> Tensor:
-        with held.noting("loss"):
-            return mean_square_loss(outputs)
+        with held.noting("loss", piece=len(stages) - 1):
+            return mean_square_loss(outputs) / parts
 
     batched = [is_batched(t, job.batch) for t in inputs]
     schedule = make_schedule(
-        stage, job.schedule, job.microbatches, loss if job.train else None, batched, scale_grads=True
+        stages, job.schedule, job.microbatches, loss if job.train else None, batched, scale_grads=parts == 1
     )
     target = torch.zeros(job.batch, device=device)
-    shared = SharedGradients(job.ties if job.train else (), program.index, module)
+    first, last = programs[0].index == 0, programs[-1].index == job.stages - 1
+    shared = SharedGradients(job.ties if job.train else (), programs[0].index, module)
 
     def step() -> None:
-        last = program.index == job.stages - 1
         with ExitStack() as tied:
             tied.enter_context(shared.summed())
             with nullcontext() if job.train else torch.no_grad():
                 schedule.step(
-                    *(here if program.index == 0 else ()),
+                    *(here if first else ()),
                     target=target if last and job.train else None,
                     return_outputs=False,
                 )
@@ -136,8 +139,8 @@ def hold_stage(job: Job, program: StageProgram, inputs: tuple[Tensor, ...]) -> N
                 tied.close()
 
     held.step = step
-    if program.index == job.stages - 1:
-        module.register_forward_hook(lambda _module, _args, output: _keep(held, output))
+    if last:
+        share.modules[-1].register_forward_hook(lambda _module, _args, output: _keep(held, output))
     resident["stage"] = held
 
 
@@ -171,7 +174,7 @@ def _keep(held: _Held, output: Any) -> None:
 
 
 def step_stage() -> float:
-    """One step of this stage, begun together with the others; seconds."""
+    """One step of this device's stages, begun together with the others; seconds."""
     dist.all_reduce(torch.zeros(1))  # a barrier that never waits for a GPU's stream
     return _timed_step(resident["stage"])
 
@@ -200,12 +203,11 @@ def _whole_step(held: _Held) -> None:
 
 
 def note_stage() -> Noted:
-    """One more step of this stage, begun together with the others; what it was at when."""
+    """One more step of this device's stages, begun together with the others; what it was at when."""
     held: _Held = resident["stage"]
-    assert held.stage is not None, "a stage is held with its engine's"
     held.notes = notes = Notes(held.device)
     try:
-        with notes.engine(held.stage, train=held.job.train):
+        with notes.engine(held.stages, train=held.job.train):
             dist.all_reduce(torch.zeros(1))
             with notes.whole():
                 _whole_step(held)
@@ -216,7 +218,7 @@ def note_stage() -> Noted:
 
 
 def weigh_stage() -> int:
-    """One more step of this stage, together with the others; its peak in bytes.
+    """One more step of this device's stages, together with the others; its peak in bytes.
 
     A GPU's allocator says it. On the CPU storages are counted: those that are there before the step, the engine's
     buffers among them, and those that come and go in it.
@@ -237,15 +239,16 @@ def weigh_stage() -> int:
     return total_bytes(there) + counter.peak_bytes
 
 
-def _engine_buffers(stage: PipelineStage) -> list[Tensor]:
+def _engine_buffers(stages: Sequence[PipelineStage]) -> list[Tensor]:
     """What the engine receives into: it holds them for the whole of the training."""
-    infos = [info for by_chunk in (stage.args_recv_info, stage.grad_recv_info) for info in by_chunk.values()]
+    kinds = [by_chunk for stage in stages for by_chunk in (stage.args_recv_info, stage.grad_recv_info)]
+    infos = [info for by_chunk in kinds for info in by_chunk.values()]
     buffers = [getattr(received, "buffer", None) for each in infos for received in each or ()]
     return [buffer for buffer in buffers if isinstance(buffer, Tensor)]
 
 
 def check_stage() -> Comparison:
-    """One step of this stage without an update, for the gate."""
+    """One step of this device's stages without an update, for the gate."""
     return _compared(resident["stage"])
 
 

@@ -1,4 +1,4 @@
-"""The processes of a training script as the stages of a pipeline: rank k is stage k.
+"""The processes of a training script as the devices of a pipeline: rank k has the stages of the plan's device k.
 
 The process group is the script's own if it has one, else made from the environment that ``torchrun`` sets. What the
 pipeline sends goes over groups of its own, so that it never mixes with the script's messages.
@@ -38,13 +38,13 @@ _numbers = itertools.count()
 
 
 class Ranks:
-    """The process as one stage of ``plan``, and its ways to the others.
+    """The process as one device of ``plan``, and its ways to the others.
 
     Args:
         timeout_s: how long a rank waits for another's message.
 
     Raises:
-        ShardwrightError: there are more or fewer processes than stages, they do not meet, or a GPU is not here.
+        ShardwrightError: there are more or fewer processes than devices, they do not meet, or a GPU is not here.
     """
 
     def __init__(self, plan: Plan, timeout_s: float) -> None:
@@ -55,11 +55,12 @@ class Ranks:
                 raise
             raise ShardwrightError(f"the processes of the pipeline could not meet: {root_of(error)}") from error
         self.size, self.rank = dist.get_world_size(), dist.get_rank()
-        if self.size != len(plan.stages):
+        if self.size != len(plan.devices):
             if self.made_group:
                 dist.destroy_process_group()
             raise ShardwrightError(_miscounted(plan, self.size))
-        self.name = plan.stages[self.rank].device
+        self.name = plan.devices[self.rank]
+        self.label = _stages_in_words(plan, self.rank)
         self.device = stage_device(self.name)
         self.timeout_s = timeout_s
         limit = timedelta(seconds=timeout_s)
@@ -72,7 +73,7 @@ class Ranks:
 
     @property
     def is_last(self) -> bool:
-        """Whether this is the stage with the outputs and the loss."""
+        """Whether this device has the outputs and the loss."""
         return self.rank == self.size - 1
 
     def pin(self, plan: Plan) -> None:
@@ -109,7 +110,7 @@ class Ranks:
             raise ShardwrightError(f"rank {other} has {what} other than rank 0's; {remedy}")
 
     def spread(self, value: Tensor | None) -> Tensor:
-        """The last stage's number on every rank, in PyTorch's default dtype, on this rank's device."""
+        """The last device's number on every rank, in PyTorch's default dtype, on this rank's device."""
         number = torch.zeros((), dtype=torch.float64, device=self.device)
         if value is not None:
             number.copy_(value.detach().reshape(()))
@@ -164,14 +165,14 @@ class Ranks:
             if _is_broken_off(error):
                 raise ShardwrightError(self._told_by_another() or self._lost(error)) from error
             ours = next((e for e in _chain(error) if isinstance(e, ShardwrightError)), None)
-            text = str(ours) if ours is not None else f"stage {self.rank} on {self.name} failed: {root_of(error)}"
+            text = str(ours) if ours is not None else f"{self.label} failed: {root_of(error)}"
             with contextlib.suppress(Exception):  # the store's host may be gone, which takes nothing from the error
                 self._store.set(self._key, text)
             raise ShardwrightError(text) from error
 
     def _lost(self, error: BaseException) -> str:
         return (
-            f"stage {self.rank} on {self.name} lost another stage, which has ended or did not answer within "
+            f"{self.label} lost another stage, which has ended or did not answer within "
             f"{self.timeout_s:.0f} s: {root_of(error)}"
         )
 
@@ -210,21 +211,21 @@ def _join(plan: Plan, timeout_s: float) -> bool:
     limit = timedelta(seconds=timeout_s)
     backend = "cpu:gloo,cuda:nccl" if plan.devices[0].startswith("cuda") else "gloo"
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        if int(os.environ["WORLD_SIZE"]) != len(plan.stages):
+        if int(os.environ["WORLD_SIZE"]) != len(plan.devices):
             raise ShardwrightError(_miscounted(plan, int(os.environ["WORLD_SIZE"])))
         if os.environ.get("MASTER_ADDR") in ("localhost", "127.0.0.1"):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
         if plan.devices[0].startswith("cuda"):
             torch.cuda.set_device(stage_device(plan.devices[int(os.environ["RANK"])]))
         dist.init_process_group(backend, timeout=limit)
-    elif len(plan.stages) == 1:
+    elif len(plan.devices) == 1:
         dist.init_process_group(
             backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=limit
         )
     else:
-        count = len(plan.stages)
+        count = len(plan.devices)
         raise ShardwrightError(
-            f"the plan has {count} stages, and this is one process: start the script with torchrun --nproc-per-node "
+            f"the plan has {_counted(plan)}, and this is one process: start the script with torchrun --nproc-per-node "
             f"{count} SCRIPT, or pipeline in one process with place(model, plan, microbatches={plan.microbatches})"
         )
     return True
@@ -232,9 +233,22 @@ def _join(plan: Plan, timeout_s: float) -> bool:
 
 def _miscounted(plan: Plan, size: int) -> str:
     return (
-        f"the plan has {len(plan.stages)} stages ({', '.join(plan.devices)}), and there are {size} processes: start "
-        f"the script with torchrun --nproc-per-node {len(plan.stages)}, or plan for {size} devices"
+        f"the plan has {_counted(plan)} ({', '.join(plan.devices)}), and there are {size} processes: start "
+        f"the script with torchrun --nproc-per-node {len(plan.devices)}, or plan for {size} devices"
     )
+
+
+def _counted(plan: Plan) -> str:
+    """``4 stages``, ``4 stages on 2 devices``."""
+    stages = f"{len(plan.stages)} stages"
+    return f"{stages} on {len(plan.devices)} devices" if plan.stages_per_device > 1 else stages
+
+
+def _stages_in_words(plan: Plan, rank: int) -> str:
+    """``stage 1 on cpu:1``, ``stages 1 and 3 on cpu:1``."""
+    stages = [str(stage.index) for stage in plan.stages if stage.device == plan.devices[rank]]
+    names = " and ".join([", ".join(stages[:-1]), stages[-1]] if len(stages) > 1 else stages)
+    return f"stage{'s' if len(stages) > 1 else ''} {names} on {plan.devices[rank]}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -33,7 +33,7 @@ from shardwright.sharder.runtime.pipeline import (
     Job,
     check_stage,
     check_whole,
-    hold_stage,
+    hold_stages,
     hold_whole,
     note_stage,
     step_stage,
@@ -104,14 +104,13 @@ def run(
     with tempfile.TemporaryDirectory() as folder, Pool(devices) as pool:
         tell("start workers", 0, 1)
         pool.call({d.name: (prepare, (d.name, max(1, len(d.cores)))) for d in devices}, limit_s=START_LIMIT_S)
-        stages = {stage.device: index for index, stage in enumerate(plan.stages)}
-        pool.call(
-            {d: (join, (i, len(stages), str(Path(folder) / "store"))) for d, i in stages.items()}, limit_s=limit_s
-        )
+        ranks = {device: rank for rank, device in enumerate(plan.devices)}
+        pool.call({d: (join, (i, len(ranks), str(Path(folder) / "store"))) for d, i in ranks.items()}, limit_s=limit_s)
+        mine = {d: programs[i :: len(ranks)] for d, i in ranks.items()}
         pool.call(
             {
-                d: (hold_stage, (job(plan.schedule, plan.microbatches), programs[i], flat if i == 0 else ()))
-                for d, i in stages.items()
+                d: (hold_stages, (job(plan.schedule, plan.microbatches), mine[d], flat if i == 0 else ()))
+                for d, i in ranks.items()
             },
             limit_s=START_LIMIT_S,
         )
@@ -120,7 +119,7 @@ def run(
         pool.call({alone: (hold_whole, (job("", plan.microbatches), model, args, kwargs))}, limit_s=START_LIMIT_S)
         tell("compare", 0, 1)
         reference: Comparison = pool.call({alone: (check_whole, ())}, limit_s=limit_s)[alone]
-        sharded = pool.call(dict.fromkeys(stages, (check_stage, ())), limit_s=limit_s)
+        sharded = pool.call(dict.fromkeys(ranks, (check_stage, ())), limit_s=limit_s)
         equality = compare(reference, list(sharded.values()))
         tell("compare", 1, 1)
 
@@ -128,7 +127,7 @@ def run(
             whole = job("", plan.predicted.baseline_microbatches)
             pool.call({baseline: (hold_whole, (whole, model, args, kwargs))}, limit_s=START_LIMIT_S)
         step_s, whole_s, noted = _timed_in_turn(pool, plan.devices, baseline, steps, limit_s, tell)
-        peaks = pool.call(dict.fromkeys(stages, (weigh_stage, ())), limit_s=limit_s)
+        peaks = pool.call(dict.fromkeys(ranks, (weigh_stage, ())), limit_s=limit_s)
         tell("time", WARMUP_STEPS + steps, WARMUP_STEPS + steps)
 
     return Run(
@@ -144,8 +143,8 @@ def run(
         baseline_device=baseline,
         baseline=_timed(whole_s, plan.predicted.baseline_s) if baseline else None,
         memory=tuple(
-            Weighed(device=stage.device, predicted_bytes=stage.memory_bytes, measured_bytes=peaks[stage.device])
-            for stage in plan.stages
+            Weighed(device=device, predicted_bytes=predicted, measured_bytes=peaks[device])
+            for device, predicted in plan.memory().items()
         ),
         accounts=accounts_of(plan, noted),
     )
