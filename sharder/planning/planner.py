@@ -18,6 +18,7 @@ from shardwright.sharder.planning.alternatives import alternatives_of, priced_in
 from shardwright.sharder.planning.blocks import problem_from_graph
 from shardwright.sharder.planning.changes import changes_tried
 from shardwright.sharder.planning.explain import certify, gap_percent
+from shardwright.sharder.planning.interleaved_memory import held_by_stages
 from shardwright.sharder.planning.offload import Rates
 from shardwright.sharder.planning.offload import offload as offload_some
 from shardwright.sharder.planning.pins import prices_of_pins
@@ -34,7 +35,7 @@ from shardwright.sharder.planning.plan import (
     Stage,
 )
 from shardwright.sharder.planning.pricing import Option, baseline_of, noise_s, price, solve
-from shardwright.sharder.planning.problem import Problem, Schedule, Transfers, bits, in_flight
+from shardwright.sharder.planning.problem import Problem, Schedule, Transfers, bits
 from shardwright.sharder.planning.sensitivity import rivals_of, sensitivity_of
 from shardwright.sharder.planning.simulate import StageCost
 from shardwright.sharder.planning.stage_costs import shares_of
@@ -42,6 +43,7 @@ from shardwright.sharder.planning.weighed import (
     Wanted,
     better_of,
     compared,
+    pieces_asked,
     with_interleaved,
 )
 
@@ -115,7 +117,7 @@ def plan(
         raise ShardwrightError(f"objective {objective!r} is not known; the planner has: throughput, latency, memory")
     if transfers not in ("relayed", "staged", "direct"):
         raise ShardwrightError(f"transfers {transfers!r} is not known; the planner has: relayed, staged, direct")
-    pieces = _stages_per_device(schedule, stages_per_device, objective, transfers, contiguous=contiguous)
+    pieces = pieces_asked(schedule, stages_per_device, objective, transfers, contiguous=contiguous)
     names = tuple(devices) if devices is not None else None
     groups = [together] if isinstance(together, str) else list(together)
     deadline_s = time.monotonic() + time_limit_s
@@ -162,10 +164,10 @@ def plan(
             options.append(option)
     if not options and offload and not profile.train:
         options = _offloaded(problems, profile, deadline_s)
-    if not options:
-        raise unfinished or _nothing_fits(problems, profile, deadline_s)
     plain = options
     options = with_interleaved(plain, problems, profile, schedule, pieces, deadline_s) if pieces > 1 else plain
+    if not options:
+        raise unfinished or _nothing_fits(problems, profile, deadline_s)
     by_count = {problem.microbatches: problem for problem in problems}
     every = [by_count.get(count) or problem_at(count) for count in sorted(profile.microbatches)]
     baseline = baseline_of(every, profile)
@@ -191,7 +193,7 @@ def plan(
             "changes": (
                 None
                 if baseline is None or (written.predicted.speedup or 0.0) >= WORTHWHILE
-                else changes_tried(plain, baseline, profile, deadline_s)
+                else changes_tried(plain or options, baseline, profile, deadline_s)
             ),
             "sensitivity": sensitivity_of(
                 chosen,
@@ -203,31 +205,6 @@ def plan(
             ),
         }
     )
-
-
-def _stages_per_device(
-    schedule: Wanted, asked: int | None, objective: Objective, transfers: Transfers, *, contiguous: bool
-) -> int:
-    """How many stages a device are to be weighed, beside one.
-
-    Raises:
-        ShardwrightError: the schedule is not known or does not know so many, or what else is asked for knows one only.
-    """
-    if schedule not in ("1f1b", "gpipe", "interleaved", "auto"):
-        raise ShardwrightError(f"schedule {schedule!r} is not known; the planner has: 1f1b, gpipe, interleaved, auto")
-    if schedule in ("1f1b", "gpipe"):
-        if asked not in (None, 1):
-            raise ShardwrightError(f"{schedule} has one stage a device, not {asked}: ask for --schedule interleaved")
-        return 1
-    if asked is not None and asked < 2:
-        raise ShardwrightError(f"interleaved stages are 2 or more on each device, not {asked}; for 1 ask for 1f1b")
-    fits = objective == "throughput" and contiguous and transfers == "relayed"
-    if not fits and schedule == "interleaved":
-        raise ShardwrightError(
-            "interleaved stages are planned for the objective throughput with relayed transfers, as the pipeline "
-            f"engine sends them; not for {objective}, {'' if contiguous else 'free assignment, '}{transfers} transfers"
-        )
-    return (asked or 2) if fits else 1
 
 
 def _for_memory(profile: Profile, problems: list[Problem], every: list[Problem], deadline_s: float) -> Plan:
@@ -283,7 +260,7 @@ def _write(
     stage_of: dict[str, int] = {}
     stages = []
     nodes = {node.name: node for node in profile.nodes}
-    held = _held(chosen, train=profile.train)
+    held = held_by_stages(problem, split.stages, train=profile.train)
     for index, (device, members) in enumerate(split.stages):
         names = {n for v in bits(members) for n in problem.blocks[v].nodes}
         stage_of |= dict.fromkeys(names, index)
@@ -363,26 +340,6 @@ def _write(
         ),
         alternatives=alternatives,
     )
-
-
-def _held(chosen: Option, *, train: bool) -> list[tuple[int, int]]:
-    """By stage: its part of its device's peak in bytes, and the micro-batches that it holds at once."""
-    problem, stages = chosen.problem, chosen.split.stages
-    if problem.stages_per_device > 1:
-        from shardwright.sharder.planning.interleaved_memory import device_peaks
-
-        peaks = device_peaks(problem, stages)
-        parts = zip(*(peak.parts for peak in peaks), strict=True)
-        counts = zip(*(peak.in_flight if train else [1] * len(peak.parts) for peak in peaks), strict=True)
-        return [both for pair in zip(parts, counts, strict=True) for both in zip(*pair, strict=True)]
-    found = []
-    closed = 0
-    for index, (device, members) in enumerate(stages):
-        after = len(stages) - 1 - index
-        peak = problem.memory_bytes(closed, closed | members, device, after)
-        found.append((peak, in_flight(problem.schedule, problem.microbatches, after) if train else 1))
-        closed |= members
-    return found
 
 
 def _recorded(cost: StageCost) -> dict[str, Any]:

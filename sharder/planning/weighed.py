@@ -10,16 +10,41 @@ from typing import Literal
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.interleave import possible_devices
-from shardwright.sharder.planning.plan import WORTHWHILE, OtherSchedule
+from shardwright.sharder.planning.plan import WORTHWHILE, Objective, OtherSchedule
 from shardwright.sharder.planning.pricing import Option, solve
-from shardwright.sharder.planning.problem import Problem
+from shardwright.sharder.planning.problem import Problem, Transfers
 from shardwright.sharder.planning.stage_costs import shares_of
 from shardwright.sharder.planning.transfers import traffic_of
 
-__all__ = ["Wanted", "as_interleaved", "better_of", "compared", "with_interleaved"]
+__all__ = ["Wanted", "as_interleaved", "better_of", "compared", "pieces_asked", "with_interleaved"]
 
 Wanted = Literal["1f1b", "gpipe", "interleaved", "auto"]
 """``"auto"``: 1F1B or interleaved, whichever has the shorter step."""
+
+
+def pieces_asked(
+    schedule: Wanted, asked: int | None, objective: Objective, transfers: Transfers, *, contiguous: bool
+) -> int:
+    """How many stages a device are to be weighed, beside one.
+
+    Raises:
+        ShardwrightError: the schedule is not known or does not know so many, or what else is asked for knows one only.
+    """
+    if schedule not in ("1f1b", "gpipe", "interleaved", "auto"):
+        raise ShardwrightError(f"schedule {schedule!r} is not known; the planner has: 1f1b, gpipe, interleaved, auto")
+    if schedule in ("1f1b", "gpipe"):
+        if asked not in (None, 1):
+            raise ShardwrightError(f"{schedule} has one stage a device, not {asked}: ask for --schedule interleaved")
+        return 1
+    if asked is not None and asked < 2:
+        raise ShardwrightError(f"interleaved stages are 2 or more on each device, not {asked}; for 1 ask for 1f1b")
+    fits = objective == "throughput" and contiguous and transfers == "relayed"
+    if not fits and schedule == "interleaved":
+        raise ShardwrightError(
+            "interleaved stages are planned for the objective throughput with relayed transfers, as the pipeline "
+            f"engine sends them; not for {objective}, {'' if contiguous else 'free assignment, '}{transfers} transfers"
+        )
+    return (asked or 2) if fits else 1
 
 
 def as_interleaved(problem: Problem, stages_per_device: int, *, train: bool) -> Problem:
@@ -40,7 +65,7 @@ def with_interleaved(
     """The ``plain`` options and, behind them, the best interleaved splits of ``problems``.
 
     Raises:
-        ShardwrightError: there is none, and ``schedule`` asks for one.
+        ShardwrightError: there is none, ``schedule`` asks for one, and it is not that nothing fits at all.
     """
     pieces = [as_interleaved(problem, stages_per_device, train=profile.train) for problem in problems]
     try:
@@ -49,7 +74,7 @@ def with_interleaved(
         if schedule == "interleaved":
             raise
         found = []
-    if not found and schedule == "interleaved":
+    if not found and plain and schedule == "interleaved":
         raise _why_not(pieces)
     return [*plain, *found]
 
