@@ -301,10 +301,10 @@ def test_a_plan_survives_its_file(chain_profile, tmp_path):
     assert Plan.model_validate(old).stages_per_device == 1
 
 
-@pytest.mark.parametrize(("tensor_bytes", "schedule"), [(80, "interleaved"), (10**9, "1f1b")])
+@pytest.mark.parametrize(("tensor_bytes", "schedule"), [(80, "interleaved"), (6 * 10**9, "1f1b")])
 def test_auto_takes_what_is_faster(chain_profile, tensor_bytes, schedule):
     """Over fast links a smaller bubble wins, over slow ones fewer transfers; the other is named beside it."""
-    profile = chain_profile(16, speed=FOUR, tensor_bytes=tensor_bytes, memory_bytes=10**12)
+    profile = chain_profile(16, speed=FOUR, tensor_bytes=tensor_bytes, memory_bytes=10**13)
     result = plan(profile, microbatches=4, schedule="auto")
     assert result.schedule == schedule
     assert result.other_schedule is not None
