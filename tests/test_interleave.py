@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Tie as ProfileTie
+from shardwright.reports.plan_report import verdict
 from shardwright.sharder.planning import interleave, interleaved_line
 from shardwright.sharder.planning.foreseen import costs_of, timeline_of
 from shardwright.sharder.planning.interleave import device_loads, piece_loads, possible_devices
@@ -275,6 +277,7 @@ def test_the_plan_says_why(chain_profile):
         result.predicted.step_s < other.step_s == plan(chain_profile(16, speed=FOUR), microbatches=4).predicted.step_s
     )
     assert [(c.stages_per_device, c.chosen) for c in result.candidates] == [(1, False), (2, True)]
+    assert re.search(r"a bubble of \S+% instead of \S+% and transfers of .* instead of", verdict(result).text)
     assert result.certificate.bound_s <= result.certificate.value_s
 
 
