@@ -33,8 +33,11 @@ def weighed(plan: Plan, other: OtherSchedule) -> str:
     # What speaks for the shorter step is said first.
     by_bubble = (plan.predicted.bubble < other.bubble) != slower or other.own_transfer_s == other.transfer_s
     reasons = " and ".join([bubbles, transfers] if by_bubble else [transfers, bubbles])
-    if other.devices > len(plan.devices):
-        reasons = f"no better split with {plan.stages_per_device} stages on each of so many was found"
+    (pieces, fewer), (_, more) = sorted(
+        [(plan.stages_per_device, len(plan.devices)), (other.stages_per_device, other.devices)], reverse=True
+    )
+    if fewer < more:  # neither bubbles nor transfers compare then
+        reasons = f"no better split with {pieces} stages on each of more than {fewer} was found"
     return (
         f"{'Its schedule is not the fastest: a' if slower else 'A'} step takes {seconds(plan.predicted.step_s)} with "
         f"{own} and {seconds(other.step_s)} with {theirs}: {reasons}."
