@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from shardwright.profiler.capture import Progress
     from shardwright.profiler.profile import Profile
     from shardwright.sharder.planning.plan import Objective
-    from shardwright.sharder.planning.problem import Recompute, Schedule, Transfers
+    from shardwright.sharder.planning.problem import Recompute, Transfers
+    from shardwright.sharder.planning.weighed import Wanted
 
 app = typer.Typer(
     name="shardwright",
@@ -238,7 +239,16 @@ def shard(
     free: Annotated[
         bool, typer.Option("--free", help="Put each unit on any device: no chain of stages, which --run needs.")
     ] = False,
-    schedule: Annotated[str, typer.Option("--schedule", help="1f1b, or gpipe.")] = "1f1b",
+    schedule: Annotated[
+        str,
+        typer.Option(
+            "--schedule", help="1f1b, gpipe, interleaved (several stages a device), or auto (1f1b or interleaved)."
+        ),
+    ] = "1f1b",
+    stages_per_device: Annotated[
+        int | None,
+        typer.Option("--stages-per-device", metavar="N", min=1, help="If interleaved: so many; default 2."),
+    ] = None,
     transfers: Annotated[
         str,
         typer.Option(
@@ -323,7 +333,8 @@ def shard(
         memory=_pairs(memory, "--memory", "cuda:0=10GiB"),
         pins=_pairs(pins, "--pin", "head=cuda:1"),
         devices=_names(devices),
-        schedule=cast("Schedule", schedule),
+        schedule=cast("Wanted", schedule),
+        stages_per_device=stages_per_device,
         transfers=cast("Transfers", transfers),
         overlap=overlap,
         together=[_names(group) or [] for group in together or ()],

@@ -9,6 +9,12 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
 from shardwright.reports.free_report import certificate_of_free, devices_of_free, peak_of, verdict_of_free
+from shardwright.reports.interleaved_report import (
+    device_loads_s,
+    devices_of_interleaved,
+    schedule_in_words,
+    weighed,
+)
 from shardwright.reports.layout import Column, Glyphs, bar, facts, listing, name_ranges, section, tables
 from shardwright.reports.quantities import count, number_of_bytes, percent, ratio, seconds, used_of
 from shardwright.sharder.planning.plan import WORTHWHILE, Change, PinPrice, Placement, Plan
@@ -37,6 +43,8 @@ def verdict(plan: Plan) -> Verdict:
         return Verdict(*verdict_of_free(plan))
     shard, text = _verdict_of_splits(plan)
     text += _recomputed_in_words(plan)
+    if plan.other_schedule is not None:
+        text = f"{text} {weighed(plan, plan.other_schedule)}"
     parallel = next((one for one in plan.alternatives if one.name == "data parallel" and one.step_s is not None), None)
     if parallel is None or parallel.step_s is None or parallel.step_s * WORTHWHILE > plan.predicted.step_s:
         return Verdict(shard, text)
@@ -84,9 +92,10 @@ def _verdict_of_splits(plan: Plan) -> Verdict:
         if not splits:
             return Verdict(False, f"{text} No split is better.")
         best = min(splits, key=lambda candidate: candidate.step_s)
+        devices = best.stages // best.stages_per_device
         return Verdict(
             False,
-            f"{text} The best split, over {best.stages} devices with {count(best.microbatches, 'micro-batch')}, "
+            f"{text} The best split, over {devices} devices with {count(best.microbatches, 'micro-batch')}, "
             f"would take {seconds(best.step_s)} ({ratio(predicted.step_s / best.step_s)}).",
         )
     split = f"over {_joined(plan.devices)} with {count(plan.microbatches, 'micro-batch')}"
@@ -166,7 +175,7 @@ class PlanReport:
         ]
         largest = max(stage.load_s for stage in stages) or 1.0
         anew = ["yes" if stage.recompute else glyphs.none for stage in stages]
-        schedule = {"1f1b": "1F1B", "gpipe": "GPipe"}[plan.schedule]
+        schedule = schedule_in_words(plan.schedule, plan.stages_per_device)
         note = "times of the whole batch; load of a step, with the optimizer's update" if plan.train else ""
         if plan.microbatches > 1:
             part = f"one of {plan.microbatches} micro-batches"
@@ -192,6 +201,9 @@ class PlanReport:
         )
 
     def _memory(self, options: ConsoleOptions, glyphs: Glyphs) -> Iterator[RenderableType]:
+        if self.plan.stages_per_device > 1:
+            yield from devices_of_interleaved(self.plan, options, glyphs)
+            return
         stages = self.plan.stages
         shares = [stage.memory_bytes / stage.memory_cap_bytes for stage in stages]
         yield section("Memory", "predicted peak of each device, of its cap; in flight: micro-batches held at once")
@@ -214,6 +226,10 @@ class PlanReport:
         plan, certificate = self.plan, self.plan.certificate
         within = "" if plan.peak is None else " with no larger peak share"
         heaviest = max(plan.stages, key=lambda stage: stage.load_s)
+        where = f"stage {heaviest.index} on {heaviest.device}"
+        if plan.stages_per_device > 1:
+            loads = device_loads_s(plan)
+            where = f"the {plan.stages_per_device} stages of {plan.devices[loads.index(max(loads))]}"
         gap = percent(certificate.gap_percent)
         if certificate.exact:
             gap += f", exact: no split{within} has a smaller largest load"
@@ -225,7 +241,7 @@ class PlanReport:
         yield facts(
             [
                 *peak_of(plan),
-                ("largest load", f"{seconds(certificate.value_s)} a step, stage {heaviest.index} on {heaviest.device}"),
+                ("largest load", f"{seconds(certificate.value_s)} a step, {where}"),
                 ("lower bound", f"{seconds(certificate.bound_s)}, proven for every split{within}"),
                 ("gap", gap),
                 ("what binds", certificate.binds),
@@ -275,6 +291,7 @@ class PlanReport:
         for c in plan.candidates:
             speedup = glyphs.none if c.speedup is None else ratio(c.speedup)
             name = "best split" if c.stages > 1 else "no split"
+            name = f"interleaved by {c.stages_per_device}" if c.stages_per_device > 1 else name
             load, step = seconds(c.bottleneck_s), seconds(c.step_s)
             rows.append((name, str(c.microbatches), str(c.stages), load, step, speedup, c.chosen))
         for other in plan.alternatives:

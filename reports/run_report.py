@@ -66,7 +66,7 @@ class RunReport:
         run, glyphs = self.run, Glyphs.of(options)
         equal, text = equality(run)
         yield Text(text, style="green" if equal else "bold red")
-        schedule = {"1f1b": "1F1B", "gpipe": "GPipe"}.get(run.schedule, run.schedule)
+        schedule = {"1f1b": "1F1B", "gpipe": "GPipe", "interleaved": "interleaved 1F1B"}.get(run.schedule, run.schedule)
         how = f"{schedule}, {count(run.microbatches, 'micro-batch')}" if len(run.devices) > 1 else "one stage"
         note = f"{how}, batch {run.batch}; median of {count(run.steps, 'step')} of each, in turn"
         yield section("Run", note)

@@ -36,11 +36,11 @@ WIDTH, BATCH = 6, 12
 def piped(captured_profile):
     """Places a copy of a model as a pipeline; the model and the copy."""
 
-    def place(model, args, kwargs=None, *, microbatches=4, stages=2, **options):
+    def place(model, args, kwargs=None, *, microbatches=4, stages=2, schedule="1f1b", **options):
         devices = [f"cpu:{index}" for index in range(stages)]
         profile = captured_profile(model, args, kwargs, devices=devices, microbatches=(1, 2, 4), **options)
-        plan = sw.plan(profile, microbatches=4)
-        assert len(plan.stages) == stages
+        plan = sw.plan(profile, microbatches=4, schedule=schedule)
+        assert len(plan.devices) == stages
         return model, sw.place(copy.deepcopy(model), plan, microbatches=microbatches)
 
     return place
@@ -133,6 +133,14 @@ def test_a_chain_learns_what_it_did(piped, stages, microbatches):
     assert_same_step(model, placed, (x,))
     with torch.no_grad():
         assert torch.equal(placed(x), model(x)) or microbatches == BATCH  # a matrix of one row is multiplied otherwise
+
+
+def test_several_stages_on_each_device(piped):
+    """An interleaved plan goes through all its stages, each device's cores shared among its own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(6)])
+    model, placed = piped(model, (torch.randn(BATCH, WIDTH),), schedule="interleaved")
+    assert_same_step(model, placed, (torch.randn(BATCH, WIDTH),))
 
 
 @pytest.mark.parametrize("stages", [2, 4])

@@ -60,6 +60,19 @@ def test_naive_splits_are_run_beside_the_plan(captured_profile):
         assert run.predicted_gain_over(naive) == alternative.step_s / plan.predicted.step_s
 
 
+def test_naive_splits_are_run_beside_interleaved_stages(captured_profile):
+    """Of the plan each device has two stages, in the other order of devices; of a naive split one."""
+    model = Tied()
+    profile = captured_profile(model, (torch.randn(8, 6),), microbatches=(1, 4))
+    plan = sw.plan(profile, microbatches=4, schedule="interleaved", pins={"layers.2": "cpu:1", "layers.3": "cpu:0"})
+    assert len(plan.stages) == 4
+    run = sw.run(model, plan, (torch.randn(8, 6),), steps=1)
+    assert run.equality.gradients <= 1e-5
+    assert [weighed.device for weighed in run.memory] == list(plan.devices)
+    assert any(naive.timed for naive in run.naive)
+    assert all(naive.timed or "the plan's own" in naive.why or "the split of" in naive.why for naive in run.naive)
+
+
 def test_a_naive_split_is_a_whole_plan(captured_profile):
     """Every node has the stage that the alternative says, stages follow each other, and its ties are split."""
     plan = planned(captured_profile)

@@ -60,7 +60,7 @@ def posted(monkeypatch):
 def test_each_slot_is_noted_by_name_and_microbatch(posted):
     """Waits carry the name of the message that they are for, also when sends and receives are posted at once."""
     stage, notes = Stage(), Notes(torch.device("cpu"), Counting())
-    with notes.engine(stage, train=True), notes.whole():
+    with notes.engine([stage], train=True), notes.whole():
         schedules._wait_batch_p2p(schedules._batch_p2p(stage.get_fwd_recv_ops(3), desc="fwd_recv"))
         assert stage.forward_one_chunk(3, "x") == (3, "x")
         together = stage.get_fwd_send_ops(3) + stage.get_bwd_recv_ops(2)
@@ -96,7 +96,7 @@ def test_works_that_stand_for_several_operations_are_for_what_is_received(monkey
     one = SimpleNamespace(wait=lambda: None)
     monkeypatch.setattr(schedules, "_batch_p2p", lambda _operations: [one])
     stage, notes = Stage(), Notes(torch.device("cpu"), Counting())
-    with notes.engine(stage, train=True), notes.whole():
+    with notes.engine([stage], train=True), notes.whole():
         schedules._wait_batch_p2p(schedules._batch_p2p(stage.get_bwd_send_ops(0) + stage.get_fwd_recv_ops(1)))
     assert [(mark.what, mark.microbatch) for mark in notes.noted().marks] == [("receive activations", 1)]
 
@@ -105,7 +105,7 @@ def test_what_is_of_no_message_passes_unnoted(posted):
     """The engine's own exchange, as when it sets itself up, goes on as it would without notes."""
     stage, notes, waited = Stage(), Notes(torch.device("cpu"), Counting()), []
     own = SimpleNamespace(wait=lambda: waited.append(True))
-    with notes.engine(stage, train=True), notes.whole():
+    with notes.engine([stage], train=True), notes.whole():
         schedules._batch_p2p([SimpleNamespace(kind="isend")])
         schedules._wait_batch_p2p([own])
     assert (len(posted), waited) == (1, [True])
@@ -115,7 +115,7 @@ def test_what_is_of_no_message_passes_unnoted(posted):
 def test_without_training_no_backward_is_noted():
     """The engine calls one that does nothing."""
     stage, notes = Stage(), Notes(torch.device("cpu"), Counting())
-    with notes.engine(stage, train=False), notes.whole():
+    with notes.engine([stage], train=False), notes.whole():
         stage.forward_one_chunk(0, "x")
         stage.backward_one_chunk(0, loss=None)
     assert [mark.what for mark in notes.noted().marks] == ["forward"]
@@ -147,7 +147,7 @@ def test_everything_is_put_back_even_after_an_error():
     stage, before = Stage(), (schedules._batch_p2p, schedules._wait_batch_p2p)
 
     def fails():
-        with Notes(torch.device("cpu")).engine(stage, train=True):
+        with Notes(torch.device("cpu")).engine([stage], train=True):
             assert vars(stage)
             raise KeyboardInterrupt
 

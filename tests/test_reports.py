@@ -308,6 +308,7 @@ REPORTS = {
     "plan-free": lambda: PlanReport(planned(contiguous=False)),
     "plan-latency": lambda: PlanReport(planned(objective="latency")),
     "plan-memory": lambda: PlanReport(planned(objective="memory")),
+    "plan-interleaved": lambda: PlanReport(planned(schedule="interleaved")),
     "run": lambda: RunReport(a_run()),
     "run-slower": lambda: RunReport(a_run(measured=0.61)),
     "run-naive": lambda: RunReport(a_run_beside_naive()),
@@ -333,6 +334,13 @@ KEY_NUMBERS = {
     ],
     "plan-free": ["205 ms of a step", "2.38x", "No pipeline engine runs", "to each device that reads"],
     "plan-latency": ["side by side", "46.9 ms", "63.5 ms", "15.8 ms", "every schedule", "longest way"],
+    "plan-interleaved": [
+        "interleaved 1F1B (2 stages a device)",
+        "no better split",
+        "interleaved by 2",
+        "0, 2",
+        "264 ms",
+    ],
     "plan-memory": ["41%", "6.036 GiB of 14.9 GiB", "micro-batches of this size", "no larger peak share"],
     "profile-cluster": ["≈6.46 ms", "~6.71 ms", "~85.0 us", "~3.20 GB/s", "all assumed", "scaled: as a device"],
     "plan": [
@@ -391,7 +399,9 @@ def test_needs_neither_colour_nor_unicode(name):
     assert text_of(REPORTS[name](), 100, encoding="ascii").isascii()
 
 
-@pytest.mark.parametrize("name", ["profile-costs", "plan-costs", "plan-free", "plan-latency", "plan-memory"])
+@pytest.mark.parametrize(
+    "name", ["profile-costs", "plan-costs", "plan-free", "plan-latency", "plan-memory", "plan-interleaved"]
+)
 def test_costs_are_not_called_measured(name):
     """A report of costs from elsewhere says nothing of samples, spreads, optimizers or torch."""
     text = text_of(REPORTS[name](), 100)

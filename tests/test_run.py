@@ -1,5 +1,6 @@
 """Running plans as pipelines over two workers: equal results, and every way a worker can fail."""
 
+import itertools
 import os
 import signal
 import time
@@ -22,7 +23,7 @@ def piped(captured_profile, model, args, microbatches, schedule="1f1b", **option
     """The run of a two-stage plan."""
     profile = captured_profile(model, args, microbatches=(1, microbatches), **options)
     plan = sw.plan(profile, microbatches=microbatches, schedule=schedule)
-    assert len(plan.stages) == 2
+    assert len(plan.devices) == 2
     return sw.run(model, plan, args, steps=1)
 
 
@@ -52,27 +53,35 @@ def test_predicted_memory_is_held_against_what_a_step_took():
 
 
 @pytest.mark.parametrize(
-    ("schedule", "train"), [("1f1b", True), pytest.param("gpipe", True, marks=pytest.mark.slow), ("1f1b", False)]
+    ("schedule", "train"),
+    [
+        ("1f1b", True),
+        pytest.param("gpipe", True, marks=pytest.mark.slow),
+        ("1f1b", False),
+        ("interleaved", True),
+        pytest.param("interleaved", False, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_notes_what_each_stage_was_at(captured_profile, schedule, train):
     """Slots come in the order of the schedule, every message at both its ends, and the parts add up to the step."""
     model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)])
     run = piped(captured_profile, model, (torch.randn(8, 8),), 4, schedule=schedule, train=train)
     assert run.accounts is not None
-    for stage, accounts in enumerate(run.accounts.stages):
-        own = [slot for slot in run.accounts.measured if slot.stage == stage]
-        computed = [(slot.what, slot.microbatch) for slot in own if slot.what in ("forward", "backward")]
-        expected = operations(schedule, stage, 2, 4, train=train)
-        assert computed == [({"F": "forward", "B": "backward"}[o.kind], o.microbatch) for o in expected]
+    pieces = 2 if schedule == "interleaved" else 1
+    for device, accounts in enumerate(run.accounts.stages):
+        own = [slot for slot in run.accounts.measured if slot.stage % 2 == device]
+        computed = [(s.what, s.stage, s.microbatch) for s in own if s.what in ("forward", "backward")]
+        expected = operations(schedule, device, 2, 4, train=train, stages_per_device=pieces)
+        assert computed == [({"F": "forward", "B": "backward"}[o.kind], o.stage, o.microbatch) for o in expected]
         assert accounts.measured.step_s == pytest.approx(run.accounts.measured_s)
         assert accounts.predicted.step_s == pytest.approx(run.accounts.predicted_s)
         assert (accounts.measured.update_s > 0) == train
     crossed = {(slot.stage, slot.what, slot.microbatch) for slot in run.accounts.measured if slot.what != "wait"}
-    for number in range(4):
-        assert (0, "send activations", number) in crossed
-        assert (1, "receive activations", number) in crossed
-        assert ((0, "receive gradients", number) in crossed) == train
-        assert ((1, "send gradients", number) in crossed) == train
+    for stage, number in itertools.product(range(2 * pieces - 1), range(4)):
+        assert (stage, "send activations", number) in crossed
+        assert (stage + 1, "receive activations", number) in crossed
+        assert ((stage, "receive gradients", number) in crossed) == train
+        assert ((stage + 1, "send gradients", number) in crossed) == train
     gap = run.accounts.measured_s - run.sharded.predicted_s
     assert sum(each.step_s for each in run.accounts.off) == pytest.approx(gap)
 
@@ -164,9 +173,10 @@ class TiedReversed(nn.Module):
         return self.layers["head"](self.layers["embed"](x).tanh())
 
 
-def test_tied_weights_are_compared_under_every_name(captured_profile):
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_tied_weights_are_compared_under_every_name(captured_profile, schedule):
     """The gradient of a shared weight is found whichever of its names a stage uses first."""
-    run = piped(captured_profile, TiedReversed(), (torch.randn(8, 6),), 4)
+    run = piped(captured_profile, TiedReversed(), (torch.randn(8, 6),), 4, schedule=schedule)
     assert run.equality.gradients <= 1e-5
 
 

@@ -17,7 +17,7 @@ from shardwright.profiler.pool import Pool
 from shardwright.profiler.profile import Device
 from shardwright.profiler.trace import trace
 from shardwright.sharder.runtime.cut import cut
-from shardwright.sharder.runtime.pipeline import hold_stage, step_stage, weigh_stage
+from shardwright.sharder.runtime.pipeline import hold_stages, step_stage, weigh_stage
 from shardwright.sharder.runtime.session import job_of
 
 LAYERS = 6
@@ -67,16 +67,22 @@ def weighed(pool, captured_profile, name, schedule, microbatches, recompute="nev
     x = torch.randn(96 * microbatches, model.layers[0][0].in_features)
     profile = captured_profile(model, (x,), devices=devices, microbatches=(1, microbatches), train=train, counted=True)
     pins = {f"layers.{i}.*": devices[i * len(devices) // LAYERS] for i in range(LAYERS)}
+    if schedule == "interleaved":
+        pins = {}
     plan = sw.plan(profile, microbatches=microbatches, schedule=schedule or "1f1b", pins=pins, recompute=recompute)
     capture = trace(model, *microbatch((x,), {}, microbatches), train=train)
     job = job_of(plan, model, capture.output_places)
     programs = cut(capture, plan)
     pool.call(
-        {d: (hold_stage, (job, programs[i], (x,) if i == 0 else ())) for i, d in enumerate(devices)}, limit_s=LIMIT_S
+        {
+            d: (hold_stages, (job, programs[i :: len(devices)], (x,) if i == 0 else ()))
+            for i, d in enumerate(plan.devices)
+        },
+        limit_s=LIMIT_S,
     )
     pool.call(dict.fromkeys(devices, (step_stage, ())), limit_s=LIMIT_S)  # the optimizer's state comes with it
     peaks = pool.call(dict.fromkeys(devices, (weigh_stage, ())), limit_s=LIMIT_S)
-    return [(stage.memory_bytes, peaks[stage.device]) for stage in plan.stages]
+    return [(predicted, peaks[device]) for device, predicted in plan.memory().items()]
 
 
 def check(pool, captured_profile, cases):
@@ -109,6 +115,12 @@ def test_stages_computed_anew(captured_profile, tmp_path):
         check(pool, captured_profile, cases)
 
 
+def test_two_stages_on_each_device(captured_profile, tmp_path):
+    """Interleaved, the parts of a device's stages add up to what it holds at most, relayed skips among it."""
+    with workers(2, tmp_path) as pool:
+        check(pool, captured_profile, [("even", "interleaved", 4), ("relayed", "interleaved", 3)])
+
+
 @pytest.mark.slow
 def test_three_stages(captured_profile, tmp_path):
     """What a stage between the others relays, and what stays of it, is predicted too."""
@@ -123,3 +135,10 @@ def test_every_case(captured_profile, tmp_path, stages):
     counts = [m for m in (2, 3, 4, 5, 8) if m >= stages]
     with workers(stages, tmp_path) as pool:
         check(pool, captured_profile, [(n, s, m) for n in MODELS for s in ("1f1b", "gpipe", None) for m in counts])
+
+
+@pytest.mark.slow
+def test_every_interleaved_case(captured_profile, tmp_path):
+    """Four models, two to eight micro-batches, a round longer than the devices among them."""
+    with workers(2, tmp_path) as pool:
+        check(pool, captured_profile, [(n, "interleaved", m) for n in MODELS for m in (2, 3, 4, 6, 8)])

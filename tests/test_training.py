@@ -143,15 +143,17 @@ def made(kind):
     return kind()
 
 
-def planned(captured_profile, kind, stages, microbatches=4, **options):
-    """A plan of ``kind`` in exactly ``stages`` stages."""
+def planned(captured_profile, kind, stages, microbatches=4, pieces=1, **options):
+    """A plan of ``kind`` over exactly ``stages`` devices, with ``pieces`` stages on each."""
     args, kwargs, _ = kind.batch(0)
     devices = [f"cpu:{i}" for i in range(stages)]
     profile = captured_profile(
         made(kind), args, kwargs, devices=devices, microbatches=(1, microbatches), optimizer="adamw"
     )
+    if pieces > 1:
+        options |= {"schedule": "interleaved", "stages_per_device": pieces}
     plan = sw.plan(profile, microbatches=microbatches, **options)
-    assert len(plan.stages) == stages
+    assert (len(plan.devices), len(plan.stages)) == (stages, pieces * stages)
     return plan
 
 
@@ -211,14 +213,23 @@ def close(found, expected):
 
 
 @pytest.mark.parametrize(
-    ("kind", "stages", "recompute"),
-    [(Chain, 3, "auto"), (Branches, 2, "auto"), (Language, 3, "auto"), (Branches, 3, "auto"), (Language, 3, "always")],
+    ("kind", "stages", "options"),
+    [
+        (Chain, 3, {}),
+        (Branches, 2, {}),
+        (Language, 3, {}),
+        (Branches, 3, {}),
+        (Language, 3, {"recompute": "always"}),
+        (Chain, 3, {"pieces": 2}),
+        (Branches, 2, {"pieces": 2}),
+        (Language, 2, {"pieces": 3}),
+    ],
 )
-def test_a_pipeline_trains_as_the_model_does(workers, captured_profile, kind, stages, recompute):
+def test_a_pipeline_trains_as_the_model_does(workers, captured_profile, kind, stages, options):
     """Losses of four AdamW steps on every rank, and all weights after them, are the unsharded model's."""
     steps = [[seed] for seed in range(STEPS)]
     expected, model = unsharded(kind, steps)
-    plan = planned(captured_profile, kind, stages, recompute=recompute)
+    plan = planned(captured_profile, kind, stages, **options)
     results = on_ranks(workers, stages, trained, kind, plan, steps, {})
     for curve, *_ in results:
         assert close(curve, expected)
@@ -234,13 +245,13 @@ def test_a_pipeline_trains_as_the_model_does(workers, captured_profile, kind, st
         assert values <= state  # of the other stages nothing is kept
 
 
-def test_gradients_accumulate_and_are_clipped(workers, captured_profile):
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_gradients_accumulate_and_are_clipped(workers, captured_profile, pieces):
     """Two batches a step, a norm over all stages with tied weights once: as the unsharded model's."""
     steps = [[0, 1], [2, 3], [4, 5]]
     expected, _ = unsharded(Language, steps, clip=0.5)
-    for curve, *_ in on_ranks(
-        workers, 2, trained, Language, planned(captured_profile, Language, 2), steps, {"clip": 0.5}
-    ):
+    plan = planned(captured_profile, Language, 2, pieces=pieces)
+    for curve, *_ in on_ranks(workers, 2, trained, Language, plan, steps, {"clip": 0.5}):
         assert close(curve, expected)
     assert min(norm for _, norm in expected) > 0.5
 
@@ -259,10 +270,10 @@ def sizes(kind, plan, batches):
     return found
 
 
-@pytest.mark.parametrize("kind", [Branches, Language])
-def test_batches_of_any_size(workers, captured_profile, kind):
+@pytest.mark.parametrize(("kind", "pieces"), [(Branches, 1), (Language, 1), (Branches, 2)])
+def test_batches_of_any_size(workers, captured_profile, kind, pieces):
     """A last partial batch, one that only divides by itself, and a larger one: losses and results are the model's."""
-    batches = [(0, 8), (1, 6), (2, 7), (3, 16), (4, 3), (5, 8)]
+    batches = [(0, 8), (1, 6), (2, 7), (3, 16), (4, 3), (5, 8), (6, 10)]
     model = made(kind)
     optimizer, expected = adamw(model), []
     for seed, size in batches:
@@ -273,7 +284,7 @@ def test_batches_of_any_size(workers, captured_profile, kind):
         optimizer.step()
         loss = float(loss.detach())
         expected.append((loss, model(*args, **kwargs)))
-    for found in on_ranks(workers, 2, sizes, kind, planned(captured_profile, kind, 2), batches):
+    for found in on_ranks(workers, 2, sizes, kind, planned(captured_profile, kind, 2, pieces=pieces), batches):
         for (evaluated, loss, output), (expected_loss, expected_output) in zip(found, expected, strict=True):
             assert evaluated == pytest.approx(expected_loss, rel=1e-5)
             assert loss == pytest.approx(expected_loss, rel=1e-5)
@@ -297,13 +308,13 @@ def resumed(kind, plan, folder, seeds):
     return [piped_step(kind, pipe, optimizer, [seed]) for seed in seeds]
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2), (2, 1)])
+@pytest.mark.parametrize(("before", "after"), [((1, 1), (3, 1)), ((3, 1), (2, 2)), ((2, 2), (1, 1))])
 def test_a_checkpoint_goes_on_with_another_number_of_stages(workers, captured_profile, tmp_path, before, after):
     """Weights, AdamW's moments and its settings: the curve is the one without a break, tied weights included."""
     expected, _ = unsharded(Language, [[seed] for seed in range(6)])
-    plans = {n: planned(captured_profile, Language, n) for n in (before, after)}
-    first = on_ranks(workers, before, saved, Language, plans[before], tmp_path, range(3))
-    second = on_ranks(workers, after, resumed, Language, plans[after], tmp_path, range(3, 6))
+    plans = {n: planned(captured_profile, Language, n[0], pieces=n[1]) for n in (before, after)}
+    first = on_ranks(workers, before[0], saved, Language, plans[before], tmp_path, range(3))
+    second = on_ranks(workers, after[0], resumed, Language, plans[after], tmp_path, range(3, 6))
     assert close(first[0] + second[-1], expected)
 
 
@@ -414,6 +425,19 @@ def test_a_loss_that_raises_ends_all_ranks(workers, captured_profile):
     plan = planned(captured_profile, Chain, 3)
     lines = on_ranks(workers, 3, told, refused_once_made, Chain, plan, {"loss": raising, "timeout_s": 4.0}, "same")
     assert lines == ["stage 2 on cpu:2 failed: ValueError: no luck with this loss"] * 3
+
+
+def test_of_several_stages_all_are_named(workers, captured_profile):
+    """What fails on a device is said of its stages, since the engine does not tell which of them it was at."""
+    plan = planned(captured_profile, Chain, 2, pieces=2)
+    lines = on_ranks(workers, 2, told, refused_once_made, Chain, plan, {"loss": raising, "timeout_s": 4.0}, "same")
+    assert lines == [f"stages 1 and 3 on {plan.devices[1]} failed: ValueError: no luck with this loss"] * 2
+
+
+def test_a_plain_process_is_told_the_number_of_devices(captured_profile):
+    """Four stages on two devices are two processes."""
+    with pytest.raises(sw.ShardwrightError, match=r"4 stages on 2 devices, and this is one process: .*per-node 2 "):
+        made_pipe(Chain, planned(captured_profile, Chain, 2, pieces=2))
 
 
 def in_a_group_of_the_scripts(kind, plan):

@@ -123,7 +123,7 @@ def _naive(
         microbatches=best.problem.microbatches,
         devices=len(best.split.stages),
         step_s=best.step_s,
-        schedule=best.problem.schedule,
+        schedule="gpipe" if best.problem.schedule == "gpipe" else "1f1b",
         stages=_with_nodes(profile, best),
         ties=split_ties(profile, best),
     )

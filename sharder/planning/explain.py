@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterator
 
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.planning.partition import partition
+from shardwright.sharder.planning.interleave import device_loads
+from shardwright.sharder.planning.partition import Partition, partition
 from shardwright.sharder.planning.plan import Certificate
 from shardwright.sharder.planning.pricing import Option
 from shardwright.sharder.planning.problem import Problem, bits
 from shardwright.sharder.planning.relaxed import all_usable
 from shardwright.sharder.planning.search import simple_bound_s
+from shardwright.sharder.planning.stage_costs import shares_of
 from shardwright.sharder.planning.words import links_in_words, name_of
 
 __all__ = ["certify", "gap_percent", "what_binds"]
@@ -64,9 +66,15 @@ def what_binds(chosen: Option, deadline_s: float) -> str:
             free = partition(relaxed, time_limit_s=max(0.0, min(5.0, deadline_s - time.monotonic())))
         if free is not None and free.exact and free.value_s < enough * split.value_s:
             return f"{what}: without them the largest load would be {free.value_s / split.value_s:.0%} of this"
-    index = max(range(len(loads)), key=loads.__getitem__)
-    if not loads[index]:
+    if not max(loads):
         return "nothing: no unit takes time"
+    return _of_interleaved(problem, split) if problem.stages_per_device > 1 else _of_stages(chosen)
+
+
+def _of_stages(chosen: Option) -> str:
+    """What is most of the largest load."""
+    problem, split, loads = chosen.problem, chosen.split, chosen.loads
+    index = max(range(len(loads)), key=loads.__getitem__)
     device, members = split.stages[index]
     stage = f"stage {index} on {problem.devices[device]}"
     compute = {v: problem.work_s(v, device) for v in bits(members)}
@@ -93,6 +101,23 @@ def _anew_s(chosen: Option, index: int) -> float:
     before = sum(members for _, members in stages[:index])
     device, members = stages[index]
     return chosen.problem.more_s(before, before | members, device, len(stages) - 1 - index)
+
+
+def _of_interleaved(problem: Problem, split: Partition) -> str:
+    """The same where devices have several stages each."""
+    loads = device_loads(problem, split.stages)
+    index = max(range(len(loads)), key=loads.__getitem__)
+    device, members = shares_of(split.stages, problem.stages_per_device)[index]
+    name, stages = problem.devices[device], f"its {problem.stages_per_device} stages"
+    computes_s = sum(problem.work_s(v, device) for v in bits(members)) + problem.ties_s(members, device)
+    transfers = max(0.0, 1 - computes_s / loads[index])
+    if transfers > 0.5:
+        return f"the links of {name}: transfers are {transfers:.0%} of the load of {stages}"
+    if split.value_s <= 1.02 * simple_bound_s(problem):
+        return f"the work itself: {name} holds an even share of it in {stages}"
+    if split.value_s * (1 - transfers) <= 1.02 * simple_bound_s(problem):
+        return f"the transfers of {name}: they are {transfers:.0%} of the load of {stages}, the rest is an even share"
+    return f"the grain of the units: {name} cannot be evened out with {stages}"
 
 
 def _relaxations(problem: Problem) -> Iterator[tuple[str, Problem, float]]:

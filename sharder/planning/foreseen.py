@@ -38,6 +38,7 @@ def timeline_of(plan: Plan, costs: Sequence[StageCost] | None = None) -> Timelin
         plan.microbatches,
         schedule=plan.schedule,
         train=plan.train,
+        stages_per_device=plan.stages_per_device,
         transfers="overlapped" if plan.overlap else "serial",
         staged=plan.transfers == "staged",
     )

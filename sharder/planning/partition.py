@@ -15,6 +15,7 @@ from functools import partial
 
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.direct import Direct
+from shardwright.sharder.planning.interleave import device_loads, interleaved, piece_loads
 from shardwright.sharder.planning.line import is_chain, split_line
 from shardwright.sharder.planning.mincut import transfer_bound_s
 from shardwright.sharder.planning.orders import best_of_orders
@@ -34,7 +35,7 @@ from shardwright.sharder.planning.shifting import shifted
 from shardwright.sharder.planning.stagewise import Stagewise
 from shardwright.sharder.planning.transfers import as_staged, load_s, traffic_of
 
-__all__ = ["Partition", "partition", "stage_loads"]
+__all__ = ["Partition", "largest_load_s", "partition", "stage_loads"]
 
 LONG_SUMS = 1e-9
 """Differences of sums over ten thousand blocks differ from the sums of a few of them by less than this share."""
@@ -45,7 +46,7 @@ ORDERS_UNTIL, MOVES_UNTIL = 0.7, 0.95
 
 @dataclass(frozen=True)
 class Partition:
-    """Stages in order, as device index and bit mask of blocks. ``value_s`` is the largest load of a step."""
+    """Stages in order, as device index and bit mask of blocks. ``value_s`` is the largest load of a device."""
 
     stages: Stages
     value_s: float
@@ -134,6 +135,8 @@ def _even_splits(problem: Problem) -> Iterator[Stages]:
 
 def stage_loads(problem: Problem, stages: Sequence[tuple[int, int]]) -> list[float] | None:
     """The load of each stage in seconds of a step, or None when a stage has no unit, breaks a pin or does not fit."""
+    if problem.stages_per_device > 1:
+        return piece_loads(problem, tuple(stages))
     work_s = []
     closed = 0
     for position, (device, members) in enumerate(stages):
@@ -147,6 +150,14 @@ def stage_loads(problem: Problem, stages: Sequence[tuple[int, int]]) -> list[flo
         closed |= members
         work_s.append(sum(problem.work_s(v, device) for v in bits(members)) + problem.ties_s(members, device) + more_s)
     return [load_s(problem, *parts) for parts in zip(work_s, traffic_of(problem, stages), strict=True)]
+
+
+def largest_load_s(problem: Problem, stages: Sequence[tuple[int, int]]) -> float | None:
+    """The largest load of a device, or None where a stage has no unit, breaks a pin or does not fit."""
+    loads = stage_loads(problem, stages)
+    if loads is not None and problem.stages_per_device > 1:
+        loads = device_loads(problem, tuple(stages))
+    return None if loads is None else max(loads)
 
 
 def _cannot_fit(problem: Problem) -> bool:
@@ -269,6 +280,9 @@ def partition(
     start_s = clock()
     if _cannot_fit(problem):
         return None
+    if problem.stages_per_device > 1:
+        found = interleaved(problem, _classes(problem), _orders(problem), lambda: clock() >= start_s + time_limit_s)
+        return None if found is None else Partition(*found)
     best = _Best(problem)
     if is_chain(problem):
         best.take_line(lambda: clock() >= start_s + time_limit_s)

@@ -41,7 +41,12 @@ def prices_of_pins(
     prices = []
     for position, (pattern, device) in enumerate(pins.items()):
         others = {key: value for key, value in pins.items() if key != pattern}
-        problem = dataclasses.replace(problem_with(others), schedule=chosen.problem.schedule)
+        problem = dataclasses.replace(
+            problem_with(others),
+            schedule=chosen.problem.schedule,
+            stages_per_device=chosen.problem.stages_per_device,
+            forward_only=chosen.problem.forward_only,
+        )
         time_limit_s = max(0.0, deadline_s - time.monotonic()) / (len(pins) - position)
         offloads = bool(chosen.tiers)
         try:

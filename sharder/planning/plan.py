@@ -17,6 +17,7 @@ __all__ = [
     "Change",
     "Gain",
     "Objective",
+    "OtherSchedule",
     "PeakShare",
     "PinPrice",
     "Placement",
@@ -52,7 +53,10 @@ class Placement(Record):
 
 
 class Stage(Record):
-    """One device's share. Times are of one micro-batch; ``update_s``, ``tie_s`` and ``load_s`` are of one step."""
+    """One device's share, or one of several if interleaved.
+
+    Times are of one micro-batch; ``update_s``, ``tie_s`` and ``load_s`` are of one step.
+    """
 
     index: NonNegativeInt
     device: str
@@ -76,7 +80,9 @@ class Stage(Record):
     param_bytes: NonNegativeInt
     """A tied parameter is counted in the stage of its first user only."""
     memory_bytes: NonNegativeInt
+    """Its part of the device's peak."""
     memory_cap_bytes: PositiveInt
+    """Of the device."""
     in_flight: PositiveInt
     """Micro-batches whose saved tensors are held at once."""
     finish_s: NonNegativeFloat | None = None
@@ -155,6 +161,7 @@ class Candidate(Record):
 
     microbatches: PositiveInt
     stages: PositiveInt
+    stages_per_device: PositiveInt = 1
     bottleneck_s: NonNegativeFloat
     gap_percent: NonNegativeFloat
     step_s: NonNegativeFloat
@@ -166,6 +173,22 @@ class SplitStage(Stage):
     """A stage of a split that is not the plan's, with the nodes that it would have, glue among them."""
 
     nodes: tuple[str, ...]
+
+
+class OtherSchedule(Record):
+    """What the plan's schedule was weighed against: the best split with another number of stages a device."""
+
+    schedule: Literal["1f1b", "gpipe", "interleaved"]
+    stages_per_device: PositiveInt
+    devices: PositiveInt
+    microbatches: PositiveInt
+    step_s: NonNegativeFloat
+    bubble: NonNegativeFloat
+    """Share of all its devices' time in which they wait."""
+    transfer_s: NonNegativeFloat
+    """Seconds of a step that its device which is longest at it sends and receives."""
+    own_transfer_s: NonNegativeFloat
+    """The same of the plan."""
 
 
 class Alternative(Record):
@@ -277,7 +300,9 @@ class Plan(Document):
     host's memory; or straight to each stage that reads them."""
     overlap: bool = False
     """Whether transfers were taken to go on beside compute."""
-    schedule: Literal["1f1b", "gpipe"]
+    schedule: Literal["1f1b", "gpipe", "interleaved"]
+    stages_per_device: PositiveInt = 1
+    """More than one if interleaved: stage s is then on the device of stage s modulo the number of devices."""
     microbatches: PositiveInt
     stages: tuple[Stage, ...]
     nodes: tuple[Placement, ...]
@@ -298,6 +323,8 @@ class Plan(Document):
     """What would give a better proof."""
     predicted: Prediction
     candidates: tuple[Candidate, ...]
+    other_schedule: OtherSchedule | None = None
+    """None where only one number of stages a device was weighed, or one device is better."""
     alternatives: tuple[Alternative, ...] = ()
     pins: tuple[PinPrice, ...] = ()
     """What the planner was told, and what that costs."""
@@ -314,8 +341,8 @@ class Plan(Document):
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The devices used, in the order of the stages."""
-        return tuple(stage.device for stage in self.stages)
+        """The devices used, each once, in the order of the stages."""
+        return tuple(dict.fromkeys(stage.device for stage in self.stages))
 
     @property
     def recomputed(self) -> tuple[Stage, ...]:
@@ -326,6 +353,13 @@ class Plan(Document):
     def offloaded(self) -> dict[str, str]:
         """Units whose weights are not on their device between calls -> ``"cpu"`` or ``"disk"``."""
         return {n.unit: n.weights for n in self.nodes if n.kind == "unit" and n.weights != "device"}
+
+    def memory(self) -> dict[str, int]:
+        """Device -> bytes of its predicted peak: the sum of what its stages hold then."""
+        found = dict.fromkeys(self.devices, 0)
+        for stage in self.stages:
+            found[stage.device] += stage.memory_bytes
+        return found
 
     def placement(self) -> dict[str, str]:
         """Unit path -> device."""

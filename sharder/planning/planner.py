@@ -35,6 +35,13 @@ from shardwright.sharder.planning.pricing import Option, baseline_of, noise_s, p
 from shardwright.sharder.planning.problem import Problem, Recompute, Schedule, Transfers
 from shardwright.sharder.planning.recorded import split_ties, stage_of_nodes, stages_of
 from shardwright.sharder.planning.sensitivity import rivals_of, sensitivity_of
+from shardwright.sharder.planning.weighed import (
+    Wanted,
+    better_of,
+    compared,
+    pieces_asked,
+    with_interleaved,
+)
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -51,7 +58,8 @@ def plan(
     memory: Mapping[str, str | int] | None = None,
     pins: Mapping[str, str] | None = None,
     devices: Iterable[str] | None = None,
-    schedule: Schedule = "1f1b",
+    schedule: Wanted = "1f1b",
+    stages_per_device: int | None = None,
     transfers: Transfers = "relayed",
     overlap: bool = False,
     together: Iterable[str | Iterable[str]] = (),
@@ -78,7 +86,10 @@ def plan(
         memory: caps by device, in bytes or as text (``"10GiB"``), that replace the devices' own.
         pins: unit name or pattern -> device.
         devices: which devices to use; all that were profiled by default.
-        schedule: ``"1f1b"``, or ``"gpipe"``, which holds all micro-batches at once; inference has forwards only.
+        schedule: ``"1f1b"``; ``"gpipe"``, which holds all micro-batches at once; ``"interleaved"``, 1F1B with several
+            stages on each device, which fills the pipeline sooner and sends more; or ``"auto"``, 1F1B or interleaved,
+            whichever has the shorter step. Inference has forwards only.
+        stages_per_device: if interleaved; 2 by default.
         transfers: how tensors pass between stages: ``"relayed"`` from neighbour to neighbour, as the pipeline engine
             sends them; ``"direct"`` to each stage that reads them; ``"staged"`` through the host's memory, once out and
             once into each stage that reads.
@@ -102,7 +113,8 @@ def plan(
         from shardwright.profiler.from_graph import costs_from_graph
 
         profile, given = costs_from_graph(profile)
-    _check_known(objective, schedule, transfers, recompute)
+    _check_known(objective, transfers, recompute)
+    pieces = pieces_asked(schedule, stages_per_device, objective, transfers, contiguous=contiguous, recompute=recompute)
     chain = contiguous and objective != "latency"
     if recompute == "always":
         _check_recompute(chain=chain, train=profile.train)
@@ -112,7 +124,7 @@ def plan(
 
     def problem_at(count: int, pins: Mapping[str, str] | None = pins) -> Problem:
         graph = given if given is not None and count == profile.microbatches[0] else cost_graph(profile, count)
-        order: Schedule = schedule if profile.train else "gpipe"
+        order: Schedule = "gpipe" if schedule == "gpipe" or not profile.train else "1f1b"
         return problem_from_graph(
             graph,
             devices=names,
@@ -141,8 +153,9 @@ def plan(
         return _for_memory(profile, problems, [problem_at(count) for count in sorted(profile.microbatches)], deadline_s)
     options: list[Option] = []
     unfinished: ShardwrightError | None = None
+    plain_s = deadline_s - (time_limit_s / 2 if pieces > 1 else 0.0)
     for position, problem in enumerate(problems):
-        share_s = max(0.0, deadline_s - time.monotonic()) / (len(problems) - position)
+        share_s = max(0.0, plain_s - time.monotonic()) / (len(problems) - position)
         try:
             option = solve(problem, profile, time_limit_s=share_s)
         except ShardwrightError as error:
@@ -152,15 +165,15 @@ def plan(
             options.append(option)
     if not options and offload and not profile.train:
         options = _offloaded(problems, profile, deadline_s)
+    plain = options
+    options = with_interleaved(plain, problems, profile, schedule, pieces, deadline_s) if pieces > 1 else plain
     if not options:
         raise unfinished or _nothing_fits(problems, profile, deadline_s)
-
     by_count = {problem.microbatches: problem for problem in problems}
     every = [by_count.get(count) or problem_at(count) for count in sorted(profile.microbatches)]
     baseline = baseline_of(every, profile)
     alternatives = alternatives_of(problems, every, profile, baseline.step_s if baseline else None)
-    best = min(options, key=lambda option: option.step_s)
-    chosen = best
+    chosen = best = better_of([] if schedule == "interleaved" else plain, options[len(plain) :])
     if microbatches == "auto" and baseline is not None and not pins:
         # Among single devices only a difference beyond noise counts; a split has to be faster.
         margin_s = noise_s(best, baseline) if len(best.split.stages) == 1 else 0.0
@@ -171,6 +184,7 @@ def plan(
     written = _write(profile, chosen, options, baseline, alternatives, certificate)
     return written.model_copy(
         update={
+            "other_schedule": compared(chosen, options),
             "pins": prices_of_pins(
                 chosen,
                 pins or {},
@@ -181,7 +195,7 @@ def plan(
             "changes": (
                 None
                 if baseline is None or (written.predicted.speedup or 0.0) >= WORTHWHILE
-                else changes_tried(options, baseline, profile, deadline_s)
+                else changes_tried(plain or options, baseline, profile, deadline_s)
             ),
             "sensitivity": sensitivity_of(
                 chosen,
@@ -195,12 +209,10 @@ def plan(
     )
 
 
-def _check_known(objective: str, schedule: str, transfers: str, recompute: str) -> None:
+def _check_known(objective: str, transfers: str, recompute: str) -> None:
     """Refuse a word that the planner does not know."""
     if objective not in ("throughput", "latency", "memory"):
         raise ShardwrightError(f"objective {objective!r} is not known; the planner has: throughput, latency, memory")
-    if schedule not in ("1f1b", "gpipe"):
-        raise ShardwrightError(f"schedule {schedule!r} is not known; the planner has: 1f1b, gpipe")
     if transfers not in ("relayed", "staged", "direct"):
         raise ShardwrightError(f"transfers {transfers!r} is not known; the planner has: relayed, staged, direct")
     if recompute not in ("auto", "never", "always"):
@@ -287,6 +299,7 @@ def _write(
         transfers=problem.transfers,
         overlap=problem.overlap,
         schedule=problem.schedule,
+        stages_per_device=problem.stages_per_device,
         microbatches=problem.microbatches,
         stages=stages,
         nodes=tuple(
@@ -320,6 +333,7 @@ def _write(
             Candidate(
                 microbatches=option.problem.microbatches,
                 stages=len(option.split.stages),
+                stages_per_device=option.problem.stages_per_device,
                 bottleneck_s=option.split.value_s,
                 gap_percent=gap_percent(option.split.value_s, option.split.bound_s),
                 step_s=option.step_s,

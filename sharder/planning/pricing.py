@@ -11,10 +11,10 @@ from typing import Literal, TypedDict
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.partition import Partition, partition, stage_loads
-from shardwright.sharder.planning.problem import Problem, Schedule, bits
+from shardwright.sharder.planning.problem import Problem, Schedule
 from shardwright.sharder.planning.simulate import StageCost, expected_step_s, simulate
+from shardwright.sharder.planning.stage_costs import shares_of, stage_costs
 from shardwright.sharder.planning.timeline import Timeline
-from shardwright.sharder.planning.transfers import traffic_of
 
 __all__ = ["Option", "baseline_of", "noise_s", "price", "rules_of", "solve", "stages_anew"]
 
@@ -76,7 +76,7 @@ def solve(problem: Problem, profile: Profile, *, time_limit_s: float) -> Option 
 
 def _solved(problem: Problem, profile: Profile, time_limit_s: float) -> Option | None:
     attempts = [problem]
-    if problem.most_stages < len(problem.devices):
+    if problem.schedule == "1f1b" and problem.most_stages < len(problem.devices):
         attempts.append(dataclasses.replace(problem, schedule="gpipe"))
     unfinished: ShardwrightError | None = None
     for attempt in attempts:
@@ -96,6 +96,7 @@ class Rules(TypedDict):
     """How a step is simulated."""
 
     schedule: Schedule
+    stages_per_device: int
     train: bool
     transfers: Literal["serial", "overlapped"]
     staged: bool
@@ -105,6 +106,7 @@ def rules_of(problem: Problem, *, train: bool) -> Rules:
     """How a step of ``problem`` is simulated."""
     return Rules(
         schedule=problem.schedule,
+        stages_per_device=problem.stages_per_device,
         train=train,
         transfers="overlapped" if problem.overlap else "serial",
         staged=problem.transfers == "staged",
@@ -124,31 +126,14 @@ def price(problem: Problem, split: Partition, profile: Profile) -> Option:
     """Loads, costs of each stage, and the simulated step."""
     loads = stage_loads(problem, split.stages)
     assert loads is not None, "a split that was found is feasible"
-    relayed = problem.transfers == "relayed"
-    costs = []
-    anew = stages_anew(problem, split.stages)
-    for (device, members), traffic, again in zip(split.stages, traffic_of(problem, split.stages), anew, strict=True):
-        blocks = [problem.blocks[v] for v in bits(members)]
-        forward_s = sum(b.forward_s[device] for b in blocks)
-        # Computed anew, the first forward keeps nothing, and the other one is a part of the backward.
-        costs.append(
-            StageCost(
-                forward_s=sum(b.again_s(device) for b in blocks) if again else forward_s,
-                backward_s=sum(b.backward_s[device] for b in blocks) + (forward_s if again else 0.0),
-                update_s=sum(b.update_s[device] for b in blocks),
-                send_forward_s=traffic.forward_out_s,
-                receive_backward_s=traffic.backward_in_s,
-                tie_s=problem.ties_s(members, device),
-                receive_forward_s=None if relayed else traffic.forward_in_s,
-                send_backward_s=None if relayed else traffic.backward_out_s,
-            )
-        )
+    costs = stage_costs(problem, split.stages, stages_anew(problem, split.stages))
     rules = rules_of(problem, train=profile.train)
     timeline = simulate(costs, problem.microbatches, **rules)
     varied = {variation.device: variation.relative for variation in profile.variations}
-    relative = [varied.get(problem.devices[device], ()) for device, _ in split.stages]
+    devices = [device for device, _ in shares_of(split.stages, problem.stages_per_device)]
+    relative = [varied.get(problem.devices[device], ()) for device in devices]
     step_s, spread_s = expected_step_s(costs, relative, problem.microbatches, **rules)
-    return Option(problem, split, loads, tuple(costs), timeline, step_s, spread_s)
+    return Option(problem, split, loads, costs, timeline, step_s, spread_s)
 
 
 def baseline_of(problems: Iterable[Problem], profile: Profile) -> Option | None:

@@ -104,7 +104,7 @@ __all__ = [
 ]
 
 Recompute = Literal["auto", "never", "always"]
-Schedule = Literal["1f1b", "gpipe"]
+Schedule = Literal["1f1b", "gpipe", "interleaved"]
 Transfers = Literal["relayed", "staged", "direct"]
 Link = tuple[float, float]
 """Latency in s, bandwidth in bytes/s."""
@@ -213,10 +213,14 @@ class Problem:
     """By device: the way to the host's memory and the way from it; by default those of its slowest usable links."""
     recompute: Recompute = "never"
     """Whether stages are computed anew in the backward; ``"auto"``: those that would not fit otherwise."""
+    stages_per_device: int = 1
+    """More than one if interleaved: see interleave.py."""
+    forward_only: bool = False
+    """Whether nothing is trained; an interleaved pipeline needs to know."""
 
     @property
     def most_stages(self) -> int:
-        """Stages that the devices allow, and the schedule: 1F1B needs a micro-batch for every stage."""
+        """Stages that the devices allow, if interleaved rounds of them; 1F1B needs a micro-batch for every stage."""
         return min(len(self.devices), self.microbatches) if self.schedule == "1f1b" else len(self.devices)
 
     def work_s(self, block: int, device: int) -> float:
@@ -346,6 +350,8 @@ class Problem:
             caps=(self.caps[device],),
             links=((self.links[device][device],),),
             ties=(),
+            schedule="1f1b" if self.schedule == "interleaved" else self.schedule,
+            stages_per_device=1,
             updates_together=self.updates_together[device : device + 1],
             hosts=self.hosts[device : device + 1],
         )

@@ -6,10 +6,12 @@ import dataclasses
 from typing import Any
 
 from shardwright.profiler.profile import Profile
+from shardwright.sharder.planning.interleaved_memory import held_by_stages
 from shardwright.sharder.planning.plan import SplitTie, Stage
 from shardwright.sharder.planning.pricing import Option
-from shardwright.sharder.planning.problem import bits, in_flight
+from shardwright.sharder.planning.problem import bits
 from shardwright.sharder.planning.simulate import StageCost
+from shardwright.sharder.planning.stage_costs import shares_of
 
 __all__ = ["split_ties", "stage_of_nodes", "stages_of"]
 
@@ -35,9 +37,9 @@ def stages_of(profile: Profile, option: Option) -> tuple[Stage, ...]:
         param_bytes[stage_of[node.name]] += node.param_bytes
         if node.kind == "unit":
             units[stage_of[node.name]][node.unit] = None
-    stages, closed, anew = [], 0, option.anew
-    for index, (device, members) in enumerate(split.stages):
-        after = len(split.stages) - 1 - index
+    stages, anew = [], option.anew
+    held = held_by_stages(problem, split.stages, anew, train=profile.train)
+    for index, (device, _) in enumerate(split.stages):
         stages.append(
             Stage(
                 index=index,
@@ -46,13 +48,12 @@ def stages_of(profile: Profile, option: Option) -> tuple[Stage, ...]:
                 **_recorded(option.costs[index]),
                 load_s=option.loads[index],
                 param_bytes=param_bytes[index],
-                memory_bytes=problem.memory_bytes(closed, closed | members, device, after, recomputed=anew[index]),
+                memory_bytes=held[index][0],
                 memory_cap_bytes=problem.caps[device],
-                in_flight=in_flight(problem.schedule, problem.microbatches, after) if profile.train else 1,
+                in_flight=held[index][1],
                 recompute=anew[index],
             )
         )
-        closed |= members
     return tuple(stages)
 
 
@@ -64,9 +65,13 @@ def _recorded(cost: StageCost) -> dict[str, Any]:
 def split_ties(profile: Profile, option: Option) -> tuple[SplitTie, ...]:
     """The profile's ties with users in several stages; copies of buffers and constants have nothing in common."""
     named = {tie.name for tie in profile.ties}
+    stages = option.split.stages
+    shares = shares_of(stages, option.problem.stages_per_device)
     held = {
-        tie.name: tuple(i for i, (_, members) in enumerate(option.split.stages) if tie.held(members))
+        tie.name: tuple(
+            i for i, (_, members) in enumerate(stages) if members & tie.users and tie.held(shares[i % len(shares)][1])
+        )
         for tie in option.problem.ties
         if tie.name in named
     }
-    return tuple(SplitTie(name=name, stages=stages) for name, stages in held.items() if stages)
+    return tuple(SplitTie(name=name, stages=users) for name, users in held.items() if users)

@@ -25,11 +25,12 @@ import numpy.typing as npt
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Measurement, Profile
-from shardwright.sharder.planning.partition import partition, stage_loads
+from shardwright.sharder.planning.partition import largest_load_s, partition
 from shardwright.sharder.planning.plan import Replans, Sensitivity
 from shardwright.sharder.planning.pricing import Option, rules_of
 from shardwright.sharder.planning.problem import Problem, bits
 from shardwright.sharder.planning.simulate import steps_at
+from shardwright.sharder.planning.stage_costs import shares_of
 
 __all__ = ["rivals_of", "sensitivity_of"]
 
@@ -157,20 +158,25 @@ def sensitivity_of(
 
 def rivals_of(chosen: Option, options: Sequence[Option], baseline: Option | None) -> list[tuple[str, Option]]:
     """The other options that were weighed, each with a name."""
-    rivals = [
-        (f"the best split over {len(o.split.stages)} devices at {o.problem.microbatches} micro-batches", o)
-        for o in options
-        if o is not chosen and len(o.split.stages) > 1
-    ]
+    rivals = [(_name_of(o), o) for o in options if o is not chosen and len(o.split.stages) > 1]
     if baseline is not None and chosen is not baseline:
         rivals.append((f"{baseline.problem.devices[0]} alone", baseline))
     return rivals
 
 
+def _name_of(option: Option) -> str:
+    """A split that was weighed, in words."""
+    problem, stages = option.problem, len(option.split.stages)
+    pieces = problem.stages_per_device
+    what = "interleaved split" if pieces > 1 else "split"
+    return f"the best {what} over {stages // pieces} devices at {problem.microbatches} micro-batches"
+
+
 def _steps(option: Option, draws: _Draws, profile: Profile) -> _Floats:
     """The median step at each draw."""
     problem = option.problem
-    factors = [draws.factors(problem, members, device) for device, members in option.split.stages]
+    shares = shares_of(option.split.stages, problem.stages_per_device)
+    factors = [draws.factors(problem, members, device) for device, members in shares]
     rules = rules_of(problem, train=profile.train)
     steps = steps_at(option.costs, np.array(factors).T, problem.microbatches, **rules)
     # What unsteady devices add to the step of the median times is taken as in proportion.
@@ -203,11 +209,11 @@ def _replans_of(chosen: Option, draws: _Draws, count: int, deadline_s: float) ->
         split = None
         with contextlib.suppress(ShardwrightError):
             split = partition(drawn, time_limit_s=max(0.0, deadline_s - time.monotonic()) / (count - draw))
-        loads = stage_loads(drawn, chosen.split.stages)
-        if split is None or loads is None:
+        value_s = largest_load_s(drawn, chosen.split.stages)
+        if split is None or value_s is None:
             continue
         planned += 1
-        lost = max(0.0, 1 - split.value_s / max(loads)) if max(loads) else 0.0
+        lost = max(0.0, 1 - split.value_s / value_s) if value_s else 0.0
         others += lost > NOTICEABLE
         most = max(most, lost)
     return Replans(planned=planned, others=others, most_lost_percent=100 * most)

@@ -1,12 +1,12 @@
-"""Accounts of a step: what each stage spends it on, as predicted and as measured, and which costs were off.
+"""Accounts of a step: what each device spends it on, as predicted and as measured, and which costs were off.
 
-Each stage's slots are put on one clock. A transfer begins when both ends have posted it; the wait for it is cut there:
+Each device's slots are put on one clock. A transfer begins when both ends have posted it; the wait for it is cut there:
 
     sender     | F3 ......... |post     send F3     |
     receiver   | B1 ... |post     wait    | recv F3 | F3 ...
 
 Before the cut the receiver waits for the sender's compute, which is its bubble, and afterwards for the link. What no
-slot covers between a stage's start and end is the engine's own work. So the parts of each stage add up to the step.
+slot covers between a device's start and end is the engine's own work. So its parts add up to the step.
 
 The difference of the steps is explained by simulating the step with one measured cost after the other in place of the
 predicted one, first the one that changes the step most. The changes add up to all that costs can explain.
@@ -52,11 +52,13 @@ class Mark(NamedTuple):
     microbatch: int | None
     start_s: float
     end_s: float
+    piece: int = 0
+    """Which of the device's stages, in their order."""
 
 
 @dataclass(frozen=True)
 class Noted:
-    """What one stage noted in a step, all in seconds of the host's clock."""
+    """What one device noted in a step, all in seconds of the host's clock."""
 
     start_s: float
     end_s: float
@@ -67,10 +69,11 @@ class Noted:
 
 
 def accounts_of(plan: Plan, steps: Sequence[Sequence[Noted]]) -> Accounts:
-    """The accounts of the step of median length (the shorter of two) among noted ``steps``, each by stage."""
+    """The accounts of the step of median length (the shorter of two) among noted ``steps``, each by device."""
     lengths = [max(n.end_s for n in step) - min(n.start_s for n in step) for step in steps]
     shown = steps[lengths.index(statistics.median_low(lengths))]
     measured_s, measured = measured_slots(shown)
+    count = len(plan.devices)
     costs = costs_of(plan)
     timeline = timeline_of(plan, costs)
     predicted = predicted_slots(timeline, costs, serial=not plan.overlap)
@@ -80,11 +83,11 @@ def accounts_of(plan: Plan, steps: Sequence[Sequence[Noted]]) -> Accounts:
         predicted_s=timeline.step_s,
         stages=tuple(
             StageAccounts(
-                device=stage.device,
-                predicted=account((s for s in predicted if s.stage == stage.index), timeline.step_s),
-                measured=account((s for s in measured if s.stage == stage.index), measured_s),
+                device=device,
+                predicted=account((s for s in predicted if s.stage % count == position), timeline.step_s),
+                measured=account((s for s in measured if s.stage % count == position), measured_s),
             )
-            for stage in plan.stages
+            for position, device in enumerate(plan.devices)
         ),
         off=off(plan, measured_costs(measured, len(plan.stages), plan.microbatches), measured_s),
         predicted=predicted,
@@ -93,7 +96,7 @@ def accounts_of(plan: Plan, steps: Sequence[Sequence[Noted]]) -> Accounts:
 
 
 def account(slots: Iterable[Slot], step_s: float) -> Account:
-    """The account of one stage whose ``slots`` do not overlap, in a step of ``step_s`` seconds."""
+    """The account of one device whose ``slots`` do not overlap, in a step of ``step_s`` seconds."""
     parts = dict.fromkeys(_FIELDS.values(), 0.0)
     for slot in slots:
         parts[_FIELDS[slot.what]] += slot.duration_s
@@ -102,18 +105,21 @@ def account(slots: Iterable[Slot], step_s: float) -> Account:
 
 
 def measured_slots(noted: Sequence[Noted]) -> tuple[float, tuple[Slot, ...]]:
-    """The step's seconds and its slots, from what each stage noted."""
+    """The step's seconds and its slots, from what each device noted."""
+    count = len(noted)
     start_s, end_s = min(n.start_s for n in noted), max(n.end_s for n in noted)
     ready: dict[tuple[str, int, int | None], float] = {}
-    for stage, each in enumerate(noted):
+    for device, each in enumerate(noted):
         for post in each.posts:
-            key = _message(stage, post)
+            key = _message(device + count * post.piece, post)
             ready[key] = max(post.start_s, ready.get(key, post.start_s))
     slots: list[Slot] = []
-    for stage, each in enumerate(noted):
+    for device, each in enumerate(noted):
         parts = [Mark("wait", None, start_s, each.start_s)]
         for mark in each.marks:
-            both_s = min(max(ready.get(_message(stage, mark), mark.start_s), mark.start_s), mark.end_s)
+            both_s = min(
+                max(ready.get(_message(device + count * mark.piece, mark), mark.start_s), mark.start_s), mark.end_s
+            )
             parts += [mark._replace(what="wait", end_s=both_s), mark._replace(start_s=both_s)]
         parts.append(Mark("wait", None, max(each.end_s, parts[-1].end_s), end_s))
         at_s = start_s
@@ -121,7 +127,7 @@ def measured_slots(noted: Sequence[Noted]) -> tuple[float, tuple[Slot, ...]]:
             # Events of a GPU may be a little off the host's clock at the ends.
             begin_s, until_s = max(part.start_s, at_s), min(part.end_s, end_s)
             if until_s > begin_s:
-                slots.append(_slot(stage, part, begin_s - start_s, until_s - start_s))
+                slots.append(_slot(device + count * part.piece, part, begin_s - start_s, until_s - start_s))
                 at_s = until_s
     return end_s - start_s, tuple(slots)
 
@@ -141,32 +147,36 @@ def _message(stage: int, mark: Mark) -> tuple[str, int, int | None]:
 
 
 def predicted_slots(timeline: Timeline, costs: Sequence[StageCost], *, serial: bool) -> tuple[Slot, ...]:
-    """The slots of a simulated step with one stage a device; ``serial``: transfers keep both ends from computing."""
-    free_s = [0.0] * len(costs)
+    """The slots of a simulated step; ``serial``: transfers keep both ends from computing.
+
+    What is of no stage, as a device's wait for the end, is put down to the device's first one.
+    """
+    free_s = [0.0] * timeline.order.devices
     slots: list[Slot] = []
 
-    def add(stage: int, what: What, microbatch: int | None, start_s: float, seconds: float) -> None:
-        if start_s > free_s[stage]:
-            slots.append(_slot(stage, Mark("wait", microbatch, 0, 0), free_s[stage], start_s))
-            free_s[stage] = start_s
+    def add(device: int, stage: int, what: What, microbatch: int | None, start_s: float, seconds: float) -> None:
+        if start_s > free_s[device]:
+            slots.append(_slot(stage, Mark("wait", microbatch, 0, 0), free_s[device], start_s))
+            free_s[device] = start_s
         if seconds > 0:
-            slots.append(_slot(stage, Mark(what, microbatch, 0, 0), free_s[stage], free_s[stage] + seconds))
-            free_s[stage] += seconds
+            slots.append(_slot(stage, Mark(what, microbatch, 0, 0), free_s[device], free_s[device] + seconds))
+            free_s[device] += seconds
 
     for slot in timeline.slots:
-        stage, number = slot.device, slot.operation.microbatch
+        at, number = (slot.device, slot.operation.stage), slot.operation.microbatch
         forward = slot.operation.kind == "F"
-        into_s, out_s = _exchanged_s(costs, stage, forward=forward) if serial else (0.0, 0.0)
+        into_s, out_s = _exchanged_s(costs, slot.operation.stage, forward=forward) if serial else (0.0, 0.0)
         crossing = "activations" if forward else "gradients"
         receive: What = "receive activations" if crossing == "activations" else "receive gradients"
         send: What = "send activations" if crossing == "activations" else "send gradients"
-        add(stage, receive, number, slot.start_s - into_s, into_s)
-        add(stage, "forward" if forward else "backward", number, slot.start_s, slot.end_s - slot.start_s)
-        add(stage, send, number, slot.end_s, out_s)
-    for stage, cost in enumerate(costs):
-        add(stage, "tie", None, free_s[stage], cost.tie_s)
-        add(stage, "update", None, free_s[stage], cost.update_s)
-        add(stage, "wait", None, timeline.step_s, 0.0)
+        add(*at, receive, number, slot.start_s - into_s, into_s)
+        add(*at, "forward" if forward else "backward", number, slot.start_s, slot.end_s - slot.start_s)
+        add(*at, send, number, slot.end_s, out_s)
+    for device in range(timeline.order.devices):
+        mine = costs[device :: timeline.order.devices]
+        add(device, device, "tie", None, free_s[device], sum(cost.tie_s for cost in mine))
+        add(device, device, "update", None, free_s[device], sum(cost.update_s for cost in mine))
+        add(device, device, "wait", None, timeline.step_s, 0.0)
     return tuple(slots)
 
 
@@ -267,17 +277,20 @@ def _all_own(costs: Sequence[StageCost]) -> tuple[StageCost, ...]:
 
 
 def _changes(plan: Plan) -> list[_Change]:
-    """Every cost that may be off: of a stage, or of the link from it to the next."""
+    """Every cost that may be off: of a device, or of the link from it to the next."""
     found = []
-    for stage, device in enumerate(plan.devices):
+    count, last = len(plan.devices), len(plan.stages) - 1
+    for position, device in enumerate(plan.devices):
+        mine = range(position, len(plan.stages), count)
         found += [
-            _Change("forward", (device,), ((stage, "forward_s"),)),
-            _Change("backward", (device,), ((stage, "backward_s"),)),
-            _Change("update", (device,), ((stage, "update_s"),)),
-            _Change("ties", (device,), ((stage, "tie_s"),)),
+            _Change("forward", (device,), tuple((stage, "forward_s") for stage in mine)),
+            _Change("backward", (device,), tuple((stage, "backward_s") for stage in mine)),
+            _Change("update", (device,), tuple((stage, "update_s") for stage in mine)),
+            _Change("ties", (device,), tuple((stage, "tie_s") for stage in mine)),
         ]
-        if stage + 1 < len(plan.stages):
-            ends = (stage, "send_forward_s"), (stage, "receive_backward_s")
-            others = (stage + 1, "receive_forward_s"), (stage + 1, "send_backward_s")
-            found.append(_Change("transfers", plan.devices[stage : stage + 2], (*ends, *others)))
+        crossed = [stage for stage in mine if stage < last]
+        if crossed:
+            ends = ((s, field) for s in crossed for field in ("send_forward_s", "receive_backward_s"))
+            others = ((s + 1, field) for s in crossed for field in ("receive_forward_s", "send_backward_s"))
+            found.append(_Change("transfers", (device, plan.stages[crossed[0] + 1].device), (*ends, *others)))
     return found

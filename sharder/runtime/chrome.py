@@ -1,6 +1,6 @@
 """A run's timelines as a trace that ui.perfetto.dev and chrome://tracing open: Google's Trace Event Format, as JSON.
 
-The measured timeline is one process, the predicted one another, and each stage a thread of both. A slot is a complete
+The measured timeline is one process, the predicted one another, and each device a thread of both. A slot is a complete
 event (``"ph": "X"``), its ``ts`` and ``dur`` in microseconds; metadata events (``"M"``) give names and order.
 """
 
@@ -42,9 +42,11 @@ def trace_of(run: Run, accounts: Accounts) -> dict[str, Any]:
         ("predicted", accounts.predicted, accounts.predicted_s),
     )
     events: list[dict[str, Any]] = []
+    interleaved = any(slot.stage >= len(run.devices) for slot in accounts.predicted)
     for process, (name, slots, step_s) in enumerate(shown, start=1):
-        events += _names(process, f"{name}: a step of {1e3 * step_s:.4g} ms", run.devices)
-        events += (_event(process, slot) for slot in slots)
+        threads = [d if interleaved else f"stage {stage}: {d}" for stage, d in enumerate(run.devices)]
+        events += _names(process, f"{name}: a step of {1e3 * step_s:.4g} ms", threads)
+        events += (_event(process, slot, len(threads), interleaved=interleaved) for slot in slots)
     return {
         "traceEvents": events,
         "displayTimeUnit": "ms",
@@ -52,7 +54,7 @@ def trace_of(run: Run, accounts: Accounts) -> dict[str, Any]:
     }
 
 
-def _names(process: int, name: str, devices: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _names(process: int, name: str, threads: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Metadata: what the process and its threads are called, and how they are sorted."""
 
     def metadata(what: str, thread: int, **args: Any) -> dict[str, Any]:
@@ -60,22 +62,24 @@ def _names(process: int, name: str, devices: Sequence[str]) -> Iterator[dict[str
 
     yield metadata("process_name", 0, name=name)
     yield metadata("process_sort_index", 0, sort_index=process)
-    for stage, device in enumerate(devices):
-        yield metadata("thread_name", stage + 1, name=f"stage {stage}: {device}")
-        yield metadata("thread_sort_index", stage + 1, sort_index=stage)
+    for position, thread in enumerate(threads):
+        yield metadata("thread_name", position + 1, name=thread)
+        yield metadata("thread_sort_index", position + 1, sort_index=position)
 
 
-def _event(process: int, slot: Slot) -> dict[str, Any]:
+def _event(process: int, slot: Slot, devices: int, *, interleaved: bool) -> dict[str, Any]:
     # Whole nanoseconds, and the length as a difference of them: neighbours then touch and never overlap.
     start_ns, end_ns = round(slot.start_s * 1e9), round(slot.end_s * 1e9)
     number = "" if slot.microbatch is None or slot.what == "wait" else str(slot.microbatch)
+    # As PyTorch's own schedules are written, 2F0 is the forward of micro-batch 0 on stage 2.
+    stage = str(slot.stage) if interleaved and slot.what in ("forward", "backward") else ""
     return {
-        "name": _NAMES[slot.what] + number,
+        "name": stage + _NAMES[slot.what] + number,
         "cat": "transfer" if slot.what.startswith(("send", "receive", "tie")) else slot.what,
         "ph": "X",
         "pid": process,
-        "tid": slot.stage + 1,
+        "tid": slot.stage % devices + 1,
         "ts": start_ns / 1e3,
         "dur": (end_ns - start_ns) / 1e3,
-        "args": {} if slot.microbatch is None else {"microbatch": slot.microbatch},
+        "args": {} if slot.microbatch is None else {"microbatch": slot.microbatch, "stage": slot.stage},
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from shardwright.errors import ShardwrightError
 from shardwright.profiler.unitgraph import Step, UnitGraph, Value, graph_root
 from shardwright.sharder.planning.plan import Plan
 
-__all__ = ["StageProgram", "TensorShape", "cut", "mapped_arguments"]
+__all__ = ["Share", "StageProgram", "TensorShape", "cut", "mapped_arguments"]
 
 
 class TensorShape(NamedTuple):
@@ -62,6 +63,10 @@ class StageProgram:
     recompute: bool = False
     """Whether it is computed anew in the backward."""
 
+    def calling(self, attributes: dict[str, Any]) -> StageProgram:
+        """The same with other ``attributes``."""
+        return replace(self, attributes=attributes)
+
     def module(self) -> fx.GraphModule:
         """The stage as a module: takes its inputs in order, returns the tuple of its outputs."""
         graph = fx.Graph()
@@ -76,6 +81,30 @@ class StageProgram:
             )
         graph.lint()
         return fx.GraphModule(self.attributes, graph)
+
+
+class Share:
+    """The stages of one device as modules, and all that they call in one module, by its names in the model.
+
+    What several of the stages use is the same tensor in each, on any device.
+
+    Args:
+        programs: in the order of the forward.
+    """
+
+    def __init__(self, programs: Sequence[StageProgram], device: torch.device) -> None:
+        if len(programs) == 1:
+            self.modules = [programs[0].module().to(device)]
+            self.whole: nn.Module = self.modules[0]
+            return
+        called = {name: value for program in programs for name, value in program.attributes.items()}
+        graph = fx.Graph()
+        for name in called:
+            graph.get_attr(name)
+        graph.output(None)
+        self.whole = fx.GraphModule(called, graph).to(device)
+        moved = {name: attrgetter(name)(self.whole) for name in called}
+        self.modules = [p.calling({name: moved[name] for name in p.attributes}).module() for p in programs]
 
 
 def mapped_arguments(value: Any, function: Callable[[Any], Any]) -> Any:

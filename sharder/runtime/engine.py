@@ -15,7 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, _utils
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleLoopedBFS,
+    _utils,
+)
 from torch.distributed.pipelining.microbatch import TensorChunkSpec, _Replicate
 
 from shardwright.errors import ShardwrightError
@@ -24,6 +31,7 @@ from shardwright.sharder.runtime.cut import StageProgram, trainable
 from shardwright.sharder.runtime.recompute import RecomputedStage
 
 __all__ = [
+    "Schedule",
     "SharedGradients",
     "SharedParameter",
     "make_schedule",
@@ -34,13 +42,17 @@ __all__ = [
 ]
 
 
+Schedule = Schedule1F1B | ScheduleGPipe | ScheduleInterleaved1F1B | ScheduleLoopedBFS
+
+
 @dataclass(frozen=True)
 class SharedParameter:
-    """A parameter of which several stages hold a copy; their gradients are summed once a step."""
+    """A parameter of which several devices hold a copy; their gradients are summed once a step."""
 
     names: frozenset[str]
     """All that it has in the model."""
-    stages: tuple[int, ...]
+    holders: tuple[int, ...]
+    """Positions of the devices, in the order in which the stages go around them."""
 
 
 def names_by_tensor(model: nn.Module) -> dict[int, set[str]]:
@@ -53,10 +65,16 @@ def names_by_tensor(model: nn.Module) -> dict[int, set[str]]:
 
 
 def shared_parameters(plan: Plan, model: nn.Module) -> tuple[SharedParameter, ...]:
-    """The plan's ties, with every name that the parameter has."""
+    """The plan's ties over several devices, with every name that the parameter has."""
     names = names_by_tensor(model)
     every = dict(model.named_parameters(remove_duplicate=False))
-    return tuple(SharedParameter(frozenset(names[id(every[tie.name])]), tie.stages) for tie in plan.ties)
+    count = len(plan.devices)
+    held = {tie.name: tuple(sorted({stage % count for stage in tie.stages})) for tie in plan.ties}
+    return tuple(
+        SharedParameter(frozenset(names[id(every[name])]), holders)
+        for name, holders in held.items()
+        if len(holders) > 1
+    )
 
 
 def sendable(programs: list[StageProgram], *, train: bool) -> list[StageProgram]:
@@ -77,7 +95,7 @@ def make_stage(
     device: torch.device,
     group: dist.ProcessGroup | None = None,
 ) -> PipelineStage:
-    """``program``, with ``module`` to compute it, as one of ``stages`` stages; ``group``'s ranks are the stages.
+    """``program``, with ``module`` to compute it, as one of ``stages`` stages that go around ``group``'s ranks.
 
     The stage's ``submod`` is ``module``, or what computes it anew in the backward.
     """
@@ -91,39 +109,53 @@ def make_stage(
 
 
 def make_schedule(
-    stage: PipelineStage,
+    stages: Sequence[PipelineStage],
     kind: str,
     microbatches: int,
     loss: Callable[[Any, Tensor], Tensor] | None,
     batched: Sequence[bool],
     *,
     scale_grads: bool,
-) -> Schedule1F1B | ScheduleGPipe:
-    """What drives ``stage`` through ``microbatches`` micro-batches, backward too if there is a ``loss``.
+) -> Schedule:
+    """What drives this process's ``stages`` through ``microbatches`` micro-batches, backward too with a ``loss``.
+
+    Several stages a process go by interleaved 1F1B where it can divide the micro-batches into equal rounds, and else by
+    looped breadth first, which is GPipe for them: all micro-batches through one stage, then through the next
+    (Lamy-Poirier, "Breadth-first pipeline parallelism", MLSys 2023).
 
     Args:
-        kind: ``"1f1b"`` or ``"gpipe"``.
+        kind: of problem.Schedule.
         batched: of each input of the model, whether it is divided along its first dimension; others go to each whole.
-        scale_grads: whether the engine divides all gradients by the number of micro-batches, earlier ones too.
+        scale_grads: whether the engine divides all gradients by the number of micro-batches, earlier ones too. It does
+            so stage by stage, so that a parameter which several stages of a process share must not be left to it.
     """
     chunks: Any = tuple(TensorChunkSpec(0) if divided else _Replicate() for divided in batched)
-    make = ScheduleGPipe if kind == "gpipe" else Schedule1F1B
-    return make(
-        stage,
-        n_microbatches=microbatches,
-        loss_fn=loss,
-        args_chunk_spec=chunks if stage.is_first else None,
-        scale_grads=scale_grads,
-    )
+    first = any(stage.is_first for stage in stages)
+    options: Any = {
+        "n_microbatches": microbatches,
+        "loss_fn": loss,
+        "args_chunk_spec": chunks if first else None,
+        "scale_grads": scale_grads,
+    }
+    if len(stages) > 1:
+        rounds = max(1, microbatches // stages[0].group_size)
+        if microbatches % rounds == 0:
+            return ScheduleInterleaved1F1B(list(stages), **options)
+        del options["args_chunk_spec"]  # which this one has forgotten to take
+        looped = ScheduleLoopedBFS(list(stages), **options)
+        looped._args_chunk_spec = chunks if first else None
+        return looped
+    return ScheduleGPipe(stages[0], **options) if kind == "gpipe" else Schedule1F1B(stages[0], **options)
 
 
 class SharedGradients:
-    """Sums the gradients of the parameters that this stage shares with others.
+    """Sums the gradients of the parameters that this process shares with others.
 
     Every process makes one, with the same ``ties`` in the same order, for each tie is a process group.
 
     Args:
-        ranks: of each stage, its rank in the process group; by default its number.
+        position: of this process's device among ``holders``.
+        ranks: of each device, its rank in the process group; by default its position.
         backend: of these groups; by default that of the process group.
         limit: how long one process waits for another there; by default PyTorch's.
     """
@@ -131,7 +163,7 @@ class SharedGradients:
     def __init__(
         self,
         ties: Sequence[SharedParameter],
-        stage: int,
+        position: int,
         module: nn.Module,
         *,
         ranks: Sequence[int] = (),
@@ -142,9 +174,9 @@ class SharedGradients:
         self.shared: list[tuple[nn.Parameter, dist.ProcessGroup]] = []
         self.groups: list[dist.ProcessGroup] = []
         for tie in ties:
-            members = [ranks[each] if ranks else each for each in tie.stages]
+            members = [ranks[each] if ranks else each for each in tie.holders]
             group = dist.new_group(members, backend=backend, timeout=limit)
-            if stage in tie.stages:
+            if position in tie.holders:
                 self.groups.append(group)
                 self.shared += [(named[name], group) for name in sorted(tie.names & named.keys())[:1]]
 

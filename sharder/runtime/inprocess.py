@@ -253,10 +253,10 @@ def _under_modes() -> bool:
 
 
 def _seats(plan: Plan, homes: Mapping[str, torch.device]) -> list[Seat]:
-    """A seat a stage; the cores are shared out as they were for the profile."""
+    """A seat a stage; the cores are shared out as they were for the profile. Stages of one device share its cores."""
     workers = [name for name in plan.profiled_devices or plan.devices if name.startswith("cpu")]
     cores = share_cores(workers, available_cores())
     return [
-        Seat(device, homes[device], cores.get(device, ()) if homes[device].type == "cpu" else ())
-        for device in plan.devices
+        Seat(name, homes[name], cores.get(name, ()) if homes[name].type == "cpu" else ())
+        for name in (stage.device for stage in plan.stages)
     ]

@@ -81,6 +81,7 @@ def as_plan(plan: Plan, alternative: Alternative) -> Plan:
             "ties": alternative.ties,
             "microbatches": alternative.microbatches,
             "schedule": alternative.schedule,
+            "stages_per_device": 1,
             "predicted": predicted,
             "alternatives": (),
             "candidates": (),

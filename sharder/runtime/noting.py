@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,14 @@ _MESSAGES: dict[str, What] = {
     "get_bwd_recv_ops": "receive gradients",
     "get_bwd_send_ops": "send gradients",
 }
+
+
+class _Label(NamedTuple):
+    """What was done, for which micro-batch, on which of the device's stages."""
+
+    what: What
+    microbatch: int | None
+    piece: int
 
 
 class Clock(Protocol):
@@ -78,7 +86,7 @@ class StreamClock:
 
 
 class Notes:
-    """The notes of one stage in one step.
+    """The notes of one device in one step; its stages are numbered by their order, as pieces.
 
     Args:
         clock: by default that of ``device``.
@@ -86,24 +94,25 @@ class Notes:
 
     def __init__(self, device: torch.device, clock: Clock | None = None) -> None:
         self.clock: Clock = clock or (StreamClock(device) if device.type == "cuda" else HostClock())
-        self._slots: list[tuple[What, int | None, Any, Any]] = []
-        self._posts: dict[tuple[What, int | None], Any] = {}
-        self._labels: dict[int, tuple[Any, tuple[What, int]]] = {}
+        self._slots: list[tuple[_Label, Any, Any]] = []
+        self._posts: dict[_Label, Any] = {}
+        self._labels: dict[int, tuple[Any, _Label]] = {}
         """By identity, with the object, which stays alive until its label is read: no longer, for it holds tensors."""
 
     @contextmanager
-    def slot(self, what: What, microbatch: int | None = None) -> Iterator[None]:
+    def slot(self, what: What, microbatch: int | None = None, piece: int = 0) -> Iterator[None]:
         """Note when the block begins and ends."""
         start = self.clock.now()
         try:
             yield
         finally:
-            self._slots.append((what, microbatch, start, self.clock.now()))
+            self._slots.append((_Label(what, microbatch, piece), start, self.clock.now()))
 
-    def post(self, what: What, microbatch: int | None = None) -> None:
+    def post(self, what: What, microbatch: int | None = None, piece: int = 0) -> None:
         """Note that the stage has come to a transfer; of one in several tensors, the first counts."""
-        if (what, microbatch) not in self._posts:
-            self._posts[what, microbatch] = self.clock.now()
+        label = _Label(what, microbatch, piece)
+        if label not in self._posts:
+            self._posts[label] = self.clock.now()
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -115,8 +124,10 @@ class Notes:
     def noted(self) -> Noted:
         """What was noted, after the device has done everything."""
         seconds = self.clock.seconds
-        marks = [Mark(what, number, seconds(start), seconds(end)) for what, number, start, end in self._slots]
-        posts = [Mark(what, number, seconds(at), seconds(at)) for (what, number), at in self._posts.items()]
+        marks = [Mark(what, number, seconds(t), seconds(end), piece) for (what, number, piece), t, end in self._slots]
+        posts = [
+            Mark(what, number, seconds(at), seconds(at), piece) for (what, number, piece), at in self._posts.items()
+        ]
         return Noted(
             start_s=seconds(self._start),
             end_s=seconds(self._end),
@@ -125,15 +136,16 @@ class Notes:
         )
 
     @contextmanager
-    def engine(self, stage: PipelineStage, *, train: bool) -> Iterator[None]:
-        """Note what the engine does with ``stage`` in this block."""
+    def engine(self, stages: Sequence[PipelineStage], *, train: bool) -> Iterator[None]:
+        """Note what the engine does with ``stages`` in this block."""
         with ExitStack() as wrapped:
-            self._wrap(wrapped, stage, "forward_one_chunk", partial(self._in_slot, "forward"))
-            if train:  # without it the engine calls a backward that does nothing
-                self._wrap(wrapped, stage, "backward_one_chunk", partial(self._in_slot, "backward"))
-                self._wrap(wrapped, stage, "perform_reduce_grad", self._in_update)
-            for name, what in _MESSAGES.items():
-                self._wrap(wrapped, stage, name, partial(self._labelled, what))
+            for piece, stage in enumerate(stages):
+                self._wrap(wrapped, stage, "forward_one_chunk", partial(self._in_slot, "forward", piece))
+                if train:  # without it the engine calls a backward that does nothing
+                    self._wrap(wrapped, stage, "backward_one_chunk", partial(self._in_slot, "backward", piece))
+                    self._wrap(wrapped, stage, "perform_reduce_grad", self._in_update)
+                for name, what in _MESSAGES.items():
+                    self._wrap(wrapped, stage, name, partial(self._labelled, what, piece))
             self._wrap(wrapped, schedules, "_batch_p2p", self._posted)
             self._wrap(wrapped, schedules, "_wait_batch_p2p", lambda _call: self._await)
             yield
@@ -144,9 +156,9 @@ class Notes:
         setattr(owner, name, wrap(getattr(owner, name)))
         wrapped.callback(delattr, owner, name) if own is None else wrapped.callback(setattr, owner, name, own)
 
-    def _in_slot(self, what: What, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _in_slot(self, what: What, piece: int, call: Callable[..., Any]) -> Callable[..., Any]:
         def noted(microbatch: int, *args: Any, **kwargs: Any) -> Any:
-            with self.slot(what, microbatch):
+            with self.slot(what, microbatch, piece):
                 return call(microbatch, *args, **kwargs)
 
         return noted
@@ -158,10 +170,12 @@ class Notes:
 
         return noted
 
-    def _labelled(self, what: What, call: Callable[[int], list[dist.P2POp]]) -> Callable[[int], list[dist.P2POp]]:
+    def _labelled(
+        self, what: What, piece: int, call: Callable[[int], list[dist.P2POp]]
+    ) -> Callable[[int], list[dist.P2POp]]:
         def noted(microbatch: int) -> list[dist.P2POp]:
             operations = call(microbatch)
-            self._label(operations, [(what, microbatch)] * len(operations))
+            self._label(operations, [_Label(what, microbatch, piece)] * len(operations))
             return operations
 
         return noted
@@ -177,7 +191,7 @@ class Notes:
             works = call(operations, *args, **kwargs)
             if len(works) != len(labels):
                 # NCCL makes one of them all: who has to wait does so for what is to be received.
-                last = next((label for label in labels if label[0].startswith("receive")), *labels[:1])
+                last = next((label for label in labels if label.what.startswith("receive")), *labels[:1])
                 labels = [last] * len(works)
             self._label(works, labels)
             return works
@@ -190,9 +204,9 @@ class Notes:
             with self.slot(*label) if label else nullcontext():
                 work.wait()
 
-    def _label(self, objects: Sequence[Any], labels: Sequence[tuple[What, int]]) -> None:
+    def _label(self, objects: Sequence[Any], labels: Sequence[_Label]) -> None:
         self._labels |= {id(each): (each, label) for each, label in zip(objects, labels, strict=True)}
 
-    def _label_of(self, found: Any) -> tuple[What, int] | None:
+    def _label_of(self, found: Any) -> _Label | None:
         """What was noted of an object, once."""
         return self._labels.pop(id(found), (None, None))[1]

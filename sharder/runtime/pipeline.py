@@ -1,4 +1,4 @@
-"""What the workers do in a run: hold a stage, or the whole model, and take steps with it.
+"""What the workers do in a run: hold their stages, or the whole model, and take steps with them.
 
 Stages run on ``torch.distributed.pipelining``, as :mod:`shardwright.sharder.runtime.engine` sets it up.
 """
@@ -6,7 +6,7 @@ Stages run on ``torch.distributed.pipelining``, as :mod:`shardwright.sharder.run
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.unitgraph import mean_square_loss
 from shardwright.profiler.worker import resident
 from shardwright.sharder.runtime.accounts import Noted
-from shardwright.sharder.runtime.cut import StageProgram, trainable
+from shardwright.sharder.runtime.cut import Share, StageProgram, trainable
 from shardwright.sharder.runtime.engine import SharedGradients, SharedParameter, make_schedule, make_stage
 from shardwright.sharder.runtime.noting import Notes
 from shardwright.sharder.runtime.record import What
@@ -38,7 +38,7 @@ __all__ = [
     "check_stage",
     "check_whole",
     "free_bytes",
-    "hold_stage",
+    "hold_stages",
     "hold_whole",
     "note_stage",
     "release_whole",
@@ -55,6 +55,7 @@ class Job:
     schedule: str
     microbatches: int
     stages: int
+    """Of the whole pipeline."""
     batch: int
     train: bool
     optimizer: str
@@ -66,7 +67,7 @@ class Job:
     name: str = "plan"
     """Of the pipeline, among those that a worker holds."""
     ranks: tuple[int, ...] = ()
-    """Of each stage, that of its worker among all; () for the whole model."""
+    """Of each device of the pipeline, that of its worker among all; () for the whole model."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,15 @@ class _Held:
     inputs: tuple[Tensor, ...] = ()
     buffers: Callable[[], list[Tensor]] = list
     """The engine's own."""
-    stage: PipelineStage | None = None
+    stages: tuple[PipelineStage, ...] = ()
     group: dist.ProcessGroup | None = None
-    """Of the pipeline's stages; None: all workers."""
+    """Of the pipeline's devices; None: all workers."""
     notes: Notes | None = None
     """Filled in a step that is noted."""
 
-    def noting(self, what: What, microbatch: int | None = None) -> AbstractContextManager[None]:
+    def noting(self, what: What, *, piece: int = 0) -> AbstractContextManager[None]:
         """Note the block, if this step is noted."""
-        return self.notes.slot(what, microbatch) if self.notes else nullcontext()
+        return self.notes.slot(what, piece=piece) if self.notes else nullcontext()
 
 
 def _synchronize(device: torch.device) -> None:
@@ -108,46 +109,51 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def hold_stage(job: Job, program: StageProgram | None, inputs: tuple[Tensor, ...]) -> None:
-    """Take in one stage of a pipeline, beside those of others; ``inputs`` are the model's, the whole batch.
+def hold_stages(job: Job, programs: Sequence[StageProgram], inputs: tuple[Tensor, ...]) -> None:
+    """Take in this device's stages of a pipeline, beside those of others; ``inputs`` are the model's, the whole batch.
 
-    All workers call it, for its groups are made by all; those without a stage have no ``program``, and only the first
+    All workers call it, for its groups are made by all; those without a stage have no ``programs``, and only the first
     stage has inputs.
     """
     device: torch.device = resident["device"]
     alone = job.ranks != tuple(range(dist.get_world_size()))
     group = dist.new_group(list(job.ranks)) if alone else None
     ties = job.ties if job.train else ()
-    if program is None:
+    if not programs:
         SharedGradients(ties, -1, nn.Module(), ranks=job.ranks)
         return
-    module = program.module().to(device)
-    module.train(job.train)
-    stage = make_stage(program, module, job.stages, device, group)
-    # PyTorch numbers the ranks of a group in rising order, whatever the order of the stages is.
-    stage.stage_index_to_group_rank = {i: sorted(job.ranks).index(rank) for i, rank in enumerate(job.ranks)}
+    share = Share(programs, device)
+    module = share.whole.train(job.train)
+    stages = tuple(make_stage(p, m, job.stages, device, group) for p, m in zip(programs, share.modules, strict=True))
+    for stage in stages:
+        # PyTorch numbers the ranks of a group in rising order, whatever the order of the devices is.
+        stage.stage_index_to_group_rank = {
+            index: sorted(job.ranks).index(job.ranks[index % len(job.ranks)]) for index in range(job.stages)
+        }
     here = tuple(t.to(device) for t in inputs)
     held = _Held(job, device, module, _optimizer(job, module), lambda: None)
-    held.inputs, held.buffers, held.stage, held.group = here, partial(_engine_buffers, stage), stage, group
+    held.inputs, held.buffers, held.stages, held.group = here, partial(_engine_buffers, stages), stages, group
+    # The engine divides the gradients stage by stage, which is once too often for what several of them share.
+    parts = job.microbatches if len(stages) > 1 else 1
 
     def loss(outputs: Any, _target: Tensor) -> Tensor:
-        with held.noting("loss"):
-            return mean_square_loss(outputs)
+        with held.noting("loss", piece=len(stages) - 1):
+            return mean_square_loss(outputs) / parts
 
     batched = [is_batched(t, job.batch) for t in inputs]
     schedule = make_schedule(
-        stage, job.schedule, job.microbatches, loss if job.train else None, batched, scale_grads=True
+        stages, job.schedule, job.microbatches, loss if job.train else None, batched, scale_grads=parts == 1
     )
     target = torch.zeros(job.batch, device=device)
-    shared = SharedGradients(ties, program.index, module, ranks=job.ranks)
+    first, last = programs[0].index == 0, programs[-1].index == job.stages - 1
+    shared = SharedGradients(ties, programs[0].index, module, ranks=job.ranks)
 
     def step() -> None:
-        last = program.index == job.stages - 1
         with ExitStack() as tied:
             tied.enter_context(shared.summed())
             with nullcontext() if job.train else torch.no_grad():
                 schedule.step(
-                    *(here if program.index == 0 else ()),
+                    *(here if first else ()),
                     target=target if last and job.train else None,
                     return_outputs=False,
                 )
@@ -157,15 +163,15 @@ def hold_stage(job: Job, program: StageProgram | None, inputs: tuple[Tensor, ...
                 tied.close()
 
     held.step = step
-    if program.index == job.stages - 1:
+    if last:
         # Of the stage as the engine calls it: what is computed anew in a backward is no output.
-        stage.submod.register_forward_hook(lambda _module, _args, output: _keep(held, output))
+        stages[-1].submod.register_forward_hook(lambda _module, _args, output: _keep(held, output))
     resident[_key(job.name)] = held
 
 
 def _key(name: str) -> str:
-    """Where the stage of a pipeline stays."""
-    return f"stage of {name}"
+    """Where the stages of a pipeline stay."""
+    return f"stages of {name}"
 
 
 def hold_whole(job: Job, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -199,12 +205,12 @@ def _keep(held: _Held, output: Any) -> None:
 
 
 def _meet(held: _Held) -> None:
-    """Begin together with the pipeline's other stages."""
+    """Begin together with the pipeline's other devices."""
     dist.all_reduce(torch.zeros(1), group=held.group)  # a barrier that never waits for a GPU's stream
 
 
 def step_stage(name: str = "plan") -> float:
-    """One step of this stage, begun together with the others; seconds."""
+    """One step of this device's stages, begun together with the others; seconds."""
     held: _Held = resident[_key(name)]
     _meet(held)
     return _timed_step(held)
@@ -234,12 +240,11 @@ def _whole_step(held: _Held) -> None:
 
 
 def note_stage(name: str = "plan") -> Noted:
-    """One more step of this stage, begun together with the others; what it was at when."""
+    """One more step of this device's stages, begun together with the others; what it was at when."""
     held: _Held = resident[_key(name)]
-    assert held.stage is not None, "a stage is held with its engine's"
     held.notes = notes = Notes(held.device)
     try:
-        with notes.engine(held.stage, train=held.job.train):
+        with notes.engine(held.stages, train=held.job.train):
             _meet(held)
             with notes.whole():
                 _whole_step(held)
@@ -250,7 +255,7 @@ def note_stage(name: str = "plan") -> Noted:
 
 
 def weigh_stage(name: str = "plan") -> int:
-    """One more step of this stage, together with the others; its peak in bytes.
+    """One more step of this device's stages, together with the others; its peak in bytes.
 
     A GPU's allocator says it, so nothing else may be held there. On the CPU storages are counted: those that are there
     before the step, the engine's buffers among them, and those that come and go in it.
@@ -271,15 +276,16 @@ def weigh_stage(name: str = "plan") -> int:
     return total_bytes(there) + counter.peak_bytes
 
 
-def _engine_buffers(stage: PipelineStage) -> list[Tensor]:
+def _engine_buffers(stages: Sequence[PipelineStage]) -> list[Tensor]:
     """What the engine receives into: it holds them for the whole of the training."""
-    infos = [info for by_chunk in (stage.args_recv_info, stage.grad_recv_info) for info in by_chunk.values()]
+    kinds = [by_chunk for stage in stages for by_chunk in (stage.args_recv_info, stage.grad_recv_info)]
+    infos = [info for by_chunk in kinds for info in by_chunk.values()]
     buffers = [getattr(received, "buffer", None) for each in infos for received in each or ()]
     return [buffer for buffer in buffers if isinstance(buffer, Tensor)]
 
 
 def check_stage(name: str = "plan") -> Comparison:
-    """One step of this stage without an update, for the gate."""
+    """One step of this device's stages without an update, for the gate."""
     return _compared(resident[_key(name)])
 
 

@@ -1,4 +1,4 @@
-"""The processes of a training script as the stages of a pipeline: rank k is stage k.
+"""The processes of a training script as the devices of a pipeline: rank k has the stages of the plan's device k.
 
 The process group is the script's own if it has one, else made from the environment that ``torchrun`` sets. What the
 pipeline sends goes over groups of its own, so that it never mixes with the script's messages.
@@ -36,14 +36,14 @@ MEETING_S = 300.0
 
 
 class Ranks:
-    """The process as one stage of ``plan``, and its ways to the others.
+    """The process as one device of ``plan``, and its ways to the others.
 
     Args:
         timeout_s: how long a rank waits for another's message.
         ready: raises where this rank cannot take part; the others are told.
 
     Raises:
-        ShardwrightError: there are more or fewer processes than stages, they do not meet, a GPU is not here, or a rank
+        ShardwrightError: there are more or fewer processes than devices, they do not meet, a GPU is not here, or a rank
             is not ready; the same on every rank.
     """
 
@@ -56,7 +56,8 @@ class Ranks:
                 raise
             raise ShardwrightError(f"the processes of the pipeline could not meet: {root_of(error)}") from error
         self.size, self.rank = dist.get_world_size(), dist.get_rank()
-        self.name = plan.stages[self.rank].device
+        self.name = plan.devices[self.rank]
+        self.label = _stages_in_words(plan, self.rank)
         self.device = stage_device(self.name)
         limit = timedelta(seconds=timeout_s)
         # Objects and checkpoints go over the host's memory, tensors of a step between the devices.
@@ -77,7 +78,7 @@ class Ranks:
 
     @property
     def is_last(self) -> bool:
-        """Whether this is the stage with the outputs and the loss."""
+        """Whether this device has the outputs and the loss."""
         return self.rank == self.size - 1
 
     def pin(self, plan: Plan) -> None:
@@ -114,7 +115,7 @@ class Ranks:
             raise ShardwrightError(f"rank {other} has {what} other than rank 0's; {remedy}")
 
     def spread(self, value: Tensor | None) -> Tensor:
-        """The last stage's number on every rank, in PyTorch's default dtype, on this rank's device."""
+        """The last device's number on every rank, in PyTorch's default dtype, on this rank's device."""
         number = torch.zeros((), dtype=torch.float64, device=self.device)
         if value is not None:
             number.copy_(value.detach().reshape(()))
@@ -170,13 +171,13 @@ class Ranks:
             if _is_broken_off(error):
                 raise ShardwrightError(self._board.failure() or self._lost(error)) from error
             ours = next((e for e in _chain(error) if isinstance(e, ShardwrightError)), None)
-            text = str(ours) if ours is not None else f"stage {self.rank} on {self.name} failed: {root_of(error)}"
+            text = str(ours) if ours is not None else f"{self.label} failed: {root_of(error)}"
             self._board.fail(text)
             raise ShardwrightError(text) from error
 
     def _lost(self, error: BaseException) -> str:
         return (
-            f"stage {self.rank} on {self.name} lost another stage, which has ended or did not answer within "
+            f"{self.label} lost another stage, which has ended or did not answer within "
             f"{self.timeout_s:.0f} s: {root_of(error)}"
         )
 
@@ -206,23 +207,23 @@ def _join(plan: Plan, limit_s: float, ready: Callable[[], None]) -> tuple[Board,
         store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
     elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         store, rank, size = next(iter(rendezvous("env://", timeout=limit)))
-    elif len(plan.stages) == 1:
+    elif len(plan.devices) == 1:
         store, rank, size = HashStore(), 0, 1
     else:
         ready()
-        count = len(plan.stages)
+        count = len(plan.devices)
         raise ShardwrightError(
-            f"the plan has {count} stages, and this is one process: start the script with torchrun --nproc-per-node "
+            f"the plan has {_counted(plan)}, and this is one process: start the script with torchrun --nproc-per-node "
             f"{count} SCRIPT, or pipeline in one process with place(model, plan, microbatches={plan.microbatches})"
         )
     board = Board(store, rank, size)
     try:
         ready()
-        if size != len(plan.stages):
+        if size != len(plan.devices):
             raise ShardwrightError(_miscounted(plan, size))
         stage_device(plan.devices[rank])
     except Exception as error:
-        board.fail(f"rank {rank} is not ready: {root_of(error)}" if size == len(plan.stages) else str(error))
+        board.fail(f"rank {rank} is not ready: {root_of(error)}" if size == len(plan.devices) else str(error))
         raise
     board.assemble(limit_s)
     if not there:
@@ -239,9 +240,22 @@ def _join(plan: Plan, limit_s: float, ready: Callable[[], None]) -> tuple[Board,
 
 def _miscounted(plan: Plan, size: int) -> str:
     return (
-        f"the plan has {len(plan.stages)} stages ({', '.join(plan.devices)}), and there are {size} processes: start "
-        f"the script with torchrun --nproc-per-node {len(plan.stages)}, or plan for {size} devices"
+        f"the plan has {_counted(plan)} ({', '.join(plan.devices)}), and there are {size} processes: start "
+        f"the script with torchrun --nproc-per-node {len(plan.devices)}, or plan for {size} devices"
     )
+
+
+def _counted(plan: Plan) -> str:
+    """``4 stages``, ``4 stages on 2 devices``."""
+    stages = f"{len(plan.stages)} stages"
+    return f"{stages} on {len(plan.devices)} devices" if plan.stages_per_device > 1 else stages
+
+
+def _stages_in_words(plan: Plan, rank: int) -> str:
+    """``stage 1 on cpu:1``, ``stages 1 and 3 on cpu:1``."""
+    stages = [str(stage.index) for stage in plan.stages if stage.device == plan.devices[rank]]
+    names = " and ".join([", ".join(stages[:-1]), stages[-1]] if len(stages) > 1 else stages)
+    return f"stage{'s' if len(stages) > 1 else ''} {names} on {plan.devices[rank]}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -79,7 +79,7 @@ class Weighed(Record):
 
 
 class Slot(Record):
-    """When a stage was at something, in seconds from the start of the step. The slots of a stage do not overlap."""
+    """When a stage was at something, in seconds from the start of the step. The slots of a device do not overlap."""
 
     stage: NonNegativeInt
     what: What
@@ -95,7 +95,7 @@ class Slot(Record):
 
 
 class Account(Record):
-    """How a stage spends a step, in seconds. Together they are the step."""
+    """How a device spends a step, in seconds. Together they are the step."""
 
     forward_s: NonNegativeFloat
     """The loss with it."""
@@ -121,7 +121,7 @@ class Account(Record):
 
 
 class StageAccounts(Record):
-    """One stage: the account that the plan foresaw, and the one that was measured."""
+    """One device: the account that the plan foresaw, and the one that was measured."""
 
     device: str
     predicted: Account
@@ -135,7 +135,7 @@ class Off(Record):
     """``"variation"``: the plan's step is longer than that of its median times, since devices' speeds vary; the
     measured costs have that in them. ``"rest"``: what no cost explains, as micro-batches that took unequal times."""
     devices: tuple[str, ...]
-    """The stage's; of transfers, those of both ends."""
+    """Whose cost it is, that of all its stages; of transfers, those of both ends."""
     predicted_s: NonNegativeFloat | None
     """Of a micro-batch; update and ties of a step; transfers of a micro-batch there and back, at both ends."""
     measured_s: NonNegativeFloat | None
@@ -153,6 +153,7 @@ class Accounts(Record):
     predicted_s: NonNegativeFloat
     """The step of the plan's median times."""
     stages: tuple[StageAccounts, ...]
+    """By device, in the order of ``Run.devices``; stage s is on device s modulo their number."""
     off: tuple[Off, ...]
     """The largest first. Their ``step_s`` add up to ``measured_s`` less the plan's predicted step."""
     predicted: tuple[Slot, ...]
@@ -197,7 +198,7 @@ class Run(Document):
     baseline: Timed | None
     """One device alone; None when the model fits on none."""
     memory: tuple[Weighed, ...] = ()
-    """Of each stage's device."""
+    """Of each device."""
     accounts: Accounts | None = None
     """None in files of before they were kept."""
     naive: tuple[Naive, ...] = ()

@@ -218,7 +218,7 @@ def _admitted(session: Session, gate: Gate, rival: Split) -> str:
 
 def _lacks_room(rival: Split, free: Mapping[str, int]) -> str:
     """Why ``rival`` cannot be held beside what is there; CPU workers share their host's memory."""
-    needed = {stage.device: stage.memory_bytes for stage in rival.plan.stages}
+    needed = rival.plan.memory()
     on_cpu = sum(size for device, size in needed.items() if device.startswith("cpu"))
     for device, size in needed.items():
         wanted = on_cpu if device.startswith("cpu") else size
@@ -288,8 +288,8 @@ def _record(plan: Plan, measured: _Measured, rivals: Mapping[str, Plan], why: Ma
         baseline_device=baseline,
         baseline=_timed(seconds[ALONE], plan.predicted.baseline_s) if baseline else None,
         memory=tuple(
-            Weighed(device=stage.device, predicted_bytes=stage.memory_bytes, measured_bytes=peak)
-            for stage, peak in zip(plan.stages, measured.peaks, strict=True)
+            Weighed(device=device, predicted_bytes=predicted, measured_bytes=peak)
+            for (device, predicted), peak in zip(plan.memory().items(), measured.peaks, strict=True)
         ),
         accounts=accounts_of(plan, measured.noted),
         naive=tuple(naive),

@@ -30,7 +30,7 @@ from shardwright.sharder.runtime.pipeline import (
     check_stage,
     check_whole,
     free_bytes,
-    hold_stage,
+    hold_stages,
     hold_whole,
     note_stage,
     release_whole,
@@ -83,32 +83,33 @@ class Session:
         self.pool.call(joining, limit_s=self.limit_s)
 
     def hold(self, split: Split) -> None:
-        """Give every stage of ``split`` to its worker."""
+        """Give the stages of ``split`` to their workers."""
         ranks = tuple(self.ranks[device] for device in split.plan.devices)
         job = job_of(split.plan, self.model, split.output_places, split.name, ranks)
         inputs = tuple(outputs_of((self.args, self.kwargs)))
-        stages = {stage.device: stage.index for stage in split.plan.stages}
+        stages: dict[str, list[int]] = {device: [] for device in self.ranks}
+        for stage in split.plan.stages:
+            stages[stage.device].append(stage.index)
         calls: dict[str, Any] = {}
-        for device in self.ranks:  # those without a stage too: a group is made by all
-            index = stages.get(device)
-            program = None if index is None else split.programs[index]
-            calls[device] = hold_stage, (job, program, inputs if index == 0 else ())
+        for device, own in stages.items():  # those without a stage too: a group is made by all
+            programs = [split.programs[index] for index in own]
+            calls[device] = hold_stages, (job, programs, inputs if 0 in own else ())
         self.pool.call(calls, limit_s=START_LIMIT_S)
 
     def check(self, split: Split) -> list[Comparison]:
-        """One step without an update: what each stage gave, in order."""
+        """One step without an update: what each device's stages gave, in order."""
         return self._all(split, check_stage)
 
     def step(self, split: Split) -> float:
-        """Seconds of one step, until the last stage has done it."""
+        """Seconds of one step, until the last device has done it."""
         return float(max(self._all(split, step_stage)))
 
     def note(self, split: Split) -> list[Noted]:
-        """One step, and what each stage was at when."""
+        """One step, and what each device was at when."""
         return self._all(split, note_stage)
 
     def weigh(self, split: Split) -> list[int]:
-        """One step, and the peak bytes of each stage's device in it."""
+        """One step, and the peak bytes of each device in it."""
         return self._all(split, weigh_stage)
 
     def room(self) -> dict[str, int]:
@@ -135,7 +136,7 @@ class Session:
         self.pool.call({device: (release_whole, ())}, limit_s=self.limit_s)
 
     def _all(self, split: Split, function: Any) -> list[Any]:
-        """The results of all stages, in order."""
+        """The results of all its devices, in order."""
         devices = split.plan.devices
         found = self.pool.call({d: (partial(function, split.name), ()) for d in devices}, limit_s=self.limit_s)
         return [found[device] for device in devices]
@@ -144,7 +145,7 @@ class Session:
 def job_of(
     plan: Plan, model: nn.Module, output_places: tuple[int, ...], name: str = "plan", ranks: tuple[int, ...] = ()
 ) -> Job:
-    """The job of the stages of ``plan``; ``ranks`` are theirs in the workers' group, by default their numbers."""
+    """The job of the stages of ``plan``; ``ranks`` are those of its devices among the workers, by default in order."""
     return Job(
         plan.schedule,
         plan.microbatches,
@@ -155,5 +156,5 @@ def job_of(
         output_places,
         shared_parameters(plan, model),
         name=name,
-        ranks=ranks or tuple(range(len(plan.stages))),
+        ranks=ranks or tuple(range(len(plan.devices))),
     )

@@ -1,4 +1,4 @@
-"""One stage with its schedule: the engine driven for batches that are divided in one way."""
+"""A process's stages with their schedule: the engine driven for batches that are divided in one way."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["StageEngine"]
 
 
 class StageEngine:
-    """A stage that takes steps together with the others.
+    """The stages of a process, which take steps together with the others'.
 
     Args:
         form: for micro-batches of the division's size.
@@ -37,10 +37,15 @@ class StageEngine:
         self.form, self.division, self.ranks = form, division, ranks
         self._loss: Callable[[Any, int], Tensor] | None = None
         self._outputs: list[Any] = []
-        self.stage = make_stage(form.program, form.module, len(plan.stages), ranks.device, ranks.data)
-        kind = plan.schedule if train and division.pieces >= len(plan.stages) else "gpipe"
+        count = len(plan.stages)
+        self.stages = [
+            make_stage(program, module, count, ranks.device, ranks.data)
+            for program, module in zip(form.programs, form.modules, strict=True)
+        ]
+        # With fewer micro-batches than stages 1F1B has nothing to alternate with, and the engine refuses it.
+        kind = "gpipe" if plan.schedule == "1f1b" and (not train or division.pieces < count) else plan.schedule
         self.schedule = make_schedule(
-            self.stage, kind, division.pieces, self._of_chunk if train else None, batched, scale_grads=False
+            self.stages, kind, division.pieces, self._of_chunk if train else None, batched, scale_grads=False
         )
         self._numbers = torch.arange(division.pieces)
 
@@ -64,7 +69,7 @@ class StageEngine:
     def infer(self, tensors: list[Tensor]) -> list[Any]:
         """One forward in evaluation; the last stage's results of each micro-batch, as :attr:`form` fills them."""
         self._outputs = []
-        keep = self.form.module.register_forward_hook(self._keep if self.ranks.is_last else lambda *_: None)
+        keep = self.form.modules[-1].register_forward_hook(self._keep if self.ranks.is_last else lambda *_: None)
         modes = [(module, module.training) for module in self.form.module.modules()]
         self.form.module.eval()
         try:
@@ -73,7 +78,8 @@ class StageEngine:
             keep.remove()
             for module, training in modes:
                 module.training = training
-            self.stage.clear_runtime_states()
+            for stage in self.stages:
+                stage.clear_runtime_states()
         found, self._outputs = self._outputs, []
         return found if self.ranks.is_last else []
 

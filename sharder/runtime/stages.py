@@ -1,4 +1,4 @@
-"""One stage of a model in the script's own process: captured, cut, and left alone with its own weights.
+"""One device's stages of a model in the script's own process: captured, cut, and left alone with their own weights.
 
 The forward is captured twice, in training and in evaluation, for the path and the dropout between units are part of a
 capture. For batches that divide otherwise it is captured again, on the shapes alone, since by then the other stages'
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from shardwright.errors import ShardwrightError
@@ -23,7 +23,7 @@ from shardwright.profiler.trace import trace
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.batches import OutputForm
 from shardwright.sharder.runtime.check import units_of
-from shardwright.sharder.runtime.cut import StageProgram, TensorShape, cut
+from shardwright.sharder.runtime.cut import Share, StageProgram, TensorShape, cut
 from shardwright.sharder.runtime.engine import names_by_tensor, sendable
 
 __all__ = ["Recipe", "StageForm", "held_tensors", "release_others"]
@@ -31,10 +31,14 @@ __all__ = ["Recipe", "StageForm", "held_tensors", "release_others"]
 
 @dataclass(frozen=True)
 class StageForm:
-    """A stage for micro-batches of one size, in one mode."""
+    """A device's stages for micro-batches of one size, in one mode."""
 
-    program: StageProgram
-    module: fx.GraphModule
+    programs: tuple[StageProgram, ...]
+    """What crosses their borders, no more."""
+    modules: tuple[nn.Module, ...]
+    """By stage."""
+    module: nn.Module
+    """All that they call, by its names in the model."""
     output: OutputForm
     results: tuple[TensorShape, ...]
     """What the last stage gives for a micro-batch."""
@@ -49,7 +53,7 @@ class _Cut:
 
 
 class Recipe:
-    """How to make this rank's stage, for any size of micro-batch.
+    """How to make this rank's stages, for any size of micro-batch.
 
     Args:
         model: whole, and with its values.
@@ -63,12 +67,13 @@ class Recipe:
         self,
         model: nn.Module,
         plan: Plan,
-        stage: int,
+        rank: int,
         device: torch.device,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        self.model, self.plan, self.stage, self.device = model, plan, stage, device
+        self.model, self.plan, self.device = model, plan, device
+        self.stages = range(rank, len(plan.stages), len(plan.devices))
         self.sample = args, kwargs
         self.size = plan.batch // plan.microbatches
         self.forms: dict[tuple[int, bool], StageForm] = {}
@@ -84,7 +89,7 @@ class Recipe:
             self.forms[self.size, train] = self._form(its, train=train)
 
     def form(self, size: int, *, train: bool) -> StageForm:
-        """The rank's stage for micro-batches of ``size`` samples.
+        """The rank's stages for micro-batches of ``size`` samples.
 
         Raises:
             ShardwrightError: the forward cannot be captured for them.
@@ -104,7 +109,7 @@ class Recipe:
 
     def settle(self) -> None:
         """Forget the other stages."""
-        self.programs = [self.programs[self.stage]]
+        self.programs = [self.programs[stage] for stage in self.stages]
 
     def _cut(self, size: int, *, train: bool) -> _Cut:
         args, kwargs = map_tensors(lambda t: _resized(t, self.plan.batch, size), self.sample)
@@ -122,20 +127,21 @@ class Recipe:
         return _Cut(programs, OutputForm(returned[-1], capture.output_places, size))
 
     def _form(self, its: _Cut, *, train: bool) -> StageForm:
-        """The stage's module, of the tensors that it has already as far as it has some."""
-        program = its.programs[self.stage]
+        """The stages' modules, of the tensors that they have already as far as they have some."""
+        programs = [its.programs[stage] for stage in self.stages]
         first = self.forms.get((self.size, self.plan.train))
         same = self.forms.get((self.size, train))
         named = {name for names in names_by_tensor(self.model).values() for name in names}
         known = {name: t for name, t in _tensors_of(first).items() if name in named} | _tensors_of(same)
-        attributes = {target: known.get(target, value) for target, value in program.attributes.items()}
-        module = StageProgram(program.index, program.instructions, attributes, (), ()).module()
-        lacking = next((name for name, t in _every(module) if t.is_meta or isinstance(t, FakeTensor)), None)
+        filled = [p.calling({name: known.get(name, value) for name, value in p.attributes.items()}) for p in programs]
+        lacking = next((name for name, t in _attributes_of(filled) if t.is_meta or isinstance(t, FakeTensor)), None)
         if lacking is not None:
             raise ShardwrightError(f"{lacking} follows from the number of samples, and its values are not known")
+        share = Share(filled, self.device)
         return StageForm(
-            program=replace(program, instructions=(), attributes={}),
-            module=module.to(self.device),
+            programs=tuple(replace(p, instructions=(), attributes={}) for p in programs),
+            modules=tuple(share.modules),
+            module=share.whole,
             output=its.output,
             results=its.programs[-1].outputs,
         )
@@ -180,6 +186,18 @@ def _resized(tensor: Tensor, batch: int, size: int) -> Tensor:
 
 def _every(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+
+
+def _attributes_of(programs: Iterable[StageProgram]) -> list[tuple[str, Tensor]]:
+    """Every tensor that the stages hold, with a name that it has in the model."""
+    found: list[tuple[str, Tensor]] = []
+    for program in programs:
+        for name, value in program.attributes.items():
+            if isinstance(value, Tensor):
+                found.append((name, value))
+            elif isinstance(value, nn.Module):
+                found += [(f"{name}.{inner}", t) for inner, t in _every(value)]
+    return found
 
 
 def _tensors_of(form: StageForm | None) -> dict[str, Tensor]:

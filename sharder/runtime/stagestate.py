@@ -1,4 +1,4 @@
-"""A stage's part of the model's state, under the names that it has in the whole model, and that of its optimizer.
+"""A device's part of the model's state, under the names that it has in the whole model, and that of its optimizer.
 
 A checkpoint of a pipeline therefore holds what a checkpoint of the model holds, whichever way it was divided:
 ``torch.distributed.checkpoint`` stores each tensor once, and reads what is asked for. The optimizer's state has the
@@ -35,35 +35,43 @@ EXTRA = "_extra_state"
 
 
 class StageState:
-    """Which stage holds what of a model, and this one's part of it.
+    """Which device holds what of a model, and this one's part of it.
 
     Args:
         model: whole, with its values.
         saved: the keys of its state.
-        programs: of all stages.
-        module: this stage's, which is made of the model's own units.
+        programs: of all stages, which go around ``devices`` devices.
+        module: this device's, which is made of the model's own units.
+        position: this device's.
     """
 
     def __init__(
-        self, model: nn.Module, saved: Sequence[str], programs: Sequence[StageProgram], module: nn.Module, stage: int
+        self,
+        model: nn.Module,
+        saved: Sequence[str],
+        programs: Sequence[StageProgram],
+        module: nn.Module,
+        position: int,
+        devices: int,
     ) -> None:
-        self.module, self.stage = module, stage
+        self.module, self.position = module, position
         present = model.state_dict(keep_vars=True)
         whole = {key: present[key] for key in saved}
-        held = [held_tensors(program) for program in programs]
-        self.holders = {key: _holders(key, value, programs, held) for key, value in whole.items()}
+        shares = [programs[first::devices] for first in range(devices)]
+        held = [set[int]().union(*map(held_tensors, share)) for share in shares]
+        self.holders = {key: _holders(key, value, shares, held) for key, value in whole.items()}
         self.forms = {key: torch.empty_like(t, device="meta") for key, t in whole.items() if isinstance(t, Tensor)}
         own = {id(t): name for name, t in reversed(module.state_dict(keep_vars=True).items()) if isinstance(t, Tensor)}
-        self._own = {key: own.get(id(value), key) for key, value in whole.items() if stage in self.holders[key]}
-        # What no step uses is nobody's; it belongs to the model all the same, and stays with the first stage.
-        self.unused = {key: t for key, t in whole.items() if not self.holders[key]} if stage == 0 else {}
+        self._own = {key: own.get(id(value), key) for key, value in whole.items() if position in self.holders[key]}
+        # What no step uses is nobody's; it belongs to the model all the same, and stays with the first device.
+        self.unused = {key: t for key, t in whole.items() if not self.holders[key]} if position == 0 else {}
         names = names_by_tensor(model)
         first = {id(p): name for name, p in model.named_parameters()}
         self._first_name = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
         self.shared = tuple(
-            SharedParameter(frozenset(names[id(p)]), stages)
+            SharedParameter(frozenset(names[id(p)]), holders)
             for _, p in model.named_parameters()
-            if len(stages := tuple(i for i, tensors in enumerate(held) if id(p) in tensors)) > 1
+            if len(holders := tuple(i for i, tensors in enumerate(held) if id(p) in tensors)) > 1
         )
         self.copies = {key: holders for key, holders in self.holders.items() if len(holders) > 1 and key in self.forms}
 
@@ -78,8 +86,8 @@ class StageState:
             yield self._first_name.get(name, name), parameter
 
     def owned(self) -> list[nn.Parameter]:
-        """Those of this stage's parameters that no earlier stage holds too."""
-        later = {name for tie in self.shared if tie.stages[0] != self.stage for name in tie.names}
+        """Those of this stage's parameters that no earlier device holds too."""
+        later = {name for tie in self.shared if tie.holders[0] != self.position for name in tie.names}
         return [parameter for name, parameter in self.parameters() if name not in later]
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -114,11 +122,11 @@ class StageState:
         for key, holders in self.holders.items():
             source = holders[0] if holders else 0
             if key in self.forms:
-                tensor = mine[key].cpu() if source == self.stage else None
+                tensor = mine[key].cpu() if source == self.position else None
                 carried = ranks.carry(tensor, self.forms[key], source, 0)
             else:
                 carried = ranks.share(mine.get(key), source)
-            if self.stage == 0:
+            if self.position == 0:
                 found[key] = carried
         return found
 
@@ -128,7 +136,7 @@ class StageState:
         Raises:
             ShardwrightError: rank 0's is not of this model; on every rank.
         """
-        keys = ranks.share(list(state) if self.stage == 0 else None, 0)
+        keys = ranks.share(list(state) if self.position == 0 else None, 0)
         absent = next((key for key in self.holders if key not in keys), None)
         if absent is not None:
             raise ShardwrightError(f"the state on rank 0 has no {absent}: it is not of this model, or not whole")
@@ -136,11 +144,11 @@ class StageState:
         for key, holders in self.holders.items():
             for target in holders or (0,):
                 if key in self.forms:
-                    value = state[key].cpu().to(self.forms[key].dtype) if self.stage == 0 else None
+                    value = state[key].cpu().to(self.forms[key].dtype) if self.position == 0 else None
                     carried = ranks.carry(value, self.forms[key], 0, target)
                 else:
                     carried = ranks.share(state.get(key), 0)
-                if target == self.stage:
+                if target == self.position:
                     mine[key] = carried
         return mine
 
@@ -195,15 +203,18 @@ class StageState:
             yield group, [(name_of[id(parameter)], parameter) for parameter in group["params"]]
 
 
-def _holders(key: str, value: Any, programs: Sequence[StageProgram], held: Sequence[set[int]]) -> tuple[int, ...]:
+def _holders(
+    key: str, value: Any, shares: Sequence[Sequence[StageProgram]], held: Sequence[set[int]]
+) -> tuple[int, ...]:
     if isinstance(value, Tensor):
-        return tuple(stage for stage, tensors in enumerate(held) if id(value) in tensors)
+        return tuple(position for position, tensors in enumerate(held) if id(value) in tensors)
     path = key.removesuffix(EXTRA).rstrip(".")
     return tuple(
-        program.index
-        for program in programs
+        position
+        for position, share in enumerate(shares)
         if any(
             path == name or path.startswith(f"{name}.")
+            for program in share
             for name, unit in program.attributes.items()
             if isinstance(unit, nn.Module)
         )

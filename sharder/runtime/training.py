@@ -1,7 +1,7 @@
-"""Training by a plan from the user's own script: each process of ``torchrun`` is one stage of the pipeline.
+"""Training by a plan from the user's own script: each process of ``torchrun`` is one device of the pipeline.
 
-The forward is captured on every rank, cut by the plan, and each rank keeps its stage. The schedule is the engine's; the
-loss, the optimizer and the loop are the user's.
+The forward is captured on every rank, cut by the plan, and each rank keeps its stages. The schedule is the engine's;
+the loss, the optimizer and the loop are the user's.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def pipeline(
     reduction: Literal["mean", "sum"] = "mean",
     timeout_s: float = 600.0,
 ) -> Pipe:
-    """Take this process's stage of ``model`` by ``plan``, to be trained with an ordinary optimizer and loop.
+    """Take this process's stages of ``model`` by ``plan``, to be trained with an ordinary optimizer and loop.
 
-    Call it in every process of ``torchrun --nproc-per-node STAGES script.py``, with the same model, plan and sample.
-    Rank k is stage k and holds that stage's weights alone: ``model`` is used up, the parameters of other stages lose
-    their values. What several stages use is made equal from the first of them. A plan with one stage needs no
-    ``torchrun``. The process group is the script's if it has one, else made from the environment and left by
-    :meth:`Pipe.close`.
+    Call it in every process of ``torchrun --nproc-per-node DEVICES script.py``, with the same model, plan and sample.
+    Rank k is the plan's k-th device and holds the weights of its stages alone (stage k, and in an interleaved plan
+    further ones): ``model`` is used up, the parameters of other stages lose their values. What several stages use is
+    made equal from the first of them. A plan with one stage needs no ``torchrun``. The process group is the script's if
+    it has one, else made from the environment and left by :meth:`Pipe.close`.
 
     Args:
         args: a sample batch as the plan was made for, for the capture.
@@ -64,7 +64,7 @@ def pipeline(
         timeout_s: a rank that waits so long for another one's message gives up.
 
     Raises:
-        ShardwrightError: there are not as many processes as stages, the ranks differ in their plan or sample, or the
+        ShardwrightError: there are not as many processes as devices, the ranks differ in their plan or sample, or the
             plan is for another model or other inputs, or cannot be piped.
     """
     if reduction not in ("mean", "sum"):
@@ -84,10 +84,10 @@ def pipeline(
 
 
 class Pipe:
-    """A stage of a model in training; made by :func:`pipeline`.
+    """A device's stages of a model in training; made by :func:`pipeline`.
 
     Methods that say *together* are to be called on every rank, for they send messages; what one rank raises there, all
-    raise. ``module`` is this rank's stage, ``device`` where it is, ``stage`` its number.
+    raise. ``module`` holds what this rank's stages call, ``device`` is where it is, ``stage`` the first one's number.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Pipe:
         saved = tuple(model.state_dict())
         self._recipe = Recipe(model, plan, ranks.rank, ranks.device, args, kwargs)
         self.module: nn.Module = self._recipe.form(self._recipe.size, train=plan.train).module
-        self._state = StageState(model, saved, self._recipe.programs, self.module, ranks.rank)
+        self._state = StageState(model, saved, self._recipe.programs, self.module, ranks.rank, ranks.size)
         release_others(model, [form.module for form in self._recipe.forms.values()], self._state.unused.values())
         self._recipe.settle()
         ranks.assemble()  # what failed in the capture is of this rank alone

@@ -1,0 +1,58 @@
+"""What the stages of a split cost, as the simulator wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shardwright.sharder.planning.problem import Problem, bits
+from shardwright.sharder.planning.simulate import StageCost
+from shardwright.sharder.planning.transfers import traffic_of
+
+__all__ = ["shares_of", "stage_costs", "ties_s_of"]
+
+Stages = Sequence[tuple[int, int]]
+"""In order: a device index and a bit mask of blocks each."""
+
+
+def shares_of(stages: Stages, stages_per_device: int) -> list[tuple[int, int]]:
+    """Each device once, in the order in which the stages go around them, with all blocks of its stages."""
+    count = len(stages) // stages_per_device
+    shares = []
+    for position in range(count):
+        blocks = 0
+        for _, members in stages[position::count]:
+            blocks |= members
+        shares.append((stages[position][0], blocks))
+    return shares
+
+
+def ties_s_of(problem: Problem, stages: Stages) -> list[float]:
+    """Seconds of a step that ties cost each stage; what a device's stages share, its first one has all of."""
+    shares = shares_of(stages, problem.stages_per_device)
+    later = [0.0] * (len(stages) - len(shares))
+    return [problem.ties_s(members, device) for device, members in shares] + later
+
+
+def stage_costs(problem: Problem, stages: Stages, anew: Sequence[bool] = ()) -> tuple[StageCost, ...]:
+    """Compute, transfers and ties of each stage; ``anew``: whether it is computed anew, by default none is."""
+    relayed = problem.transfers == "relayed"
+    costs = []
+    for (device, members), traffic, tie_s, again in zip(
+        stages, traffic_of(problem, stages), ties_s_of(problem, stages), anew or [False] * len(stages), strict=True
+    ):
+        blocks = [problem.blocks[v] for v in bits(members)]
+        forward_s = sum(b.forward_s[device] for b in blocks)
+        # Computed anew, the first forward keeps nothing, and the other one is a part of the backward.
+        costs.append(
+            StageCost(
+                forward_s=sum(b.again_s(device) for b in blocks) if again else forward_s,
+                backward_s=sum(b.backward_s[device] for b in blocks) + (forward_s if again else 0.0),
+                update_s=sum(b.update_s[device] for b in blocks),
+                send_forward_s=traffic.forward_out_s,
+                receive_backward_s=traffic.backward_in_s,
+                tie_s=tie_s,
+                receive_forward_s=None if relayed else traffic.forward_in_s,
+                send_backward_s=None if relayed else traffic.backward_out_s,
+            )
+        )
+    return tuple(costs)

@@ -1,0 +1,178 @@
+"""Interleaved stages weighed against one stage a device: which schedule has the shorter step, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+from shardwright.errors import ShardwrightError
+from shardwright.profiler.profile import Profile
+from shardwright.sharder.planning.interleave import possible_devices
+from shardwright.sharder.planning.plan import WORTHWHILE, Objective, OtherSchedule
+from shardwright.sharder.planning.pricing import Option, solve
+from shardwright.sharder.planning.problem import Problem, Recompute, Transfers
+from shardwright.sharder.planning.stage_costs import shares_of
+from shardwright.sharder.planning.transfers import traffic_of
+
+__all__ = ["Wanted", "as_interleaved", "better_of", "compared", "pieces_asked", "with_interleaved"]
+
+Wanted = Literal["1f1b", "gpipe", "interleaved", "auto"]
+"""``"auto"``: 1F1B or interleaved, whichever has the shorter step."""
+
+
+def pieces_asked(
+    schedule: Wanted,
+    asked: int | None,
+    objective: Objective,
+    transfers: Transfers,
+    *,
+    contiguous: bool,
+    recompute: Recompute = "never",
+) -> int:
+    """How many stages a device are to be weighed, beside one.
+
+    Raises:
+        ShardwrightError: the schedule is not known or does not know so many, or what else is asked for knows one only.
+    """
+    if schedule not in ("1f1b", "gpipe", "interleaved", "auto"):
+        raise ShardwrightError(f"schedule {schedule!r} is not known; the planner has: 1f1b, gpipe, interleaved, auto")
+    if schedule in ("1f1b", "gpipe"):
+        if asked not in (None, 1):
+            raise ShardwrightError(f"{schedule} has one stage a device, not {asked}: ask for --schedule interleaved")
+        return 1
+    if asked is not None and asked < 2:
+        raise ShardwrightError(f"interleaved stages are 2 or more on each device, not {asked}; for 1 ask for 1f1b")
+    if recompute == "always" and schedule == "interleaved":
+        raise ShardwrightError(
+            "interleaved stages are not computed anew: leave out recompute 'always', or ask for 1f1b"
+        )
+    fits = objective == "throughput" and contiguous and transfers == "relayed" and recompute != "always"
+    if not fits and schedule == "interleaved":
+        raise ShardwrightError(
+            "interleaved stages are planned for the objective throughput with relayed transfers, as the pipeline "
+            f"engine sends them; not for {objective}, {'' if contiguous else 'free assignment, '}{transfers} transfers"
+        )
+    return (asked or 2) if fits else 1
+
+
+def as_interleaved(problem: Problem, stages_per_device: int, *, train: bool) -> Problem:
+    """The same work in so many stages a device, none of them computed anew."""
+    return dataclasses.replace(
+        problem,
+        schedule="interleaved",
+        stages_per_device=stages_per_device,
+        forward_only=not train,
+        recompute="never",
+    )
+
+
+def with_interleaved(
+    plain: Sequence[Option],
+    problems: Sequence[Problem],
+    profile: Profile,
+    schedule: Wanted,
+    stages_per_device: int,
+    deadline_s: float,
+) -> list[Option]:
+    """The ``plain`` options and, behind them, the best interleaved splits of ``problems``.
+
+    Raises:
+        ShardwrightError: there is none, ``schedule`` asks for one, and it is not that nothing fits at all.
+    """
+    pieces = [as_interleaved(problem, stages_per_device, train=profile.train) for problem in problems]
+    try:
+        found = _options(pieces, profile, deadline_s)
+    except ShardwrightError:
+        if schedule == "interleaved":
+            raise
+        found = []
+    if not found and plain and schedule == "interleaved":
+        raise _why_not(pieces)
+    return [*plain, *found]
+
+
+def _options(problems: Sequence[Problem], profile: Profile, deadline_s: float) -> list[Option]:
+    """The best split at each number of micro-batches that interleaved rounds can divide, where one fits.
+
+    Args:
+        problems: interleaved.
+        deadline_s: of ``time.monotonic()``.
+
+    Raises:
+        ShardwrightError: none was found at any number, and at one of them not all were looked at.
+    """
+    possible = [problem for problem in problems if possible_devices(problem)]
+    options: list[Option] = []
+    unfinished: ShardwrightError | None = None
+    for position, problem in enumerate(possible):
+        share_s = max(0.0, deadline_s - time.monotonic()) / (len(possible) - position)
+        try:
+            option = solve(problem, profile, time_limit_s=share_s)
+        except ShardwrightError as error:
+            unfinished = error
+            continue
+        if option is not None:
+            options.append(option)
+    if unfinished is not None and not options:
+        raise unfinished
+    return options
+
+
+def _why_not(problems: Sequence[Problem]) -> ShardwrightError:
+    """Why no split of ``problems`` has so many stages a device."""
+    v, devices = problems[0].stages_per_device, len(problems[0].devices)
+    units = max(sum(bool(block.units) for block in problem.blocks) for problem in problems)
+    counts = ", ".join(str(problem.microbatches) for problem in problems)
+    if devices < 2:
+        return ShardwrightError(f"interleaved stages need two devices or more, and there is {devices}; plan for others")
+    if units < 2 * v:
+        return ShardwrightError(
+            f"{v} stages on each of two devices need {2 * v} units that can be parted, and there are {units}: ask for "
+            "fewer with --stages-per-device, or profile smaller units with --depth"
+        )
+    if not any(possible_devices(problem) for problem in problems):
+        return ShardwrightError(
+            f"{counts} micro-batches cannot go around {devices} devices in equal rounds: take a multiple of {devices}"
+        )
+    return ShardwrightError(
+        f"no split with {v} stages on each device fits the memory and the pins, at {counts} micro-batches: ask for "
+        "fewer with --stages-per-device, or plan with --schedule 1f1b, which holds fewer micro-batches at once"
+    )
+
+
+def better_of(plain: Sequence[Option], pieces: Sequence[Option]) -> Option:
+    """The option with the shortest step; more stages have to be worth it, for each adds messages."""
+    best = min((*plain, *pieces), key=lambda option: option.step_s)
+    rival = min(plain, key=lambda option: option.step_s, default=best)
+    return rival if best.step_s * WORTHWHILE > rival.step_s else best
+
+
+def compared(chosen: Option, options: Sequence[Option]) -> OtherSchedule | None:
+    """The best of the ``options`` with another number of stages a device than ``chosen``; None if there is none."""
+    v = chosen.problem.stages_per_device
+    others = [option for option in options if option.problem.stages_per_device != v and len(option.split.stages) > 1]
+    if not others or len(chosen.split.stages) == 1:
+        return None
+    best = min(others, key=lambda option: option.step_s)
+    schedule = best.problem.schedule
+    return OtherSchedule(
+        schedule=schedule,
+        stages_per_device=best.problem.stages_per_device,
+        devices=len(shares_of(best.split.stages, best.problem.stages_per_device)),
+        microbatches=best.problem.microbatches,
+        step_s=best.step_s,
+        bubble=max(0.0, best.timeline.bubble),
+        transfer_s=_transfer_s(best),
+        own_transfer_s=_transfer_s(chosen),
+    )
+
+
+def _transfer_s(option: Option) -> float:
+    """Seconds of a step that the device which is longest at it sends and receives."""
+    problem, stages = option.problem, option.split.stages
+    traffic, count = traffic_of(problem, stages), len(stages) // problem.stages_per_device
+    return problem.microbatches * max(
+        sum(each.out_s + each.in_s for each in traffic[position::count]) for position in range(count)
+    )
