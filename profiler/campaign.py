@@ -54,6 +54,9 @@ ROUND_LIMIT_S = 600.0
 """A round may take so long before a worker counts as hung."""
 MOST_ALIKE = 3
 """Of equal steps so many are measured: what comes after its like finds its code warm and its weights cold."""
+MOST_ALIKE_LARGE = 2
+"""Of those that take :data:`LARGE_BYTES` or more each, whose code hardly counts, so many."""
+LARGE_BYTES = 1 << 23
 MOST_ALIKE_BYTES = 1 << 22
 """More of them are measured as long as they take no more than this together: small steps are mostly their code."""
 GROUP_SHARE = 0.5
@@ -208,7 +211,8 @@ class Few:
     def admits(self, key: str, nbytes: int) -> bool:
         """Whether one more step of ``key``, which takes so many bytes, is."""
         self.numbers[key] += 1
-        return self.numbers[key] <= max(MOST_ALIKE, MOST_ALIKE_BYTES // max(1, nbytes))
+        most = MOST_ALIKE_LARGE if nbytes >= LARGE_BYTES else max(MOST_ALIKE, MOST_ALIKE_BYTES // max(1, nbytes))
+        return self.numbers[key] <= most
 
 
 def _jobs(

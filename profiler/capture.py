@@ -137,15 +137,38 @@ def _captures_at(
 ) -> dict[int, UnitGraph]:
     """Captures at each of ``counts``, up to an obstacle; those that are ``checked`` run on other values too.
 
-    The smallest micro-batch comes first: it is the quickest to check.
+    The smallest micro-batch comes first: it is the quickest to check. Where it tells that numbers decide nothing, those
+    that are not checked compute arithmetic of one form once.
     """
     captures: dict[int, UnitGraph] = {}
     for done, count in enumerate(reversed(counts)):
         tell("capture", done, len(counts))
-        captures[count] = _capture(sample, count, check=count in checked)
+        first = captures.get(counts[-1])
+        short = None if first is None or count in checked else _short_capture(sample, count, first)
+        captures[count] = short or _capture(sample, count, check=count in checked)
         if captures[count].obstacles:
             break
     return captures
+
+
+def _short_capture(sample: _Sample, count: int, first: UnitGraph) -> UnitGraph | None:
+    """A capture that computes arithmetic of one form once, as the layers of a stack have it; None if that may mislead.
+
+    It may unless ``first``, captured with all its numbers, made no number of Python and no shape of a tensor's values,
+    and the steps now are the same and make none either.
+    """
+    if not has_values(sample.model) or not _follows_from_shapes(first):
+        return None
+    try:
+        piece = microbatch(sample.args, sample.kwargs, count)
+        capture = trace(sample.model, *piece, train=sample.train, units=sample.units, found=sample.found, echoes=True)
+    except ShardwrightError:  # told of the real numbers, if of these
+        return None
+    return capture if _follows_from_shapes(capture) and _path(capture) == _path(first) else None
+
+
+def _follows_from_shapes(capture: UnitGraph) -> bool:
+    return not (capture.obstacles or capture.guards or capture.reads_numbers)
 
 
 def _capture(sample: _Sample, count: int, *, check: bool) -> UnitGraph:
@@ -214,7 +237,7 @@ def _called(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _other_path(captures: Mapping[int, UnitGraph]) -> str:
     """Where the forward takes another path than with the whole batch; nothing if it does not."""
-    paths = {count: [(step.name, step.type) for step in capture.steps] for count, capture in captures.items()}
+    paths = {count: _path(capture) for count, capture in captures.items()}
     for count, path in sorted(paths.items()):
         if path != paths[1]:
             pairs = itertools.zip_longest(paths[1], path, fillvalue=("nothing", ""))
@@ -224,3 +247,7 @@ def _other_path(captures: Mapping[int, UnitGraph]) -> str:
                 f"{whole[0]}; profile with --microbatches 1"
             )
     return ""
+
+
+def _path(capture: UnitGraph) -> list[tuple[str, str]]:
+    return [(step.name, step.type) for step in capture.steps]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shardwright.profiler.flops import Formula, formula_of
@@ -66,6 +67,10 @@ class Operation(NamedTuple):
 class OperationRecorder(TorchDispatchMode):
     """Calls ``add`` with each :class:`Operation` that runs in its scope, backward included; changes nothing.
 
+    Args:
+        echoes: where numbers do not matter: arithmetic is done once for operators of one form, and the others of that
+            form give a copy of its result. So a stack of layers takes hardly longer than one of them.
+
     What ``torch.compile`` compiles stays compiled and is not seen, except under its stance ``"force_eager"``.
     Works on real, fake, meta and sparse tensors. In inference mode composite functions are taken apart as autograd
     would have done. Outside of the scope of a ``FakeTensorMode`` it would see how that mode works instead of the model:
@@ -74,9 +79,10 @@ class OperationRecorder(TorchDispatchMode):
 
     supports_higher_order_operators = True  # otherwise those would raise
 
-    def __init__(self, add: Callable[[Operation], None]) -> None:
+    def __init__(self, add: Callable[[Operation], None], *, echoes: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.add = add
+        self.echoes = _Echoes() if echoes else None
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -93,7 +99,10 @@ class OperationRecorder(TorchDispatchMode):
                     result = func.decompose(*args, **kwargs)
                 if result is not NotImplemented:
                     return result
-            result = func(*args, **kwargs)
+            if self.echoes is not None and operator.formula is not None and not operator.written:
+                result = self.echoes.result_of(operator, func, args, kwargs)
+            else:
+                result = func(*args, **kwargs)
         if not operator.is_query:
             self.add(_operation(operator, args, kwargs, result))
         return result
@@ -101,6 +110,39 @@ class OperationRecorder(TorchDispatchMode):
 
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 """Other tensors may answer composite functions themselves."""
+
+
+class _Echoes:
+    """The results of arithmetic, by the form of the call."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[Any, ...], tuple[Any, tuple[int, ...]]] = {}
+        """With how often each tensor had been changed in place when it was made."""
+
+    def result_of(self, operator: _Operator, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What the operator gives, or a copy of what it gave for arguments of the same form."""
+        tensors = [*_tensors(args), *_tensors(kwargs.values())]
+        if not operator.name.startswith("aten.") or not all(map(_is_echoed, tensors)):
+            return func(*args, **kwargs)
+        form = (_text_of(operator, args, kwargs), *(t.device for t in tensors))
+        if form in self.known:
+            result, versions = self.known[form]
+            if versions == tuple(t._version for t in _tensors((result,))):
+                return pytree.tree_map_only(Tensor, Tensor.clone, result)  # which keeps the strides of what is dense
+        result = func(*args, **kwargs)
+        made = list(_tensors((result,)))
+        if all(_is_echoed(t) and torch.empty_like(t).stride() == t.stride() for t in made):
+            self.known[form] = result, tuple(t._version for t in made)
+        return result
+
+
+def _is_echoed(tensor: Tensor) -> bool:
+    """Whether the text of a call tells the form of ``tensor``, all of it."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and _is_told(tensor)
+        and not (tensor.is_inference() or tensor.is_conj() or tensor.is_neg())
+    )
 
 
 class _Operator(NamedTuple):
@@ -147,19 +189,53 @@ def decides_by_values(name: str) -> bool:
 
 
 def _operation(operator: _Operator, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Operation:
-    """The record of one call, which gave ``result``."""
+    """The record of one call, which gave ``result``: made once for calls of one form, if that tells all about them."""
     tensors = [*_tensors(args), *_tensors(kwargs.values())]
     results = list(_tensors((result,)))
-    arguments = [*map(_text, args), *(f"{key}={_text(value)}" for key, value in kwargs.items())]
-    text = f"{operator.name}({', '.join(arguments)})"
-    form = (text, *(t.shape for t in results)) if all(map(_is_told, (*tensors, *results))) else None
-    return Operation(
+    text = _text_of(operator, args, kwargs)
+    form = _form(operator, text, tensors, results)
+    known = _known.get(form) if form is not None else None
+    if known is not None:
+        return known
+    made = Operation(
         name=operator.name,
-        flops=_flops(operator, args, kwargs, result, form),
+        flops=_flops(operator, args, kwargs, result),
         bytes=0 if operator.is_free else _moved(operator, args, kwargs, tensors, results),
         dtype=_deciding([*tensors, *results]),
         text=text,
     )
+    if form is not None:
+        if len(_known) >= MOST_KNOWN:
+            _known.clear()
+        _known[form] = made
+    return made
+
+
+MOST_KNOWN = 10_000
+_known: dict[tuple[Any, ...], Operation] = {}
+"""Operations by the text of a call and the form of its results: equal layers make the same calls."""
+
+
+def _form(
+    operator: _Operator, text: str, tensors: Sequence[Tensor], results: Sequence[Tensor]
+) -> tuple[Any, ...] | None:
+    """What the record of a call follows from; None where more than that matters.
+
+    So it is where a tensor takes part twice, and with operators that are not ATen's, which may take what no text tells.
+    """
+    every = (*tensors, *results)
+    if (
+        not operator.name.startswith("aten.")
+        or len({id(t) for t in every}) < len(every)
+        or not all(map(_is_told, every))
+    ):
+        return None
+    return (text, *((t.shape, t.stride(), t.dtype) for t in results))
+
+
+def _text_of(operator: _Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    arguments = [*map(_text, args), *(f"{key}={_text(value)}" for key, value in kwargs.items())]
+    return f"{operator.name}({', '.join(arguments)})"
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -223,29 +299,14 @@ def _changed(operator: _Operator, args: Sequence[Any], kwargs: Mapping[str, Any]
     return out, changed
 
 
-def _flops(
-    operator: _Operator, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, form: tuple[Any, ...] | None
-) -> int:
-    """What the operator's formula gives, reckoned once for calls of one ``form``, if that tells all that it asks."""
+def _flops(operator: _Operator, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
+    """What the operator's formula gives."""
     if operator.formula is None:
         return 0
-    known = _flops_known.get(form) if form is not None else None
-    if known is not None:
-        return known
     try:
-        found = int(operator.formula(result, *args, **kwargs))
+        return int(operator.formula(result, *args, **kwargs))
     except (AssertionError, AttributeError, TypeError, ValueError, RuntimeError):
-        found = 0  # an unusual form of the operator, such as a nested tensor, that the formula does not know
-    if form is not None and operator.name.startswith("aten."):  # other operators take what the form does not tell
-        if len(_flops_known) >= MOST_KNOWN:
-            _flops_known.clear()
-        _flops_known[form] = found
-    return found
-
-
-MOST_KNOWN = 10_000
-_flops_known: dict[tuple[Any, ...], int] = {}
-"""Arithmetic by the text of a call and the shapes of its results: equal layers make the same calls."""
+        return 0  # an unusual form of the operator, such as a nested tensor, that the formula does not know
 
 
 def _is_told(tensor: Tensor) -> bool:

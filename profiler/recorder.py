@@ -69,6 +69,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
         earlier: the recorder of a call before this one, to tell state that is kept between calls.
         counts_saved: whether the tensors that autograd saves are counted.
         counts_operations: whether the operators that run are noted: not where the graph alone is asked for.
+        echoes: whether operators of one form are computed once, where numbers do not matter; only with those noted.
     """
 
     def __init__(
@@ -80,11 +81,13 @@ class Recorder(UnitWatcher, TorchFunctionMode):
         earlier: Recorder | None = None,
         counts_saved: bool = True,
         counts_operations: bool = True,
+        echoes: bool = False,
     ) -> None:
         super().__init__(model, units, train=train)
         self.earlier = earlier
         self.counts_saved = counts_saved
         self.counts_operations = counts_operations
+        self.echoes = echoes
         self.guards: list[tuple[str, str, str]] = []
         self.depth = 0
         self.observed: Step | None = None  # the step whose own operators run
@@ -131,7 +134,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
         saving = (
             torch.autograd.graph.saved_tensors_hooks(saved, lambda kept: kept) if self.counts_saved else nullcontext()
         )
-        operating = OperationRecorder(self._operation) if self.counts_operations else nullcontext()
+        operating = OperationRecorder(self._operation, echoes=self.echoes) if self.counts_operations else nullcontext()
         with hooks, saving, functions_applied(self._apply), self, operating:
             try:
                 output = self.model(*args, **kwargs)

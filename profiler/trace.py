@@ -38,6 +38,7 @@ def trace(
     train: bool = True,
     units: Mapping[str, nn.Module] | None = None,
     found: Snapshot | None = None,
+    echoes: bool = False,
 ) -> UnitGraph:
     """Run ``model`` once on the inputs and capture it at unit level.
 
@@ -47,6 +48,8 @@ def trace(
     Args:
         units: the modules that are placed whole, by path; by default those of :func:`find_units`.
         found: the model as it is now, where that is known from earlier.
+        echoes: of arithmetic of one form only the first is computed, and its result stands in for the others', in a
+            forward that is known to go the same way whatever the numbers are.
 
     Raises:
         ShardwrightError: the forward fails.
@@ -54,7 +57,7 @@ def trace(
     units = _checked(model, units)
     found = found or Snapshot(model)
     with found.attributes_kept(), as_found(found, train=train):
-        return _recorded(model, units, *copied_inputs(args, kwargs or {}), train=train)[1]
+        return _recorded(model, units, *copied_inputs(args, kwargs or {}), train=train, echoes=echoes)[1]
 
 
 def checked_trace(
@@ -103,17 +106,20 @@ def _recorded(
     train: bool,
     earlier: Recorder | None = None,
     counts: bool = True,
+    echoes: bool = False,
 ) -> tuple[Recorder, UnitGraph, Any]:
     """Record one forward, without the bytes that autograd saves where they cannot be counted.
 
     Args:
         counts: whether operators and what autograd saves are counted at all, or the graph alone is made.
     """
-    recorder = Recorder(model, units, train=train, earlier=earlier, counts_saved=counts, counts_operations=counts)
+    recorder = Recorder(
+        model, units, train=train, earlier=earlier, counts_saved=counts, counts_operations=counts, echoes=echoes
+    )
     try:
         return recorder, *recorder.record(args, kwargs)
     except SavedTensorsUncountedError:
-        recorder = Recorder(model, units, train=train, earlier=earlier, counts_saved=False)
+        recorder = Recorder(model, units, train=train, earlier=earlier, counts_saved=False, echoes=echoes)
         return recorder, *recorder.record(args, kwargs)
 
 

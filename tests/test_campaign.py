@@ -112,6 +112,14 @@ def test_equal_layers_share_one_measurement(monkeypatch, tmp_path):
     assert rows == [rows[0]] * 5
 
 
+def test_of_large_equal_steps_fewer_are_measured():
+    """Their code, cold in the first of them, hardly counts."""
+    few = campaign.Few()
+    large = [few.admits("large", campaign.LARGE_BYTES) for _ in range(5)]
+    middle = [few.admits("middle", campaign.LARGE_BYTES - 1) for _ in range(5)]
+    assert sum(large) == campaign.MOST_ALIKE_LARGE < sum(middle) == campaign.MOST_ALIKE
+
+
 def test_small_equal_steps_are_all_measured(monkeypatch, tmp_path):
     """They are mostly their code, which is cold only in the first of them, and they take no time."""
     _, sent = examined(monkeypatch, Cache(tmp_path), Stack(), torch.randn(4, WIDTH), counts=(1,))

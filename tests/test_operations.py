@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from shardwright.profiler.operations import OperationRecorder, _flops_known, tensor_bytes
+from shardwright.profiler.operations import OperationRecorder, _known, tensor_bytes
 
 
 def record(function):
@@ -363,7 +363,56 @@ def test_arithmetic_is_reckoned_once_for_equal_calls():
                 torch.mm(torch.ones(rows, inner), torch.ones(inner, columns))
         return [operation.flops for operation in found if operation.name == "aten.mm.default"]
 
-    _flops_known.clear()
+    _known.clear()
     shapes = [(2, 3, 4), (2, 3, 5), (2, 3, 4), (7, 3, 4)]
     assert flops(*shapes) == flops(*shapes) == [2 * a * b * c for a, b, c in shapes]
-    assert len(_flops_known) == 3
+    assert sum("aten.mm" in form[0] for form in _known) == 3
+
+
+# Echoes
+
+
+def echoed(function):
+    """The operations of a call in which arithmetic of one form is done once, and what it returned."""
+    operations = []
+    with OperationRecorder(operations.append, echoes=True):
+        result = function()
+    return operations, result
+
+
+def test_arithmetic_of_one_form_is_done_once():
+    """The second product has the first one's numbers in a storage of its own; what is recorded stays the same."""
+    a, b, c = torch.randn(3, 4, 5).unbind()
+    weight = torch.randn(5, 6)
+    operations, (first, second, sum_) = echoed(lambda: (a @ weight, b @ weight, b + c))
+    assert torch.equal(first, a @ weight)
+    assert torch.equal(second, first)
+    assert second.untyped_storage()._cdata != first.untyped_storage()._cdata
+    assert torch.equal(sum_, b + c)
+    assert operations == operations_of(lambda: (a @ weight, b @ weight, b + c))
+
+
+_COMPLEX = torch.randn(4, 4, dtype=torch.cfloat)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((torch.randn(4, 5), torch.randn(5, 6)), (torch.randn(5, 4).T, torch.randn(5, 6))),
+        ((torch.randn(4, 5), torch.randn(5, 6)), (torch.randn(3, 5), torch.randn(5, 6))),
+        ((torch.randn(4, 5), torch.randn(5, 6)), (torch.randn(4, 5).double(), torch.randn(5, 6).double())),
+        ((_COMPLEX, _COMPLEX), (_COMPLEX.conj(), _COMPLEX)),
+    ],
+)
+def test_arithmetic_of_another_form_is_done(one, other):
+    """Strides, shapes, dtypes and lazy conjugation tell forms apart."""
+    _, (first, second) = echoed(lambda: [x @ y for x, y in (one, other)])
+    for found, (x, y) in zip((first, second), (one, other), strict=True):
+        torch.testing.assert_close(found, x @ y)
+
+
+def test_a_result_that_was_changed_in_place_is_no_echo():
+    """Its numbers are no product's any more."""
+    a, b, weight = torch.randn(4, 5), torch.randn(4, 5), torch.randn(5, 6)
+    _, (_, second) = echoed(lambda: ((a @ weight).fill_(torch.inf), b @ weight))
+    assert torch.equal(second, b @ weight)

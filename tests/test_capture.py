@@ -1,0 +1,128 @@
+"""Captures at several numbers of micro-batches: where arithmetic of one form may be computed once, and where not."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from shardwright.profiler import capture
+from shardwright.profiler.capture import captures_of
+from shardwright.profiler.recall import _digest
+from shardwright.profiler.trace import trace
+
+WIDTH = 8
+UNITS = ["layers.*"]
+COUNTS = (1, 2, 4)
+
+
+class Stack(nn.Module):
+    """Layers, one after another."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.layers = nn.ModuleList(make() for _ in range(3))
+
+    def forward(self, x):
+        """Every layer, and a sum around it."""
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+class ReadingWhole(Stack):
+    """Reads a number back, but of the whole batch only."""
+
+    def forward(self, x):
+        """The stack; of a large batch, the numbers are looked at too."""
+        x = super().forward(x)
+        return x * 2 if len(x) > 4 and bool(x.isnan().any()) else x
+
+
+class Reading(Stack):
+    """Reads a number back from a mask, whatever the batch."""
+
+    def forward(self, x):
+        """The stack, masked where the mask has a hole."""
+        mask = torch.ones(x.shape[1:2], dtype=torch.bool)
+        return super().forward(x) if bool(mask.all()) else x
+
+
+def linear():
+    """A layer with two products of different forms."""
+    return nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+
+
+def attention():
+    """A layer with dropout, attention and normalisation."""
+    return nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, dropout=0.1, batch_first=True)
+
+
+def convolution():
+    """A layer with batch statistics."""
+    return nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(inplace=True))
+
+
+@pytest.fixture
+def echoes(monkeypatch):
+    """Sizes of the batches that were captured, and whether arithmetic of one form was computed once."""
+    found = []
+
+    def noted(model, args, kwargs=None, *, echoes=False, **options):
+        found.append((len(args[0]), echoes))
+        return trace(model, args, kwargs, echoes=echoes, **options)
+
+    monkeypatch.setattr(capture, "trace", noted)
+    return found
+
+
+def captured(model, x, *, train=True):
+    """The captures at each of :data:`COUNTS`."""
+    captures, reason = captures_of(model, (x,), {}, COUNTS, devices=2, units=UNITS, train=train)
+    assert not reason
+    return captures
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(
+    ("make", "shape"), [(linear, (8, WIDTH)), (attention, (8, 5, WIDTH)), (convolution, (8, 3, 6, 6))]
+)
+def test_a_short_capture_tells_what_a_full_one_does(make, shape, train, echoes):
+    """Steps, operators, tensors, bytes and the graph are the same: they follow from shapes alone."""
+    torch.manual_seed(0)
+    model, x = Stack(make), torch.randn(shape)
+    captures = captured(model, x, train=train)
+    assert echoes == [(4, True), (8, True)]
+    for count in COUNTS:
+        whole = trace(model, (x[: len(x) // count].clone(),), train=train, units=captures[1].units)
+        assert _digest(captures[count], train=train) == _digest(whole, train=train)
+
+
+def test_arithmetic_of_equal_layers_is_computed_once():
+    """Unchecked captures have the first layer's product for the others'; the checked one has each its own."""
+    torch.manual_seed(0)
+    model, x = Stack(lambda: nn.Linear(WIDTH, WIDTH)), torch.randn(8, WIDTH)
+    captures = captured(model, x)
+
+    def grown(count):
+        calls = [step.call for step in captures[count].steps if step.kind == "unit"]
+        inputs = [call.args[0] for call in calls]
+        return [after - before for before, after in pairwise(inputs)]
+
+    torch.testing.assert_close(*grown(1))
+    torch.testing.assert_close(grown(1)[0], model.layers[0](x).detach())
+    assert not torch.allclose(*grown(4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (Reading, [(4, False), (8, False)]),
+        (ReadingWhole, [(4, True), (8, True), (8, False)]),
+    ],
+)
+def test_numbers_that_are_read_back_are_real_ones(kind, expected, echoes):
+    """Where the smallest capture reads numbers all others compute them, and so does a larger one that reads some."""
+    torch.manual_seed(0)
+    captures_of(kind(linear), (torch.randn(8, WIDTH),), {}, COUNTS, devices=2, units=UNITS, train=True, strict=False)
+    assert echoes[: len(expected)] == expected
