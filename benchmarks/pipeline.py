@@ -172,8 +172,9 @@ def main() -> None:
                 print(row(found[-1]), flush=True)
             except sw.ShardwrightError as error:
                 print(f"{case}: {error}", flush=True)
-    print(summary(found))
-    print(f"torch {torch.__version__}, Python {platform.python_version()}, {profile.devices[0].description}")
+    if found:
+        print(summary(found))
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {len(os.sched_getaffinity(0))} cores")
     print(f"{datetime.now(UTC):%Y-%m-%d}")
 
 

@@ -65,11 +65,11 @@ class Operation(NamedTuple):
 
 
 class OperationRecorder(TorchDispatchMode):
-    """Calls ``add`` with each :class:`Operation` that runs in its scope, backward included; changes nothing.
+    """Calls ``add`` with each :class:`Operation` that runs in its scope, backward included; else changes nothing.
 
     Args:
-        echoes: where numbers do not matter: arithmetic is done once for operators of one form, and the others of that
-            form give a copy of its result. So a stack of layers takes hardly longer than one of them.
+        echoes: where numbers do not matter: arithmetic with what is trained is done once for operators of one form;
+            the others of that form give a copy of its result. So a stack of layers takes hardly longer than one layer.
 
     What ``torch.compile`` compiles stays compiled and is not seen, except under its stance ``"force_eager"``.
     Works on real, fake, meta and sparse tensors. In inference mode composite functions are taken apart as autograd
@@ -122,7 +122,9 @@ class _Echoes:
     def result_of(self, operator: _Operator, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What the operator gives, or a copy of what it gave for arguments of the same form."""
         tensors = [*_tensors(args), *_tensors(kwargs.values())]
-        if not operator.name.startswith("aten.") or not all(map(_is_echoed, tensors)):
+        # Of what is not trained, such as tables, a model may keep results for later calls: those have to be right.
+        kept = not any(tensor.requires_grad for tensor in tensors)
+        if kept or not operator.name.startswith("aten.") or not all(map(_is_echoed, tensors)):
             return func(*args, **kwargs)
         form = (_text_of(operator, args, kwargs), *(t.device for t in tensors))
         if form in self.known:

@@ -237,7 +237,9 @@ class Pool:
         for device in sorted(pending):
             self.workers[device].check_alive()
         if pending and time.monotonic() > deadline:
+            first, *others = sorted(pending)
+            nor = f", nor did {' and '.join(others)}, which may have waited for it or it for them" if others else ""
             raise WorkerError(
-                min(pending),
-                f"did not answer within {limit_s:.0f} s and was ended; is its device busy, or the model stuck?",
+                first,
+                f"did not answer within {limit_s:.0f} s and was ended{nor}; is a device busy, or the model stuck?",
             )

@@ -225,6 +225,8 @@ class PlanReport:
     def _certificate(self) -> Iterator[RenderableType]:
         plan, certificate = self.plan, self.plan.certificate
         within = "" if plan.peak is None else " with no larger peak share"
+        if plan.stages_per_device > 1:
+            within = f" with {plan.stages_per_device} stages on each device"
         heaviest = max(plan.stages, key=lambda stage: stage.load_s)
         where = f"stage {heaviest.index} on {heaviest.device}"
         if plan.stages_per_device > 1:

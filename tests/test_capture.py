@@ -1,6 +1,7 @@
 """Captures at several numbers of micro-batches: where arithmetic of one form may be computed once, and where not."""
 
 from itertools import pairwise
+from typing import ClassVar
 
 import pytest
 import torch
@@ -126,3 +127,29 @@ def test_numbers_that_are_read_back_are_real_ones(kind, expected, echoes):
     torch.manual_seed(0)
     captures_of(kind(linear), (torch.randn(8, WIDTH),), {}, COUNTS, devices=2, units=UNITS, train=True, strict=False)
     assert echoes[: len(expected)] == expected
+
+
+class Tabled(nn.Module):
+    """A layer with a table that it makes once for a size of batch and keeps where no snapshot of the model finds it."""
+
+    tables: ClassVar[dict[tuple[float, int], torch.Tensor]] = {}
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor, self.linear = factor, nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        key = (self.factor, len(x))
+        if key not in self.tables:
+            self.tables[key] = torch.full((len(x), 1), self.factor) @ torch.ones(1, WIDTH)
+        return self.linear(x) * self.tables[key]
+
+
+def test_tables_that_a_model_keeps_are_right(echoes):
+    """What is not trained is computed for each layer, also where arithmetic of one form is computed once."""
+    factors = iter([1.0, 2.0, 3.0])
+    model, x = Stack(lambda: Tabled(next(factors))), torch.randn(8, WIDTH)
+    captured(model, x)
+    assert echoes == [(4, True), (8, True)]
+    assert len(Tabled.tables) == 3 * len(COUNTS)
+    assert all(bool((table == factor).all()) for (factor, _), table in Tabled.tables.items())

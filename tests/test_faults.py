@@ -82,11 +82,14 @@ def check(planned, monkeypatch, folder, kind, victim, phase):
 
     monkeypatch.setattr(pool.Worker, "__init__", noted)
     monkeypatch.setattr(pool.Pool, "call", call)
-    with pytest.raises(sw.ShardwrightError, match=f"worker {victim} {FAULTS[kind]}") as caught:
+    with pytest.raises(sw.ShardwrightError, match=FAULTS[kind]) as caught:
         sw.run(model, plan, (x,), steps=2)
+    said = str(caught.value)
+    # One that hangs and one that waits for it look the same: both are named.
+    assert said.startswith(f"worker {victim} ") or (kind == "hang" and f"nor did {victim}" in said)
     assert len(struck) == 1
     assert time.monotonic() - struck[0] < 30
-    assert "\n" not in str(caught.value)
+    assert "\n" not in said
     assert len(pids) == 2
     for pid in pids:
         with pytest.raises(ProcessLookupError):
@@ -95,7 +98,7 @@ def check(planned, monkeypatch, folder, kind, victim, phase):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "victim", "phase"), CASES, ids="-".join)
+@pytest.mark.parametrize(("kind", "victim", "phase"), CASES, ids=["-".join(case) for case in CASES])
 def test_a_fault_ends_the_run(planned, monkeypatch, tmp_path, kind, victim, phase):
     """A hundred times in a row."""
     check(planned, monkeypatch, tmp_path, kind, victim, phase)

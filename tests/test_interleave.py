@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -374,7 +375,7 @@ def test_memory_that_is_enough_for_one_stage_a_device(chain_profile):
     """Interleaved, more micro-batches are held at once: said with the way out, where 1F1B fits and this does not."""
     caps = {stage.device: stage.memory_bytes for stage in plan(chain_profile(8), microbatches=4).stages}
     assert plan(chain_profile(8), microbatches=4, memory=caps).devices
-    with pytest.raises(ShardwrightError, match=r"2 stages on each device fits the memory.*--schedule 1f1b"):
+    with pytest.raises(ShardwrightError, match=r"2 stages on each device fits the memory, the pins.*--schedule 1f1b"):
         plan(chain_profile(8), microbatches=4, memory=caps, schedule="interleaved")
     assert plan(chain_profile(8), microbatches=4, memory=caps, schedule="auto").schedule == "1f1b"
 
@@ -385,3 +386,43 @@ def test_micro_batches_that_no_round_divides(chain_profile):
     profile = chain_profile(12, speed=speed, microbatches=(1, 7))
     with pytest.raises(ShardwrightError, match="7 micro-batches cannot go around 3 devices in equal rounds"):
         plan(profile, microbatches=7, schedule="interleaved")
+
+
+@pytest.mark.parametrize("asked", ["interleaved", "auto"])
+def test_a_link_that_spoils_what_it_carries_is_not_used(chain_profile, asked):
+    """No split goes over it; where that is all, one line says so."""
+    profile = chain_profile(8, microbatches=(1, 4))
+    links = tuple(
+        link.model_copy(update={"probed_bytes": 8, "wrong_bytes": 1}) if link.source == "cpu:0" else link
+        for link in profile.links
+    )
+    profile = profile.model_copy(update={"links": links})
+    if asked == "auto":
+        assert plan(profile, microbatches=4, schedule=asked).devices == ("cpu:0",)
+    else:
+        with pytest.raises(ShardwrightError, match="fits the memory, the pins and the links that may be used"):
+            plan(profile, microbatches=4, schedule=asked)
+
+
+def test_a_larger_batch_that_does_not_go_around_is_left_out(chain_profile):
+    """Five micro-batches go around three devices in one round, ten in no equal rounds."""
+    speed = dict.fromkeys(("cpu:0", "cpu:1", "cpu:2"), 1.0)
+    profile = chain_profile(6, speed=speed, microbatches=(1, 5), overhead_s=9.0)
+    pins = {f"net.u{i}": f"cpu:{i % 3}" for i in range(6)}
+    result = plan(profile, microbatches=5, schedule="interleaved", pins=pins)
+    assert result.predicted.speedup < 1.03
+    assert all(change.what != "batch" or 2 not in change.tried for change in result.changes)
+
+
+def test_time_that_is_out_ends_the_search_where_nothing_fits_yet(chain_profile):
+    """After the first order of devices: there are six, of devices that differ."""
+    speed = {"cpu:0": 1.0, "cpu:1": 1.3, "cpu:2": 1.7}
+    profile = chain_profile(12, speed=speed, microbatches=(1, 6), saved_bytes=50_000)
+    memory = {device: int(0.99 * size) for device, size in plan(profile, microbatches=6).memory().items()}
+    cuts = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = interleave._Best.cut
+        patch.setattr(interleave._Best, "cut", lambda *args: cuts.append(args) or original(*args))
+        with contextlib.suppress(ShardwrightError):
+            plan(profile, microbatches=6, schedule="interleaved", memory=memory, time_limit_s=0.0)
+    assert len(cuts) == 1

@@ -381,9 +381,14 @@ def echoed(function):
 
 
 def test_arithmetic_of_one_form_is_done_once():
-    """The second product has the first one's numbers in a storage of its own; what is recorded stays the same."""
+    """The second product has the first one's numbers in a storage of its own; what is recorded stays the same.
+
+    So it is with weights that are trained; others are computed with.
+    """
     a, b, c = torch.randn(3, 4, 5).unbind()
     weight = torch.randn(5, 6)
+    assert torch.equal(echoed(lambda: (a @ weight, b @ weight))[1][1], b @ weight)
+    weight.requires_grad_()
     operations, (first, second, sum_) = echoed(lambda: (a @ weight, b @ weight, b + c))
     assert torch.equal(first, a @ weight)
     assert torch.equal(second, first)
@@ -406,6 +411,8 @@ _COMPLEX = torch.randn(4, 4, dtype=torch.cfloat)
 )
 def test_arithmetic_of_another_form_is_done(one, other):
     """Strides, shapes, dtypes and lazy conjugation tell forms apart."""
+    for x, _ in (one, other):
+        x.requires_grad_()
     _, (first, second) = echoed(lambda: [x @ y for x, y in (one, other)])
     for found, (x, y) in zip((first, second), (one, other), strict=True):
         torch.testing.assert_close(found, x @ y)
@@ -413,6 +420,6 @@ def test_arithmetic_of_another_form_is_done(one, other):
 
 def test_a_result_that_was_changed_in_place_is_no_echo():
     """Its numbers are no product's any more."""
-    a, b, weight = torch.randn(4, 5), torch.randn(4, 5), torch.randn(5, 6)
+    a, b, weight = torch.randn(4, 5), torch.randn(4, 5), torch.randn(5, 6, requires_grad=True)
     _, (_, second) = echoed(lambda: ((a @ weight).fill_(torch.inf), b @ weight))
     assert torch.equal(second, b @ weight)

@@ -63,7 +63,8 @@ def kept_whole(chosen: Option, options: Iterable[Option], baseline_s: float | No
     """The best split that keeps all activations, where the chosen one computes some anew by choice."""
     if chosen.problem.recompute != "auto" or not any(chosen.anew):
         return ()
-    others = [kept for option in options if (kept := option.kept if any(option.anew) else option) is not None]
+    plain = [option for option in options if option.problem.stages_per_device == 1]  # others: Plan.other_schedule
+    others = [kept for option in plain if (kept := option.kept if any(option.anew) else option) is not None]
     best = min(others, key=lambda option: option.step_s, default=None)
     return (
         Alternative(

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
+from shardwright.sharder.planning.interleave import possible_devices
 from shardwright.sharder.planning.partition import stage_loads
 from shardwright.sharder.planning.plan import WORTHWHILE, Change, Gain
 from shardwright.sharder.planning.pricing import Option, price, solve
@@ -83,6 +84,10 @@ def _at_batches(splits: Sequence[Option], baseline: Option, profile: Profile) ->
 def _at_batch(option: Option, factor: int, profile: Profile) -> Option | None:
     """The same split of so many times the batch; None if it does not fit then."""
     problem = dataclasses.replace(option.problem, microbatches=option.problem.microbatches * factor)
+    if problem.stages_per_device > 1 and len(option.split.stages) // problem.stages_per_device not in possible_devices(
+        problem
+    ):
+        return None  # so many do not go around in equal rounds
     return None if stage_loads(problem, option.split.stages) is None else price(problem, option.split, profile)
 
 

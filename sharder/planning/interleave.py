@@ -116,7 +116,7 @@ def interleaved(
     Args:
         classes: devices that cannot be told apart.
         device_orders: those to try where there are more than can all be tried.
-        out_of_time: asked before each line; the first is cut in any case.
+        out_of_time: asked before each line but the first, and before each split but the most promising of a line.
 
     Raises:
         ShardwrightError: none that fits was found, and not all were looked at.
@@ -124,7 +124,7 @@ def interleaved(
     chain = all(before >> v & 1 for v, before in enumerate(problem.predecessors[1:]))
     counts, given = possible_devices(problem), list(device_orders)
     best, bounds_s = _Best(problem), _bounds_s(problem, counts, chain)
-    complete = chain and not problem.overlap
+    complete, looked = chain and not problem.overlap, False
     for blocks in _lines(problem, chain):
         for count in counts:
             if best.value_s <= bounds_s[count]:
@@ -132,10 +132,11 @@ def interleaved(
             orders, every = _orders(len(problem.devices), count, classes, given)
             complete &= every
             for order in orders:
-                if best.finals and out_of_time():
+                if looked and out_of_time():
                     complete = False
                     break
-                complete &= best.cut(CuttableLine(problem, blocks, order))
+                complete &= best.cut(CuttableLine(problem, blocks, order), out_of_time)
+                looked = True
     if not best.finals:
         if complete or not counts:
             return None
@@ -196,22 +197,28 @@ class _Best:
         """The least largest load."""
         return min(self.finals.values(), default=math.inf)
 
-    def cut(self, line: CuttableLine) -> bool:
+    def cut(self, line: CuttableLine, out_of_time: Callable[[], bool]) -> bool:
         """Cut ``line``; whether all cuts that could be better were looked at."""
         ends, estimates_s, complete = line.beam(self.value_s * (1 + SLACK))
-        for row, estimate_s in zip(ends, estimates_s, strict=True):
+        for number, (row, estimate_s) in enumerate(zip(ends, estimates_s, strict=True)):
             if estimate_s > self.value_s * (1 + SLACK):
                 break
+            if number >= CLIMBED and out_of_time():
+                return False
             self._offer([line.stages(row)])
         if not complete and len(ends):
             self._offer(line.whole().climbed(line.at[ends[:CLIMBED]]))
         return complete
 
     def _offer(self, found: Iterable[Stages]) -> None:
-        """Keep splits that are nearly the best, if they fit."""
+        """Keep splits that are nearly the best, if they fit; none sends over a link that is not to be used."""
         for stages in found:
             value_s = max(device_loads(self.problem, stages))
-            if value_s <= self.value_s * (1 + SLACK) and piece_loads(self.problem, stages) is not None:
+            if (
+                math.isfinite(value_s)
+                and value_s <= self.value_s * (1 + SLACK)
+                and piece_loads(self.problem, stages) is not None
+            ):
                 self.finals[stages] = value_s
 
     def soonest(self) -> tuple[Stages, float]:

@@ -134,7 +134,7 @@ class Certificate(Record):
 
     value_s: NonNegativeFloat
     bound_s: NonNegativeFloat
-    """No plan for this profile at this number of micro-batches has a smaller largest load."""
+    """No plan for this profile, with so many micro-batches and stages a device, has a smaller largest load."""
     gap_percent: NonNegativeFloat
     exact: bool
     binds: str

@@ -99,7 +99,7 @@ def plan(
             its disk, from where they are brought for each call.
         recompute: whether, in training, a stage keeps only what it receives of each micro-batch in flight, and computes
             its forward anew in the backward: ``"never"``, ``"always"`` all stages, or ``"auto"`` those that would not
-            fit otherwise, if that is noticeably faster. A free assignment and latency have no such stages.
+            fit otherwise, if that is noticeably faster. Interleaved stages, a free assignment and latency have none.
         time_limit_s: seconds for the whole search; after it, the best so far with an honest gap.
         replans: how often to plan anew with costs drawn within the uncertainty of the profile's times, to see how the
             plan moves; the prediction is drawn anew in any case.

@@ -85,7 +85,7 @@ def with_interleaved(
     try:
         found = _options(pieces, profile, deadline_s)
     except ShardwrightError:
-        if schedule == "interleaved":
+        if schedule == "interleaved" and plain:
             raise
         found = []
     if not found and plain and schedule == "interleaved":
@@ -137,8 +137,8 @@ def _why_not(problems: Sequence[Problem]) -> ShardwrightError:
             f"{counts} micro-batches cannot go around {devices} devices in equal rounds: take a multiple of {devices}"
         )
     return ShardwrightError(
-        f"no split with {v} stages on each device fits the memory and the pins, at {counts} micro-batches: ask for "
-        "fewer with --stages-per-device, or plan with --schedule 1f1b, which holds fewer micro-batches at once"
+        f"no split with {v} stages on each device fits the memory, the pins and the links that may be used, at "
+        f"{counts} micro-batches: ask for fewer with --stages-per-device, or plan with --schedule 1f1b, which holds fewer at once"
     )
 
 

@@ -125,6 +125,8 @@ def hold_stages(job: Job, programs: Sequence[StageProgram], inputs: tuple[Tensor
     share = Share(programs, device)
     module = share.whole.train(job.train)
     stages = tuple(make_stage(p, m, job.stages, device, group) for p, m in zip(programs, share.modules, strict=True))
+    # The engine of several stages a process finds the ranks by itself, in rising order.
+    assert len(stages) == 1 or list(job.ranks) == sorted(job.ranks)
     for stage in stages:
         # PyTorch numbers the ranks of a group in rising order, whatever the order of the devices is.
         stage.stage_index_to_group_rank = {

@@ -174,7 +174,7 @@ def _put_back(model: nn.Module) -> Iterator[None]:
 
 
 def _on_simulated_devices(model: nn.Module, plan: Plan) -> nn.Module:
-    """``model`` on sim:0, sim:1, …, one for each stage: by its own hooks if it is placed, else by the plan."""
+    """``model`` on sim:0, sim:1, …, one for each device: by its own hooks if it is placed, else by the plan."""
     simulated = {device: sim_device(index) for index, device in enumerate(plan.devices)}
     hooks = [hooks[key] for _, hooks, key in placement_hooks(model)]
     entered = next((hook for hook in hooks if isinstance(hook, Enter)), None)
