@@ -138,7 +138,8 @@ def _why_not(problems: Sequence[Problem]) -> ShardwrightError:
         )
     return ShardwrightError(
         f"no split with {v} stages on each device fits the memory, the pins and the links that may be used, at "
-        f"{counts} micro-batches: ask for fewer with --stages-per-device, or plan with --schedule 1f1b, which holds fewer at once"
+        f"{counts} micro-batches: ask for fewer with --stages-per-device, or plan with --schedule 1f1b, which holds "
+        "fewer at once"
     )
 
 
