@@ -31,7 +31,7 @@ from shardwright.sharder.planning.plan import (
     Plan,
     Prediction,
 )
-from shardwright.sharder.planning.pricing import Option, baseline_of, noise_s, price, solve
+from shardwright.sharder.planning.pricing import Option, baseline_of, noise_s, price, solve, solve_each
 from shardwright.sharder.planning.problem import Problem, Recompute, Schedule, Transfers
 from shardwright.sharder.planning.recorded import split_ties, stage_of_nodes, stages_of
 from shardwright.sharder.planning.sensitivity import rivals_of, sensitivity_of
@@ -151,18 +151,7 @@ def plan(
         )
     if objective == "memory":
         return _for_memory(profile, problems, [problem_at(count) for count in sorted(profile.microbatches)], deadline_s)
-    options: list[Option] = []
-    unfinished: ShardwrightError | None = None
-    plain_s = deadline_s - (time_limit_s / 2 if pieces > 1 else 0.0)
-    for position, problem in enumerate(problems):
-        share_s = max(0.0, plain_s - time.monotonic()) / (len(problems) - position)
-        try:
-            option = solve(problem, profile, time_limit_s=share_s)
-        except ShardwrightError as error:
-            unfinished = error
-            continue
-        if option is not None:
-            options.append(option)
+    options, unfinished = solve_each(problems, profile, deadline_s - (time_limit_s / 2 if pieces > 1 else 0.0))
     if not options and offload and not profile.train:
         options = _offloaded(problems, profile, deadline_s)
     plain = options

@@ -16,7 +16,7 @@ from shardwright.sharder.planning.simulate import StageCost, expected_step_s, si
 from shardwright.sharder.planning.stage_costs import shares_of, stage_costs
 from shardwright.sharder.planning.timeline import Timeline
 
-__all__ = ["Option", "baseline_of", "noise_s", "price", "rules_of", "solve", "stages_anew"]
+__all__ = ["Option", "baseline_of", "noise_s", "price", "rules_of", "solve", "solve_each", "stages_anew"]
 
 LEAST_NOISE = 0.05
 """One device counts as faster than an earlier one from this relative difference on, however steady both were."""
@@ -72,6 +72,28 @@ def solve(problem: Problem, profile: Profile, *, time_limit_s: float) -> Option 
     bound_s = min(kept.split.bound_s, best.split.bound_s)
     exact = kept.split.exact and bound_s == kept.split.value_s
     return dataclasses.replace(kept, split=dataclasses.replace(kept.split, bound_s=bound_s, exact=exact))
+
+
+def solve_each(
+    problems: Sequence[Problem], profile: Profile, deadline_s: float
+) -> tuple[list[Option], ShardwrightError | None]:
+    """The best split of each of ``problems`` in which one fits, and why one was not looked through, if so.
+
+    Args:
+        deadline_s: of ``time.monotonic()``; what is left is shared out as each is begun.
+    """
+    options: list[Option] = []
+    unfinished: ShardwrightError | None = None
+    for position, problem in enumerate(problems):
+        share_s = max(0.0, deadline_s - time.monotonic()) / (len(problems) - position)
+        try:
+            option = solve(problem, profile, time_limit_s=share_s)
+        except ShardwrightError as error:
+            unfinished = error
+            continue
+        if option is not None:
+            options.append(option)
+    return options, unfinished
 
 
 def _solved(problem: Problem, profile: Profile, time_limit_s: float) -> Option | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,7 +10,7 @@ from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.interleave import possible_devices
 from shardwright.sharder.planning.plan import WORTHWHILE, Objective, OtherSchedule
-from shardwright.sharder.planning.pricing import Option, solve
+from shardwright.sharder.planning.pricing import Option, solve_each
 from shardwright.sharder.planning.problem import Problem, Recompute, Transfers
 from shardwright.sharder.planning.stage_costs import shares_of
 from shardwright.sharder.planning.transfers import traffic_of
@@ -104,17 +103,7 @@ def _options(problems: Sequence[Problem], profile: Profile, deadline_s: float) -
         ShardwrightError: none was found at any number, and at one of them not all were looked at.
     """
     possible = [problem for problem in problems if possible_devices(problem)]
-    options: list[Option] = []
-    unfinished: ShardwrightError | None = None
-    for position, problem in enumerate(possible):
-        share_s = max(0.0, deadline_s - time.monotonic()) / (len(possible) - position)
-        try:
-            option = solve(problem, profile, time_limit_s=share_s)
-        except ShardwrightError as error:
-            unfinished = error
-            continue
-        if option is not None:
-            options.append(option)
+    options, unfinished = solve_each(possible, profile, deadline_s)
     if unfinished is not None and not options:
         raise unfinished
     return options
