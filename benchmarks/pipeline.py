@@ -60,7 +60,7 @@ def made(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     zoo._SEQ2SEQ.update(d_model=WIDTH, encoder_ffn_dim=4 * WIDTH, decoder_ffn_dim=4 * WIDTH)
     zoo._ids.__defaults__ = (TOKENS,)
     # Each sample is padded: where a micro-batch has no padding, forwards go another way than with the whole batch.
-    zoo._mask = lambda: (torch.arange(TOKENS) < TOKENS - 1).long().expand(SAMPLES, TOKENS).clone()
+    zoo._mask = lambda length=TOKENS: (torch.arange(length) < length - 1).long().expand(SAMPLES, length).clone()
     torch.manual_seed(0)
     return zoo.ZOO[name].make()
 

@@ -65,7 +65,9 @@ class Operation(NamedTuple):
 
 
 class OperationRecorder(TorchDispatchMode):
-    """Calls ``add`` with each :class:`Operation` that runs in its scope, backward included; else changes nothing.
+    """Calls ``add`` with each :class:`Operation` that runs in its scope, backward included.
+
+    It changes nothing but, with ``echoes``, numbers.
 
     Args:
         echoes: where numbers do not matter: arithmetic with what is trained is done once for operators of one form;
@@ -123,8 +125,8 @@ class _Echoes:
         """What the operator gives, or a copy of what it gave for arguments of the same form."""
         tensors = [*_tensors(args), *_tensors(kwargs.values())]
         # Of what is not trained, such as tables, a model may keep results for later calls: those have to be right.
-        kept = not any(tensor.requires_grad for tensor in tensors)
-        if kept or not operator.name.startswith("aten.") or not all(map(_is_echoed, tensors)):
+        trained = any(tensor.requires_grad for tensor in tensors)
+        if not trained or not operator.name.startswith("aten.") or not all(map(_is_echoed, tensors)):
             return func(*args, **kwargs)
         form = (_text_of(operator, args, kwargs), *(t.device for t in tensors))
         if form in self.known:

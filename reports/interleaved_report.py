@@ -10,12 +10,15 @@ from shardwright.reports.layout import Column, Glyphs, bar, section, tables
 from shardwright.reports.quantities import count, number_of_bytes, percent, seconds, used_of
 from shardwright.sharder.planning.plan import OtherSchedule, Plan
 
-__all__ = ["device_loads_s", "devices_of_interleaved", "schedule_in_words", "weighed"]
+__all__ = ["SCHEDULES", "device_loads_s", "devices_of_interleaved", "schedule_in_words", "weighed"]
+
+
+SCHEDULES = {"1f1b": "1F1B", "gpipe": "GPipe", "interleaved": "interleaved 1F1B"}
 
 
 def schedule_in_words(schedule: str, stages_per_device: int) -> str:
     """``1F1B``, ``interleaved 1F1B (2 stages a device)``."""
-    name = {"1f1b": "1F1B", "gpipe": "GPipe", "interleaved": "interleaved 1F1B"}[schedule]
+    name = SCHEDULES[schedule]
     return f"{name} ({stages_per_device} stages a device)" if stages_per_device > 1 else name
 
 

@@ -8,6 +8,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
 from shardwright.reports.accounts_report import AccountsReport
+from shardwright.reports.interleaved_report import SCHEDULES
 from shardwright.reports.layout import Column, Glyphs, section, tables
 from shardwright.reports.naive_report import NaiveReport, beside_naive
 from shardwright.reports.quantities import count, number_of_bytes, per_second, percent, ratio, seconds, spread
@@ -66,7 +67,7 @@ class RunReport:
         run, glyphs = self.run, Glyphs.of(options)
         equal, text = equality(run)
         yield Text(text, style="green" if equal else "bold red")
-        schedule = {"1f1b": "1F1B", "gpipe": "GPipe", "interleaved": "interleaved 1F1B"}.get(run.schedule, run.schedule)
+        schedule = SCHEDULES.get(run.schedule, run.schedule)
         how = f"{schedule}, {count(run.microbatches, 'micro-batch')}" if len(run.devices) > 1 else "one stage"
         note = f"{how}, batch {run.batch}; median of {count(run.steps, 'step')} of each, in turn"
         yield section("Run", note)

@@ -104,7 +104,7 @@ def _anew_s(chosen: Option, index: int) -> float:
 
 
 def _of_interleaved(problem: Problem, split: Partition) -> str:
-    """The same where devices have several stages each."""
+    """What is most of the largest load where devices have several stages each."""
     loads = device_loads(problem, split.stages)
     index = max(range(len(loads)), key=loads.__getitem__)
     device, members = shares_of(split.stages, problem.stages_per_device)[index]

@@ -21,14 +21,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from shardwright.sharder.planning.problem import Problem, bits, in_flight
+from shardwright.sharder.planning.problem import Problem, bits
 from shardwright.sharder.planning.schedule import FORWARD, Order, order
-from shardwright.sharder.planning.stage_costs import shares_of
+from shardwright.sharder.planning.stage_costs import Stages, shares_of
 
-__all__ = ["DevicePeak", "device_peaks", "held_by_stages"]
+__all__ = ["DevicePeak", "device_peaks"]
 
 _Bytes = npt.NDArray[np.int64]
-Stages = Sequence[tuple[int, int]]
 
 
 class DevicePeak(NamedTuple):
@@ -72,25 +71,6 @@ def device_peaks(problem: Problem, stages: Stages) -> list[DevicePeak]:
     return [
         _peak(problem, share, pieces[position :: len(shares)], todo, position) for position, share in enumerate(shares)
     ]
-
-
-def held_by_stages(problem: Problem, stages: Stages, anew: Sequence[bool], *, train: bool) -> list[tuple[int, int]]:
-    """By stage: its part of its device's peak in bytes, and the micro-batches that it holds at once.
-
-    ``stages`` may also be one for each device, ``anew`` says which of those are computed anew.
-    """
-    if problem.stages_per_device > 1:
-        peaks = device_peaks(problem, stages)
-        rounds = zip(*(zip(peak.parts, peak.in_flight, strict=True) for peak in peaks), strict=True)
-        return [(part, held if train else 1) for each in rounds for part, held in each]
-    found = []
-    closed = 0
-    for index, (device, members) in enumerate(stages):
-        after = len(stages) - 1 - index
-        peak = problem.memory_bytes(closed, closed | members, device, after, recomputed=anew[index])
-        found.append((peak, in_flight(problem.schedule, problem.microbatches, after) if train else 1))
-        closed |= members
-    return found
 
 
 def _piece(problem: Problem, start: int, members: int, *, last: bool) -> _Piece:

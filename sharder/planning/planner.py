@@ -78,8 +78,7 @@ def plan(
         profile: times and sizes, as measured or loaded; or a graph of costs from anywhere, with the attributes that
             :mod:`shardwright.profiler.graph` lists. A plan of such costs has no model to be placed.
         objective: ``"throughput"``, the steady state of a pipeline; ``"latency"``, one input as fast as possible,
-        branches
-            on different devices at once; ``"memory"``, the fullest device as little full as possible.
+            branches on different devices at once; ``"memory"``, the fullest device as little full as possible.
         contiguous: whether the devices take stages that follow each other, as a pipeline does; else each unit may be on
             any device, and the plan can be placed, not run as a pipeline. Latency asks for no stages in any case.
         microbatches: one of the profiled numbers, or ``"auto"``.

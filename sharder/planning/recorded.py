@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from shardwright.profiler.profile import Profile
-from shardwright.sharder.planning.interleaved_memory import held_by_stages
+from shardwright.sharder.planning.interleaved_memory import device_peaks
 from shardwright.sharder.planning.plan import SplitTie, Stage
 from shardwright.sharder.planning.pricing import Option
-from shardwright.sharder.planning.problem import bits
+from shardwright.sharder.planning.problem import Problem, bits, in_flight
 from shardwright.sharder.planning.simulate import StageCost
-from shardwright.sharder.planning.stage_costs import shares_of
+from shardwright.sharder.planning.stage_costs import Stages, shares_of
 
 __all__ = ["split_ties", "stage_of_nodes", "stages_of"]
 
@@ -38,7 +39,7 @@ def stages_of(profile: Profile, option: Option) -> tuple[Stage, ...]:
         if node.kind == "unit":
             units[stage_of[node.name]][node.unit] = None
     stages, anew = [], option.anew
-    held = held_by_stages(problem, split.stages, anew, train=profile.train)
+    held = _held(problem, split.stages, anew, train=profile.train)
     for index, (device, _) in enumerate(split.stages):
         stages.append(
             Stage(
@@ -55,6 +56,25 @@ def stages_of(profile: Profile, option: Option) -> tuple[Stage, ...]:
             )
         )
     return tuple(stages)
+
+
+def _held(problem: Problem, stages: Stages, anew: Sequence[bool], *, train: bool) -> list[tuple[int, int]]:
+    """By stage: its part of its device's peak in bytes, and the micro-batches that it holds at once.
+
+    ``stages`` may also be one for each device, ``anew`` says which of those are computed anew.
+    """
+    if problem.stages_per_device > 1:
+        peaks = device_peaks(problem, stages)
+        rounds = zip(*(zip(peak.parts, peak.in_flight, strict=True) for peak in peaks), strict=True)
+        return [(part, held if train else 1) for each in rounds for part, held in each]
+    found = []
+    closed = 0
+    for index, (device, members) in enumerate(stages):
+        after = len(stages) - 1 - index
+        peak = problem.memory_bytes(closed, closed | members, device, after, recomputed=anew[index])
+        found.append((peak, in_flight(problem.schedule, problem.microbatches, after) if train else 1))
+        closed |= members
+    return found
 
 
 def _recorded(cost: StageCost) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from shardwright.sharder.planning.problem import Problem, bits
 from shardwright.sharder.planning.simulate import StageCost
 from shardwright.sharder.planning.transfers import traffic_of
 
-__all__ = ["shares_of", "stage_costs", "ties_s_of"]
+__all__ = ["Stages", "shares_of", "stage_costs", "ties_s_of"]
 
 Stages = Sequence[tuple[int, int]]
 """In order: a device index and a bit mask of blocks each."""
