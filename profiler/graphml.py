@@ -32,13 +32,13 @@ from typing import Any
 import networkx as nx
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.graph import OF_HOST
+from shardwright.profiler.graph import OPTIONAL
 
 __all__ = ["flat_graph", "graphml", "nested_graph"]
 
 _ARROW = "->"
 _TIMES = ("forward_s", "backward_s", "update_s", "recompute_s")
-_OF_DEVICE = ("kind", "memory_bytes", "fetch_bytes_per_s", "variation", *OF_HOST)
+_OF_DEVICE = ("kind", "memory_bytes", "fetch_bytes_per_s", "variation", *OPTIONAL)
 _OF_LINK = ("latency_s", "bandwidth_bytes_per_s")
 _OF_NODE = (
     *("kind", "type", "unit", "site", "copied", "static_bytes", "param_bytes", "grad_bytes"),
