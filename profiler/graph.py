@@ -66,10 +66,12 @@ import networkx as nx
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Measurement, Profile, Tensor
 
-__all__ = ["OPTIONAL", "Times", "cost_graph"]
+__all__ = ["OF_HOST", "OPTIONAL", "Times", "cost_graph"]
 
-OPTIONAL = ("host_latency_s", "host_bandwidth_bytes_per_s", "in_host_memory", "engine_s")
-"""What a device may say of its way to the host's memory and of the engine; a profile's graph has it where it does."""
+OF_HOST = ("host_latency_s", "host_bandwidth_bytes_per_s", "in_host_memory")
+"""What a device may say of its way to the host's memory."""
+OPTIONAL = (*OF_HOST, "engine_s")
+"""What the graph of a profile says of a device only where the device does."""
 
 
 Times = Mapping[str, Mapping[str, float]]
