@@ -75,7 +75,7 @@ class _Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Do it."""
-        found: Tensor = _Work.apply(x * self.scale, self.memory, self.spent)
+        found: Tensor = _Work.apply(x * self.scale, self.memory, self.spent)  # type: ignore[no-untyped-call]
         return found
 
 
@@ -106,6 +106,7 @@ def engine_steps(rank: int, size: int, clock: Callable[[], float] = time.perf_co
 
     schedule = Schedule1F1B(stage, microbatches, loss_fn=loss, scale_grads=False)
     batch = torch.ones(microbatches * MESSAGE_SHAPE[0], MESSAGE_SHAPE[1])
+    given_batch = [batch] if rank == 0 else []
     found = []
     wait = schedules._wait_batch_p2p
 
@@ -113,12 +114,12 @@ def engine_steps(rank: int, size: int, clock: Callable[[], float] = time.perf_co
         with waits.timed():
             wait(works)
 
-    schedules._wait_batch_p2p = timed_wait
+    schedules._wait_batch_p2p = timed_wait  # type: ignore[assignment]  # it returns None too
     try:
         for _ in range(WARMUP + STEPS):
             own.seconds = waits.seconds = 0.0
             start = clock()
-            schedule.step(*([batch] if rank == 0 else []), **({"target": batch} if rank == size - 1 else {}))
+            schedule.step(*given_batch, target=batch if rank == size - 1 else None)
             found.append((clock() - start - own.seconds - waits.seconds) / (2 * microbatches))
     finally:
         schedules._wait_batch_p2p = wait

@@ -4,6 +4,7 @@ Graph keys
     name, microbatches, train, host_bytes, disk_bytes_per_s       as in :mod:`shardwright.profiler.graph`
     kind:DEVICE, memory_bytes:DEVICE, fetch_bytes_per_s:DEVICE    of each device, such as ``memory_bytes:cuda:0``
     host_latency_s:DEVICE, host_bandwidth_bytes_per_s:DEVICE, in_host_memory:DEVICE
+    engine_s:DEVICE
     variation:DEVICE                                              a JSON list of numbers
     latency_s:SOURCE->TARGET, bandwidth_bytes_per_s:SOURCE->TARGET
     colocate, ties, obstacles                                     JSON lists

@@ -292,16 +292,16 @@ def _exchanged_s(costs: Sequence[StageCost], devices: int, train: bool) -> tuple
 
 def _backward_s(costs: Sequence[StageCost], schedule: PipelineSchedule) -> _Floats:
     """By stage: seconds of B and of W, with the engine's own."""
-    engine = np.array([[cost.engine_s] for cost in costs])
     if schedule != "zero-bubble":
-        return np.array([(cost.backward_s, 0.0) for cost in costs]) + np.hstack([engine, np.zeros_like(engine)])
+        return np.array([(cost.backward_s + cost.engine_s, 0.0) for cost in costs])
     parts = [(cost.backward_input_s, cost.backward_weight_s) for cost in costs]
     if any(None in part for part in parts):
         stage = next(stage for stage, part in enumerate(parts) if None in part)
         raise ShardwrightError(
             f"zero-bubble splits the backward: stage {stage} needs backward_input_s and backward_weight_s"
         )
-    return np.array(parts, float) + engine
+    found: _Floats = np.array(parts, float) + np.array([[cost.engine_s] for cost in costs])
+    return found
 
 
 def _play(todo: Order, prices: _Prices) -> _Played:
