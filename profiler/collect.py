@@ -20,7 +20,7 @@ from shardwright.profiler.capture import Progress, captures_of, silent
 from shardwright.profiler.declared import find_site
 from shardwright.profiler.devices import spare_host_bytes
 from shardwright.profiler.inputs import batch_size, default_counts, input_specs, microbatch
-from shardwright.profiler.links import disk_rate, fetch_rates, measure_links, warn_of_corrupt
+from shardwright.profiler.links import disk_rate, fetch_rates, measure_engine, measure_links, warn_of_corrupt
 from shardwright.profiler.measure import Goal
 from shardwright.profiler.optimizers import OptimizerLike, OptimizerMemory, optimizer_name
 from shardwright.profiler.profile import Device, Link, Measurement, Profile
@@ -158,10 +158,7 @@ def profile(
         master_weights=master_weights and train,
         torch_version=torch.__version__,
         microbatches=tuple(captures),
-        devices=tuple(
-            d if d.declared else d.model_copy(update={"fetch_bytes_per_s": around.fetch_bytes_per_s.get(d.name)})
-            for d in site.devices
-        ),
+        devices=tuple(d if d.declared else d.model_copy(update=around.of_device(d.name)) for d in site.devices),
         links=site.links(around.links),
         nodes=nodes_of(captures, weighed, counted),
         tensors=tensors_of(captures),
@@ -184,8 +181,8 @@ def profile(
 def _as_of_now(profile: Profile, devices: Sequence[Device]) -> Profile:
     """``profile`` with what is free on the devices and on the host today."""
     warn_of_corrupt(profile.links)
-    rates = [device.fetch_bytes_per_s for device in profile.devices]
-    now = [d.model_copy(update={"fetch_bytes_per_s": rate}) for d, rate in zip(devices, rates, strict=True)]
+    measured = [device.model_dump(include={"fetch_bytes_per_s", "engine_s"}) for device in profile.devices]
+    now = [device.model_copy(update=known) for device, known in zip(devices, measured, strict=True)]
     host_bytes = 0 if profile.train else spare_host_bytes(devices)
     return profile.model_copy(update={"devices": tuple(now), "host_bytes": host_bytes})
 
@@ -220,15 +217,20 @@ class _Surroundings(Record):
     """What connects the devices to each other and to the host."""
 
     links: tuple[Link, ...]
+    engine_s: dict[str, float] = Field(default_factory=dict)
     fetch_bytes_per_s: dict[str, float] = Field(default_factory=dict)
     disk_bytes_per_s: float | None = None
+
+    def of_device(self, name: str) -> dict[str, float | None]:
+        """What is known of a device beside its links."""
+        return {"fetch_bytes_per_s": self.fetch_bytes_per_s.get(name), "engine_s": self.engine_s.get(name, 0.0)}
 
 
 def _surroundings(
     workers: Workers, devices: Sequence[Device], cache: Cache, *, train: bool, tell: Progress
 ) -> _Surroundings:
     """Time the links, and in inference how fast weights can be brought in, unless that is known."""
-    key = f"links {' | '.join(_keys(devices))} {torch.__version__} {'' if train else tempfile.gettempdir()}"
+    key = f"links and engine {' | '.join(_keys(devices))} {torch.__version__} {'' if train else tempfile.gettempdir()}"
     known = cache.get(key, _Surroundings)
     if known is not None:
         warn_of_corrupt(known.links)
@@ -236,6 +238,7 @@ def _surroundings(
     tell("links", 0, 1)
     made = _Surroundings(
         links=measure_links(workers.pool, devices),
+        engine_s=measure_engine(workers.pool, devices),
         fetch_bytes_per_s={} if train else fetch_rates(workers.pool, devices),
         disk_bytes_per_s=None if train else disk_rate(Path(tempfile.gettempdir())),
     )

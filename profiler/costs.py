@@ -43,6 +43,8 @@ class CostsOfDevice(Record):
     host_bandwidth_bytes_per_s: PositiveFloat | None = None
     in_host_memory: bool = False
     """Whether the device's memory is the host's, so that staged transfers take it no time."""
+    engine_s: NonNegativeFloat = 0.0
+    """What the pipeline engine takes for each forward and each backward of a micro-batch, beside the units' times."""
 
 
 class CostsOfLink(Record):

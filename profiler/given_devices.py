@@ -11,7 +11,7 @@ import networkx as nx
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.given import rate, refuse_misspelt, seconds, whole
-from shardwright.profiler.graph import OF_HOST
+from shardwright.profiler.graph import OPTIONAL
 from shardwright.profiler.profile import Device, Link, Variation
 
 __all__ = ["AMPLE_BYTES", "devices_of", "links_of", "variations_of"]
@@ -20,7 +20,7 @@ AMPLE_BYTES = 2**60
 """The memory of a device of which nothing is said: more than any has."""
 
 _TIMES = ("forward_s", "backward_s", "update_s")
-_OF_DEVICES = ("kind", "memory_bytes", "fetch_bytes_per_s", "variation", *OF_HOST)
+_OF_DEVICES = ("kind", "memory_bytes", "fetch_bytes_per_s", "variation", *OPTIONAL)
 
 
 def devices_of(graph: nx.DiGraph[str]) -> tuple[Device, ...]:
@@ -62,6 +62,7 @@ def _device(name: str, facts: Any) -> Device:
         if bandwidth is None
         else rate(f"{where}: host_bandwidth_bytes_per_s", bandwidth),
         in_host_memory=bool(facts.get("in_host_memory", False)),
+        engine_s=seconds(f"{where}: engine_s", facts.get("engine_s", 0.0)),
     )
 
 

@@ -13,6 +13,7 @@ Graph attributes
                       "host_latency_s", "host_bandwidth_bytes_per_s": of a staged transfer to or from the host's memory
                       [those of its slowest link], "in_host_memory": whether that is its own memory, so that staged
                       transfers take it no time [False],
+                      "engine_s": of the pipeline engine, for each forward and each backward of a micro-batch [0],
                       "variation": the device's speed over time, as in a profile [()]}},
                       or a sequence of names [the devices in the nodes' times]
     links             {(source, target): (latency in s, bandwidth in bytes/s)} for every ordered pair, or one (latency,
@@ -65,10 +66,12 @@ import networkx as nx
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Measurement, Profile, Tensor
 
-__all__ = ["OF_HOST", "Times", "cost_graph"]
+__all__ = ["OF_HOST", "OPTIONAL", "Times", "cost_graph"]
 
 OF_HOST = ("host_latency_s", "host_bandwidth_bytes_per_s", "in_host_memory")
-"""What a device may say of its way to the host's memory; in the graph of a profile only where it does."""
+"""What a device may say of its way to the host's memory."""
+OPTIONAL = (*OF_HOST, "engine_s")
+"""What the graph of a profile says of a device only where the device does."""
 
 
 Times = Mapping[str, Mapping[str, float]]
@@ -181,7 +184,7 @@ def _devices(profile: Profile) -> dict[str, dict[str, Any]]:
             "memory_bytes": device.memory_bytes,
             "fetch_bytes_per_s": device.fetch_bytes_per_s,
             "variation": varied.get(device.name, ()),
-            **{key: value for key in OF_HOST if (value := getattr(device, key)) not in (None, False)},
+            **{key: value for key in OPTIONAL if (value := getattr(device, key)) not in (None, False)},
         }
         for device in profile.devices
     }

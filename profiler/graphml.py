@@ -4,6 +4,7 @@ Graph keys
     name, microbatches, train, host_bytes, disk_bytes_per_s       as in :mod:`shardwright.profiler.graph`
     kind:DEVICE, memory_bytes:DEVICE, fetch_bytes_per_s:DEVICE    of each device, such as ``memory_bytes:cuda:0``
     host_latency_s:DEVICE, host_bandwidth_bytes_per_s:DEVICE, in_host_memory:DEVICE
+    engine_s:DEVICE
     variation:DEVICE                                              a JSON list of numbers
     latency_s:SOURCE->TARGET, bandwidth_bytes_per_s:SOURCE->TARGET
     colocate, ties, obstacles                                     JSON lists
@@ -32,13 +33,13 @@ from typing import Any
 import networkx as nx
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.graph import OF_HOST
+from shardwright.profiler.graph import OPTIONAL
 
 __all__ = ["flat_graph", "graphml", "nested_graph"]
 
 _ARROW = "->"
 _TIMES = ("forward_s", "backward_s", "update_s", "recompute_s")
-_OF_DEVICE = ("kind", "memory_bytes", "fetch_bytes_per_s", "variation", *OF_HOST)
+_OF_DEVICE = ("kind", "memory_bytes", "fetch_bytes_per_s", "variation", *OPTIONAL)
 _OF_LINK = ("latency_s", "bandwidth_bytes_per_s")
 _OF_NODE = (
     *("kind", "type", "unit", "site", "copied", "static_bytes", "param_bytes", "grad_bytes"),

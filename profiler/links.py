@@ -23,6 +23,7 @@ import numpy as np
 import torch.distributed as dist
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.engine_cost import engine_s_of, engine_steps
 from shardwright.profiler.messages import (
     SIZES,
     Turns,
@@ -46,6 +47,7 @@ __all__ = [
     "fit",
     "join",
     "leave",
+    "measure_engine",
     "measure_links",
     "one_way",
     "rounds_of",
@@ -118,6 +120,20 @@ def measure_links(pool: Pool, devices: Sequence[Device]) -> tuple[Link, ...]:
             )
         )
     return tuple(links)
+
+
+def measure_engine(pool: Pool, devices: Sequence[Device]) -> dict[str, float]:
+    """Seconds of the pipeline engine for each operation, by CPU worker; nothing where there are not two of them.
+
+    Raises:
+        ShardwrightError: a worker fails or does not answer.
+    """
+    workers = [device.name for device in devices if device.kind == "cpu"]
+    if len(workers) < 2:
+        return {}
+    with _group(pool, workers):
+        calls = {name: (engine_steps, (rank, len(workers))) for rank, name in enumerate(workers)}
+        return dict.fromkeys(workers, engine_s_of(_call(pool, None, calls)))
 
 
 def warn_of_corrupt(links: Sequence[Link]) -> None:

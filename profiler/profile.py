@@ -55,6 +55,9 @@ class Device(Record):
     host_bandwidth_bytes_per_s: PositiveFloat | None = None
     in_host_memory: bool = False
     """Whether the device's memory is the host's, so that staged transfers take it no time."""
+    engine_s: NonNegativeFloat = 0.0
+    """What the pipeline engine takes there for each forward and each backward of a micro-batch, beside the stage's own
+    work; measured between CPU workers."""
     node: str = ""
     """The host, where a cluster was declared that has several."""
     model: str = ""

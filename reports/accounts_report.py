@@ -92,7 +92,7 @@ def _cost(off: Off) -> str:
     if off.what == "variation":
         return "devices' varying speed"
     if off.what == "rest":
-        return "uneven micro-batches, engine"
+        return "uneven micro-batches"
     if off.what == "transfers":
         return f"transfers {' - '.join(off.devices)}"
     return f"{off.what} on {off.devices[0]}"

@@ -57,6 +57,16 @@ class ProfileReport:
         yield from self._steps(options, glyphs)
         yield from measured_section(self.profile)
         yield from link_section(self.profile.links, options)
+        yield from self._engine()
+
+    def _engine(self) -> Iterator[RenderableType]:
+        """What a pipeline adds to the units' times."""
+        slowest_s = max(device.engine_s for device in self.profile.devices)
+        if slowest_s:
+            text = (
+                f"A pipeline's engine takes {seconds(slowest_s)} for each forward and each backward of a micro-batch."
+            )
+            yield indented(Text(text, style="dim"))
 
     def _header(self, glyphs: Glyphs) -> Iterator[RenderableType]:
         profile = self.profile

@@ -76,10 +76,10 @@ def compute_s(costs, operation, schedule):
     """Seconds of the operation itself."""
     cost = costs[operation.stage]
     if operation.kind == "F":
-        return cost.forward_s
+        return cost.forward_s + cost.engine_s
     if operation.kind == "W":
-        return cost.backward_weight_s
-    return cost.backward_input_s if schedule == "zero-bubble" else cost.backward_s
+        return cost.backward_weight_s + cost.engine_s
+    return (cost.backward_input_s if schedule == "zero-bubble" else cost.backward_s) + cost.engine_s
 
 
 def out_s(costs, operation, devices):

@@ -133,18 +133,14 @@ def test_a_plan_foresees_its_step_without_the_profile(a_plan):
 
 
 def steady(plan, costs):
-    """What would be noted if every micro-batch took exactly ``costs``."""
+    """What would be noted if every micro-batch took exactly ``costs``; what a stage waits for is noted as such."""
     timeline = timeline_of(plan, costs)
     slots = predicted_slots(timeline, costs, serial=True)
     return [
         Noted(
             5.0,
             5.0 + timeline.step_s,
-            tuple(
-                Mark(s.what, s.microbatch, 5.0 + s.start_s, 5.0 + s.end_s)
-                for s in slots
-                if s.stage == stage and s.what != "wait"
-            ),
+            tuple(Mark(s.what, s.microbatch, 5.0 + s.start_s, 5.0 + s.end_s) for s in slots if s.stage == stage),
             (),
         )
         for stage in range(len(costs))
@@ -186,6 +182,31 @@ def test_what_was_off_adds_up_to_the_difference(a_plan, data):
     assert sizes == sorted(sizes, reverse=True)
 
 
+def test_an_engine_that_was_not_foreseen_is_named(a_plan):
+    """What no slot covers is the engine's; it explains the difference where a plan says that there is none."""
+    costs = [StageCost(**{**vars(cost), "engine_s": 1e-3}) for cost in costs_of(a_plan)]
+    found = accounts_of(a_plan, [steady(a_plan, costs)])
+    operations = 2 * a_plan.microbatches
+    for stage in found.stages:
+        assert (stage.predicted.other_s, stage.measured.other_s) == (0.0, pytest.approx(1e-3 * operations))
+    engine = [each for each in found.off if each.what == "engine"]
+    assert [each.measured_s for each in engine] == pytest.approx([2e-3] * len(costs))
+    assert sum(each.step_s for each in engine) == pytest.approx(found.measured_s - found.predicted_s)
+
+
+def test_a_foreseen_engine_is_off_by_nothing(a_plan):
+    """Where the plan has it, it is in the account that was foreseen, and nothing is to be explained."""
+    stages = tuple(stage.model_copy(update={"engine_s": 1e-3}) for stage in a_plan.stages)
+    slower = a_plan.model_copy(update={"stages": stages})
+    step_s = timeline_of(slower).step_s
+    slower = slower.model_copy(update={"predicted": a_plan.predicted.model_copy(update={"step_s": step_s})})
+    found = accounts_of(slower, [steady(slower, costs_of(slower))])
+    for stage in found.stages:
+        assert stage.predicted.other_s == pytest.approx(1e-3 * 2 * slower.microbatches)
+        assert stage.measured.other_s == pytest.approx(stage.predicted.other_s)
+    assert all(abs(each.step_s) < 1e-9 for each in found.off)
+
+
 def test_the_step_of_median_length_is_shown(a_plan):
     """Of three noted steps the middle one; all lengths are kept."""
     costs = costs_of(a_plan)
@@ -194,5 +215,5 @@ def test_the_step_of_median_length_is_shown(a_plan):
     )
     found = accounts_of(a_plan, [thrice, once, twice])
     assert found.measured_s == sorted(found.noted_s)[1] == found.noted_s[2]
-    measured = measured_costs(found.measured, len(costs), a_plan.microbatches)
+    measured = measured_costs(found.measured, a_plan, found.measured_s)
     assert [c.forward_s for c in measured] == pytest.approx([2 * c.forward_s for c in costs])

@@ -22,7 +22,9 @@ def rich_profile(make_profile):
         colocate=[("b", "c")],
         microbatches=(4,),
     )
-    devices = tuple(device.model_copy(update={"fetch_bytes_per_s": 3e9}) for device in profile.devices)
+    devices = tuple(
+        device.model_copy(update={"fetch_bytes_per_s": 3e9, "engine_s": 5e-4}) for device in profile.devices
+    )
     return profile.model_copy(
         update={
             "devices": devices,
@@ -45,9 +47,11 @@ def test_keys_are_the_documented_ones(make_profile):
         "kind:cpu:0": "cpu",
         "memory_bytes:cpu:0": 10**9,
         "fetch_bytes_per_s:cpu:0": 3e9,
+        "engine_s:cpu:0": 5e-4,
         "kind:cpu:1": "cpu",
         "memory_bytes:cpu:1": 10**9,
         "fetch_bytes_per_s:cpu:1": 3e9,
+        "engine_s:cpu:1": 5e-4,
         "variation:cpu:1": "[1.0, 0.9, 1.3]",
         "latency_s:cpu:0->cpu:1": 1e-6,
         "bandwidth_bytes_per_s:cpu:0->cpu:1": 1e9,

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from shardwright.errors import ShardwrightError
 from shardwright.profiler import links as links_module
 from shardwright.profiler import messages
-from shardwright.profiler.links import disk_rate, fit, measure_links, one_way, rounds_of, warn_of_corrupt
+from shardwright.profiler.links import (
+    disk_rate,
+    fit,
+    measure_engine,
+    measure_links,
+    one_way,
+    rounds_of,
+    warn_of_corrupt,
+)
 from shardwright.profiler.messages import SIZES, Turns, probed_bytes
 from shardwright.profiler.pool import Pool
 from shardwright.profiler.profile import Device, Link
@@ -142,10 +150,14 @@ def test_three_workers_and_a_link_that_spoils_what_it_carries():
     with Pool(devices) as pool:
         start(pool, devices)
         clean = measure_links(pool, devices)
+        engine = measure_engine(pool, devices)
         pool.call({"cpu:2": (spoil_what_goes_to_rank_1, ())}, limit_s=60)
         spoilt = measure_links(pool, devices)
     names = [device.name for device in devices]
     assert [(link.source, link.target) for link in clean] == list(itertools.permutations(names, 2))
+    assert engine.keys() == {*names}
+    assert all(seconds > 0 for seconds in engine.values())
+    assert measure_engine(pool, devices[:1]) == {}
     assert not any(link.corrupt for link in clean)
     assert all(link.probed_bytes == probed_bytes() and link.peer is None for link in clean)
     assert all(link.busy_latency_s is not None and link.busy_bandwidth_bytes_per_s > 1e6 for link in clean)

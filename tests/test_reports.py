@@ -611,6 +611,15 @@ def test_a_corrupt_link_is_said_in_words(changes, remedy):
     assert text.count("corrupt") == 1
 
 
+def test_what_the_engine_takes_is_told_where_it_is_known():
+    """Under the links, and nothing where no pipeline was timed."""
+    profile = a_profile()
+    devices = tuple(device.model_copy(update={"engine_s": 5.5e-4}) for device in profile.devices)
+    said = "engine takes 550 us for each forward and each backward of a micro-batch"
+    assert said in " ".join(text_of(ProfileReport(profile.model_copy(update={"devices": devices})), 100).split())
+    assert "engine" not in text_of(ProfileReport(profile), 100)
+
+
 def test_links_of_an_older_profile():
     """A profile from before links were checked shows what it has, and claims nothing."""
     plain = {"busy_latency_s": None, "busy_bandwidth_bytes_per_s": None, "peer": None, "probed_bytes": 0}

@@ -17,7 +17,7 @@ from shardwright.sharder.planning.timeline import Transfer
 SHAPES = list(itertools.product([1, 2, 3, 5], [1, 2, 4, 7]))
 SECONDS = st.floats(0, 10, allow_subnormal=False) | st.sampled_from([0.0, 0.5, 1.0, 3.0])
 OWN = st.none() | SECONDS
-COSTS = st.builds(StageCost, *[SECONDS] * 8, receive_forward_s=OWN, send_backward_s=OWN)
+COSTS = st.builds(StageCost, *[SECONDS] * 8, receive_forward_s=OWN, send_backward_s=OWN, engine_s=SECONDS)
 
 
 @st.composite

@@ -272,6 +272,7 @@ def problem_from_graph(
         transfers=transfers,
         overlap=overlap,
         recompute=recompute if graph.graph["train"] else "never",
+        engine_s=tuple(known[d].get("engine_s", 0.0) for d in names),
     )
     ways = [_to_host(known[d]) for d in names]
     if not any(ways):

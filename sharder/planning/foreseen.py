@@ -21,6 +21,7 @@ def costs_of(plan: Plan) -> tuple[StageCost, ...]:
             send_forward_s=stage.send_forward_s,
             receive_backward_s=stage.receive_backward_s,
             tie_s=stage.tie_s,
+            engine_s=stage.engine_s,
             receive_forward_s=stage.receive_forward_s,
             send_backward_s=stage.send_backward_s,
         )

@@ -66,6 +66,8 @@ class Stage(Record):
     update_s: NonNegativeFloat
     tie_s: NonNegativeFloat = 0.0
     """Summing the gradients of tied parameters with the other copies."""
+    engine_s: NonNegativeFloat = 0.0
+    """What the pipeline engine takes for each forward and each backward, beside them; in no load."""
     send_forward_s: NonNegativeFloat
     """Activations to later stages; 0 for the last."""
     receive_backward_s: NonNegativeFloat

@@ -215,6 +215,9 @@ class Problem:
     """Whether stages are computed anew in the backward; ``"auto"``: those that would not fit otherwise."""
     stages_per_device: int = 1
     """More than one if interleaved: see interleave.py."""
+    engine_s: tuple[float, ...] = ()
+    """By device: what the pipeline engine takes for each operation of a stage. It is in the simulated step, and in no
+    load, since it is the same however the blocks are split; by default nothing."""
     forward_only: bool = False
     """Whether nothing is trained; an interleaved pipeline needs to know."""
 
@@ -353,6 +356,7 @@ class Problem:
             schedule="1f1b" if self.schedule == "interleaved" else self.schedule,
             stages_per_device=1,
             updates_together=self.updates_together[device : device + 1],
+            engine_s=(),
             hosts=self.hosts[device : device + 1],
         )
 

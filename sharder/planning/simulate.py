@@ -76,6 +76,8 @@ class StageCost:
     """Activations that the stage receives; what the stage before sends by default."""
     send_backward_s: float | None = None
     """Gradients that the stage sends; what the stage before receives by default."""
+    engine_s: float = 0.0
+    """What the engine takes for each operation, a forward or a backward, beside them."""
 
 
 class _Prices(NamedTuple):
@@ -246,7 +248,7 @@ def _prices(
     """Prices of every operation, compute and update multiplied by ``factors`` of shape (devices, draws)."""
     devices, draws = factors.shape
     compute = np.zeros((len(KINDS), len(costs)))
-    compute[FORWARD] = [cost.forward_s for cost in costs]
+    compute[FORWARD] = [cost.forward_s + cost.engine_s for cost in costs]
     if train:
         compute[BACKWARD:] = _backward_s(costs, schedule).T
     out, into = _exchanged_s(costs, devices, train)
@@ -289,16 +291,17 @@ def _exchanged_s(costs: Sequence[StageCost], devices: int, train: bool) -> tuple
 
 
 def _backward_s(costs: Sequence[StageCost], schedule: PipelineSchedule) -> _Floats:
-    """By stage: seconds of B and of W."""
+    """By stage: seconds of B and of W, with the engine's own."""
     if schedule != "zero-bubble":
-        return np.array([(cost.backward_s, 0.0) for cost in costs])
+        return np.array([(cost.backward_s + cost.engine_s, 0.0) for cost in costs])
     parts = [(cost.backward_input_s, cost.backward_weight_s) for cost in costs]
     if any(None in part for part in parts):
         stage = next(stage for stage, part in enumerate(parts) if None in part)
         raise ShardwrightError(
             f"zero-bubble splits the backward: stage {stage} needs backward_input_s and backward_weight_s"
         )
-    return np.array(parts, float)
+    found: _Floats = np.array(parts, float) + np.array([[cost.engine_s] for cost in costs])
+    return found
 
 
 def _play(todo: Order, prices: _Prices) -> _Played:

@@ -34,7 +34,10 @@ def ties_s_of(problem: Problem, stages: Stages) -> list[float]:
 
 
 def stage_costs(problem: Problem, stages: Stages, anew: Sequence[bool] = ()) -> tuple[StageCost, ...]:
-    """Compute, transfers and ties of each stage; ``anew``: whether it is computed anew, by default none is."""
+    """Compute, transfers, ties and engine of each stage; a single stage needs no engine.
+
+    ``anew``: whether it is computed anew, by default none is.
+    """
     relayed = problem.transfers == "relayed"
     costs = []
     for (device, members), traffic, tie_s, again in zip(
@@ -51,6 +54,7 @@ def stage_costs(problem: Problem, stages: Stages, anew: Sequence[bool] = ()) -> 
                 send_forward_s=traffic.forward_out_s,
                 receive_backward_s=traffic.backward_in_s,
                 tie_s=tie_s,
+                engine_s=problem.engine_s[device] if problem.engine_s and len(stages) > 1 else 0.0,
                 receive_forward_s=None if relayed else traffic.forward_in_s,
                 send_backward_s=None if relayed else traffic.backward_out_s,
             )

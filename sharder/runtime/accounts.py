@@ -89,7 +89,7 @@ def accounts_of(plan: Plan, steps: Sequence[Sequence[Noted]]) -> Accounts:
             )
             for position, device in enumerate(plan.devices)
         ),
-        off=off(plan, measured_costs(measured, len(plan.stages), plan.microbatches), measured_s),
+        off=off(plan, measured_costs(measured, plan, measured_s), measured_s),
         predicted=predicted,
         measured=measured,
     )
@@ -170,7 +170,9 @@ def predicted_slots(timeline: Timeline, costs: Sequence[StageCost], *, serial: b
         receive: What = "receive activations" if crossing == "activations" else "receive gradients"
         send: What = "send activations" if crossing == "activations" else "send gradients"
         add(*at, receive, number, slot.start_s - into_s, into_s)
-        add(*at, "forward" if forward else "backward", number, slot.start_s, slot.end_s - slot.start_s)
+        engine_s = costs[slot.operation.stage].engine_s
+        add(*at, "forward" if forward else "backward", number, slot.start_s, slot.end_s - slot.start_s - engine_s)
+        free_s[slot.device] = slot.end_s
         add(*at, send, number, slot.end_s, out_s)
     for device in range(timeline.order.devices):
         mine = costs[device :: timeline.order.devices]
@@ -194,11 +196,19 @@ def _or(own_s: float | None, other_s: float) -> float:
     return other_s if own_s is None else own_s
 
 
-def measured_costs(slots: Sequence[Slot], stages: int, microbatches: int) -> tuple[StageCost, ...]:
-    """What each stage cost in a measured step: means over its micro-batches."""
+def measured_costs(slots: Sequence[Slot], plan: Plan, step_s: float) -> tuple[StageCost, ...]:
+    """What each stage of ``plan`` cost in a measured step of ``step_s`` seconds: means over its micro-batches.
+
+    What no slot of a device covers is the engine's, the same for each operation.
+    """
+    microbatches, devices = plan.microbatches, len(plan.devices)
+    operations = microbatches * (1 + plan.train) * plan.stages_per_device
 
     def spent_s(stage: int, *what: What) -> float:
         return sum(slot.duration_s for slot in slots if slot.stage == stage and slot.what in what)
+
+    def other_s(device: int) -> float:
+        return account((slot for slot in slots if slot.stage % devices == device), step_s).other_s
 
     return tuple(
         StageCost(
@@ -208,17 +218,18 @@ def measured_costs(slots: Sequence[Slot], stages: int, microbatches: int) -> tup
             send_forward_s=spent_s(stage, "send activations") / microbatches,
             receive_backward_s=spent_s(stage, "receive gradients") / microbatches,
             tie_s=spent_s(stage, "tie"),
+            engine_s=other_s(stage % devices) / operations,
             receive_forward_s=spent_s(stage, "receive activations") / microbatches,
             send_backward_s=spent_s(stage, "send gradients") / microbatches,
         )
-        for stage in range(stages)
+        for stage in range(len(plan.stages))
     )
 
 
 class _Change(NamedTuple):
     """A measured cost in place of a predicted one: (stage, field of StageCost) of each of its parts."""
 
-    what: Literal["forward", "backward", "update", "ties", "transfers"]
+    what: Literal["forward", "backward", "update", "ties", "transfers", "engine"]
     devices: tuple[str, ...]
     parts: tuple[tuple[int, str], ...]
 
@@ -287,6 +298,7 @@ def _changes(plan: Plan) -> list[_Change]:
             _Change("backward", (device,), tuple((stage, "backward_s") for stage in mine)),
             _Change("update", (device,), tuple((stage, "update_s") for stage in mine)),
             _Change("ties", (device,), tuple((stage, "tie_s") for stage in mine)),
+            _Change("engine", (device,), tuple((stage, "engine_s") for stage in mine for _ in range(1 + plan.train))),
         ]
         crossed = [stage for stage in mine if stage < last]
         if crossed:

@@ -107,7 +107,7 @@ class Account(Record):
     bubble_s: NonNegativeFloat
     """Waiting for another stage, and for the step's end."""
     other_s: NonNegativeFloat
-    """What the engine does between; none is predicted."""
+    """What the engine does between."""
 
     @property
     def compute_s(self) -> float:
@@ -131,13 +131,14 @@ class StageAccounts(Record):
 class Off(Record):
     """A cost that was predicted wrongly, and what that does to the step."""
 
-    what: Literal["forward", "backward", "update", "ties", "transfers", "variation", "rest"]
+    what: Literal["forward", "backward", "update", "ties", "transfers", "engine", "variation", "rest"]
     """``"variation"``: the plan's step is longer than that of its median times, since devices' speeds vary; the
     measured costs have that in them. ``"rest"``: what no cost explains, as micro-batches that took unequal times."""
     devices: tuple[str, ...]
     """Whose cost it is, that of all its stages; of transfers, those of both ends."""
     predicted_s: NonNegativeFloat | None
-    """Of a micro-batch; update and ties of a step; transfers of a micro-batch there and back, at both ends."""
+    """Of a micro-batch, the engine's there and back; update and ties of a step; transfers of a micro-batch there and
+    back, at both ends."""
     measured_s: NonNegativeFloat | None
     step_s: float
     """So much longer is the measured step for it; negative when it is shorter."""
