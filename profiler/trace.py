@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.chance import chance_kept, let_draw
 from shardwright.profiler.equality import relative_difference, tolerance
 from shardwright.profiler.inputs import copied_inputs, other_values, outputs_of
 from shardwright.profiler.placed import refuse_placed
@@ -85,6 +86,7 @@ def checked_trace(
         with as_found(found, train=train):
             earlier, other, expected = _run_on_other_values(model, units, args, kwargs, train=train)
         with as_found(found, train=train):
+            let_draw("largest")  # where the other run drew the smallest
             _, capture, _ = _recorded(model, units, args, kwargs, train=train, earlier=earlier)
     if earlier is not None and not capture.obstacles:
         # A pipeline gets the model as it was: what these runs have left on its modules must not help the graph.
@@ -94,7 +96,12 @@ def checked_trace(
 
 
 SEED = 1234
-"""Both runs that are compared draw the same random numbers."""
+
+
+def _draw_alike() -> None:
+    """Let the run that follows draw the random numbers of every other that begins so."""
+    torch.manual_seed(SEED)
+    let_draw("smallest")
 
 
 def _recorded(
@@ -128,7 +135,7 @@ def _run_on_other_values(
 ) -> tuple[Recorder | None, list[Tensor], dict[str, Tensor]]:
     """Run the model on the first other input that it takes; the recorder, that input, and what came of it."""
     for candidate in other_values(args, kwargs):
-        torch.manual_seed(SEED)
+        _draw_alike()
         inputs = [t.detach().clone() for t in outputs_of(candidate)]
         try:
             recorder, graph, output = _recorded(model, units, *candidate, train=train, counts=False)
@@ -153,7 +160,7 @@ def _results(outputs: list[Tensor], model: nn.Module, *, train: bool) -> dict[st
 
 def _compare(capture: UnitGraph, inputs: list[Tensor], expected: dict[str, Tensor], *, train: bool) -> None:
     """Replay ``capture`` on ``inputs`` and hold what comes out against ``expected``."""
-    torch.manual_seed(SEED)
+    _draw_alike()
     name = type(capture.model).__name__
     try:
         with torch.set_grad_enabled(train):
@@ -171,8 +178,8 @@ def _compare(capture: UnitGraph, inputs: list[Tensor], expected: dict[str, Tenso
         if not difference <= 10 * tolerance(tensor.dtype):
             raise CaptureError(
                 f"the capture of {name} is not the model: on other values than the sample inputs, {what} differs by "
-                f"{difference:.2g} of its largest value; something in the forward is remembered between calls or "
-                "handed on outside arguments and results"
+                f"{difference:.2g} of its largest value; something in the forward is remembered between calls, "
+                "handed on outside arguments and results, or decided by random numbers of Python or NumPy"
             )
 
 
@@ -193,7 +200,7 @@ def _checked(model: nn.Module, units: Mapping[str, nn.Module] | None) -> dict[st
 @contextmanager
 def as_found(found: Snapshot, *, train: bool) -> Iterator[None]:
     """Run the model in training or not; its state, its mode and the random state are put back afterwards."""
-    with _eager(), found.state_kept(), torch.random.fork_rng(devices=[]), torch.set_grad_enabled(train):
+    with _eager(), found.state_kept(), chance_kept(), torch.set_grad_enabled(train):
         found.model.train(train)
         yield
 
@@ -207,6 +214,6 @@ def _eager() -> Any:
 def evaluating(model: nn.Module, found: Snapshot | None = None) -> Iterator[None]:
     """The model in evaluation mode, with its state and the random state put back afterwards."""
     found = found or Snapshot(model)
-    with _eager(), found.attributes_kept(), found.state_kept(), torch.random.fork_rng(devices=[]):
+    with _eager(), found.attributes_kept(), found.state_kept(), chance_kept():
         model.eval()
         yield

@@ -5,6 +5,7 @@ import random
 import warnings
 from collections import Counter, deque
 
+import numpy as np
 import pytest
 import torch
 from recording import ROWS, WIDTH, Layers, batch, faithful, marked, obstacles, repeatable, rows, with_mask
@@ -288,16 +289,44 @@ def test_chance_from_a_buffer():
     assert "chance" in obstacles(Model(0.5))[0]
 
 
-def test_chance_of_python_that_decides_is_caught():
-    """Python's own dice leave no trace in tensors; a path that they change is caught by the second run."""
+OWN_DICE = {"Python": random.random, "NumPy": np.random.rand}
+"""They leave no trace in tensors: what they decide is caught by the second run."""
+
+
+@pytest.mark.parametrize("name", list(OWN_DICE))
+def test_dice_of_python_that_scale_are_caught(name):
+    """A number that the forward draws by itself, and computes with, is not taken for a constant."""
 
     class Model(Layers):
         def forward(self, x):
             y = self.layers[0](x)
-            return self.layers[1](y) * random.random()
+            return self.layers[1](y) * OWN_DICE[name]()
 
-    with pytest.raises(ShardwrightError, match="is not the model"):
+    with pytest.raises(ShardwrightError, match=r"is not the model: .* decided by random numbers of Python or NumPy"):
         checked_trace(Model(), (rows(0),))
+
+
+@pytest.mark.parametrize("name", list(OWN_DICE))
+@pytest.mark.parametrize("probability", [1e-9, 0.5, 1 - 1e-9])
+def test_dice_of_python_that_leave_out_layers_are_caught(name, probability):
+    """However seldom a layer is left out, or kept, the capture of one path is refused; and nothing out of training."""
+    model = LayerDrop(lambda _: OWN_DICE[name](), probability)
+    with pytest.raises(ShardwrightError, match="is not the model"):
+        checked_trace(model, (rows(0),))
+    faithful(model, train=False)
+
+
+@pytest.mark.parametrize("name", list(OWN_DICE))
+def test_dice_of_python_that_decide_nothing_are_harmless(name):
+    """Layers that are left out with probability 0 are always there, and a unit may draw what it likes inside."""
+
+    class Shaken(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * (1 + OWN_DICE[name]())
+
+    model = LayerDrop(lambda _: OWN_DICE[name](), 0.0)
+    model.layers[1] = Shaken(WIDTH, WIDTH)
+    checked_trace(model, (rows(0),))
 
 
 # State

@@ -149,3 +149,15 @@ def test_lists_may_lie_on_several_devices():
     assert [on_host(t).tolist() for t in one] == [[0.0, 0.0], [2.0, 2.0]]
     with pytest.raises(DeviceMismatchError):
         torch._foreach_add_(one, other[::-1])
+
+
+def test_attention_rounds_alike_on_every_device():
+    """Attention on a simulated device has the very numbers of the CPU's, and the CPU's own kernel is given back."""
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 64, 32).unbind()
+    with Simulated():
+        found = nn.functional.scaled_dot_product_attention(*(t.to("sim:1") for t in (query, key, value)))
+        expected = nn.functional.scaled_dot_product_attention(query, key, value)
+    assert torch.equal(on_host(found), expected)
+    assert torch.backends.cuda.flash_sdp_enabled() == flash

@@ -281,10 +281,13 @@ class Simulated(TorchFunctionMode):
     def __enter__(self) -> Any:
         self.fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # its results for padded positions differ, and need nesting
+        self.flash = torch.backends.cuda.flash_sdp_enabled()
+        torch.backends.cuda.enable_flash_sdp(False)  # the CPU's kernel too, which rounds as no simulated device does
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         torch.backends.mha.set_fastpath_enabled(self.fast_path)
+        torch.backends.cuda.enable_flash_sdp(self.flash)
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,0 +1,48 @@
+"""Chance outside of tensors: the global random numbers of Python and of NumPy, which leave no trace in a capture.
+
+A forward may drop a layer where ``random.random() < 0.1``: two runs that happen to keep it would look alike. So one of
+the two runs that a checked capture compares draws the smallest numbers at first, the other the largest; whatever chance
+decides outside the units then comes out otherwise, and what it cannot decide (a probability of 0) comes out alike.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+import torch
+
+__all__ = ["chance_kept", "let_draw"]
+
+WORDS = 624
+"""In the state of the Mersenne Twister, which puts out a bijection of each in turn (Matsumoto & Nishimura 1998)."""
+EXTREME = 400
+"""The first words, which are extreme. The others are not: who draws until a number fits must come to an end."""
+SMALLEST = 0
+LARGEST = 0x12DD9BB3
+"""Comes out with all its bits set."""
+
+
+def let_draw(which: Literal["smallest", "largest"]) -> None:
+    """Let the next 200 numbers in [0, 1) of Python and of NumPy be the smallest or the largest that there are."""
+    extreme = SMALLEST if which == "smallest" else LARGEST
+    others = random.Random(WORDS)
+    words = [extreme] * EXTREME + [others.getrandbits(32) for _ in range(WORDS - EXTREME)]
+    random.setstate((3, (*words, 0), None))
+    if np.random.get_state(legacy=False)["bit_generator"] == "MT19937":
+        np.random.set_state(("MT19937", np.array(words, dtype=np.uint32), 0, 0, 0.0))
+
+
+@contextmanager
+def chance_kept() -> Iterator[None]:
+    """Put the random states of PyTorch on the CPU, of Python and of NumPy back afterwards."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
