@@ -49,7 +49,8 @@ class Item(NamedTuple):
         return self.step if self.microbatches == 1 else f"{self.step} at {self.microbatches} micro-batches"
 
 
-START_LIMIT_S = 120.0
+START_LIMIT_S = 30.0
+"""A worker that starts or takes something in may stand still for so long: no module imported, no byte taken in."""
 ROUND_LIMIT_S = 600.0
 """A round may take so long before a worker counts as hung."""
 MOST_ALIKE = 3
@@ -80,7 +81,7 @@ class Workers:
             self.tell("start workers", 0, 1)
             self._pool = Pool(self.devices)
             calls = {d.name: (prepare, (d.name, max(1, len(d.cores)))) for d in self.devices}
-            self._pool.call(calls, limit_s=START_LIMIT_S)
+            self._pool.call(calls, limit_s=START_LIMIT_S, loading=True)
             self.tell("start workers", 1, 1)
         return self._pool
 
@@ -326,7 +327,7 @@ def _send(workers: Workers, groups: Mapping[str, list[_Job]], *, train: bool, op
             for name, group in groups.items()
             if done < len(group)
         }
-        pool.call(calls, limit_s=START_LIMIT_S)
+        pool.call(calls, limit_s=START_LIMIT_S, loading=True)
     tell("send units", count, count)
 
 

@@ -21,7 +21,7 @@ import cloudpickle
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Device
-from shardwright.profiler.worker import BEAT_S, Message
+from shardwright.profiler.worker import BEAT_S, Mark, Message
 
 __all__ = ["Pool", "Worker", "WorkerError", "loopback_interface"]
 
@@ -85,6 +85,8 @@ class Worker:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(SILENCE_S), 0))
         self.connection = Connection(ours.detach())
         self.last_beat = time.monotonic()
+        self.mark: Mark | None = None
+        """How far it has come, as of its last heartbeat."""
 
     def submit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Start ``function(*args, **kwargs)`` in the worker."""
@@ -182,6 +184,7 @@ class Pool:
         *,
         limit_s: float,
         on_progress: Callable[[str, Any], None] | None = None,
+        loading: bool = False,
     ) -> dict[str, Any]:
         """Run one function in each named worker at once and wait for all results.
 
@@ -189,16 +192,22 @@ class Pool:
             calls: device -> (function, args).
             limit_s: seconds without an answer or progress from any worker after which those awaited count as hung.
             on_progress: called with the device and what the worker reported.
+            loading: whether it is progress too that a worker imports modules or takes in bytes.
 
         Raises:
             WorkerError: a worker raised, died or hung; a death is named before the errors that follow from it.
         """
         for device, (function, args) in calls.items():
             self.workers[device].submit(function, *args)
-        return self.results(calls, limit_s=limit_s, on_progress=on_progress)
+        return self.results(calls, limit_s=limit_s, on_progress=on_progress, loading=loading)
 
     def results(
-        self, devices: Iterable[str], *, limit_s: float, on_progress: Callable[[str, Any], None] | None = None
+        self,
+        devices: Iterable[str],
+        *,
+        limit_s: float,
+        on_progress: Callable[[str, Any], None] | None = None,
+        loading: bool = False,
     ) -> dict[str, Any]:
         """Wait for the results of what was submitted to each of ``devices``; see :meth:`call`."""
         devices = list(devices)
@@ -225,6 +234,10 @@ class Pool:
                         deadline = time.monotonic() + limit_s
                     if on_progress is not None:
                         on_progress(device, message.content)
+                elif message.kind == "beat":
+                    if loading and not errors and message.content != self.workers[device].mark:
+                        deadline = time.monotonic() + limit_s
+                    self.workers[device].mark = message.content
             if errors and time.monotonic() > deadline:
                 break
             if not errors:

@@ -301,6 +301,12 @@ class Profile(Document):
     variations: tuple[Variation, ...] = ()
     """Devices without one are taken as steady."""
 
+    @property
+    def hosts(self) -> dict[str, str]:
+        """Device -> the node that it is on, where a cluster file names several; else empty."""
+        found = {device.name: device.node for device in self.devices}
+        return found if len(set(found.values())) > 1 else {}
+
     @model_validator(mode="after")
     def _refers_to_itself(self) -> Self:
         """Refuse a name that is used and not defined."""

@@ -1,10 +1,14 @@
 """The worker's side: a process that is one device. It answers calls until its parent is gone.
 
 Nothing heavy is imported before the heartbeat runs, so that the parent can tell a slow start from a frozen process.
+That the heart beats does not say that anything is done: so each beat says how far the process has come, in modules that
+it has imported and bytes that it has taken in, none of which grow in one that hangs or turns in a loop.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import pickle
 import sys
@@ -14,7 +18,7 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["BEAT_S", "Message", "report", "resident", "root_of", "serve"]
+__all__ = ["BEAT_S", "Mark", "Message", "advance", "report", "resident", "root_of", "serve"]
 
 BEAT_S = 1.0
 
@@ -23,10 +27,49 @@ resident: dict[str, Any] = {}
 
 _connection: Connection | None = None
 _lock = threading.Lock()
+_taken_bytes = 0
+
+
+class Mark(NamedTuple):
+    """How far a worker has come with what it was last told."""
+
+    modules: int
+    """Imported."""
+    taken_bytes: int
+    """Of calls and their tensors, as they are unpacked and brought to the device."""
+    read_bytes: int
+    """From storage, pages of files that are mapped among them; 0 where the system does not say (it is Linux that
+    does)."""
+
+
+def advance(count: int) -> None:
+    """Note that ``count`` bytes more are where they belong; the parent hears of it with the next heartbeat."""
+    global _taken_bytes  # noqa: PLW0603  one worker, one count
+    _taken_bytes += count
+
+
+class _Taken(io.BytesIO):
+    """A call as it is unpacked, counted."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        advance(len(data))
+        return data
+
+    def readinto(self, buffer: Any, /) -> int:
+        count = super().readinto(buffer)
+        advance(count)
+        return count
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        data = super().readline(size)
+        advance(len(data))
+        return data
 
 
 class Message(NamedTuple):
-    """What a worker sends: a heartbeat, progress of a call, its result, or its error (text and traceback)."""
+    """What a worker sends: a heartbeat with its :class:`Mark`, progress of a call, its result, or its error (text and
+    traceback)."""
 
     kind: Literal["beat", "progress", "result", "error"]
     content: Any = None
@@ -54,11 +97,18 @@ def root_of(error: BaseException) -> str:
     return text if type(error).__name__ == "ShardwrightError" else f"{type(error).__name__}: {text}"
 
 
+def _mark() -> Mark:
+    read_bytes = 0
+    with contextlib.suppress(OSError, StopIteration, ValueError), open("/proc/self/io", encoding="ascii") as lines:
+        read_bytes = int(next(line for line in lines if line.startswith("read_bytes:")).partition(":")[2])
+    return Mark(len(sys.modules), _taken_bytes, read_bytes)
+
+
 def _beat() -> None:
     """Say every second that the process lives; leave with the parent, whatever the main thread is doing."""
     while True:
         try:
-            _send(Message("beat"))
+            _send(Message("beat", _mark()))
         except OSError:
             os._exit(1)
         time.sleep(BEAT_S)
@@ -80,7 +130,7 @@ def serve(descriptor: int, cores: tuple[int, ...]) -> None:
         except (EOFError, OSError):
             sys.exit(0)
         try:
-            function, args, kwargs = pickle.loads(data)
+            function, args, kwargs = pickle.load(_Taken(data))
             _send(Message("result", function(*args, **kwargs)))
         except Exception as error:
             _send(Message("error", root_of(error), traceback.format_exc()))

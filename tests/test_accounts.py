@@ -108,6 +108,25 @@ def test_gradients_go_the_other_way():
     ]
 
 
+def test_each_tie_is_awaited_by_its_own_devices():
+    """The tie of stages 0 and 1 does not wait for stage 2, which comes to a tie with stage 0 seconds later."""
+    both, later = Mark("tie", 0, 1.0, 2.0), Mark("tie", 1, 2.0, 5.0)
+    posts = [each._replace(end_s=each.start_s) for each in (both, later)]
+    last = Mark("tie", 1, 4.0, 5.0)
+    noted = [
+        Noted(0.0, 5.0, (both, later), tuple(posts)),
+        Noted(0.0, 5.0, (both,), (posts[0],)),
+        Noted(0.0, 5.0, (last,), (last._replace(end_s=4.0),)),
+    ]
+    _, slots = measured_slots(noted)
+    assert [(s.what, s.microbatch, s.start_s, s.end_s) for s in slots if s.stage == 0] == [
+        ("tie", None, 1.0, 2.0),
+        ("wait", None, 2.0, 4.0),
+        ("tie", None, 4.0, 5.0),
+    ]
+    assert next((s.what, s.start_s, s.end_s) for s in slots if s.stage == 1) == ("tie", 1.0, 2.0)
+
+
 @given(
     st.lists(st.builds(StageCost, *[SECONDS] * 6), min_size=1, max_size=4),
     st.integers(1, 6),

@@ -21,7 +21,7 @@ def test_a_step_that_fails_leaves_the_gradients_of_shared_parameters():
     weight = nn.Parameter(torch.ones(2))
     weight.grad = earlier = torch.full((2,), 3.0)
     shared = SharedGradients((), 0, nn.Linear(1, 1))
-    shared.shared = [(weight, None)]
+    shared.shared = [(0, weight, None)]
 
     def step():
         with shared.summed():

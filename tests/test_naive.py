@@ -1,17 +1,22 @@
 """The splits that one would make without a planner, run beside the plan."""
 
+import itertools
 import os
 import signal
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 import shardwright as sw
+from shardwright.profiler import worker
+from shardwright.sharder.runtime import gate
 from shardwright.sharder.runtime import run as run_module
 from shardwright.sharder.runtime.naive import NAIVE_LIMIT_S, as_plan, naive_plans
+from shardwright.sharder.runtime.pipeline import Job, hold_whole, release_whole, step_whole
 from shardwright.sharder.runtime.run import _lacks_room
-from shardwright.sharder.runtime.session import Split
+from shardwright.sharder.runtime.session import Session, Split
 
 REVERSED = {"layers.0": "cpu:1", "layers.5": "cpu:0"}
 """Pins, of which the naive splits take no notice."""
@@ -152,15 +157,71 @@ def touchy_plan(captured_profile, kind):
     return model, plan.model_copy(update={"alternatives": (mine, other)})
 
 
-def test_a_split_that_raises_does_not_keep_the_plan_from_being_run(captured_profile):
-    """It is left out with its own error; the plan and the other split are run anew."""
+def told(monkeypatch):
+    """What the workers of pipelines are told from now on, in order: (function, split)."""
+    calls, ask = [], Session._all
+
+    def noted(self, split, function):
+        calls.append((function.__name__, split.name))
+        return ask(self, split, function)
+
+    monkeypatch.setattr(Session, "_all", noted)
+    return calls
+
+
+def test_a_split_that_raises_does_not_keep_the_plan_from_being_run(captured_profile, monkeypatch):
+    """It is left out with its own error. What was known of the plan is not found out again by the new workers."""
     model, plan = touchy_plan(captured_profile, "raise")
+    calls = told(monkeypatch)
     run = sw.run(model, plan, (torch.randn(8, 6),), steps=1)
+    assert [calls.count((what, "plan")) for what in ("check_stage", "weigh_stage")] == [1, 1]
+    assert calls.count(("check_stage", "by parameters")) == 1
     assert run.sharded.measured_s > 0
     assert run.naive[0].timed is None
     assert "RuntimeError: " in run.naive[0].why
     assert "not that size" in run.naive[0].why
     assert run.naive[1].timed is not None
+
+
+def test_a_split_that_is_refused_is_not_held(captured_profile, monkeypatch):
+    """One that gives other gradients is let go of before anything is timed, and the reason is the gate's, whole."""
+    calls = told(monkeypatch)
+    monkeypatch.setattr(gate, "compare", other_than(gate.compare, at=1))
+    plan = planned(captured_profile)
+    run = sw.run(Tied(), plan, (torch.randn(8, 6),), steps=1)
+    refused, timed = run.naive
+    assert refused.why == "output 0 differs"
+    assert timed.timed is not None
+    assert calls.count(("release_stages", refused.name)) == 1
+    assert max(i for i, call in enumerate(calls) if call[1] == refused.name) < calls.index(("note_stage", "plan"))
+    monkeypatch.setattr(gate, "compare", other_than(gate.compare, at=0))
+    with pytest.raises(sw.ShardwrightError, match=r"^output 0 differs; nothing was timed$"):
+        sw.run(Tied(), plan, (torch.randn(8, 6),), steps=1)
+
+
+def other_than(compare, at):
+    """The gate's comparison, of which the one numbered ``at`` finds a difference."""
+    numbers = itertools.count()
+
+    def compared(*args):
+        if next(numbers) == at:
+            raise gate.DifferenceError("output 0 differs")
+        return compare(*args)
+
+    return compared
+
+
+def test_what_is_let_go_of_is_free_at_once(monkeypatch):
+    """The model, not only the name that it is held under: another may need its memory."""
+    monkeypatch.setitem(worker.resident, "device", torch.device("cpu"))
+    model = nn.Linear(2, 2)
+    seen = weakref.ref(model)
+    hold_whole(Job("", 1, 1, 2, True, "adam", (0,)), model, (torch.randn(2, 2),), {})
+    step_whole()
+    del model
+    release_whole()
+    assert seen() is None
+    assert "whole" not in worker.resident
 
 
 def test_a_worker_that_dies_in_a_naive_split_ends_the_run(captured_profile, monkeypatch):

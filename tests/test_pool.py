@@ -75,6 +75,68 @@ def test_calls_run_in_pinned_processes():
     assert not any(is_running(pid) for pid in pids.values())
 
 
+def imports(folder, names):
+    """Import modules one after another, each of which takes a while."""
+    sys.path.insert(0, folder)
+    for name in names:
+        __import__(name)
+    return len(names)
+
+
+def waits_for(file):
+    """Do nothing but live until there is ``file``."""
+    while not os.path.exists(file):
+        time.sleep(0.1)
+
+
+class Slow:
+    """A part of a call that takes a while to unpack."""
+
+    def __init__(self, size):
+        self.data = bytes(size)
+
+    def __reduce__(self):
+        return unpacked, (self.data,)
+
+
+def unpacked(data):
+    time.sleep(0.6)
+    return data
+
+
+@pytest.mark.parametrize("loading", [True, False])
+def test_a_worker_that_loads_is_not_hung(tmp_path, loading):
+    """Modules and bytes that come in are progress where they are counted; the limit is less than all of them take."""
+    names = [f"slowly{number}" for number in range(6)]
+    for name in names:
+        (tmp_path / f"{name}.py").write_text("import time; time.sleep(0.8)")
+    with Pool([device()]) as pool:
+        pool.call({"cpu:0": (square, (2,))}, limit_s=60)
+        calls = {"cpu:0": (imports, (str(tmp_path), names))}
+        if not loading:
+            with pytest.raises(WorkerError, match="worker cpu:0 did not answer within 3 s"):
+                pool.call(calls, limit_s=3)
+            return
+        assert pool.call(calls, limit_s=3, loading=True) == {"cpu:0": 6}
+        parts = [Slow((1 << 17) + number) for number in range(8)]
+        assert pool.call({"cpu:0": (lambda *parts: len(parts), tuple(parts))}, limit_s=3, loading=True) == {"cpu:0": 8}
+
+
+def test_a_worker_that_only_lives_is_hung():
+    """Its heart beats, and nothing comes in; nor does a loop count as progress."""
+    for stuck in (waits_for, turns_until):
+        with Pool([device()]) as pool:
+            pool.call({"cpu:0": (square, (2,))}, limit_s=60)
+            with pytest.raises(WorkerError, match="worker cpu:0 did not answer within 2 s and was ended"):
+                pool.call({"cpu:0": (stuck, ("/nowhere",))}, limit_s=2, loading=True)
+
+
+def turns_until(file):
+    """Compute until there is ``file``."""
+    while not os.path.exists(file):
+        sum(range(1000))
+
+
 def test_functions_of_a_script_reach_the_worker():
     """Closures and lambdas travel by value."""
     offset = 5

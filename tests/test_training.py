@@ -1,6 +1,7 @@
 """Training by a plan in the processes of a script: the unsharded model's losses, whichever way it is divided."""
 
 import contextlib
+import functools
 import io
 import os
 import socket
@@ -420,11 +421,41 @@ def raising(_output, _target):
     raise ValueError("no luck with this loss")
 
 
+def failing_and_going_on(kind, plan, options):
+    """In a rank: the errors of a step and of the next."""
+    pipe = made_pipe(kind, plan, **options)
+    args, kwargs, target = kind.batch(0)
+    step = functools.partial(pipe.step, *args, target=target, **kwargs)
+    return told(step), told(step)
+
+
+def refused_each_in_its_way(kind, plan):
+    """In a rank: a batch of another type on the first, of another shape on the second; then one that is right."""
+    pipe = made_pipe(kind, plan)
+    (x,), _, target = kind.batch(0)
+    line = told(lambda: pipe.step(x.double() if pipe.stage == 0 else x[:, :3], target=target))
+    return line, float(pipe.step(x, target=target))
+
+
+def test_one_fault_has_one_text(workers, captured_profile):
+    """Whichever rank is the first to say it; where no message was sent the pipeline goes on."""
+    ((loss, _),), _ = unsharded(Chain, [[0]])
+    found = on_ranks(workers, 2, refused_each_in_its_way, Chain, planned(captured_profile, Chain, 2))
+    assert len({line for line, _ in found}) == 1
+    assert "the pipeline was made for inputs [0] float32 8x6" in found[0][0]
+    assert [value for _, value in found] == pytest.approx([loss] * 2, rel=1e-5)
+
+
 def test_a_loss_that_raises_ends_all_ranks(workers, captured_profile):
     """All ranks name the stage that failed and why; none waits for longer than the limit."""
     plan = planned(captured_profile, Chain, 3)
-    lines = on_ranks(workers, 3, told, refused_once_made, Chain, plan, {"loss": raising, "timeout_s": 4.0}, "same")
-    assert lines == ["stage 2 on cpu:2 failed: ValueError: no luck with this loss"] * 3
+    lines = on_ranks(workers, 3, failing_and_going_on, Chain, plan, {"loss": raising, "timeout_s": 4.0})
+    failed = "stage 2 on cpu:2 failed: ValueError: no luck with this loss"
+    assert [first for first, _ in lines] == [failed] * 3
+    # Messages of that step are still under way; the next one must not take them for its own.
+    (second,) = {second for _, second in lines}
+    assert second.startswith("the pipeline broke off in an earlier call, of which messages are left")
+    assert f"({failed}); start the processes again, from the last checkpoint" in second
 
 
 def test_of_several_stages_all_are_named(workers, captured_profile):
@@ -721,8 +752,8 @@ class Longer(Chain):
 def test_a_rank_that_fails_while_they_meet_is_noticed_at_once(workers, captured_profile):
     """Before the others have captured anything, and while they capture; the limit is ten minutes."""
     lines = on_ranks(workers, 2, told, made_apart, Chain, Longer, planned(captured_profile, Chain, 2))
-    assert "the plan is for another Chain" in lines[1]
-    assert lines[0] == f"rank 1 is not ready: {lines[1]}"
+    assert lines[0].startswith("rank 1 (stage 1 on cpu:1) is not ready: the plan is for another Chain")
+    assert lines[0] == lines[1]
     lines = on_ranks(workers, 2, told, made_apart, Unlucky, Unlucky, planned(captured_profile, Unlucky, 2))
     assert all("no luck with this capture" in line for line in lines)
 

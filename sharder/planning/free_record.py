@@ -95,6 +95,7 @@ class Writer:
             optimizer=profile.optimizer,
             profiled_devices=tuple(device.name for device in profile.devices),
             declared_devices=tuple(device.name for device in profile.devices if device.declared),
+            hosts=profile.hosts,
             objective=objective,
             contiguous=False,
             transfers=problem.transfers,

@@ -293,6 +293,8 @@ class Plan(Document):
     """All devices of the profile: CPU workers share the cores among as many in a run."""
     declared_devices: tuple[str, ...] = ()
     """Those of them that nothing was measured on: the predictions rest on estimates there."""
+    hosts: dict[str, str] = Field(default_factory=dict)
+    """The node of each of them, where a cluster file names several; empty for the devices of one machine."""
     objective: Objective
     contiguous: bool = True
     """Whether the stages are a chain that a pipeline can run; if not, they are the shares of the devices, in no

@@ -283,6 +283,7 @@ def _write(
         optimizer=profile.optimizer,
         profiled_devices=tuple(device.name for device in profile.devices),
         declared_devices=tuple(device.name for device in profile.devices if device.declared),
+        hosts=profile.hosts,
         objective="throughput",
         transfers=problem.transfers,
         overlap=problem.overlap,

@@ -50,6 +50,7 @@ class Mark(NamedTuple):
 
     what: What
     microbatch: int | None
+    """Of a tie its number: each is a sum of its own devices."""
     start_s: float
     end_s: float
     piece: int = 0
@@ -120,7 +121,8 @@ def measured_slots(noted: Sequence[Noted]) -> tuple[float, tuple[Slot, ...]]:
             both_s = min(
                 max(ready.get(_message(device + count * mark.piece, mark), mark.start_s), mark.start_s), mark.end_s
             )
-            parts += [mark._replace(what="wait", end_s=both_s), mark._replace(start_s=both_s)]
+            shown = mark._replace(microbatch=None) if mark.what == "tie" else mark
+            parts += [shown._replace(what="wait", end_s=both_s), shown._replace(start_s=both_s)]
         parts.append(Mark("wait", None, max(each.end_s, parts[-1].end_s), end_s))
         at_s = start_s
         for part in parts:
@@ -140,8 +142,8 @@ def _message(stage: int, mark: Mark) -> tuple[str, int, int | None]:
     """What both ends of a transfer call it: its kind, the earlier stage of its link, its micro-batch."""
     how, _, kind = mark.what.partition(" ")
     if not kind:
-        # A tie is one sum for all its stages.
-        return (how, -1, None) if how == "tie" else (how, stage, mark.microbatch)
+        # A tie is one sum for all its devices.
+        return (how, -1, mark.microbatch) if how == "tie" else (how, stage, mark.microbatch)
     towards_next = (how == "send") == (kind == "activations")
     return kind, stage if towards_next else stage - 1, mark.microbatch
 

@@ -7,7 +7,7 @@ batch statistics. Gradients are left as the backward makes them: who wants their
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -171,32 +171,38 @@ class SharedGradients:
         limit: timedelta | None = None,
     ) -> None:
         named = trainable(module)
-        self.shared: list[tuple[nn.Parameter, dist.ProcessGroup]] = []
+        self.shared: list[tuple[int, nn.Parameter, dist.ProcessGroup]] = []
+        """With the number of the tie."""
         self.groups: list[dist.ProcessGroup] = []
-        for tie in ties:
+        for number, tie in enumerate(ties):
             members = [ranks[each] if ranks else each for each in tie.holders]
             group = dist.new_group(members, backend=backend, timeout=limit)
             if position in tie.holders:
                 self.groups.append(group)
-                self.shared += [(named[name], group) for name in sorted(tie.names & named.keys())[:1]]
+                self.shared += [(number, named[name], group) for name in sorted(tie.names & named.keys())[:1]]
 
     @contextmanager
-    def summed(self) -> Iterator[None]:
-        """Sum what the backwards in this block add to the gradients, and that only."""
-        earlier = [parameter.grad for parameter, _ in self.shared]
-        for parameter, _ in self.shared:
+    def summed(self, noting: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext()) -> Iterator[None]:
+        """Sum what the backwards in this block add to the gradients, and that only.
+
+        Args:
+            noting: called with the number of each tie, for a block around its sum.
+        """
+        earlier = [parameter.grad for _, parameter, _ in self.shared]
+        for _, parameter, _ in self.shared:
             parameter.grad = None
         try:
             yield
-            for parameter, group in self.shared:
+            for number, parameter, group in self.shared:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad, group=group)
+                with noting(number):
+                    dist.all_reduce(parameter.grad, group=group)
         except BaseException:
-            for (parameter, _), before in zip(self.shared, earlier, strict=True):
+            for (_, parameter, _), before in zip(self.shared, earlier, strict=True):
                 parameter.grad = before  # what was there is not lost with a step that failed
             raise
-        for (parameter, _), before in zip(self.shared, earlier, strict=True):
+        for (_, parameter, _), before in zip(self.shared, earlier, strict=True):
             if before is not None and parameter.grad is not None:
                 parameter.grad += before
 

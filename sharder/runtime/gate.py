@@ -9,7 +9,11 @@ from shardwright.sharder.runtime.pipeline import Comparison
 from shardwright.sharder.runtime.record import Equality
 from shardwright.sharder.runtime.session import Session, Split
 
-__all__ = ["Gate", "compare"]
+__all__ = ["DifferenceError", "Gate", "compare"]
+
+
+class DifferenceError(ShardwrightError):
+    """A pipeline gives other outputs or gradients than the unsharded model."""
 
 
 class Gate:
@@ -25,31 +29,33 @@ class Gate:
 
     def compared(self, split: Split, found: list[Comparison]) -> Equality:
         """Hold what the stages of ``split`` ``found`` against the sum over the same micro-batches."""
+        self.prepare(split)
+        return compare(self.references[split.plan.microbatches], found)
+
+    def prepare(self, split: Split) -> None:
+        """Have the model held and run as ``split`` is divided, unless it was."""
         count = split.plan.microbatches
         if count not in self.references:
             self.session.hold_whole(self.device, count, split.output_places, self.plan)
             self.references[count] = self.session.check_whole(self.device)
             if self.stays:
                 self.session.step_whole(self.device)  # the optimizer's state takes its room before others are let in
-        return compare(self.references[count], found)
 
 
 def compare(reference: Comparison, stages: list[Comparison]) -> Equality:
     """Hold the stages' outputs and gradients against the whole model's.
 
     Raises:
-        ShardwrightError: one differs by more than its dtype explains, or is missing; the worst is named.
+        DifferenceError: one differs by more than its dtype explains, or is missing; the worst is named.
     """
     outputs = [t for stage in stages for t in stage.outputs]
     gradients = {name: t for stage in stages for name, t in stage.gradients.items()}
     if len(outputs) != len(reference.outputs):
-        raise ShardwrightError(
-            f"the pipeline gave {len(outputs)} outputs, the model {len(reference.outputs)}; nothing was timed"
-        )
+        raise DifferenceError(f"the pipeline gave {len(outputs)} outputs, the model {len(reference.outputs)}")
     # A parameter that the loss does not reach has no gradient, or zeros, depending on who asks.
     absent = [n for n, t in reference.gradients.items() if n not in gradients and bool(t.count_nonzero())]
     if absent:
-        raise ShardwrightError(f"the pipeline gave no gradient for {absent[0]}, the model did; nothing was timed")
+        raise DifferenceError(f"the pipeline gave no gradient for {absent[0]}, the model did")
     pairs = [(f"output {i}", a, b) for i, (a, b) in enumerate(zip(reference.outputs, outputs, strict=True))]
     count = len(pairs)
     pairs += [(f"the gradient of {n}", t, gradients[n]) for n, t in reference.gradients.items() if n in gradients]
@@ -58,9 +64,9 @@ def compare(reference: Comparison, stages: list[Comparison]) -> Equality:
         error = relative_difference(expected, found)
         allowed = tolerance(expected.dtype)
         if not error <= allowed:
-            raise ShardwrightError(
+            raise DifferenceError(
                 f"{name} differs from the unsharded model's by {error:.2g} of its largest value; "
-                f"{allowed:.2g} is allowed for {expected.dtype}; nothing was timed"
+                f"{allowed:.2g} is allowed for {expected.dtype}"
             )
         errors.append(error)
         largest = max(largest, allowed)

@@ -5,9 +5,10 @@ Stages run on ``torch.distributed.pipelining``, as :mod:`shardwright.sharder.run
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,21 +17,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
-from torch.overrides import TorchFunctionMode
 
-from shardwright.profiler.attention import without_dropout
 from shardwright.profiler.devices import free_host_bytes
 from shardwright.profiler.inputs import all_microbatches, is_batched, outputs_of
 from shardwright.profiler.memory import MemoryCounter, total_bytes
 from shardwright.profiler.optimizers import make_optimizer
 from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.unitgraph import mean_square_loss
-from shardwright.profiler.worker import resident
+from shardwright.profiler.worker import advance, resident
 from shardwright.sharder.runtime.accounts import Noted
 from shardwright.sharder.runtime.cut import Share, StageProgram, trainable
 from shardwright.sharder.runtime.engine import SharedGradients, SharedParameter, make_schedule, make_stage
 from shardwright.sharder.runtime.noting import Notes
 from shardwright.sharder.runtime.record import What
+from shardwright.sharder.runtime.resting import dropout_resting
 
 __all__ = [
     "Comparison",
@@ -41,6 +41,7 @@ __all__ = [
     "hold_stages",
     "hold_whole",
     "note_stage",
+    "release_stages",
     "release_whole",
     "step_stage",
     "step_whole",
@@ -96,12 +97,19 @@ class _Held:
     stages: tuple[PipelineStage, ...] = ()
     group: dist.ProcessGroup | None = None
     """Of the pipeline's devices; None: all workers."""
+    shared: SharedGradients | None = None
     notes: Notes | None = None
     """Filled in a step that is noted."""
 
-    def noting(self, what: What, *, piece: int = 0) -> AbstractContextManager[None]:
+    def noting(self, what: What, number: int | None = None, *, piece: int = 0) -> AbstractContextManager[None]:
         """Note the block, if this step is noted."""
-        return self.notes.slot(what, piece=piece) if self.notes else nullcontext()
+        return self.notes.slot(what, number, piece) if self.notes else nullcontext()
+
+    def tying(self, number: int) -> AbstractContextManager[None]:
+        """Note the sum of one tie's gradients, if this step is noted."""
+        if self.notes:
+            self.notes.post("tie", number)
+        return self.noting("tie", number)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -122,6 +130,7 @@ def hold_stages(job: Job, programs: Sequence[StageProgram], inputs: tuple[Tensor
     if not programs:
         SharedGradients(ties, -1, nn.Module(), ranks=job.ranks)
         return
+    _bring((value for program in programs for value in program.attributes.values()), device)
     share = Share(programs, device)
     module = share.whole.train(job.train)
     stages = tuple(make_stage(p, m, job.stages, device, group) for p, m in zip(programs, share.modules, strict=True))
@@ -148,21 +157,15 @@ def hold_stages(job: Job, programs: Sequence[StageProgram], inputs: tuple[Tensor
     )
     target = torch.zeros(job.batch, device=device)
     first, last = programs[0].index == 0, programs[-1].index == job.stages - 1
-    shared = SharedGradients(ties, programs[0].index, module, ranks=job.ranks)
+    held.shared = shared = SharedGradients(ties, programs[0].index, module, ranks=job.ranks)
 
     def step() -> None:
-        with ExitStack() as tied:
-            tied.enter_context(shared.summed())
-            with nullcontext() if job.train else torch.no_grad():
-                schedule.step(
-                    *(here if first else ()),
-                    target=target if last and job.train else None,
-                    return_outputs=False,
-                )
-            if held.notes and shared.shared:
-                held.notes.post("tie")
-            with held.noting("tie") if shared.shared else nullcontext():
-                tied.close()
+        with shared.summed(held.tying), nullcontext() if job.train else torch.no_grad():
+            schedule.step(
+                *(here if first else ()),
+                target=target if last and job.train else None,
+                return_outputs=False,
+            )
 
     held.step = step
     if last:
@@ -179,7 +182,8 @@ def _key(name: str) -> str:
 def hold_whole(job: Job, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Take in the whole model with its batch, to run it on this device alone, in ``job.microbatches`` pieces."""
     device: torch.device = resident["device"]
-    resident.pop("whole", None)  # one that was held before goes first: two may not fit
+    _let_go("whole")  # one that was held before goes first: two may not fit
+    _bring((model,), device)
     model.to(device).train(job.train)
     args, kwargs = map_tensors(lambda t: t.to(device), (args, kwargs))
     held = _Held(job, device, model, _optimizer(job, model), lambda: None)
@@ -195,6 +199,26 @@ def hold_whole(job: Job, model: nn.Module, args: tuple[Any, ...], kwargs: dict[s
 
     held.step = step
     resident["whole"] = held
+
+
+def _bring(values: Iterable[Any], device: torch.device) -> None:
+    """Move the parameters to ``device`` one by one, in place, and tell of each: all of them may take long."""
+    for value in values:
+        parameters = value.parameters() if isinstance(value, nn.Module) else (value,)
+        for parameter in parameters:
+            if isinstance(parameter, nn.Parameter):
+                parameter.data = parameter.data.to(device)
+                advance(parameter.numel() * parameter.element_size())
+
+
+def _let_go(key: str) -> _Held | None:
+    """Forget what is held, so that its memory is free at once: it refers to itself."""
+    held: _Held | None = resident.pop(key, None)
+    if held is not None:
+        held.step = lambda: None
+        held.stages, held.optimizer, held.module = (), None, nn.Module()
+        gc.collect()
+    return held
 
 
 def _optimizer(job: Job, module: nn.Module) -> torch.optim.Optimizer | None:
@@ -298,7 +322,16 @@ def check_whole() -> Comparison:
 
 def release_whole() -> None:
     """Let go of the whole model, its gradients and the optimizer's state."""
-    resident.pop("whole", None)
+    _let_go("whole")
+
+
+def release_stages(name: str = "plan") -> None:
+    """Let go of this device's stages likewise, and leave their groups."""
+    held = _let_go(_key(name))
+    if held is not None and held.shared is not None:
+        held.shared.close()
+    if held is not None and held.group is not None:
+        dist.destroy_process_group(held.group)
 
 
 def free_bytes() -> int:
@@ -313,47 +346,11 @@ def free_bytes() -> int:
 def _compared(held: _Held) -> Comparison:
     held.module.zero_grad()
     held.outputs = []
-    with _dropout_resting(held):
+    units = [held.module.get_submodule(path) for path in held.job.units] or [held.module]
+    with dropout_resting(units):
         held.step()
     _synchronize(held.device)
     outputs, held.outputs = held.outputs, None
     gradients = {name: p.grad.cpu().clone() for name, p in trainable(held.module).items() if p.grad is not None}
     held.module.zero_grad()
     return Comparison(outputs, gradients)
-
-
-class _NoDropout(TorchFunctionMode):
-    """Dropout that the forward calls as a function, outside modules, passes its input through."""
-
-    FUNCTIONS = frozenset(
-        getattr(nn.functional, f"{kind}dropout{rank}")
-        for kind, rank in (("", ""), ("", "1d"), ("", "2d"), ("", "3d"), ("alpha_", ""), ("feature_alpha_", ""))
-    )
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in self.FUNCTIONS:
-            return args[0] if args else kwargs["input"]
-        args, kwargs = without_dropout(func, args, kwargs)
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def _dropout_resting(held: _Held) -> Iterator[None]:
-    """Dropout draws other numbers in every process, so for a comparison it rests.
-
-    Modules compute as in evaluation, which also stills the dropout inside attention and recurrent layers; batch
-    normalisation goes on with the statistics of its micro-batch. So does the forward between units, whose mode is part
-    of the captured graph.
-    """
-    units = [held.module.get_submodule(path) for path in held.job.units] or [held.module]
-    modules = dict.fromkeys(inner for unit in units for inner in unit.modules())
-    resting = [m for m in modules if m.training and not isinstance(m, nn.modules.batchnorm._NormBase)]
-    for inner in resting:
-        inner.training = False
-    try:
-        with _NoDropout():
-            yield
-    finally:
-        for inner in resting:
-            inner.training = True

@@ -1,11 +1,12 @@
 """The processes of a training script as the devices of a pipeline: rank k has the stages of the plan's device k.
 
-The process group is the script's own if it has one, else made from the environment that ``torchrun`` sets. What the
-pipeline sends goes over groups of its own, so that it never mixes with the script's messages.
+On several nodes the devices of each are counted together (:mod:`shardwright.sharder.runtime.nodes`). The process group
+is the script's own if it has one, else made from the environment that ``torchrun`` sets, with the ranks in the order of
+the stages. What the pipeline sends goes over groups of its own, so that it never mixes with the script's messages.
 
 A rank that fails says why in the ranks' store before it raises. The others, whose messages to it then break off, find
-it there, so that the error of one is the error of all. Before any message is sent they meet over the store, where one
-that fails is noticed at once.
+it there, so that the error of one is the error of all; of a rank that has ended without a word they find that it lives
+no more. Before any message is sent they meet over the store, where one that fails or ends is noticed at once.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ from torch.distributed.rendezvous import rendezvous
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.devices import available_cores
-from shardwright.profiler.pool import loopback_interface
 from shardwright.profiler.worker import root_of
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.board import Board
+from shardwright.sharder.runtime.nodes import Place, choose_interface, device_order, place_of
 
 __all__ = ["Ranks", "stage_device"]
 
 MEETING_S = 300.0
 """Processes that start one after another, each importing much, are waited for at least so long."""
+CONNECT_S = 30.0
+"""They connect when all are there, which takes no longer unless they cannot reach each other."""
 
 
 class Ranks:
@@ -49,8 +52,9 @@ class Ranks:
 
     def __init__(self, plan: Plan, timeout_s: float, ready: Callable[[], None] = lambda: None) -> None:
         self.timeout_s = timeout_s
+        self._midway, self._broken = False, ""
         try:
-            self._board, self.made_group = _join(plan, self._meeting_s, ready)
+            self._board, self._place, self.made_group = _join(plan, self._meeting_s, ready)
         except (dist.DistError, RuntimeError, ValueError) as error:
             if isinstance(error, ShardwrightError):
                 raise
@@ -58,11 +62,13 @@ class Ranks:
         self.size, self.rank = dist.get_world_size(), dist.get_rank()
         self.name = plan.devices[self.rank]
         self.label = _stages_in_words(plan, self.rank)
-        self.device = stage_device(self.name)
+        self.device = stage_device(self._place.device)
         limit = timedelta(seconds=timeout_s)
-        # Objects and checkpoints go over the host's memory, tensors of a step between the devices.
-        self.control = dist.new_group(backend="gloo", timeout=limit)
-        self.data = dist.new_group(backend="nccl", timeout=limit) if self.device.type == "cuda" else self.control
+        with self.failing_together():
+            # Objects and checkpoints go over the host's memory, tensors of a step between the devices.
+            self.control = dist.new_group(backend="gloo", timeout=limit)
+            on_gpu = self.device.type == "cuda"
+            self.data = dist.new_group(backend="nccl", timeout=limit) if on_gpu else self.control
 
     @property
     def _meeting_s(self) -> float:
@@ -81,9 +87,9 @@ class Ranks:
         """Whether this device has the outputs and the loss."""
         return self.rank == self.size - 1
 
-    def pin(self, plan: Plan) -> None:
+    def pin(self) -> None:
         """Give a CPU stage its share of the cores, as when it was profiled, if there is one for each."""
-        workers = [name for name in plan.profiled_devices or plan.devices if name.startswith("cpu")]
+        workers = [name for name in self._place.beside if name.startswith("cpu")]
         cores = available_cores()
         share = len(cores) // len(workers) if self.name in workers else 0
         if self.size == 1 or not share:
@@ -95,6 +101,7 @@ class Ranks:
 
     def close(self) -> None:
         """Leave the groups, and the process group if the pipeline made it."""
+        self._board.close()
         if not dist.is_initialized():
             return
         for group in {self.control, self.data}:
@@ -158,24 +165,43 @@ class Ranks:
         return box[0]
 
     @contextmanager
+    def messages(self) -> Iterator[None]:
+        """Send and receive in this block: what fails in it leaves messages behind, and no call can follow."""
+        self._midway = True
+        yield
+        self._midway = False
+
+    @contextmanager
     def failing_together(self) -> Iterator[None]:
         """Tell the others of an error in this block, or tell this rank of theirs.
 
         Raises:
-            ShardwrightError: the first error of any rank, in one line.
+            ShardwrightError: the first error of any rank, in one line; or that of an earlier block, in which messages
+                broke off.
         """
         self._board.begin()
+        self._midway = False
+        if self._broken:
+            raise ShardwrightError(self._board.fail(self._broken))
         try:
             yield
         except Exception as error:
-            if _is_broken_off(error):
-                raise ShardwrightError(self._board.failure() or self._lost(error)) from error
-            ours = next((e for e in _chain(error) if isinstance(e, ShardwrightError)), None)
-            text = str(ours) if ours is not None else f"{self.label} failed: {root_of(error)}"
-            self._board.fail(text)
+            broken_off = _is_broken_off(error)
+            if broken_off:
+                text = self._board.failure() or self._board.fail(self._lost(error))
+            else:
+                ours = next((e for e in _chain(error) if isinstance(e, ShardwrightError)), None)
+                text = self._board.fail(str(ours) if ours is not None else f"{self.label} failed: {root_of(error)}")
+            if self.size > 1 and (broken_off or self._midway):
+                self._broken = (
+                    f"the pipeline broke off in an earlier call, of which messages are left ({text}); start the "
+                    "processes again, from the last checkpoint"
+                )
             raise ShardwrightError(text) from error
 
     def _lost(self, error: BaseException) -> str:
+        if gone := self._board.gone():
+            return f"{' and '.join(gone)} left the pipeline: the process has ended, is frozen, or called close()"
         return (
             f"{self.label} lost another stage, which has ended or did not answer within "
             f"{self.timeout_s:.0f} s: {root_of(error)}"
@@ -197,16 +223,19 @@ def stage_device(name: str) -> torch.device:
     return device
 
 
-def _join(plan: Plan, limit_s: float, ready: Callable[[], None]) -> tuple[Board, bool]:
-    """Enter the default process group when all ranks are ready; the ranks' board, and whether the group was made."""
+def _join(plan: Plan, limit_s: float, ready: Callable[[], None]) -> tuple[Board, Place, bool]:
+    """Enter the default process group when all ranks are ready.
+
+    Returns:
+        The ranks' board, this one's place, and whether the group was made here.
+    """
     if not dist.is_available():
         raise ShardwrightError("this PyTorch was built without torch.distributed, which a pipeline needs")
-    limit = timedelta(seconds=limit_s)
     there = dist.is_initialized()
     if there:
         store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
     elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        store, rank, size = next(iter(rendezvous("env://", timeout=limit)))
+        store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=limit_s))))
     elif len(plan.devices) == 1:
         store, rank, size = HashStore(), 0, 1
     else:
@@ -216,32 +245,62 @@ def _join(plan: Plan, limit_s: float, ready: Callable[[], None]) -> tuple[Board,
             f"the plan has {_counted(plan)}, and this is one process: start the script with torchrun --nproc-per-node "
             f"{count} SCRIPT, or pipeline in one process with place(model, plan, microbatches={plan.microbatches})"
         )
-    board = Board(store, rank, size)
+    fits = size == len(plan.devices)
+    order = device_order(plan) if fits else tuple(range(size))
+    names = [f"rank {order.index(position)}" for position in range(size)]
+    if fits:
+        names = [f"{name} ({_stages_in_words(plan, position)})" for position, name in enumerate(names)]
+    board = Board(store, order[rank], size, names)
     try:
-        ready()
-        if size != len(plan.devices):
+        if not fits:
             raise ShardwrightError(_miscounted(plan, size))
-        stage_device(plan.devices[rank])
+        ready()
+        place = place_of(plan, rank, os.environ)
+        if there and place.position != rank:
+            raise ShardwrightError(_apart(plan))
+        choose_interface(os.environ)
+        stage_device(place.device)
     except Exception as error:
-        board.fail(f"rank {rank} is not ready: {root_of(error)}" if size == len(plan.devices) else str(error))
-        raise
+        text = f"{names[order[rank]]} is not ready: {root_of(error)}" if fits else str(error)
+        raise ShardwrightError(board.fail(text)) from error
     board.assemble(limit_s)
     if not there:
-        if os.environ.get("MASTER_ADDR") in ("localhost", "127.0.0.1"):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
-        gpus = plan.devices[0].startswith("cuda")
-        if gpus:
-            torch.cuda.set_device(stage_device(plan.devices[rank]))
-        own = PrefixStore(f"{board.name}/group", store)
-        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-        dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=limit)
-    return board, not there
+        _make_group(plan, place, PrefixStore(f"{board.name}/group", store), board, limit_s)
+    return board, place, not there
+
+
+def _make_group(plan: Plan, place: Place, store: Any, board: Board, limit_s: float) -> None:
+    """Make the default process group, the ranks in the order of the stages; all are there."""
+    gpus = place.device.startswith("cuda")
+    if gpus:
+        torch.cuda.set_device(stage_device(place.device))
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    size, limit = len(plan.devices), timedelta(seconds=CONNECT_S)
+    try:
+        dist.init_process_group(backend, store=store, rank=place.position, world_size=size, timeout=limit)
+    except Exception as error:
+        over = os.environ.get("GLOO_SOCKET_IFNAME", "the interface of its name")
+        text = (
+            f"{_stages_in_words(plan, place.position)} could not connect to the others over {over}: {root_of(error)}; "
+            "if it is not the network that the nodes share, name that by GLOO_SOCKET_IFNAME on each of them"
+        )
+        raise ShardwrightError(board.fail(text)) from error
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=limit_s))
 
 
 def _miscounted(plan: Plan, size: int) -> str:
+    each = "on its nodes together" if plan.hosts else str(len(plan.devices))
     return (
         f"the plan has {_counted(plan)} ({', '.join(plan.devices)}), and there are {size} processes: start "
-        f"the script with torchrun --nproc-per-node {len(plan.devices)}, or plan for {size} devices"
+        f"the script with torchrun --nproc-per-node {each}, or plan for {size} devices"
+    )
+
+
+def _apart(plan: Plan) -> str:
+    order = ", ".join(f"{device} on {plan.hosts[device]!r}" for device in plan.devices)
+    return (
+        f"the plan's stages go back to a node ({order}), so that the ranks are not in their order: let pipeline() make "
+        "the process group, or plan for devices listed node by node"
     )
 
 
@@ -255,7 +314,9 @@ def _stages_in_words(plan: Plan, rank: int) -> str:
     """``stage 1 on cpu:1``, ``stages 1 and 3 on cpu:1``."""
     stages = [str(stage.index) for stage in plan.stages if stage.device == plan.devices[rank]]
     names = " and ".join([", ".join(stages[:-1]), stages[-1]] if len(stages) > 1 else stages)
-    return f"stage{'s' if len(stages) > 1 else ''} {names} on {plan.devices[rank]}"
+    device = plan.devices[rank]
+    host = f", node {plan.hosts[device]!r}" if plan.hosts else ""
+    return f"stage{'s' if len(stages) > 1 else ''} {names} on {device}{host}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from shardwright.sharder.runtime.accounts import Noted, accounts_of
 from shardwright.sharder.runtime.check import check_can_be_piped, check_inputs, check_model, units_of
 from shardwright.sharder.runtime.cut import cut
 from shardwright.sharder.runtime.engine import sendable
-from shardwright.sharder.runtime.gate import Gate
+from shardwright.sharder.runtime.gate import DifferenceError, Gate
 from shardwright.sharder.runtime.naive import NAIVE_LIMIT_S, naive_plans, not_measured
 from shardwright.sharder.runtime.record import Equality, Naive, Run, Timed, Weighed
 from shardwright.sharder.runtime.session import Session, Split
@@ -55,6 +55,18 @@ class _SplitFailedError(ShardwrightError):
         self.name = name
 
 
+@dataclass
+class _Kept:
+    """What stays known where workers are started anew, since a naive split has failed in them."""
+
+    equality: Equality | None = None
+    peaks: list[int] = field(default_factory=list)
+    admitted: set[str] = field(default_factory=set)
+    """Naive splits that were compared, and may be timed."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Those that may not -> why."""
+
+
 @dataclass(frozen=True)
 class _Measured:
     """What the workers of a run found."""
@@ -63,8 +75,6 @@ class _Measured:
     peaks: list[int]
     seconds: dict[str, list[float]]
     noted: list[list[Noted]]
-    refused: dict[str, str]
-    """Naive splits that were not run -> why."""
 
 
 def run(
@@ -120,14 +130,15 @@ def run(
             rivals[name] = captures.split(name, rival)
         except ShardwrightError as error:
             why[name] = str(error)
+    kept = _Kept()
     while True:
         try:
-            measured = _measured(model, args, kwargs, own, list(rivals.values()), steps, tell)
+            measured = _measured(model, args, kwargs, own, list(rivals.values()), steps, tell, kept)
             break
         except _SplitFailedError as error:
             del rivals[error.name]
             why[error.name] = str(error)
-    return _record(plan, measured, {name: split.plan for name, split in rivals.items()}, why | measured.refused, steps)
+    return _record(plan, measured, {name: split.plan for name, split in rivals.items()}, why | kept.refused, steps)
 
 
 class _Captures:
@@ -155,8 +166,12 @@ def _measured(
     rivals: list[Split],
     steps: int,
     tell: Progress,
+    kept: _Kept,
 ) -> _Measured:
-    """Compare and time ``own`` beside its ``rivals`` and one device, in workers that are ended afterwards."""
+    """Compare and time ``own`` beside its ``rivals`` and one device, in workers that are ended afterwards.
+
+    What is ``kept`` is not found out again, and what is found out is put there.
+    """
     plan, splits = own.plan, [own, *rivals]
     baseline = plan.predicted.baseline_device
     expected = max(plan.predicted.baseline_s or 0.0, *(split.plan.predicted.step_s for split in splits))
@@ -165,19 +180,14 @@ def _measured(
         tell("start workers", 0, 1)
         session = Session(pool, model, args, kwargs, splits, STEP_LIMIT_S + 5 * expected)
         session.begin(devices, str(Path(folder) / "store"))
-        session.hold(own)
-        tell("compare", 0, len(splits))
-        found = session.check(own)
-        session.step(own)  # the optimizer's state comes with it
-        peaks = session.weigh(own)  # before anything else is held
         gate = Gate(session, plan, baseline or plan.devices[0], stays=bool(baseline and rivals))
-        equality = gate.compared(own, found)
-        refused = {}
+        tell("compare", 0, len(splits))
+        equality = _pass(session, gate, own, kept)
         for number, rival in enumerate(rivals, 1):
             tell("compare", number, len(splits))
-            with _named(rival):
-                if why := _lacks_room(rival, session.room()) or _admitted(session, gate, rival):
-                    refused[rival.name] = why
+            if rival.name not in kept.refused:
+                with _named(rival):
+                    _admit(session, gate, rival, kept)
         tell("compare", len(splits), len(splits))
         contenders: dict[str, Callable[[], float]] = {PLAN: partial(session.step, own)}
         if baseline:
@@ -186,7 +196,7 @@ def _measured(
             contenders[ALONE] = partial(session.step_whole, baseline)
         else:
             session.release_whole(gate.device)
-        ready = [rival for rival in rivals if rival.name not in refused]
+        ready = [rival for rival in rivals if rival.name not in kept.refused]
         contenders |= {rival.name: _stepping(session, rival) for rival in ready}
         noted: list[list[Noted]] = []
         after = spread_over(steps, NOTED_STEPS)
@@ -199,21 +209,46 @@ def _measured(
         tell("time", 0, WARMUP_STEPS + steps)
         bounded = [rival.name for rival in ready]
         seconds = in_turn(contenders, steps, bounded=bounded, limit_s=NAIVE_LIMIT_S, between=between)
-    return _Measured(equality, peaks, seconds, noted, refused)
+    return _Measured(equality, kept.peaks, seconds, noted)
 
 
-def _admitted(session: Session, gate: Gate, rival: Split) -> str:
-    """Have ``rival`` held and compared; why it is not to be timed, if so."""
+def _pass(session: Session, gate: Gate, own: Split, kept: _Kept) -> Equality:
+    """Have the plan held, compared and weighed; with its optimizer's state, and the whole model's if that stays.
+
+    Raises:
+        ShardwrightError: it gives other results than the model.
+    """
+    session.hold(own)
+    found = session.check(own) if kept.equality is None else None
+    session.step(own)  # the optimizer's state comes with it
+    kept.peaks = kept.peaks or session.weigh(own)  # before anything else is held
+    if found is not None:
+        try:
+            kept.equality = gate.compared(own, found)
+        except DifferenceError as error:
+            raise ShardwrightError(f"{error}; nothing was timed") from error
+    elif gate.stays:
+        gate.prepare(own)
+    assert kept.equality is not None
+    return kept.equality
+
+
+def _admit(session: Session, gate: Gate, rival: Split, kept: _Kept) -> None:
+    """Have ``rival`` held, and compared unless it was; or let go of it, with the reason why it is not to be timed."""
+    known = rival.name in kept.admitted
+    if not known and (why := _lacks_room(rival, session.room())):
+        kept.refused[rival.name] = why
+        return
     session.hold(rival)
-    found = session.check(rival)
+    found = None if known else session.check(rival)
     session.step(rival)  # likewise
     try:
-        gate.compared(rival, found)
-    except WorkerError:
-        raise
-    except ShardwrightError as error:
-        return str(error).removesuffix("; nothing was timed")
-    return ""
+        if found is not None:
+            gate.compared(rival, found)
+        kept.admitted.add(rival.name)
+    except DifferenceError as error:
+        kept.refused[rival.name] = str(error)
+        session.release(rival)
 
 
 def _lacks_room(rival: Split, free: Mapping[str, int]) -> str:

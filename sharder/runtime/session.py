@@ -33,6 +33,7 @@ from shardwright.sharder.runtime.pipeline import (
     hold_stages,
     hold_whole,
     note_stage,
+    release_stages,
     release_whole,
     step_stage,
     step_whole,
@@ -78,7 +79,7 @@ class Session:
     def begin(self, devices: Sequence[Device], store: str) -> None:
         """Wait for the workers and have those of pipelines meet over the file ``store``."""
         ready = {d.name: (prepare, (d.name, max(1, len(d.cores)))) for d in devices}
-        self.pool.call(ready, limit_s=START_LIMIT_S)
+        self.pool.call(ready, limit_s=START_LIMIT_S, loading=True)
         joining = {d: (join, (rank, len(self.ranks), store)) for d, rank in self.ranks.items()}
         self.pool.call(joining, limit_s=self.limit_s)
 
@@ -94,7 +95,11 @@ class Session:
         for device, own in stages.items():  # those without a stage too: a group is made by all
             programs = [split.programs[index] for index in own]
             calls[device] = hold_stages, (job, programs, inputs if 0 in own else ())
-        self.pool.call(calls, limit_s=START_LIMIT_S)
+        self.pool.call(calls, limit_s=START_LIMIT_S, loading=True)
+
+    def release(self, split: Split) -> None:
+        """Have its stages let go of."""
+        self._all(split, release_stages)
 
     def check(self, split: Split) -> list[Comparison]:
         """One step without an update: what each device's stages gave, in order."""
@@ -120,7 +125,8 @@ class Session:
         """Give the whole model to one worker, to be run in so many micro-batches."""
         units = tuple(units_of(plan, self.model))
         job = Job("", microbatches, 1, plan.batch, plan.train, plan.optimizer, output_places, units=units)
-        self.pool.call({device: (hold_whole, (job, self.model, self.args, self.kwargs))}, limit_s=START_LIMIT_S)
+        whole = hold_whole, (job, self.model, self.args, self.kwargs)
+        self.pool.call({device: whole}, limit_s=START_LIMIT_S, loading=True)
 
     def check_whole(self, device: str) -> Comparison:
         """One step of it without an update."""

@@ -61,7 +61,8 @@ class StageEngine:
         # The engine divides tensors only; what it divides here are the numbers of the micro-batches.
         numbers = self._numbers if self.ranks.is_last else None
         try:
-            self.schedule.step(*self._inputs(tensors), target=numbers, losses=losses, return_outputs=False)
+            with self.ranks.messages():
+                self.schedule.step(*self._inputs(tensors), target=numbers, losses=losses, return_outputs=False)
         finally:
             self._loss = None
         return [part.detach() for part in losses]
@@ -73,7 +74,8 @@ class StageEngine:
         modes = [(module, module.training) for module in self.form.module.modules()]
         self.form.module.eval()
         try:
-            self.schedule.step(*self._inputs(tensors), return_outputs=False)
+            with self.ranks.messages():
+                self.schedule.step(*self._inputs(tensors), return_outputs=False)
         finally:
             keep.remove()
             for module, training in modes:

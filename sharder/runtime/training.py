@@ -52,7 +52,8 @@ def pipeline(
     Rank k is the plan's k-th device and holds the weights of its stages alone (stage k, and in an interleaved plan
     further ones): ``model`` is used up, the parameters of other stages lose their values. What several stages use is
     made equal from the first of them. A plan with one stage needs no ``torchrun``. The process group is the script's if
-    it has one, else made from the environment and left by :meth:`Pipe.close`.
+    it has one, else made from the environment and left by :meth:`Pipe.close`. On several nodes (``--nnodes``) the
+    devices of each are counted together, see docs/nodes.md.
 
     Args:
         args: a sample batch as the plan was made for, for the capture.
@@ -78,7 +79,7 @@ def pipeline(
 
     ranks = Ranks(plan, timeout_s, ready)
     with ranks.failing_together():
-        ranks.pin(plan)
+        ranks.pin()
         ranks.agree("a plan", plan.model_dump_json(), "make the plan once and have each rank load its file")
         return Pipe(model, plan, args, kwargs, ranks, loss, reduction)
 
