@@ -48,19 +48,19 @@ class Case:
     microbatches: int
 
 
-def made(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+def made(name: str, samples: int = SAMPLES) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """A model of the zoo, wider, with more samples."""
     import zoo
 
     cloudpickle.register_pickle_by_value(zoo)  # the workers cannot import it
-    zoo.BATCH = SAMPLES
+    zoo.BATCH = samples
     zoo._SIZE.update(hidden_size=WIDTH, intermediate_size=4 * WIDTH)
     for sizes in (zoo._TEXT, zoo._GROUPED, zoo._VISION):
         sizes.update(zoo._SIZE)
     zoo._SEQ2SEQ.update(d_model=WIDTH, encoder_ffn_dim=4 * WIDTH, decoder_ffn_dim=4 * WIDTH)
     zoo._ids.__defaults__ = (TOKENS,)
     # Each sample is padded: where a micro-batch has no padding, forwards go another way than with the whole batch.
-    zoo._mask = lambda length=TOKENS: (torch.arange(length) < length - 1).long().expand(SAMPLES, length).clone()
+    zoo._mask = lambda length=TOKENS: (torch.arange(length) < length - 1).long().expand(samples, length).clone()
     torch.manual_seed(0)
     return zoo.ZOO[name].make()
 
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--modes", default="train,infer")
     parser.add_argument("--devices", default="cpu:0,cpu:1")
     parser.add_argument("--steps", type=int, default=11)
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="in a batch")
     parser.add_argument("--one-stage", action="store_true", help="on the first device alone, whole batches")
     options = parser.parse_args()
     os.environ[FOLDER_VARIABLE] = tempfile.mkdtemp()
@@ -160,7 +161,7 @@ def main() -> None:
     )
     found = []
     for group in cases(options.models.split(","), counts, options.modes.split(",")):
-        model, *inputs = made(group[0].name)
+        model, *inputs = made(group[0].name, options.samples)
         model.train(group[0].train)
         train = group[0].train
         try:
