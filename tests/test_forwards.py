@@ -73,6 +73,17 @@ def moves_by_hook(unit):
     return [hook for hook in unit._forward_pre_hooks.values() if isinstance(hook, MoveInputs)]
 
 
+def bring_to_cpu(model):
+    """The tensors of a placed chain, and what moves them, with nothing left to move."""
+    cpu = torch.device("cpu")
+    relocate(model, {id(p): cpu for p in model.parameters()})
+    for _, hooks, key in placement_hooks(model):
+        if isinstance(hooks[key], UnitForward):
+            hooks[key].device = cpu
+        else:
+            hooks[key].layout.move_to(dict.fromkeys(hooks[key].layout.homes, cpu))
+
+
 # What it is on one module
 
 
@@ -392,12 +403,7 @@ def test_accelerates_hooks_and_ours_come_off_in_any_order(plan_of, first):
 def test_a_placed_model_is_saved_whole(placed):
     """Its copy by torch.save is placed too, and unplaced by itself; on the CPU, since simulated tensors stay here."""
     model, twin, x = placed
-    relocate(model, {id(p): torch.device("cpu") for p in model.parameters()})
-    for _, hooks, key in placement_hooks(model):
-        if isinstance(hooks[key], UnitForward):
-            hooks[key].device = torch.device("cpu")
-        else:
-            hooks[key].layout.move_to(dict.fromkeys(hooks[key].layout.homes, torch.device("cpu")))
+    bring_to_cpu(model)
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
@@ -409,6 +415,13 @@ def test_a_placed_model_is_saved_whole(placed):
     sw.unplace(loaded)
     assert not list(placement_hooks(loaded))
     assert list(placement_hooks(model))
+
+
+def test_a_placed_chain_is_compiled_as_one_graph(placed):
+    """The moves are in it: nothing is left to Python where there is no glue to align."""
+    model, twin, x = placed
+    bring_to_cpu(model)
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), twin(x))
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler tells what it leaves to Python

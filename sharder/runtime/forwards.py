@@ -42,7 +42,7 @@ class InstanceForward(PlacementHook):
     def __init__(self, module: nn.Module) -> None:
         self._module: weakref.ref[nn.Module] = weakref.ref(module)
         self.had_own = "forward" in vars(module)
-        self.own: Callable[..., Any] | None = vars(module).get("forward")
+        self.own: Any = vars(module).get("forward")
         if self.own is None and not isinstance(inspect.getattr_static(type(module), "forward", None), FunctionType):
             self.own = module.forward  # found by other means than binding: a ScriptModule's, for example
         self.passes = False
@@ -58,7 +58,7 @@ class InstanceForward(PlacementHook):
     @property
     def __signature__(self) -> inspect.Signature:
         """The module's own, by which trainers choose what they pass."""
-        return inspect.signature(self.plain)
+        return inspect.signature(self.own or MethodType(type(self.module).forward, self.module))
 
     @property
     def module(self) -> nn.Module:
@@ -70,13 +70,16 @@ class InstanceForward(PlacementHook):
             )
         return module
 
-    @property
-    def plain(self) -> Callable[..., Any]:
-        """The module's own forward."""
+    def plain(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module's own forward.
+
+        There is no bound method of the class's on the way: where the compiler leaves its code to Python in between, it
+        would take ``module.forward`` for it, which is this.
+        """
         if self.own is not None:
-            return self.own
+            return self.own(*args, **kwargs)
         module = self.module
-        return MethodType(type(module).forward, module)
+        return type(module).forward(module, *args, **kwargs)
 
     def put(self) -> None:
         """Take the place of the forward."""

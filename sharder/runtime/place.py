@@ -48,6 +48,10 @@ def place(
     device of the first of them, and is brought to the others for their calls. :func:`unplace` undoes it all. A model
     that was placed already is placed anew.
 
+    Hooks on the model see the tensors that the caller gives and gets. Hooks on a unit see its arguments beside its
+    parameters, also hooks that are added later: from the next call of the model on, or of the part that was placed.
+    A tool that puts another forward in the place of the model's has to call the one that was there, as they do.
+
     Args:
         devices: plan device -> torch device, for those that differ; CPU workers are ``cpu`` by default, since in one
             process they share it.
