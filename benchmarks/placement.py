@@ -43,9 +43,10 @@ from torch import Tensor, nn
 
 import shardwright as sw
 from shardwright.profiler.placed import placement_hooks
-from shardwright.sharder.runtime.hooks import Enter, MoveInputs
+from shardwright.sharder.runtime.hooks import MoveInputs, UnitForward
 from shardwright.sharder.runtime.relocate import relocate
 from shardwright.sharder.runtime.sim import on_host, parameters_may_move, sim_device
+from shardwright.sharder.runtime.whole import WholeForward
 
 LAYERS, CUT, WIDTH, BATCH = 100, 50, 32, 8
 BY_HAND = "by hand"
@@ -124,10 +125,10 @@ def placed_by_us(model: nn.Module, plan: sw.Plan, homes: Homes) -> nn.Module:
     sw.place(model, plan, devices={name: sim_device(index) for index, name in enumerate(plan.devices)})
     relocate(model, {id(parameter): CPU for parameter in model.parameters()})
     for _, hooks, key in placement_hooks(model):
-        if isinstance(hooks[key], MoveInputs):
+        if isinstance(hooks[key], (UnitForward, MoveInputs)):
             hooks[key].device = CPU
-        elif isinstance(hooks[key], Enter):
-            hooks[key].move_to(dict.fromkeys(hooks[key].homes, CPU))
+        elif isinstance(hooks[key], WholeForward):
+            hooks[key].layout.move_to(dict.fromkeys(hooks[key].layout.homes, CPU))
     return model
 
 

@@ -9,17 +9,23 @@ from torch import nn
 
 from shardwright.errors import ShardwrightError
 
-__all__ = ["PlacementHook", "placement_hooks", "refuse_placed"]
+__all__ = ["FORWARDS", "PlacementHook", "placement_hooks", "refuse_placed"]
+
+FORWARDS = "_placement_forwards"
+"""Attribute of a module: a dictionary of what placing has put in the place of its forward, by number.
+
+Another tool may wrap that forward; here it is still found.
+"""
 
 
 class PlacementHook:
-    """A hook that placing a model has added."""
+    """A hook that placing a model has added, or what it has put in the place of a module's forward."""
 
 
 def placement_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, dict[int, Any], int]]:
     """Every such hook in ``model``: its module, the dictionary that holds it, and its key there."""
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks, vars(module).get(FORWARDS, {})):
             for key, hook in list(hooks.items()):
                 if isinstance(hook, PlacementHook):
                     yield module, hooks, key

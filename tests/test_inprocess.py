@@ -730,7 +730,7 @@ def test_copies_are_pipelined_by_themselves(piped, copied):
     model, placed = piped(Skips(), (x, torch.zeros(BATCH, 1, dtype=torch.long)))
     placed(x, torch.zeros(BATCH, 1, dtype=torch.long))
     twin = copied(placed)
-    assert forward_of(twin).model is twin
+    assert forward_of(twin).module is twin
     assert_same_step(model, twin, (x, torch.zeros(BATCH, 1, dtype=torch.long)))
     assert all(p.grad is None for p in placed.parameters())
     assert forward_of(twin).threads is not forward_of(placed).threads

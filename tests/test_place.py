@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode, _len_torch_function_stack
 from torch.utils.checkpoint import checkpoint
 
@@ -17,7 +18,7 @@ import shardwright as sw
 from shardwright.profiler.inputs import outputs_of
 from shardwright.profiler.placed import placement_hooks
 from shardwright.sharder.runtime.calls import open_calls
-from shardwright.sharder.runtime.hooks import MoveInputs
+from shardwright.sharder.runtime.hooks import MoveInputs, UnitForward
 from shardwright.sharder.runtime.sim import Simulated, on_host, sim_device
 
 PAIR = {"cpu:0": "cpu", "cpu:1": "sim:0"}
@@ -68,14 +69,13 @@ def test_a_free_assignment_is_followed(containers, captured_profile):
 
 
 def test_the_model_stays_itself(containers, captured_profile):
-    """Names, state_dict, modes, deepcopy, save and load are as before; only hooks are added."""
+    """Names, state_dict, modes, deepcopy, save and load are as before; its class is not touched."""
     model, x = containers.NetDict(), torch.randn(2, 1, 16, 16)
     names = [name for name, _ in model.named_parameters()]
     reference = copy.deepcopy(model)
     placed = sw.place(model, planned(captured_profile, model, (x,)), devices=PAIR)
     assert placed is model
     assert type(placed).forward is containers.NetDict.forward
-    assert "forward" not in vars(placed)
     assert [name for name, _ in placed.named_parameters()] == names
     assert list(placed.state_dict()) == list(reference.state_dict())
     assert not placed.eval().training
@@ -90,22 +90,22 @@ def test_the_model_stays_itself(containers, captured_profile):
 
 
 def test_hooks_only_where_tensors_cross(containers, captured_profile):
-    """A unit whose inputs are made on its own device has no hook."""
+    """A unit whose inputs are made on its own device has neither a hook nor another forward."""
     model, x = containers.NetDict(), torch.randn(2, 1, 16, 16)
     plan = planned(captured_profile, model, (x,))
     placed = sw.place(model, plan, devices=PAIR)
     crossed, hooked = set(), set()
-    for name, unit in placed.named_modules():
-        if any(isinstance(hook, MoveInputs) for hook in unit._forward_pre_hooks.values()):
-            hooked.add(name)
-        if name in plan.placement():
-            unit.register_forward_pre_hook(
-                lambda unit, args, name=name: (
-                    crossed.add(name) if args[0].device != next(unit.parameters()).device else None
-                ),
-                prepend=True,
-            )
-    placed(x)
+    names = {unit: name for name, unit in placed.named_modules() if name in plan.placement()}
+    for unit, hooks, key in placement_hooks(placed):
+        if isinstance(hooks[key], (UnitForward, MoveInputs)):
+            hooked.add(names[unit])
+
+    def look(unit, args):
+        if unit in names and args[0].device != next(unit.parameters()).device:
+            crossed.add(names[unit])
+
+    with register_module_forward_pre_hook(look):  # before what the unit has itself
+        placed(x)
     assert hooked == crossed
     assert 0 < len(hooked) < 15
 
@@ -148,7 +148,7 @@ def test_placing_again_replaces(containers, captured_profile):
     sw.place(model, other, devices=PAIR)
     assert model.net1["block23"].shortcut.weight.device.type == "cpu"
     assert torch.equal(model(x), expected)
-    assert sum(type(hooks[key]).__name__ == "Enter" for _, hooks, key in placement_hooks(model)) == 1
+    assert sum(type(hooks[key]).__name__ == "WholeForward" for _, hooks, key in placement_hooks(model)) == 1
 
 
 def test_a_failing_forward_leaves_no_mode_behind(containers, captured_profile):

@@ -8,8 +8,9 @@ from torch import nn
 
 import shardwright as sw
 from shardwright.profiler.placed import placement_hooks
-from shardwright.sharder.runtime.hooks import Enter, MoveInputs
+from shardwright.sharder.runtime.hooks import UnitForward
 from shardwright.sharder.runtime.sim import sim_device
+from shardwright.sharder.runtime.whole import WholeForward
 
 
 @pytest.fixture
@@ -32,15 +33,16 @@ def test_a_plan_verifies(containers, captured_profile, name):
 
 
 def test_a_planted_missing_transfer_is_caught(netdict):
-    """Without the hook that fetches a unit's input, the unit and its operation are named."""
+    """Where nothing fetches a unit's input, the unit and its operation are named."""
     model, x, plan = netdict
     placed = sw.place(copy.deepcopy(model), plan, devices={d: sim_device(i) for i, d in enumerate(plan.devices)})
     assert sw.verify(placed, plan, (x,))
     names = {module: name for name, module in placed.named_modules()}
-    planted = [(m, hooks, key) for m, hooks, key in placement_hooks(placed) if isinstance(hooks[key], MoveInputs)]
+    hooks = [(module, hooks[key]) for module, hooks, key in placement_hooks(placed)]
+    planted = [(module, hook) for module, hook in hooks if isinstance(hook, UnitForward)]
     assert planted
-    for module, hooks, key in planted:
-        removed = hooks.pop(key)
+    for module, hook in planted:
+        hook.passes = True
         check = sw.verify(placed, plan, (x,))
         assert not check
         assert check.mismatch.unit == names[module]
@@ -48,7 +50,7 @@ def test_a_planted_missing_transfer_is_caught(netdict):
         assert check.mismatch.site.startswith("containers.py:")
         assert set(check.mismatch.devices) == set(plan.devices)
         assert names[module] in str(check)
-        hooks[key] = removed
+        hook.passes = False
     assert sw.verify(placed, plan, (x,))
 
 
@@ -63,8 +65,8 @@ def test_a_planted_missing_alignment_of_glue_is_caught(netdict):
     assert sw.verify(model, streams, (x,))
     placed = sw.place(copy.deepcopy(model), streams, devices={d: sim_device(i) for i, d in enumerate(plan.devices)})
     for _, hooks, key in placement_hooks(placed):
-        if isinstance(hooks[key], Enter):
-            hooks[key].glue = {}
+        if isinstance(hooks[key], WholeForward):
+            hooks[key].layout.glue = {}
     check = sw.verify(placed, streams, (x,))
     assert check.mismatch.unit == "glue"
     assert check.mismatch.operation == "aten.cat"

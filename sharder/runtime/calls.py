@@ -13,7 +13,7 @@ from types import FrameType
 
 from torch import nn
 
-__all__ = ["OPEN", "Begun", "begin", "end", "has_begun", "open_calls", "settle"]
+__all__ = ["OPEN", "Begun", "begin", "end", "finish", "has_begun", "open_calls", "settle"]
 
 _CALL = nn.Module._call_impl.__code__
 
@@ -27,11 +27,15 @@ def _module_call() -> FrameType | None:
 
 
 class Begun:
-    """What ``hook`` began in the call of a module that runs now in this thread."""
+    """What ``hook`` began in the call of a module that runs now in this thread.
 
-    def __init__(self, hook: object) -> None:
+    Args:
+        frame: that of the call, where it is known.
+    """
+
+    def __init__(self, hook: object, frame: FrameType | None = None) -> None:
         self.hook = hook
-        self.frame = _module_call()
+        self.frame = frame or _module_call()
         self.thread = threading.get_ident()
 
     def undo(self) -> None:
@@ -97,6 +101,14 @@ def end(hook: object) -> Begun | None:
     while stack[-1].hook is not hook or stack[-1].frame is not frame:
         _innermost().undo()
     return _innermost()
+
+
+def finish(begun: Begun) -> None:
+    """Undo ``begun``, and what was begun after it and has not ended; for a call that itself sees to its end."""
+    stack = open_calls()
+    while begun in stack:
+        _innermost().undo()
+    begun.frame = None  # which refers to it
 
 
 def settle() -> None:

@@ -1,22 +1,19 @@
 """Pipelining in one process: a placed model whose call divides the batch, so that its devices work at the same time.
 
-``place(model, plan, microbatches=8)`` replaces the forward of this one model (not of its class), and a hook marks it,
-so that ``unplace`` gives the forward back. A call takes the whole batch and returns the whole batch's outputs; the
-caller's ``loss.backward()`` goes through the stages likewise. The model is captured at micro-batch size when it is
-first called with inputs of a shape, in a mode (training, gradients, autocast), and what the capture gives is held
-against the model then. What cannot be divided evenly, and calls under modes of the caller's that its threads do not
-have, run the placed forward, one device after the other.
+``place(model, plan, microbatches=8)`` replaces the forward of this one model (not of its class), and ``unplace`` gives
+it back. A call takes the whole batch and returns the whole batch's outputs; the caller's ``loss.backward()`` goes
+through the stages likewise. The model is captured at micro-batch size when it is first called with inputs of a shape,
+in a mode (training, gradients, autocast), and what the capture gives is held against the model then. What cannot be
+divided evenly, and calls under modes of the caller's that its threads do not have, run the placed forward, one device
+after the other.
 """
 
 from __future__ import annotations
 
-import inspect
-import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,17 +25,18 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.devices import available_cores
 from shardwright.profiler.inputs import is_batched
-from shardwright.profiler.placed import PlacementHook, placement_hooks
+from shardwright.profiler.placed import placement_hooks
 from shardwright.profiler.structure import filled, tensors_in
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.align import AlignGlue
 from shardwright.sharder.runtime.check import check_plan_can_be_piped
 from shardwright.sharder.runtime.flight import Flight, through
+from shardwright.sharder.runtime.forwards import InstanceForward
 from shardwright.sharder.runtime.prepare import Program, prepared
 from shardwright.sharder.runtime.relocate import relocate, tensors_of
 from shardwright.sharder.runtime.threads import Seat, StageThreads, share_cores
 
-__all__ = ["Piped", "check_threads", "pipe"]
+__all__ = ["PipelinedForward", "check_threads", "pipe"]
 
 MOST_PROGRAMS = 16
 """So many captures are kept; the one that was made first goes first."""
@@ -71,27 +69,10 @@ def pipe(
         homes: plan device -> torch device, in the order of the stages.
         origins: where each parameter and buffer was before it was placed, by name.
     """
-    forward = PipelinedForward(model, plan, dict(homes), dict(origins), count)
-    nn.Module.register_forward_pre_hook(model, Piped(forward))
-    vars(model)["forward"] = forward
+    PipelinedForward(model, plan, dict(homes), dict(origins), count).put()
 
 
-class Piped(PlacementHook):
-    """Forward pre-hook of a pipelined model: it changes nothing, and is how ``unplace`` finds the forward."""
-
-    def __init__(self, forward: PipelinedForward) -> None:
-        self.forward = forward
-
-    def __call__(self, _module: nn.Module, _args: Any) -> None:
-        """Leave the arguments as they are."""
-
-    def end(self, model: nn.Module) -> None:
-        """Give ``model`` its own forward back, and end the threads."""
-        self.forward.remove(model)
-        self.forward.end()
-
-
-class PipelinedForward:
+class PipelinedForward(InstanceForward):
     """The forward of one pipelined model. A copy of it, and one that was pickled, begins without threads."""
 
     def __init__(
@@ -102,35 +83,32 @@ class PipelinedForward:
         origins: dict[str, torch.device],
         count: int,
     ) -> None:
-        # What the instance itself had for a forward, if anything: another tool's, say.
-        self.__setstate__((model, plan, homes, origins, count, vars(model).get("forward")))
+        super().__init__(model)
+        self.plan, self.homes, self.origins, self.count = plan, homes, origins, count
+        self._begin()
 
-    def __getstate__(self) -> tuple[Any, ...]:
-        return self.model, self.plan, self.homes, self.origins, self.count, self.own
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.model, self.plan, self.homes, self.origins, self.count, self.own = state
+    def _begin(self) -> None:
         self.threads: StageThreads | None = None
         self.programs: dict[Any, Program] = {}
         self.busy = threading.RLock()
         self.capturing = False
         self.warned = False
 
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """The model's own, by which trainers choose what they pass."""
-        return inspect.signature(self.plain)
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        for name in ("threads", "programs", "busy", "capturing", "warned"):
+            del state[name]
+        return state
 
-    @property
-    def plain(self) -> Callable[..., Any]:
-        """The model's own forward."""
-        return self.own if self.own is not None else MethodType(type(self.model).forward, self.model)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._begin()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the whole batch through the pipeline."""
         with self.busy:  # callers take turns: a capture would record what others call
-            given = None if self.capturing or _under_modes() else _Given.of(args, kwargs, self.count)
+            given = None if self.passes or self.capturing or _under_modes() else _Given.of(args, kwargs, self.count)
             if given is None:
                 return self.plain(*args, **kwargs)
             program, threads = self._program(given, args, kwargs)
@@ -140,21 +118,21 @@ class PipelinedForward:
 
     def _program(self, given: _Given, args: Any, kwargs: Any) -> tuple[Program, StageThreads]:
         """What was captured for such inputs in this mode, captured now if need be."""
-        key = (given.key, _modes(), tuple([module.training for module in self.model.modules()]))
+        key = (given.key, _modes(), tuple([module.training for module in self.module.modules()]))
         if key not in self.programs:
             self._warn()
             with self._as_it_was() as brought:
                 moved = (args, kwargs) if brought is None else pytree.tree_map_only(Tensor, brought, (args, kwargs))
-                program = prepared(self.model, self.plan, self.homes, *moved, count=self.count)
+                program = prepared(self.module, self.plan, self.homes, *moved, count=self.count)
             while len(self.programs) >= MOST_PROGRAMS:
                 del self.programs[next(iter(self.programs))]
             self.programs[key] = program
-        if self.threads is None or self.threads.process != os.getpid():  # a forked process has no threads but its own
+        if self.threads is None or not self.threads.are_here():
             self.threads = StageThreads(_seats(self.plan, self.homes))
         return self.programs[key], self.threads
 
     def _warn(self) -> None:
-        norms = (m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training)
+        norms = (m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training)
         if self.count > 1 and not self.warned and next(norms, None) is not None:
             self.warned = True
             warnings.warn(
@@ -165,32 +143,35 @@ class PipelinedForward:
     @contextmanager
     def _as_it_was(self) -> Iterator[Callable[[Tensor], Tensor] | None]:
         """The model without its placement for a while; what brings inputs to it, if it is elsewhere then."""
-        marked = [(module, hooks) for module, hooks, _ in placement_hooks(self.model)]
-        kept = [(hooks, dict(hooks)) for _, hooks in marked]
-        for _, hooks, key in placement_hooks(self.model):
-            del hooks[key]
+        model = self.module
+        marked = list(placement_hooks(model))
+        kept = [(hooks, dict(hooks)) for _, hooks, _ in marked]
+        others = [hook for hook in (hooks.pop(key) for _, hooks, key in marked) if isinstance(hook, InstanceForward)]
+        others = [hook for hook in others if hook is not self and not hook.passes]
+        for hook in others:
+            hook.passes = True
         self.capturing = True
-        homes = {name: tensor.device for name, tensor in tensors_of(self.model)}
+        homes = {name: tensor.device for name, tensor in tensors_of(model)}
         elsewhere = any(self.origins.get(name, home) != home for name, home in homes.items())
         try:
             if elsewhere:
-                relocate(self.model, {id(t): self.origins.get(name, t.device) for name, t in tensors_of(self.model)})
+                relocate(model, {id(t): self.origins.get(name, t.device) for name, t in tensors_of(model)})
             origin = next(iter(self.origins.values()), torch.device("cpu"))
             yield (lambda tensor: tensor.detach().to(origin)) if elsewhere else None
         finally:
             if elsewhere:
-                relocate(self.model, {id(t): homes.get(name, t.device) for name, t in tensors_of(self.model)})
+                relocate(model, {id(t): homes.get(name, t.device) for name, t in tensors_of(model)})
             self.capturing = False
+            for hook in others:
+                hook.passes = False
             for hooks, content in kept:
                 hooks.clear()
                 hooks.update(content)
 
-    def remove(self, model: nn.Module) -> None:
-        """Give ``model`` its own forward back."""
-        if vars(model).get("forward") is self:
-            del vars(model)["forward"]
-            if self.own is not None:
-                vars(model)["forward"] = self.own
+    def remove(self) -> None:
+        """Give the model its own forward back, and end the threads."""
+        super().remove()
+        self.end()
 
     def end(self) -> None:
         """End the threads."""

@@ -1,7 +1,7 @@
 """Placing: each unit onto its device, in place, with hooks only where tensors really cross.
 
-The model's class, forward, parameter names and ``state_dict`` stay as they are; what is added are hooks, which
-:func:`unplace` removes.
+The model's class, parameter names and ``state_dict`` stay as they are. What is added are hooks, and what stands in the
+place of the forward of the model itself and of units without hooks, not of their classes; :func:`unplace` removes it.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from shardwright.sharder.runtime.align import changes_operand
 from shardwright.sharder.runtime.calls import settle
 from shardwright.sharder.runtime.check import check_model
 from shardwright.sharder.runtime.checkpoint import Checkpoint
-from shardwright.sharder.runtime.hooks import Borrow, Enter, Leave, MoveInputs, Return, Window
-from shardwright.sharder.runtime.inprocess import Piped, check_threads, pipe
+from shardwright.sharder.runtime.forwards import InstanceForward
+from shardwright.sharder.runtime.hooks import MoveInputs, UnitForward, has_hooks
+from shardwright.sharder.runtime.inprocess import check_threads, pipe
+from shardwright.sharder.runtime.lending import Borrow, Return
 from shardwright.sharder.runtime.relocate import relocate, tensors_of
 from shardwright.sharder.runtime.weights import check_devices, check_fill, fill
+from shardwright.sharder.runtime.whole import Layout, WholeForward, Window
 
 __all__ = ["place", "unplace"]
 
@@ -44,6 +47,10 @@ def place(
     PyTorch wants the lengths of sequences. A parameter that units on several devices share stays one tensor, on the
     device of the first of them, and is brought to the others for their calls. :func:`unplace` undoes it all. A model
     that was placed already is placed anew.
+
+    Hooks on the model see the tensors that the caller gives and gets. Hooks on a unit see its arguments beside its
+    parameters, also hooks that are added later: from the next call of the model on, or of the part that was placed.
+    A tool that puts another forward in the place of the model's has to call the one that was there, as they do.
 
     Args:
         devices: plan device -> torch device, for those that differ; CPU workers are ``cpu`` by default, since in one
@@ -107,28 +114,32 @@ def _come_home(
 
 
 def _hook(model: nn.Module, plan: Plan, homes: dict[str, torch.device], origins: dict[str, torch.device]) -> None:
-    """Add the hooks that make tensors follow."""
+    """Add what makes tensors follow."""
     moves = _located(plan, homes, {name: tensor.device for name, tensor in tensors_of(model)})
     borrowed = _borrowed(model, plan, homes)
     # Of nn.Module itself: a ScriptModule refuses hooks by its own methods, and calls those that it has.
     before, after = nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook
     no_cpu = all(device.type != "cpu" for device in homes.values())
-    enter = Enter(homes, moves.glue, origins, open_first="" in moves.open_after)
+    layout = Layout(homes, moves.glue, open_first="" in moves.open_after)
+    standing = []
     for path, device in _unit_homes(plan, homes).items():
         unit = model.get_submodule(path)
+        with_hooks = has_hooks(unit) or path in moves.close_before | moves.open_after or path in borrowed
         # Before hooks that the unit has already, which see it where it is; so the last added is called first.
-        if path in moves.units:
+        if path in moves.units and with_hooks and unit is not model:
             before(unit, MoveInputs(device, lengths_stay=no_cpu), with_kwargs=True, prepend=True)
+        elif path in moves.units:
+            standing.append((unit, UnitForward(unit, device, lengths_stay=no_cpu)))
+            standing[-1][1].put()
         if path in borrowed:
             borrow = Borrow(device, [_holder(model, name) for name in borrowed[path]])
             before(unit, borrow, prepend=True)
             after(unit, Return(borrow), always_call=True)
         if path in moves.close_before:
-            before(unit, Window(enter, opens=False), prepend=True)
+            before(unit, Window(layout, opens=False), prepend=True)
         if path in moves.open_after:
-            after(unit, Window(enter, opens=True))
-    model.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
-    model.register_forward_hook(Leave(enter), always_call=True)
+            after(unit, Window(layout, opens=True))
+    WholeForward(model, layout, origins, [pair for pair in standing if pair[0] is not model]).put()
 
 
 def unplace(model: nn.Module) -> nn.Module:
@@ -137,9 +148,9 @@ def unplace(model: nn.Module) -> nn.Module:
     origins: dict[int, torch.device] = {}
     for module, hooks, key in list(placement_hooks(model)):
         hook = hooks.pop(key)
-        if isinstance(hook, Piped):
-            hook.end(module)
-        if isinstance(hook, Enter):  # a module before those inside it, which were placed later
+        if isinstance(hook, InstanceForward):
+            hook.remove()
+        if isinstance(hook, WholeForward):  # a module before those inside it, which were placed later
             for name, tensor in tensors_of(module):
                 if name in hook.origins:
                     origins.setdefault(id(tensor), hook.origins[name])

@@ -51,6 +51,7 @@ class StageThreads:
 
     def __init__(self, seats: Sequence[Seat]) -> None:
         self.process = os.getpid()
+        self._ended = False
         self._all_at_once = threading.Lock()
         self._threads = [
             ThreadPoolExecutor(1, f"shardwright {seat.name}", initializer=_take, initargs=(seat,)) for seat in seats
@@ -117,8 +118,13 @@ class StageThreads:
                 "backward() first, or the forward again"
             ) from None
 
+    def are_here(self) -> bool:
+        """Whether they have not ended; a forked process has no threads but its own."""
+        return not self._ended and self.process == os.getpid()
+
     def end(self) -> None:
         """End the threads, and wait until they have ended."""
+        self._ended = True
         for thread in self._threads:
             thread.shutdown(wait=os.getpid() == self.process)
 

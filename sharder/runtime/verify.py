@@ -23,7 +23,8 @@ from shardwright.profiler.trace import attributes_kept, evaluating
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.calls import settle
 from shardwright.sharder.runtime.check import check_inputs, check_model, check_values, units_of
-from shardwright.sharder.runtime.hooks import Borrow, Enter, MoveInputs
+from shardwright.sharder.runtime.hooks import MoveInputs, UnitForward
+from shardwright.sharder.runtime.lending import Borrow
 from shardwright.sharder.runtime.moving import rewrite
 from shardwright.sharder.runtime.place import place, unplace
 from shardwright.sharder.runtime.relocate import relocate
@@ -35,6 +36,7 @@ from shardwright.sharder.runtime.sim import (
     parameters_may_move,
     sim_device,
 )
+from shardwright.sharder.runtime.whole import WholeForward
 
 __all__ = ["Check", "Mismatch", "verify"]
 
@@ -162,13 +164,15 @@ def _put_back(model: nn.Module) -> Iterator[None]:
     """Give every module its attributes back, buffers their values, and our hooks theirs."""
     settle()
     values = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    hooks = [(hook, dict(vars(hook))) for hook in (hooks[key] for _, hooks, key in placement_hooks(model))]
+    hooks = [hooks[key] for _, hooks, key in placement_hooks(model)]
+    layouts = [hook.layout for hook in hooks if isinstance(hook, WholeForward)]
+    kept = [(vars(one), dict(vars(one))) for one in (*hooks, *layouts)]
     with attributes_kept(model):
         try:
             yield
         finally:
-            for hook, attributes in hooks:
-                vars(hook).update(attributes)
+            for attributes, values_before in kept:
+                attributes.update(values_before)
             for buffer, value in values:
                 rewrite(buffer, value, counted=False)
 
@@ -177,17 +181,17 @@ def _on_simulated_devices(model: nn.Module, plan: Plan) -> nn.Module:
     """``model`` on sim:0, sim:1, …, one for each device: by its own hooks if it is placed, else by the plan."""
     simulated = {device: sim_device(index) for index, device in enumerate(plan.devices)}
     hooks = [hooks[key] for _, hooks, key in placement_hooks(model)]
-    entered = next((hook for hook in hooks if isinstance(hook, Enter)), None)
-    if entered is None:
+    layout = next((hook.layout for hook in hooks if isinstance(hook, WholeForward)), None)
+    if layout is None:
         return place(model, plan, devices=simulated)
-    homes = entered.homes
+    homes = layout.homes
     if len(set(homes.values())) < len(homes):
         return place(unplace(model).cpu(), plan, devices=simulated)  # several plan devices share a torch device
     as_simulated = {homes[name]: simulated[name] for name in plan.devices}
     for hook in hooks:
-        if isinstance(hook, (MoveInputs, Borrow)):
+        if isinstance(hook, (UnitForward, MoveInputs, Borrow)):
             hook.device = as_simulated[hook.device]
-    entered.move_to(dict(simulated))
+    layout.move_to(dict(simulated))
     held = [*model.parameters(), *model.buffers()]
     relocate(model, {id(tensor): as_simulated.get(tensor.device, tensor.device) for tensor in held})
     return model
