@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 
@@ -18,6 +19,9 @@ __all__ = ["nothing_fits_in", "rival_in_replicas", "with_replicas"]
 
 RIVAL_SHARE = 0.1
 """Of the time for the search, what looking for a rival may take."""
+
+MOST_TIMES = 50_000
+"""For more blocks times devices none is looked for: making the problems would take as long as the plan."""
 
 Solved = tuple[list[Option], ShardwrightError | None]
 
@@ -102,13 +106,15 @@ def rival_in_replicas(
         deadline_s: of ``time.monotonic()``; a part of the time until then is taken.
     """
     devices = len(problems[0].devices)
-    possible = [count for count in possible_replicas(devices) if count < devices]
+    if devices * len(problems[0].blocks) > MOST_TIMES:
+        return ()
     until_s = time.monotonic() + RIVAL_SHARE * max(0.0, deadline_s - time.monotonic())
-    found: list[Option] = []
-    for count in possible:
-        joint = on_meshes(problems, profile, count)
-        hopeful = [problem for problem in joint if simple_bound_s(problem) * WORTHWHILE <= chosen.step_s]
-        found += solve_each(hopeful, profile, until_s)[0]
+    hopeful: list[Problem] = []
+    for problem, count in itertools.product(problems, possible_replicas(devices)):
+        if count < devices and time.monotonic() < until_s:
+            joint = on_meshes([problem], profile, count)
+            hopeful += [each for each in joint if simple_bound_s(each) * WORTHWHILE <= chosen.step_s]
+    found, _ = solve_each(hopeful, profile, until_s)
     best = min(found, key=lambda option: option.step_s, default=None)
     if best is None or best.step_s * WORTHWHILE > chosen.step_s:
         return ()
