@@ -58,9 +58,9 @@ def pipelines_of(plan: Plan) -> Iterator[RenderableType]:
     """The devices of each replica, in the order of the stages."""
     if plan.replicas == 1:
         return
-    note = "equal pipelines; times are of the slowest device of a stage"
+    note = "equal pipelines; times are, unit by unit, those of the slowest device of a stage"
     if plan.train:
-        note += ", whose gradients are summed over the replicas once a step"
+        note += "; gradients are summed once a step"
     yield section("Replicas", note)
     rows = [(str(number), ", ".join(devices)) for number, devices in enumerate(plan.pipelines)]
     yield listing(("replica", "devices, in the order of the stages"), rows)

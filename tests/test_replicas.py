@@ -299,6 +299,21 @@ def test_every_device_is_slow_in_its_own_time(chain_profile):
     assert unsteady.step_s / steady.step_s > one.step_s / (2 * steady.step_s)
 
 
+def test_the_uncertainty_is_that_of_the_real_devices(chain_profile):
+    """Members of which one is slower at some units and the other at others: the step, and its draws, are below what
+    the slowest at each unit would take, which is the load."""
+    profile = chain_profile(8, speed=FOUR)
+    rows = []
+    for row in profile.measurements:
+        factor = 1.05 if row.node != "x" and int(row.node[-1:] or 0) % 2 == int(row.device[-1]) // 2 else 1.0
+        times = {"forward_s": factor * row.forward_s, "backward_s": factor * row.backward_s, "median_error": 0.01}
+        rows.append(row.model_copy(update=times))
+    found = plan(profile.model_copy(update={"measurements": tuple(rows)}), microbatches=4, replicas=4)
+    assert found.predicted.step_s < 0.98 * found.certificate.value_s
+    assert found.sensitivity.step_low_s < 1.01 * found.predicted.step_s < 1.02 * found.sensitivity.step_high_s
+    assert found.sensitivity.step_low_s > 0.98 * found.predicted.step_s
+
+
 def test_ties_are_summed_in_each_replica_and_over_them(chain_profile):
     """A tied parameter of both stages: each holder sums its copies first, and then with those that hold the same."""
     tie = Tie(name="net.w", nodes=("u0", "u7"), copy_bytes=3_000, gradient_bytes=10**6)

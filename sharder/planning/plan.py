@@ -95,8 +95,8 @@ class Stage(Record):
     """Whether it keeps only what it receives and computes the rest anew in the backward: ``backward_s`` has that
     forward in it, and ``forward_s`` is of one that keeps nothing."""
     replica_devices: tuple[str, ...] = ()
-    """Where it is in the other replicas, in their order. Times are then of the slowest of all these devices, the cap is
-    the smallest, and each holds as much."""
+    """Where it is in the other replicas, in their order. Times are then, unit by unit, of the slowest of all these
+    devices, the cap is the smallest, and each holds as much."""
 
 
 class Timed(Record):

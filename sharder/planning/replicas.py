@@ -14,6 +14,9 @@ the last being its part of a ring that sums the gradients over the members after
 (all gradients of a device go at once), and of the copies of tied parameters, which are summed with their own members as
 well, nothing is in a load, for they do not add up over blocks; they are in the step.
 
+So a load is no less than that of any member, and more where one is slower at some blocks and another at others; the
+step is that of the slowest replica, by the sums over its own devices.
+
 With R = 1 that is a pipeline over all devices, with S = 1 data parallel. A certificate holds for its mesh: these joint
 devices, and any split over them. Stages of unequal replication, which PipeDream plans (Narayanan et al., SOSP 2019),
 are no mesh: the pipeline engine sends from one device to one other.

@@ -182,26 +182,24 @@ def _steps(option: Option, draws: _Draws, profile: Profile) -> _Floats:
     shares = shares_of(option.split.stages, problem.stages_per_device)
     rules = rules_of(problem, train=profile.train)
     if problem.replicas:
-        steps = _steps_of_replicas(option, draws, shares, rules)
+        steps, median_s = _steps_of_replicas(option, draws, shares, rules)
     else:
         factors = [draws.factors(problem, members, device) for device, members in shares]
         steps = steps_at(option.costs, np.array(factors).T, problem.microbatches, **rules)
+        median_s = option.timeline.step_s
     # What unsteady devices add to the step of the median times is taken as in proportion.
-    scale = option.step_s / option.timeline.step_s if option.timeline.step_s else 1.0
-    return np.array(steps) * scale
+    return np.array(steps) * (option.step_s / median_s if median_s else 1.0)
 
 
-def _steps_of_replicas(option: Option, draws: _Draws, shares: Stages, rules: Rules) -> list[float]:
-    """The step of the slowest replica at each draw."""
+def _steps_of_replicas(option: Option, draws: _Draws, shares: Stages, rules: Rules) -> tuple[list[float], float]:
+    """The step of the slowest replica at each draw, and that of the median times."""
     problem = option.problem
-    factors = [
-        [
-            own * draws.factors(problem, members, device, replica)
-            for own, (device, members) in zip(of_replica, shares, strict=True)
-        ]
-        for replica, of_replica in zip(problem.replicas, own_factors(problem, shares), strict=True)
+    own = np.array(own_factors(problem, shares))[:, None, :]
+    drawn = [
+        [draws.factors(problem, members, device, replica) for device, members in shares] for replica in problem.replicas
     ]
-    return slowest_steps(problem, option.costs, np.array(factors).transpose(0, 2, 1), **rules)
+    steps = slowest_steps(problem, option.costs, own * np.array(drawn).transpose(0, 2, 1), **rules)
+    return steps, slowest_steps(problem, option.costs, own, **rules)[0]
 
 
 def _more_in_parallel_s(problem: Problem, draws: _Draws) -> _Floats:
