@@ -249,6 +249,14 @@ def shard(
         int | None,
         typer.Option("--stages-per-device", metavar="N", min=1, help="If interleaved: so many; default 2."),
     ] = None,
+    replicas: Annotated[
+        str,
+        typer.Option(
+            "--replicas",
+            metavar="N",
+            help="So many equal pipelines, each with a part of the micro-batches; or auto.",
+        ),
+    ] = "1",
     transfers: Annotated[
         str,
         typer.Option(
@@ -335,6 +343,7 @@ def shard(
         devices=_names(devices),
         schedule=cast("Wanted", schedule),
         stages_per_device=stages_per_device,
+        replicas=_replicas(replicas),
         transfers=cast("Transfers", transfers),
         overlap=overlap,
         together=[_names(group) or [] for group in together or ()],
@@ -571,6 +580,14 @@ def _numbers(text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ShardwrightError(f"--microbatches {text!r} is not a list of positive whole numbers, such as 1,2,4,8")
     return [int(part) for part in parts]
+
+
+def _replicas(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise ShardwrightError(f"--replicas {text!r} is neither a positive whole number nor auto")
+    return int(text)
 
 
 def _pairs(texts: list[str] | None, option: str, example: str) -> dict[str, str]:

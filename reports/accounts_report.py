@@ -70,7 +70,8 @@ class AccountsReport:
             names, differences = [*names, "smaller ones"], [*differences, left_s]
         names, differences = [*names, "all"], [*differences, whole_s]
         blank = [""] * (len(names) - len(shown))
-        yield section("Where the prediction was off", "costs of a micro-batch; update and ties of a step")
+        sums = ", ties and sums" if self.run.replicas > 1 else " and ties"
+        yield section("Where the prediction was off", f"costs of a micro-batch; update{sums} of a step")
         yield from tables(
             Column("", names, "left"),
             [

@@ -49,23 +49,23 @@ def weighed(plan: Plan, other: OtherSchedule) -> str:
 
 def device_loads_s(plan: Plan) -> list[float]:
     """By device: seconds of a step in which it computes or transfers; where these overlap, the longest of the three."""
-    loads = [[0.0, 0.0, 0.0] for _ in plan.devices]
+    loads = [[0.0, 0.0, 0.0] for _ in range(plan.depth)]
     for stage in plan.stages:
         before = plan.stages[stage.index - 1] if stage.index else None
         came_s = before.send_forward_s if before is not None else 0.0
         went_s = before.receive_backward_s if before is not None else 0.0
         received_s = came_s if stage.receive_forward_s is None else stage.receive_forward_s
         returned_s = went_s if stage.send_backward_s is None else stage.send_backward_s
-        mine = loads[stage.index % len(plan.devices)]
-        mine[0] += plan.microbatches * (stage.forward_s + stage.backward_s) + stage.update_s + stage.tie_s
-        mine[1] += plan.microbatches * (stage.send_forward_s + returned_s)
-        mine[2] += plan.microbatches * (received_s + stage.receive_backward_s)
+        mine, each = loads[stage.index % plan.depth], plan.pipeline_microbatches
+        mine[0] += each * (stage.forward_s + stage.backward_s) + stage.update_s + stage.tie_s + stage.sum_s
+        mine[1] += each * (stage.send_forward_s + returned_s)
+        mine[2] += each * (received_s + stage.receive_backward_s)
     return [max(parts) if plan.overlap else sum(parts) for parts in loads]
 
 
 def devices_of_interleaved(plan: Plan, options: ConsoleOptions, glyphs: Glyphs) -> Iterator[RenderableType]:
     """What the stages of each device add up to."""
-    pieces = [plan.stages[position :: len(plan.devices)] for position in range(len(plan.devices))]
+    pieces = [plan.stages[position :: plan.depth] for position in range(plan.depth)]
     memory = plan.memory()
     used = [used_of(memory[mine[0].device], mine[0].memory_cap_bytes) for mine in pieces]
     loads = device_loads_s(plan)
@@ -73,7 +73,7 @@ def devices_of_interleaved(plan: Plan, options: ConsoleOptions, glyphs: Glyphs) 
     note = "load and predicted peak of its stages together; in flight: micro-batches that each holds at once"
     yield section("Devices", note)
     yield from tables(
-        Column("device", plan.devices, "left"),
+        Column("device", plan.pipelines[0], "left"),
         [
             Column("stages", [", ".join(str(stage.index) for stage in mine) for mine in pieces], "left"),
             Column("load", [seconds(load) for load in loads]),

@@ -17,6 +17,7 @@ from shardwright.reports.interleaved_report import (
 )
 from shardwright.reports.layout import Column, Glyphs, bar, facts, listing, name_ranges, section, tables
 from shardwright.reports.quantities import count, number_of_bytes, percent, ratio, seconds, used_of
+from shardwright.reports.replicas_report import in_replicas, pipelines_of, rival_in_words
 from shardwright.sharder.planning.plan import WORTHWHILE, Change, PinPrice, Placement, Plan
 
 __all__ = ["PlanReport", "Verdict", "verdict"]
@@ -42,7 +43,7 @@ def verdict(plan: Plan) -> Verdict:
     if not plan.contiguous:
         return Verdict(*verdict_of_free(plan))
     shard, text = _verdict_of_splits(plan)
-    text += _recomputed_in_words(plan)
+    text += _recomputed_in_words(plan) + rival_in_words(plan)
     if plan.other_schedule is not None:
         text = f"{text} {weighed(plan, plan.other_schedule)}"
     parallel = next((one for one in plan.alternatives if one.name == "data parallel" and one.step_s is not None), None)
@@ -81,12 +82,9 @@ def _recomputed_in_words(plan: Plan) -> str:
 def _verdict_of_splits(plan: Plan) -> Verdict:
     predicted = plan.predicted
     step = seconds(predicted.step_s)
-    if plan.obstacles and len(plan.stages) > 1:
-        why = f"It cannot be piped: {plan.obstacles[0]}. Placed, the devices work one after another"
-        alone = f"Do not shard this: keep it on {predicted.baseline_device}. {why}, no faster than one."
-        placed = f"Place this over {_joined(plan.devices)}: no single device holds it. {why}."
-        return Verdict(predicted.baseline_s is None, placed if predicted.baseline_s is None else alone)
-    if len(plan.stages) == 1:
+    if plan.obstacles and len(plan.devices) > 1:
+        return _verdict_of_obstacle(plan)
+    if len(plan.stages) == 1 and plan.replicas == 1:
         splits = [candidate for candidate in plan.candidates if candidate.stages > 1]
         text = f"Do not shard this: keep it on {plan.devices[0]}, {step} a step."
         if not splits:
@@ -99,6 +97,8 @@ def _verdict_of_splits(plan: Plan) -> Verdict:
             f"would take {seconds(best.step_s)} ({ratio(predicted.step_s / best.step_s)}).",
         )
     split = f"over {_joined(plan.devices)} with {count(plan.microbatches, 'micro-batch')}"
+    if plan.replicas > 1:
+        split = f"{in_replicas(plan)} {split}"
     if predicted.baseline_s is None or predicted.speedup is None:
         return Verdict(
             True,
@@ -116,6 +116,17 @@ def _verdict_of_splits(plan: Plan) -> Verdict:
             f"Keep it on {predicted.baseline_device}.",
         )
     return Verdict(True, f"Shard this {split}: expect {ratio(predicted.speedup)} the speed of {alone}, {steps}.")
+
+
+def _verdict_of_obstacle(plan: Plan) -> Verdict:
+    """Of a plan that can be placed at best."""
+    predicted, why = plan.predicted, f"It cannot be piped: {plan.obstacles[0]}"
+    if plan.replicas > 1:
+        return Verdict(False, f"Do not shard this {in_replicas(plan)}. {why}.")
+    why += ". Placed, the devices work one after another"
+    alone = f"Do not shard this: keep it on {predicted.baseline_device}. {why}, no faster than one."
+    placed = f"Place this over {_joined(plan.devices)}: no single device holds it. {why}."
+    return Verdict(predicted.baseline_s is None, placed if predicted.baseline_s is None else alone)
 
 
 class PlanReport:
@@ -182,6 +193,8 @@ class PlanReport:
             if plan.of_model:
                 part = f"one micro-batch ({plan.batch / plan.microbatches:.3g} of {plan.batch} samples)"
             note = f"compute and transfers of {part}; load of a whole step, {schedule}"
+        if plan.replicas > 1:
+            note += f"; each of {plan.replicas} replicas takes {plan.pipeline_microbatches} of {plan.microbatches}"
         note += _transfers_in_words(plan)
         note += "; the backward of a recomputed stage has its forward in it" if plan.recomputed else ""
         yield section("Stages", note)
@@ -194,11 +207,17 @@ class PlanReport:
                 *([Column("recomputed", anew)] if plan.recomputed else []),
                 Column("transfers", times(transfers)),
                 *([Column("update", times([stage.update_s for stage in stages]), drop=3)] if plan.train else []),
+                *(
+                    [Column("sum", times([stage.sum_s for stage in stages]))]
+                    if plan.train and plan.replicas > 1
+                    else []
+                ),
                 Column("load", times([stage.load_s for stage in stages])),
                 Column("", [bar(s.load_s / largest, 12, glyphs) for s in stages], "left", "cyan", drop=1, tight=True),
             ],
             options=options,
         )
+        yield from pipelines_of(plan)
 
     def _memory(self, options: ConsoleOptions, glyphs: Glyphs) -> Iterator[RenderableType]:
         if self.plan.stages_per_device > 1:
@@ -206,7 +225,8 @@ class PlanReport:
             return
         stages = self.plan.stages
         shares = [stage.memory_bytes / stage.memory_cap_bytes for stage in stages]
-        yield section("Memory", "predicted peak of each device, of its cap; in flight: micro-batches held at once")
+        note = "predicted peak of each device, of its cap; in flight: micro-batches held at once"
+        yield section("Memory", f"{note}; the same in every replica" if self.plan.replicas > 1 else note)
         yield from tables(
             self._names(),
             [
@@ -232,6 +252,8 @@ class PlanReport:
         if plan.stages_per_device > 1:
             loads = device_loads_s(plan)
             where = f"the {plan.stages_per_device} stages of {plan.devices[loads.index(max(loads))]}"
+        if plan.replicas > 1:
+            within += f" over this mesh of {plan.replicas} replicas"
         gap = percent(certificate.gap_percent)
         if certificate.exact:
             gap += f", exact: no split{within} has a smaller largest load"
@@ -239,7 +261,8 @@ class PlanReport:
             gap += ", it meets the bound"
         else:
             gap += " at most, not proven exact"
-        yield section("Certificate", f"at {count(plan.microbatches, 'micro-batch')}" if len(plan.stages) > 1 else "")
+        split = len(plan.devices) > 1
+        yield section("Certificate", f"at {count(plan.microbatches, 'micro-batch')}" if split else "")
         yield facts(
             [
                 *peak_of(plan),
@@ -294,17 +317,19 @@ class PlanReport:
             speedup = glyphs.none if c.speedup is None else ratio(c.speedup)
             name = "best split" if c.stages > 1 else "no split"
             name = f"interleaved by {c.stages_per_device}" if c.stages_per_device > 1 else name
+            name = name if c.replicas == 1 else f"{c.replicas} replicas" + (", interleaved" * (c.stages_per_device > 1))
             load, step = seconds(c.bottleneck_s), seconds(c.step_s)
             rows.append((name, str(c.microbatches), str(c.stages), load, step, speedup, c.chosen))
         for other in plan.alternatives:
             if other.step_s is not None:
                 speedup = glyphs.none if other.speedup is None else ratio(other.speedup)
-                step, devices = seconds(other.step_s), str(other.devices)
-                rows.append((other.name, str(other.microbatches), devices, glyphs.none, step, speedup, False))
+                step, devices = seconds(other.step_s), str(other.devices // other.replicas)
+                name = f"{other.replicas} replicas" if other.name == "replicas" else other.name
+                rows.append((name, str(other.microbatches), devices, glyphs.none, step, speedup, False))
         if not rows:
             return
         names, microbatches, stages, loads, steps, speedups, chosen = zip(*rows, strict=True)
-        bubble = f"; bubble {percent(100 * predicted.bubble)}" if len(plan.stages) > 1 else ""
+        bubble = f"; bubble {percent(100 * predicted.bubble)}" if len(plan.devices) > 1 else ""
         yield section("Predicted", f"a step is the largest load, and filling and draining the pipeline{bubble}")
         yield from tables(
             Column("candidate", names, "left"),
@@ -334,7 +359,7 @@ class PlanReport:
             if node.kind == "glue":
                 glue.setdefault(node.device, []).append(node.node)
         rows += [("glue", device, name_ranges(names, glyphs.dots)) for device, names in glue.items()]
-        yield section("Placement")
+        yield section("Placement", "in the first replica" if self.plan.replicas > 1 else "")
         yield listing(("container", "device", "units"), rows)
         for tier, where in (("cpu", "in the host's memory"), ("disk", "on disk, in the checkpoint")):
             units = [unit for unit, kept in self.plan.offloaded.items() if kept == tier]

@@ -69,6 +69,7 @@ class RunReport:
         yield Text(text, style="green" if equal else "bold red")
         schedule = SCHEDULES.get(run.schedule, run.schedule)
         how = f"{schedule}, {count(run.microbatches, 'micro-batch')}" if len(run.devices) > 1 else "one stage"
+        how = f"{run.replicas} replicas, {how}" if run.replicas > 1 else how
         note = f"{how}, batch {run.batch}; median of {count(run.steps, 'step')} of each, in turn"
         yield section("Run", note)
         yield from self._steps(options, glyphs)

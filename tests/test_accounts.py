@@ -96,6 +96,23 @@ def test_a_wait_is_cut_where_both_ends_have_come():
     assert (second.forward_s, second.transfer_s, second.bubble_s, second.other_s) == (2.0, 1.0, 4.0, 0.0)
 
 
+def test_replicas_wait_for_each_other_at_the_sum_of_gradients_alone():
+    """The first replica waits for the second to come to the sum; messages of one are none of the other's."""
+    marks = [(Mark("send activations", 0, 0.0, 1.0), Mark("sum", None, 1.0, 4.0)), (Mark("sum", None, 3.0, 4.0),)]
+    posts = [
+        (Mark("send activations", 0, 0.0, 0.0), Mark("sum", None, 1.0, 1.0)),
+        (Mark("receive activations", 0, 0.5, 0.5), Mark("sum", None, 3.0, 3.0)),
+    ]
+    noted = [Noted(0.0, 4.0, m, p) for m, p in zip(marks, posts, strict=True)]
+    _, slots = measured_slots(noted, 1)
+    assert [(s.replica, s.what, s.start_s, s.end_s) for s in slots] == [
+        (0, "send activations", 0.0, 1.0),
+        (0, "wait", 1.0, 3.0),
+        (0, "sum", 3.0, 4.0),
+        (1, "sum", 3.0, 4.0),
+    ]
+
+
 def test_gradients_go_the_other_way():
     """A gradient that stage 1 sends is the one that stage 0 receives, not another of the same micro-batch."""
     posts = [Mark("receive gradients", 0, 0.0, 0.0)], [Mark("send gradients", 0, 2.0, 2.0)]

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from shardwright.sharder.runtime.batches import OutputForm
+from shardwright.errors import ShardwrightError
+from shardwright.sharder.planning.replicas import COPIED
+from shardwright.sharder.runtime.batches import BatchForm, Division, OutputForm
 from shardwright.sharder.runtime.engine import SharedGradients
+from shardwright.sharder.runtime.replicas import buckets
 
 
 def test_results_are_joined_as_they_are_received():
@@ -31,3 +34,29 @@ def test_a_step_that_fails_leaves_the_gradients_of_shared_parameters():
     with pytest.raises(RuntimeError, match="no memory"):
         step()
     assert weight.grad is earlier
+
+
+def test_replicas_have_equal_parts_of_any_batch_that_they_can_share():
+    """Whole micro-batches of the plan's size if each gets as many, else other ones; each sample goes to one replica."""
+    form = BatchForm.of((torch.zeros(8, 3), torch.zeros(5)), {}, 8, 4, 2)
+    assert form.divided(8) == Division(4, 2)
+    assert form.divided(24) == Division(12, 2)
+    assert form.divided(6) == Division(2, 3)  # of three micro-batches of 2 one replica would have more
+    rows = torch.arange(24).reshape(8, 3)
+    parts = [form.part((rows, torch.ones(5)), Division(4, 2), replica) for replica in range(2)]
+    assert torch.equal(torch.cat([part[0] for part in parts]), rows)
+    assert all(part[1].shape == (5,) for part in parts)
+    with pytest.raises(ShardwrightError, match="7 samples has no equal parts for 2 replicas"):
+        form.divided(7)
+
+
+def test_small_gradients_are_summed_together():
+    """Up to so many bytes, each dtype for itself; a large one is alone, and none is left out."""
+    small, large = COPIED // 4 // 4, COPIED // 4
+    given = [torch.zeros(n, dtype=d) for n in (small, large, small, small, small, small) for d in (torch.float32,)]
+    given.insert(3, torch.zeros(7, dtype=torch.bfloat16))
+    groups = buckets(given)
+    assert sorted(len(group) for group in groups) == [1, 1, 1, 4]
+    assert {id(t) for group in groups for t in group} == {id(t) for t in given}
+    assert all(len({t.dtype for t in group}) == 1 for group in groups)
+    assert all(sum(t.nbytes for t in group) <= COPIED for group in groups)

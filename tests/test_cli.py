@@ -216,6 +216,8 @@ MISTAKES = [
     (["shard", "nets.py:Small", "--profile", "costs.json"], "is of costs, not of nets.py:Small"),
     ([*SPLIT, "--free", "--run"], "--run needs a chain of stages, which --free and --objective latency do not make"),
     ([*SPLIT, "--objective", "latency", "--run"], "leave it out, and place the plan with sw.place"),
+    ([*SPLIT, "--replicas", "two"], "--replicas 'two' is neither a positive whole number nor auto"),
+    ([*SPLIT, "--replicas", "3"], "3 replicas need a device each, and there are 2: ask for fewer"),
     ([*SPLIT, "--objective", "beauty"], "objective 'beauty' is not known; the planner has: throughput, latency,"),
     (["shard", "--profile", "costs.json", "--microbatches", "4"], "are of 8 micro-batches, not of 4: give"),
     (["shard", "--profile", "small.profile.json", "--run"], "--run needs the model: give TARGET and its profile"),

@@ -200,6 +200,18 @@ def test_a_plan_for_another_model_is_refused(containers, captured_profile):
         sw.place(wider, plan)
 
 
+def test_replicas_are_not_placed(captured_profile):
+    """A model is placed once; what such a plan is for is said, and `verify` replays one replica of it."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(4, 4)
+    profile = captured_profile(model, (x,), devices=[f"cpu:{i}" for i in range(4)], microbatches=(1, 4))
+    plan = sw.plan(profile, microbatches=4, replicas=2)
+    for options in ({}, {"microbatches": 2}):
+        with pytest.raises(sw.ShardwrightError, match="the plan has 2 replicas of the model"):
+            sw.place(model, plan, **options)
+    check = sw.verify(model, plan, (x,))
+    assert (check.ok, check.transfers) == (True, 1)
+
+
 def test_a_device_that_is_not_here_is_refused(containers, captured_profile, monkeypatch):
     """A plan for GPUs on a machine without says so, and how to check it all the same."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)

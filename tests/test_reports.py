@@ -296,6 +296,12 @@ def planned(**asked):
     return plan(the_costs(), **asked)
 
 
+@functools.cache
+def a_plan_in_replicas():
+    """NetDict in two pipelines of two of four GPUs."""
+    return plan(a_profile(devices=[f"cuda:{i}" for i in range(4)]), microbatches=8, replicas=2)
+
+
 REPORTS = {
     "profile": lambda: ProfileReport(a_profile()),
     "profile-inference": lambda: ProfileReport(a_profile(LLAMA, [f"cuda:{i}" for i in range(4)], False, (2, 4))),
@@ -309,6 +315,7 @@ REPORTS = {
     "plan-latency": lambda: PlanReport(planned(objective="latency")),
     "plan-memory": lambda: PlanReport(planned(objective="memory")),
     "plan-interleaved": lambda: PlanReport(planned(schedule="interleaved")),
+    "plan-replicas": lambda: PlanReport(a_plan_in_replicas()),
     "run": lambda: RunReport(a_run()),
     "run-slower": lambda: RunReport(a_run(measured=0.61)),
     "run-naive": lambda: RunReport(a_run_beside_naive()),
@@ -341,6 +348,7 @@ KEY_NUMBERS = {
         "0, 2",
         "264 ms",
     ],
+    "plan-replicas": ["in 2 replicas of 2 stages", "takes 4 of 8", "this mesh of 2 replicas", "cuda:1, cuda:3", "sum"],
     "plan-memory": ["41%", "6.036 GiB of 14.9 GiB", "micro-batches of this size", "no larger peak share"],
     "profile-cluster": ["≈6.46 ms", "~6.71 ms", "~85.0 us", "~3.20 GB/s", "all assumed", "scaled: as a device"],
     "plan": [

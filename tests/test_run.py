@@ -13,6 +13,7 @@ from torch.distributed.pipelining import _utils
 import shardwright as sw
 from shardwright.profiler import pool
 from shardwright.profiler.equality import relative_difference
+from shardwright.profiler.profile import Device
 from shardwright.sharder.planning.schedule import operations
 from shardwright.sharder.runtime import run as run_module
 from shardwright.sharder.runtime.gate import compare
@@ -84,6 +85,58 @@ def test_a_run_notes_what_each_stage_was_at(captured_profile, schedule, train):
         assert ((stage + 1, "send gradients", number) in crossed) == train
     gap = run.accounts.measured_s - run.sharded.predicted_s
     assert sum(each.step_s for each in run.accounts.off) == pytest.approx(gap)
+
+
+@pytest.fixture
+def few_cores(monkeypatch):
+    """Any number of workers, which share what cores there are."""
+
+    def found(names):
+        return tuple(Device(name=n, kind="cpu", description="", memory_bytes=10**10, cores=(core,)) for n in names)
+
+    core = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    monkeypatch.setattr(run_module, "find_devices", found)
+
+
+@pytest.mark.usefixtures("few_cores")
+def test_replicas_run_as_one_model(captured_profile):
+    """Two replicas of two stages, weights tied across them: every copy of every gradient is the unsharded model's, and
+    each device's accounts and memory are told."""
+    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(4)])
+    model[3].weight = model[0].weight
+    x = torch.randn(16, 16)
+    profile = captured_profile(model, (x,), devices=[f"cpu:{i}" for i in range(4)], microbatches=(1, 4))
+    plan = sw.plan(profile, microbatches=4, replicas=2)
+    assert plan.ties
+    run = sw.run(model, plan, (x,), steps=1)
+    assert (run.devices, run.replicas) == (plan.devices, 2)
+    assert run.equality.tensors == 4 + 2 * (len(list(model.parameters())) + 1)
+    assert [each.device for each in run.memory] == list(plan.devices)
+    assert run.memory[0].measured_bytes == run.memory[2].measured_bytes
+    for weighed in run.memory:
+        assert weighed.measured_bytes == pytest.approx(weighed.predicted_bytes, rel=0.2), weighed
+    accounts = run.accounts
+    assert [stage.device for stage in accounts.stages] == list(plan.devices)
+    for stage in accounts.stages:
+        assert stage.measured.step_s == pytest.approx(accounts.measured_s)
+        assert stage.predicted.step_s == pytest.approx(accounts.predicted_s)
+    computed = {(s.replica, s.stage, s.what, s.microbatch) for s in accounts.measured if s.what in ("forward", "sum")}
+    parts = itertools.product(range(2), range(2))
+    assert computed == {
+        (r, stage, *rest) for r, stage in parts for rest in (("forward", 0), ("forward", 1), ("sum", None))
+    }
+    gap = accounts.measured_s - run.sharded.predicted_s
+    assert sum(each.step_s for each in accounts.off) == pytest.approx(gap)
+
+
+def test_whole_replicas_run(captured_profile):
+    """Data parallel: each of two workers has the model, and half of the micro-batches."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+    x = torch.randn(8, 8)
+    plan = sw.plan(captured_profile(model, (x,), microbatches=(1, 4)), microbatches=4, replicas=2)
+    run = sw.run(model, plan, (x,), steps=1)
+    assert run.devices == ("cpu:0", "cpu:1")
+    assert run.equality.tensors == 4 + 2 * len(list(model.parameters()))
 
 
 class Mixed(nn.Module):

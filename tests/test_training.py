@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -34,9 +35,9 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def workers():
-    """Three processes that stand for those of torchrun."""
+    """Four processes that stand for those of torchrun."""
     core = (min(os.sched_getaffinity(0)),) if hasattr(os, "sched_getaffinity") else ()
-    devices = [Device(name=f"cpu:{i}", kind="cpu", description="", memory_bytes=10**9, cores=core) for i in range(3)]
+    devices = [Device(name=f"cpu:{i}", kind="cpu", description="", memory_bytes=10**9, cores=core) for i in range(4)]
     with Pool(devices) as pool:
         yield pool
 
@@ -144,17 +145,17 @@ def made(kind):
     return kind()
 
 
-def planned(captured_profile, kind, stages, microbatches=4, pieces=1, **options):
-    """A plan of ``kind`` over exactly ``stages`` devices, with ``pieces`` stages on each."""
+def planned(captured_profile, kind, stages, microbatches=4, pieces=1, replicas=1, **options):
+    """A plan of ``kind`` over exactly ``stages`` devices, with ``pieces`` stages on each; or so many ``replicas``."""
     args, kwargs, _ = kind.batch(0)
-    devices = [f"cpu:{i}" for i in range(stages)]
+    devices = [f"cpu:{i}" for i in range(stages * replicas)]
     profile = captured_profile(
         made(kind), args, kwargs, devices=devices, microbatches=(1, microbatches), optimizer="adamw"
     )
     if pieces > 1:
         options |= {"schedule": "interleaved", "stages_per_device": pieces}
-    plan = sw.plan(profile, microbatches=microbatches, **options)
-    assert (len(plan.devices), len(plan.stages)) == (stages, pieces * stages)
+    plan = sw.plan(profile, microbatches=microbatches, replicas=replicas, **options)
+    assert (plan.replicas, plan.depth, len(plan.stages)) == (replicas, stages, pieces * stages)
     return plan
 
 
@@ -224,6 +225,11 @@ def close(found, expected):
         (Chain, 3, {"pieces": 2}),
         (Branches, 2, {"pieces": 2}),
         (Language, 2, {"pieces": 3}),
+        (Chain, 1, {"replicas": 2}),
+        (Branches, 2, {"replicas": 2}),
+        (Language, 2, {"replicas": 2}),
+        (Chain, 2, {"replicas": 2, "pieces": 2}),
+        (Language, 2, {"replicas": 2, "recompute": "always"}),
     ],
 )
 def test_a_pipeline_trains_as_the_model_does(workers, captured_profile, kind, stages, options):
@@ -231,7 +237,7 @@ def test_a_pipeline_trains_as_the_model_does(workers, captured_profile, kind, st
     steps = [[seed] for seed in range(STEPS)]
     expected, model = unsharded(kind, steps)
     plan = planned(captured_profile, kind, stages, **options)
-    results = on_ranks(workers, stages, trained, kind, plan, steps, {})
+    results = on_ranks(workers, len(plan.devices), trained, kind, plan, steps, {})
     for curve, *_ in results:
         assert close(curve, expected)
     whole = results[0][1]
@@ -246,13 +252,13 @@ def test_a_pipeline_trains_as_the_model_does(workers, captured_profile, kind, st
         assert values <= state  # of the other stages nothing is kept
 
 
-@pytest.mark.parametrize("pieces", [1, 2])
-def test_gradients_accumulate_and_are_clipped(workers, captured_profile, pieces):
+@pytest.mark.parametrize("options", [{}, {"pieces": 2}, {"replicas": 2}])
+def test_gradients_accumulate_and_are_clipped(workers, captured_profile, options):
     """Two batches a step, a norm over all stages with tied weights once: as the unsharded model's."""
     steps = [[0, 1], [2, 3], [4, 5]]
     expected, _ = unsharded(Language, steps, clip=0.5)
-    plan = planned(captured_profile, Language, 2, pieces=pieces)
-    for curve, *_ in on_ranks(workers, 2, trained, Language, plan, steps, {"clip": 0.5}):
+    plan = planned(captured_profile, Language, 2, **options)
+    for curve, *_ in on_ranks(workers, len(plan.devices), trained, Language, plan, steps, {"clip": 0.5}):
         assert close(curve, expected)
     assert min(norm for _, norm in expected) > 0.5
 
@@ -271,10 +277,13 @@ def sizes(kind, plan, batches):
     return found
 
 
-@pytest.mark.parametrize(("kind", "pieces"), [(Branches, 1), (Language, 1), (Branches, 2)])
-def test_batches_of_any_size(workers, captured_profile, kind, pieces):
+@pytest.mark.parametrize(
+    ("kind", "options"), [(Branches, {}), (Language, {}), (Branches, {"pieces": 2}), (Branches, {"replicas": 2})]
+)
+def test_batches_of_any_size(workers, captured_profile, kind, options):
     """A last partial batch, one that only divides by itself, and a larger one: losses and results are the model's."""
     batches = [(0, 8), (1, 6), (2, 7), (3, 16), (4, 3), (5, 8), (6, 10)]
+    batches = [(seed, size) for seed, size in batches if size % options.get("replicas", 1) == 0]
     model = made(kind)
     optimizer, expected = adamw(model), []
     for seed, size in batches:
@@ -285,7 +294,8 @@ def test_batches_of_any_size(workers, captured_profile, kind, pieces):
         optimizer.step()
         loss = float(loss.detach())
         expected.append((loss, model(*args, **kwargs)))
-    for found in on_ranks(workers, 2, sizes, kind, planned(captured_profile, kind, 2, pieces=pieces), batches):
+    plan = planned(captured_profile, kind, 2, **options)
+    for found in on_ranks(workers, len(plan.devices), sizes, kind, plan, batches):
         for (evaluated, loss, output), (expected_loss, expected_output) in zip(found, expected, strict=True):
             assert evaluated == pytest.approx(expected_loss, rel=1e-5)
             assert loss == pytest.approx(expected_loss, rel=1e-5)
@@ -309,13 +319,20 @@ def resumed(kind, plan, folder, seeds):
     return [piped_step(kind, pipe, optimizer, [seed]) for seed in seeds]
 
 
-@pytest.mark.parametrize(("before", "after"), [((1, 1), (3, 1)), ((3, 1), (2, 2)), ((2, 2), (1, 1))])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((1, 1), (3, 1)), ((3, 1), (2, 2)), ((2, 2), (1, 1)), ((2, 1, 2), (3, 1)), ((3, 1), (2, 1, 2))],
+)
 def test_a_checkpoint_goes_on_with_another_number_of_stages(workers, captured_profile, tmp_path, before, after):
-    """Weights, AdamW's moments and its settings: the curve is the one without a break, tied weights included."""
+    """Weights, AdamW's moments and its settings: the curve is the one without a break, tied weights included.
+
+    Stages on a device come after their devices, and the replicas after these.
+    """
     expected, _ = unsharded(Language, [[seed] for seed in range(6)])
-    plans = {n: planned(captured_profile, Language, n[0], pieces=n[1]) for n in (before, after)}
-    first = on_ranks(workers, before[0], saved, Language, plans[before], tmp_path, range(3))
-    second = on_ranks(workers, after[0], resumed, Language, plans[after], tmp_path, range(3, 6))
+    plans = {n: planned(captured_profile, Language, n[0], 4, *n[1:]) for n in (before, after)}
+    counts = [len(plan.devices) for plan in plans.values()]
+    first = on_ranks(workers, counts[0], saved, Language, plans[before], tmp_path, range(3))
+    second = on_ranks(workers, counts[1], resumed, Language, plans[after], tmp_path, range(3, 6))
     assert close(first[0] + second[-1], expected)
 
 
@@ -323,13 +340,15 @@ def state_handed_out(kind, plan):
     """In a rank: load the whole state from rank 0, where all weights are one; the sum of what the stage has then."""
     pipe = made_pipe(kind, plan)
     whole = {key: torch.ones_like(value) for key, value in made(kind).state_dict().items()}
-    pipe.load_state_dict(whole if pipe.stage == 0 else {}, full=True)
+    pipe.load_state_dict(whole if (pipe.replica, pipe.stage) == (0, 0) else {}, full=True)
     return all(bool((value == 1).all()) for value in pipe.state_dict().values())
 
 
-def test_rank_0_hands_out_a_state(workers, captured_profile):
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_rank_0_hands_out_a_state(workers, captured_profile, replicas):
     """The counterpart of gathering: only rank 0 need have read the file."""
-    assert on_ranks(workers, 2, state_handed_out, Language, planned(captured_profile, Language, 2)) == [True, True]
+    plan = planned(captured_profile, Language, 2, replicas=replicas)
+    assert all(on_ranks(workers, 2 * replicas, state_handed_out, Language, plan))
 
 
 @pytest.fixture
@@ -466,9 +485,43 @@ def test_of_several_stages_all_are_named(workers, captured_profile):
 
 
 def test_a_plain_process_is_told_the_number_of_devices(captured_profile):
-    """Four stages on two devices are two processes."""
+    """Four stages on two devices are two processes, two replicas of two stages four."""
     with pytest.raises(sw.ShardwrightError, match=r"4 stages on 2 devices, and this is one process: .*per-node 2 "):
         made_pipe(Chain, planned(captured_profile, Chain, 2, pieces=2))
+    with pytest.raises(sw.ShardwrightError, match=r"2 replicas of 2 stages on 4 devices, .*per-node 4 SCRIPT$"):
+        made_pipe(Chain, planned(captured_profile, Chain, 2, replicas=2))
+
+
+def raising_in_one_replica(output, target):
+    if os.environ["RANK"] == "3":
+        raise ValueError("no luck with this part")
+    return F.mse_loss(output, target)
+
+
+def test_a_failure_in_one_replica_ends_all(workers, captured_profile):
+    """The other replica, which waits to sum its gradients, names the stage that failed and its replica."""
+    plan = planned(captured_profile, Chain, 2, replicas=2)
+    options = {"loss": raising_in_one_replica, "timeout_s": 3.0}
+    lines = on_ranks(workers, 4, told, refused_once_made, Chain, plan, options, "same")
+    assert lines == ["stage 1 of replica 1 on cpu:3 failed: ValueError: no luck with this part"] * 4
+
+
+def seeded_apart(kind, plan):
+    """In a rank: the weights that it starts with, where every rank's model was made with numbers of its own."""
+    torch.manual_seed(int(os.environ["RANK"]))
+    args, kwargs, _ = kind.batch(0)
+    pipe = sw.pipeline(kind(), plan, args, kwargs, loss=kind.loss, timeout_s=20.0)
+    return {name: value.clone() for name, value in pipe.state_dict().items()}
+
+
+def test_replicas_start_alike(workers, captured_profile):
+    """Whatever the ranks' models were made with, weights and buffers are the first replica's."""
+    first, second, *others = on_ranks(
+        workers, 4, seeded_apart, Branches, planned(captured_profile, Branches, 2, replicas=2)
+    )
+    for own, other in zip((first, second), others, strict=True):
+        assert own.keys() == other.keys()
+        assert all(torch.equal(own[name], other[name]) for name in own)
 
 
 def in_a_group_of_the_scripts(kind, plan):
@@ -511,6 +564,28 @@ def test_batch_statistics_are_those_of_micro_batches(captured_profile):
         model(piece)
     for key, value in pipe.state_dict().items():
         torch.testing.assert_close(value, model.state_dict()[key])
+
+
+def normed_in_replicas(plan):
+    """In a rank: what was warned of, and the whole state after a step."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        pipe = made_pipe(Normed, plan)
+    (x,), _, target = Normed.batch(0)
+    pipe.step(x, target=target)
+    return [str(each.message) for each in warned], pipe.state_dict(full=True)
+
+
+def test_batch_statistics_are_each_replicas_own(workers, captured_profile):
+    """A warning says so, and those that are gathered are of the first replica's two batches of two."""
+    (told_, state), _ = on_ranks(workers, 2, normed_in_replicas, planned(captured_profile, Normed, 1, replicas=2))
+    assert any("running statistics for each replica, of which the first's are saved" in line for line in told_)
+    model = made(Normed)
+    (x,), _, _ = Normed.batch(0)
+    for piece in x[:4].split(2):
+        model(piece)
+    for key, value in model.named_buffers():
+        torch.testing.assert_close(state[key], value)
 
 
 @pytest.mark.usefixtures("alone")

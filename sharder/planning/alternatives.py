@@ -63,14 +63,21 @@ def kept_whole(chosen: Option, options: Iterable[Option], baseline_s: float | No
     """The best split that keeps all activations, where the chosen one computes some anew by choice."""
     if chosen.problem.recompute != "auto" or not any(chosen.anew):
         return ()
-    plain = [option for option in options if option.problem.stages_per_device == 1]  # others: Plan.other_schedule
+    replicas = chosen.problem.replicas
+    plain = [
+        option
+        for option in options
+        if option.problem.stages_per_device == 1  # others: Plan.other_schedule
+        and len(option.problem.replicas) == len(replicas)
+    ]
     others = [kept for option in plain if (kept := option.kept if any(option.anew) else option) is not None]
     best = min(others, key=lambda option: option.step_s, default=None)
     return (
         Alternative(
             name="nothing anew",
-            microbatches=(best or chosen).problem.microbatches,
-            devices=len((best or chosen).split.stages),
+            microbatches=(best or chosen).problem.batch_microbatches,
+            devices=len((best or chosen).split.stages) * max(1, len(replicas)),
+            replicas=max(1, len(replicas)),
             step_s=best.step_s if best else None,
             speedup=baseline_s / best.step_s if best and best.step_s and baseline_s else None,
             why="" if best else chosen.why_none_kept,

@@ -64,7 +64,7 @@ def _up_to_one_that_pays(what: Literal["batch", "links"], pairs: Iterable[_Pair]
         if split is not None and split.step_s * WORTHWHILE <= alone.step_s:
             gain = Gain(
                 factor=factor,
-                microbatches=split.problem.microbatches,
+                microbatches=split.problem.batch_microbatches,
                 step_s=split.step_s,
                 speedup=alone.step_s / split.step_s if split.step_s else 1.0,
             )

@@ -13,7 +13,7 @@ from shardwright.sharder.planning.partition import Partition, partition
 from shardwright.sharder.planning.plan import Certificate
 from shardwright.sharder.planning.pricing import Option
 from shardwright.sharder.planning.problem import Problem, bits
-from shardwright.sharder.planning.relaxed import all_usable
+from shardwright.sharder.planning.relaxed import all_usable, without_sums
 from shardwright.sharder.planning.search import simple_bound_s
 from shardwright.sharder.planning.stage_costs import shares_of
 from shardwright.sharder.planning.words import links_in_words, name_of
@@ -31,7 +31,7 @@ def certify(chosen: Option, options: list[Option], baseline: Option | None, dead
     split = chosen.split
     if chosen is baseline:
         # The bound is over the splits as well: one device was preferred to them for its step, not for its load.
-        same = [option for option in options if option.problem.microbatches == chosen.problem.microbatches]
+        same = [option for option in options if option.problem.batch_microbatches == chosen.problem.microbatches]
         bound_s = min([split.value_s, *(option.split.bound_s for option in same)]) if same else 0.0
         fastest_s = min(option.step_s for option in options)
         barred = [option for option in options if option.problem.unusable]
@@ -132,6 +132,8 @@ def _relaxations(problem: Problem) -> Iterator[tuple[str, Problem, float]]:
             all_usable(problem),
             0.999,
         )
+    if any(any(block.sum_s) for block in problem.blocks):
+        yield f"the sums of gradients over {len(problem.replicas)} replicas", without_sums(problem), 0.95
     if problem.ties:
         dearest = max(problem.ties, key=lambda tie: (tie.gradient_bytes, tie.copy_bytes)).name
         more = f" and {len(problem.ties) - 1} more" if len(problem.ties) > 1 else ""

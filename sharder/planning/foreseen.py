@@ -24,6 +24,7 @@ def costs_of(plan: Plan) -> tuple[StageCost, ...]:
             engine_s=stage.engine_s,
             receive_forward_s=stage.receive_forward_s,
             send_backward_s=stage.send_backward_s,
+            sum_s=stage.sum_s,
         )
         for stage in plan.stages
     )
@@ -32,11 +33,12 @@ def costs_of(plan: Plan) -> tuple[StageCost, ...]:
 def timeline_of(plan: Plan, costs: Sequence[StageCost] | None = None) -> Timeline:
     """A step of ``plan`` at the median times, or at other ``costs`` of its stages.
 
-    It is shorter than ``plan.predicted.step_s`` where the devices' speeds varied while they were measured.
+    It is shorter than ``plan.predicted.step_s`` where the devices' speeds varied while they were measured, and longer
+    where those of a stage in several replicas are unlike: its costs are the slowest one's.
     """
     return simulate(
         costs or costs_of(plan),
-        plan.microbatches,
+        plan.pipeline_microbatches,
         schedule=plan.schedule,
         train=plan.train,
         stages_per_device=plan.stages_per_device,

@@ -97,7 +97,9 @@ class Walk(NamedTuple):
     forward: int
     backward: int
     update: int
+    """Of the optimizer, or of the sum of gradients over replicas before it if that takes more."""
     update_together: int
+    """Likewise, if it works on all parameters at once."""
     first: int
     """The peak of a step's first backward; that of the others, ``backward``, has the parameters' gradients apart."""
     gradients: int
@@ -127,6 +129,8 @@ class Ledger:
     steps: tuple[Step, ...]
     storages: tuple[Storage, ...] = ()
     gradients: tuple[Gradient, ...] = ()
+    copied: int = 0
+    """Gradients that are to be summed over replicas are copied, before the update, so many bytes at once at most."""
 
     def walk(self, members: int) -> Walk:
         """Walk through the stage of the blocks in the bit mask ``members``, and back.
@@ -144,7 +148,7 @@ class Ledger:
             backward, first = max(backward, peak), max(first, peak + made)
             held += back[position]
             made += self.steps[position].gradient
-        update = _update([self.steps[position] for position in mine])
+        update = self._after(mine, made)
         return Walk(kept, forward, backward, *update, max(first, held + made), made, self._sent(inside))
 
     def walk_anew(self, members: int) -> Walk:
@@ -164,8 +168,14 @@ class Ledger:
             backward, first = max(backward, peak), max(first, peak + made)
             held += back[position]
             made += self.steps[position].gradient
-        update = _update([self.steps[position] for position in mine])
+        update = self._after(mine, made)
         return Walk(sent, self._bare_forward(inside), backward, *update, max(first, held + made), made, sent)
+
+    def _after(self, mine: list[int], gradients: int) -> tuple[int, int]:
+        """After the last backward: the optimizer's workspace, one parameter after another and all together."""
+        apart, together = _update([self.steps[position] for position in mine])
+        copied = min(self.copied, gradients)
+        return max(apart, copied), max(together, copied)
 
     def _positions(self, inside: set[int]) -> list[int]:
         return sorted(position for v in inside for position in self._of_block(v).steps)
@@ -274,7 +284,7 @@ class Ledger:
         """What no stage exceeds at once, beside what comes with the micro-batches."""
         together = sum(step.update_together for step in self.steps)
         left = max((step.update_left for step in self.steps), default=0)
-        return max([together, *(max(s.forward, s.backward, s.update + left) for s in self.steps)])
+        return max([together, self.copied, *(max(s.forward, s.backward, s.update + left) for s in self.steps)])
 
     def with_more(self, forward: Mapping[int, int]) -> Ledger:
         """The same with more bytes in the forward of blocks, whose weights are brought for it."""

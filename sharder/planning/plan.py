@@ -68,6 +68,8 @@ class Stage(Record):
     """Summing the gradients of tied parameters with the other copies."""
     engine_s: NonNegativeFloat = 0.0
     """What the pipeline engine takes for each forward and each backward, beside them; in no load."""
+    sum_s: NonNegativeFloat = 0.0
+    """Summing its gradients over the replicas."""
     send_forward_s: NonNegativeFloat
     """Activations to later stages; 0 for the last."""
     receive_backward_s: NonNegativeFloat
@@ -78,7 +80,7 @@ class Stage(Record):
     """Gradients to earlier stages; None: relayed, as much as the stage before receives."""
     load_s: NonNegativeFloat
     """Seconds of a step in which the device computes or transfers; where these overlap, the longest of compute, sends
-    and receives."""
+    and receives. Of ``sum_s`` it has what the stage's own parameters take, without latencies."""
     param_bytes: NonNegativeInt
     """A tied parameter is counted in the stage of its first user only."""
     memory_bytes: NonNegativeInt
@@ -92,6 +94,9 @@ class Stage(Record):
     recompute: bool = False
     """Whether it keeps only what it receives and computes the rest anew in the backward: ``backward_s`` has that
     forward in it, and ``forward_s`` is of one that keeps nothing."""
+    replica_devices: tuple[str, ...] = ()
+    """Where it is in the other replicas, in their order. Times are then, unit by unit, of the slowest of all these
+    devices, the cap is the smallest, and each holds as much."""
 
 
 class Timed(Record):
@@ -136,7 +141,8 @@ class Certificate(Record):
 
     value_s: NonNegativeFloat
     bound_s: NonNegativeFloat
-    """No plan for this profile, with so many micro-batches and stages a device, has a smaller largest load."""
+    """No plan for this profile, with so many micro-batches and stages a device, and with replicas on the same mesh of
+    devices, has a smaller largest load."""
     gap_percent: NonNegativeFloat
     exact: bool
     binds: str
@@ -164,6 +170,8 @@ class Candidate(Record):
     microbatches: PositiveInt
     stages: PositiveInt
     stages_per_device: PositiveInt = 1
+    replicas: PositiveInt = 1
+    """Each of ``stages`` stages."""
     bottleneck_s: NonNegativeFloat
     gap_percent: NonNegativeFloat
     step_s: NonNegativeFloat
@@ -196,9 +204,12 @@ class OtherSchedule(Record):
 class Alternative(Record):
     """What one would do without a planner, at its best number of micro-batches, priced from the same costs."""
 
-    name: Literal["equal count", "by parameters", "data parallel", "nothing anew"]
+    name: Literal["equal count", "by parameters", "data parallel", "nothing anew", "replicas"]
     microbatches: PositiveInt
     devices: PositiveInt
+    """Of all replicas."""
+    replicas: PositiveInt = 1
+    """Of ``"replicas"``: so many pipelines of ``devices / replicas`` devices."""
     step_s: NonNegativeFloat | None
     """None where it is not possible."""
     speedup: NonNegativeFloat | None = None
@@ -307,11 +318,15 @@ class Plan(Document):
     schedule: Literal["1f1b", "gpipe", "interleaved"]
     stages_per_device: PositiveInt = 1
     """More than one if interleaved: stage s is then on the device of stage s modulo the number of devices."""
+    replicas: PositiveInt = 1
+    """So many equal pipelines, each over its own devices; the gradients of a stage are summed over them once a step."""
     microbatches: PositiveInt
+    """Of the whole batch; each replica takes an equal part of them."""
     stages: tuple[Stage, ...]
+    """Of one replica."""
     nodes: tuple[Placement, ...]
-    """In the order of the forward. A tied parameter, a buffer or a constant is placed with its first reader; other
-    stages that read it, earlier ones among them, have copies."""
+    """In the order of the forward, where they are in the first replica. A tied parameter, a buffer or a constant is
+    placed with its first reader; other stages that read it, earlier ones among them, have copies."""
     ties: tuple[SplitTie, ...] = ()
     """The tied parameters with users in several stages."""
     obstacles: tuple[str, ...] = ()
@@ -344,9 +359,25 @@ class Plan(Document):
         return bool(self.structure)
 
     @property
+    def pipelines(self) -> tuple[tuple[str, ...], ...]:
+        """By replica: its devices, each once, in the order of the stages."""
+        rows = ((stage.device, *stage.replica_devices) for stage in self.stages)
+        return tuple(tuple(dict.fromkeys(devices)) for devices in zip(*rows, strict=True))
+
+    @property
     def devices(self) -> tuple[str, ...]:
-        """The devices used, each once, in the order of the stages."""
-        return tuple(dict.fromkeys(stage.device for stage in self.stages))
+        """The devices used, each once, one replica after another, in the order of the stages."""
+        return tuple(device for pipeline in self.pipelines for device in pipeline)
+
+    @property
+    def depth(self) -> int:
+        """The devices of one replica."""
+        return len(self.devices) // self.replicas
+
+    @property
+    def pipeline_microbatches(self) -> int:
+        """The micro-batches of one replica."""
+        return self.microbatches // self.replicas
 
     @property
     def recomputed(self) -> tuple[Stage, ...]:
@@ -358,13 +389,25 @@ class Plan(Document):
         """Units whose weights are not on their device between calls -> ``"cpu"`` or ``"disk"``."""
         return {n.unit: n.weights for n in self.nodes if n.kind == "unit" and n.weights != "device"}
 
+    @property
+    def first_replica(self) -> Plan:
+        """The pipeline of the first replica with its micro-batches: the others differ from it in their devices only.
+
+        Predictions stay those of the whole.
+        """
+        stages = tuple(stage.model_copy(update={"replica_devices": ()}) for stage in self.stages)
+        return self.model_copy(
+            update={"stages": stages, "replicas": 1, "microbatches": self.microbatches // self.replicas}
+        )
+
     def memory(self) -> dict[str, int]:
         """Device -> bytes of its predicted peak: the sum of what its stages hold then."""
         found = dict.fromkeys(self.devices, 0)
         for stage in self.stages:
-            found[stage.device] += stage.memory_bytes
+            for device in (stage.device, *stage.replica_devices):
+                found[device] += stage.memory_bytes
         return found
 
     def placement(self) -> dict[str, str]:
-        """Unit path -> device."""
+        """Unit path -> device, of the first replica."""
         return {node.unit: node.device for node in self.nodes if node.kind == "unit"}

@@ -18,8 +18,7 @@ from shardwright.sharder.planning.alternatives import alternatives_of, kept_whol
 from shardwright.sharder.planning.blocks import problem_from_graph
 from shardwright.sharder.planning.changes import changes_tried
 from shardwright.sharder.planning.explain import certify, gap_percent
-from shardwright.sharder.planning.offload import Rates
-from shardwright.sharder.planning.offload import offload as offload_some
+from shardwright.sharder.planning.options import Asked, nothing_fits, options_of, rates_of
 from shardwright.sharder.planning.pins import prices_of_pins
 from shardwright.sharder.planning.plan import (
     WORTHWHILE,
@@ -31,22 +30,25 @@ from shardwright.sharder.planning.plan import (
     Plan,
     Prediction,
 )
-from shardwright.sharder.planning.pricing import Option, baseline_of, noise_s, price, solve, solve_each
+from shardwright.sharder.planning.pricing import Option, baseline_of, noise_s, solve
 from shardwright.sharder.planning.problem import Problem, Recompute, Schedule, Transfers
 from shardwright.sharder.planning.recorded import split_ties, stage_of_nodes, stages_of
+from shardwright.sharder.planning.replicas import Replicas, on_mesh_of, replicas_asked
 from shardwright.sharder.planning.sensitivity import rivals_of, sensitivity_of
 from shardwright.sharder.planning.weighed import (
     Wanted,
     better_of,
     compared,
     pieces_asked,
-    with_interleaved,
 )
 
 if TYPE_CHECKING:
     import networkx as nx
 
 __all__ = ["plan"]
+
+LEAST_DEVICES = 4
+"""With fewer, replicas of more than one device are none."""
 
 
 def plan(
@@ -60,6 +62,7 @@ def plan(
     devices: Iterable[str] | None = None,
     schedule: Wanted = "1f1b",
     stages_per_device: int | None = None,
+    replicas: Replicas = 1,
     transfers: Transfers = "relayed",
     overlap: bool = False,
     together: Iterable[str | Iterable[str]] = (),
@@ -89,6 +92,10 @@ def plan(
             stages on each device, which fills the pipeline sooner and sends more; or ``"auto"``, 1F1B or interleaved,
             whichever has the shorter step. Inference has forwards only.
         stages_per_device: if interleaved; 2 by default.
+        replicas: into so many equal pipelines the devices are divided, each with an equal part of the micro-batches,
+            and once a step the gradients are summed over them; ``"auto"``: as many as make the step shortest, of one
+            pipeline over all devices up to data parallel. A pinned unit is on its device in one replica, and in the
+            others on those that go with it.
         transfers: how tensors pass between stages: ``"relayed"`` from neighbour to neighbour, as the pipeline engine
             sends them; ``"direct"`` to each stage that reads them; ``"staged"`` through the host's memory, once out and
             once into each stage that reads.
@@ -114,6 +121,7 @@ def plan(
         profile, given = costs_from_graph(profile)
     _check_known(objective, transfers, recompute)
     pieces = pieces_asked(schedule, stages_per_device, objective, transfers, contiguous=contiguous, recompute=recompute)
+    asked = replicas_asked(replicas, objective, contiguous=contiguous)
     chain = contiguous and objective != "latency"
     if recompute == "always":
         _check_recompute(chain=chain, train=profile.train)
@@ -150,24 +158,24 @@ def plan(
         )
     if objective == "memory":
         return _for_memory(profile, problems, [problem_at(count) for count in sorted(profile.microbatches)], deadline_s)
-    options, unfinished = solve_each(problems, profile, deadline_s - (time_limit_s / 2 if pieces > 1 else 0.0))
-    if not options and offload and not profile.train:
-        options = _offloaded(problems, profile, deadline_s)
-    plain = options
-    options = with_interleaved(plain, problems, profile, schedule, pieces, deadline_s) if pieces > 1 else plain
-    if not options:
-        raise unfinished or _nothing_fits(problems, profile, deadline_s)
+    options = options_of(problems, profile, Asked(schedule, pieces, asked, offload), deadline_s)
     by_count = {problem.microbatches: problem for problem in problems}
     every = [by_count.get(count) or problem_at(count) for count in sorted(profile.microbatches)]
     baseline = baseline_of(every, profile)
     alternatives = alternatives_of(problems, every, profile, baseline.step_s if baseline else None)
-    chosen = best = better_of([] if schedule == "interleaved" else plain, options[len(plain) :])
+    plain = [option for option in options if option.problem.stages_per_device == 1]
+    chosen = best = better_of(options[len(plain) :] if schedule == "interleaved" else options)
     if microbatches == "auto" and baseline is not None and not pins:
         # Among single devices only a difference beyond noise counts; a split has to be faster.
-        margin_s = noise_s(best, baseline) if len(best.split.stages) == 1 else 0.0
+        alone = len(best.split.stages) == 1 and not best.problem.replicas
+        margin_s = noise_s(best, baseline) if alone else 0.0
         if baseline.step_s < best.step_s + margin_s:
             chosen = baseline
     alternatives += kept_whole(chosen, options, baseline.step_s if baseline else None)
+    if asked == 1 and len(problems[0].devices) >= LEAST_DEVICES and not profile.obstacles:
+        from shardwright.sharder.planning.replicated import rival_in_replicas
+
+        alternatives += rival_in_replicas(chosen, problems, profile, baseline.step_s if baseline else None, deadline_s)
     certificate = certify(chosen, options, baseline, deadline_s)
     written = _write(profile, chosen, options, baseline, alternatives, certificate)
     return written.model_copy(
@@ -176,8 +184,10 @@ def plan(
             "pins": prices_of_pins(
                 chosen,
                 pins or {},
-                lambda others: problem_at(chosen.problem.microbatches, others),
-                _rates(profile, chosen.problem),
+                lambda others: on_mesh_of(
+                    problem_at(chosen.problem.batch_microbatches, others), chosen.problem, profile
+                ),
+                rates_of(profile, chosen.problem),
                 deadline_s,
             ),
             "changes": (
@@ -226,7 +236,7 @@ def _for_memory(profile: Profile, problems: list[Problem], every: list[Problem],
     kept = [dataclasses.replace(p, recompute="never" if p.recompute == "auto" else p.recompute) for p in problems]
     least = least_of(kept, deadline_s) or least_of(problems, deadline_s)
     if least is None:
-        raise _nothing_fits(problems, profile, deadline_s)
+        raise nothing_fits(problems, profile, deadline_s)
     problem, share = least
     option = solve(within_share(problem, share.value), profile, time_limit_s=max(0.0, deadline_s - time.monotonic()))
     if option is None:
@@ -237,27 +247,6 @@ def _for_memory(profile: Profile, problems: list[Problem], every: list[Problem],
     certificate = certify(option, [option], None, deadline_s)
     written = _write(profile, option, [option], baseline, alternatives, certificate)
     return for_memory(written, option, problem, share)
-
-
-def _nothing_fits(problems: list[Problem], profile: Profile, deadline_s: float) -> ShardwrightError:
-    from shardwright.sharder.planning.infeasible import why_nothing_fits
-
-    return ShardwrightError(why_nothing_fits(problems, deadline_s, batch=profile.batch, train=profile.train))
-
-
-def _offloaded(problems: list[Problem], profile: Profile, deadline_s: float) -> list[Option]:
-    """The last resort at the smallest micro-batch: a split with the weights of some blocks elsewhere, if one fits."""
-    problem = max(problems, key=lambda p: p.microbatches)
-    found = offload_some(problem, _rates(profile, problem), time_limit_s=max(0.5, (deadline_s - time.monotonic()) / 10))
-    if found is None:
-        return []
-    return [dataclasses.replace(price(found.problem, found.split, profile), tiers=found.tiers)]
-
-
-def _rates(profile: Profile, problem: Problem) -> Rates:
-    """How fast offloaded weights come to the devices of ``problem``."""
-    fetch = {device.name: device.fetch_bytes_per_s for device in profile.devices}
-    return Rates(tuple(fetch[name] for name in problem.devices), profile.disk_bytes_per_s, profile.host_bytes)
 
 
 def _write(
@@ -289,7 +278,8 @@ def _write(
         overlap=problem.overlap,
         schedule=problem.schedule,
         stages_per_device=problem.stages_per_device,
-        microbatches=problem.microbatches,
+        replicas=max(1, len(problem.replicas)),
+        microbatches=problem.batch_microbatches,
         stages=stages,
         nodes=tuple(
             Placement(
@@ -320,9 +310,10 @@ def _write(
         ),
         candidates=tuple(
             Candidate(
-                microbatches=option.problem.microbatches,
+                microbatches=option.problem.batch_microbatches,
                 stages=len(option.split.stages),
                 stages_per_device=option.problem.stages_per_device,
+                replicas=max(1, len(option.problem.replicas)),
                 bottleneck_s=option.split.value_s,
                 gap_percent=gap_percent(option.split.value_s, option.split.bound_s),
                 step_s=option.step_s,

@@ -12,11 +12,12 @@ from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.partition import Partition, partition, stage_loads
 from shardwright.sharder.planning.problem import Problem, Schedule
+from shardwright.sharder.planning.replicas import expected_step_of_replicas_s
 from shardwright.sharder.planning.simulate import StageCost, expected_step_s, simulate
 from shardwright.sharder.planning.stage_costs import shares_of, stage_costs
 from shardwright.sharder.planning.timeline import Timeline
 
-__all__ = ["Option", "baseline_of", "noise_s", "price", "rules_of", "solve", "solve_each", "stages_anew"]
+__all__ = ["Option", "Rules", "baseline_of", "noise_s", "price", "rules_of", "solve", "solve_each", "stages_anew"]
 
 LEAST_NOISE = 0.05
 """One device counts as faster than an earlier one from this relative difference on, however steady both were."""
@@ -152,6 +153,9 @@ def price(problem: Problem, split: Partition, profile: Profile) -> Option:
     rules = rules_of(problem, train=profile.train)
     timeline = simulate(costs, problem.microbatches, **rules)
     varied = {variation.device: variation.relative for variation in profile.variations}
+    if problem.replicas:
+        step_s, spread_s = expected_step_of_replicas_s(problem, split.stages, costs, varied, **rules)
+        return Option(problem, split, loads, costs, timeline, step_s, spread_s)
     devices = [device for device, _ in shares_of(split.stages, problem.stages_per_device)]
     relative = [varied.get(problem.devices[device], ()) for device in devices]
     step_s, spread_s = expected_step_s(costs, relative, problem.microbatches, **rules)

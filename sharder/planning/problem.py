@@ -95,6 +95,7 @@ __all__ = [
     "Link",
     "Problem",
     "Recompute",
+    "Replica",
     "Schedule",
     "Tie",
     "Transfers",
@@ -138,6 +139,8 @@ class Block:
     """By device: whether the block was tried there and did not fit, even alone; nothing = nowhere."""
     recompute_s: tuple[float, ...] = ()
     """A forward that keeps nothing for backward, which computing anew adds; nothing = as ``forward_s``."""
+    sum_s: tuple[float, ...] = ()
+    """Of ``update_s``, what summing its gradients over replicas takes; nothing = there are none. See replicas.py."""
 
     def again_s(self, device: int) -> float:
         """Seconds of one more forward on ``device``."""
@@ -184,6 +187,16 @@ class Tie:
 
 
 @dataclass(frozen=True)
+class Replica:
+    """One of the equal pipelines for which a problem takes its devices together; see replicas.py."""
+
+    devices: tuple[str, ...]
+    """By device of the problem, the one that this pipeline has there."""
+    seconds: tuple[tuple[float, ...], ...]
+    """By block and device: compute of a step, as this pipeline's own device takes it."""
+
+
+@dataclass(frozen=True)
 class Problem:
     """Blocks in a topological order, tensors and ties between them, devices and links."""
 
@@ -220,11 +233,21 @@ class Problem:
     load, since it is the same however the blocks are split; by default nothing."""
     forward_only: bool = False
     """Whether nothing is trained; an interleaved pipeline needs to know."""
+    replicas: tuple[Replica, ...] = ()
+    """Equal pipelines, of which each has ``microbatches`` of the batch's; ``devices`` are the first one's. Nothing =
+    there is one."""
+    sums: tuple[Link, ...] = ()
+    """By device: what a sum of gradients over the replicas takes at once, and bytes/s of it. See replicas.py."""
 
     @property
     def most_stages(self) -> int:
         """Stages that the devices allow, if interleaved rounds of them; 1F1B needs a micro-batch for every stage."""
         return min(len(self.devices), self.microbatches) if self.schedule == "1f1b" else len(self.devices)
+
+    @property
+    def batch_microbatches(self) -> int:
+        """Micro-batches of the whole batch, in all replicas."""
+        return self.microbatches * max(1, len(self.replicas))
 
     def work_s(self, block: int, device: int) -> float:
         """Seconds of compute that ``block`` costs ``device`` in one step."""

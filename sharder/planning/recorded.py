@@ -53,6 +53,7 @@ def stages_of(profile: Profile, option: Option) -> tuple[Stage, ...]:
                 memory_cap_bytes=problem.caps[device],
                 in_flight=held[index][1],
                 recompute=anew[index],
+                replica_devices=tuple(replica.devices[device] for replica in problem.replicas[1:]),
             )
         )
     return tuple(stages)

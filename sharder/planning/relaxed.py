@@ -7,8 +7,8 @@ import math
 import operator
 from collections.abc import Iterable
 
-from shardwright.sharder.planning.memory import Ledger, Step, Storage
-from shardwright.sharder.planning.problem import Link, Problem
+from shardwright.sharder.planning.memory import Step, Storage
+from shardwright.sharder.planning.problem import Block, Link, Problem
 
 __all__ = [
     "all_usable",
@@ -18,6 +18,7 @@ __all__ = [
     "with_caps_times",
     "with_links_times",
     "with_smaller_microbatches",
+    "without_sums",
 ]
 
 
@@ -43,11 +44,27 @@ def with_links_times(problem: Problem, factor: float) -> Problem:
     def faster(link: Link) -> Link:
         return link[0] / factor, link[1] * factor
 
+    def sooner(block: Block) -> Block:
+        sums = tuple(s / factor for s in block.sum_s)
+        updates = zip(block.update_s, block.sum_s, sums, strict=True)
+        return dataclasses.replace(block, sum_s=sums, update_s=tuple(s - own + now for s, own, now in updates))
+
     return dataclasses.replace(
         problem,
+        blocks=tuple(map(sooner, problem.blocks)) if problem.replicas else problem.blocks,
+        sums=tuple(map(faster, problem.sums)),
         links=tuple(tuple(map(faster, row)) for row in problem.links),
         hosts=tuple((faster(out), faster(in_)) for out, in_ in problem.hosts),
     )
+
+
+def without_sums(problem: Problem) -> Problem:
+    """Gradients that nobody sums over replicas."""
+    blocks = (
+        dataclasses.replace(b, update_s=tuple(map(operator.sub, b.update_s, b.sum_s)), sum_s=(0.0,) * len(b.sum_s))
+        for b in problem.blocks
+    )
+    return dataclasses.replace(problem, blocks=tuple(blocks))
 
 
 def with_caps_times(problem: Problem, factor: float) -> Problem:
@@ -122,11 +139,12 @@ def with_smaller_microbatches(problem: Problem, factor: int) -> Problem:
         blocks=tuple(blocks),
         crossings=tuple(crossings),
         microbatches=problem.microbatches * factor,
-        ledger=Ledger(
-            tuple(steps),
-            tuple(s._replace(size=part(s.size)) for s in ledger.storages),
+        ledger=dataclasses.replace(
+            ledger,
+            steps=tuple(steps),
+            storages=tuple(s._replace(size=part(s.size)) for s in ledger.storages),
             # The gradient of weights is as large for a part of the batch.
-            tuple(
+            gradients=tuple(
                 g if g.maker is None else g._replace(size=part(g.size), added=part(g.added)) for g in ledger.gradients
             ),
         ),

@@ -27,10 +27,11 @@ from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Measurement, Profile
 from shardwright.sharder.planning.partition import largest_load_s, partition
 from shardwright.sharder.planning.plan import Replans, Sensitivity
-from shardwright.sharder.planning.pricing import Option, rules_of
-from shardwright.sharder.planning.problem import Problem, bits
+from shardwright.sharder.planning.pricing import Option, Rules, rules_of
+from shardwright.sharder.planning.problem import Problem, Replica, bits
+from shardwright.sharder.planning.replicas import own_factors, slowest_steps
 from shardwright.sharder.planning.simulate import steps_at
-from shardwright.sharder.planning.stage_costs import shares_of
+from shardwright.sharder.planning.stage_costs import Stages, shares_of
 
 __all__ = ["rivals_of", "sensitivity_of"]
 
@@ -97,15 +98,16 @@ class _Draws:
                 added += (passes * (row.forward_s + row.backward_s) + row.update_s) * (self.of(row) - 1)
         return added
 
-    def factors(self, problem: Problem, members: int, device: int) -> _Floats:
-        """By draw: the time of the blocks in ``members`` on ``device``, over that by their medians."""
+    def factors(self, problem: Problem, members: int, device: int, replica: Replica | None = None) -> _Floats:
+        """By draw: the time of the blocks in ``members`` on ``device``, that of ``replica``, over that by medians."""
         blocks = [*bits(members)]
-        seconds = sum(problem.work_s(v, device) for v in blocks)
+        row = problem.seconds if replica is None else replica.seconds
+        seconds = sum(row[v][device] for v in blocks)
         if not seconds:
             return np.ones(DRAWS)
         nodes = (node for v in blocks for node in problem.blocks[v].nodes)
-        passes = problem.microbatches
-        return 1 + self.added_s(nodes, problem.devices[device], passes, passes=passes) / seconds
+        name = (problem if replica is None else replica).devices[device]
+        return 1 + self.added_s(nodes, name, problem.batch_microbatches, passes=problem.microbatches) / seconds
 
     def known(self) -> bool:
         """Whether the profile says anything of how sure its times are."""
@@ -169,19 +171,35 @@ def _name_of(option: Option) -> str:
     problem, stages = option.problem, len(option.split.stages)
     pieces = problem.stages_per_device
     what = "interleaved split" if pieces > 1 else "split"
-    return f"the best {what} over {stages // pieces} devices at {problem.microbatches} micro-batches"
+    replicas = f"{len(problem.replicas)} replicas of " if problem.replicas else ""
+    counted = problem.batch_microbatches
+    return f"the best {what} over {replicas}{stages // pieces} devices at {counted} micro-batches"
 
 
 def _steps(option: Option, draws: _Draws, profile: Profile) -> _Floats:
     """The median step at each draw."""
     problem = option.problem
     shares = shares_of(option.split.stages, problem.stages_per_device)
-    factors = [draws.factors(problem, members, device) for device, members in shares]
     rules = rules_of(problem, train=profile.train)
-    steps = steps_at(option.costs, np.array(factors).T, problem.microbatches, **rules)
+    if problem.replicas:
+        steps, median_s = _steps_of_replicas(option, draws, shares, rules)
+    else:
+        factors = [draws.factors(problem, members, device) for device, members in shares]
+        steps = steps_at(option.costs, np.array(factors).T, problem.microbatches, **rules)
+        median_s = option.timeline.step_s
     # What unsteady devices add to the step of the median times is taken as in proportion.
-    scale = option.step_s / option.timeline.step_s if option.timeline.step_s else 1.0
-    return np.array(steps) * scale
+    return np.array(steps) * (option.step_s / median_s if median_s else 1.0)
+
+
+def _steps_of_replicas(option: Option, draws: _Draws, shares: Stages, rules: Rules) -> tuple[list[float], float]:
+    """The step of the slowest replica at each draw, and that of the median times."""
+    problem = option.problem
+    own = np.array(own_factors(problem, shares))[:, None, :]
+    drawn = [
+        [draws.factors(problem, members, device, replica) for device, members in shares] for replica in problem.replicas
+    ]
+    steps = slowest_steps(problem, option.costs, own * np.array(drawn).transpose(0, 2, 1), **rules)
+    return steps, slowest_steps(problem, option.costs, own, **rules)[0]
 
 
 def _more_in_parallel_s(problem: Problem, draws: _Draws) -> _Floats:
@@ -223,7 +241,8 @@ def _drawn(problem: Problem, draws: _Draws, draw: int) -> Problem:
     """The problem with the costs of one draw."""
     blocks = []
     for v, block in enumerate(problem.blocks):
-        factors = [float(draws.factors(problem, 1 << v, device)[draw]) for device in range(len(problem.devices))]
+        first = problem.replicas[0] if problem.replicas else None
+        factors = [float(draws.factors(problem, 1 << v, device, first)[draw]) for device in range(len(problem.devices))]
         blocks.append(
             dataclasses.replace(
                 block,

@@ -78,6 +78,8 @@ class StageCost:
     """Gradients that the stage sends; what the stage before receives by default."""
     engine_s: float = 0.0
     """What the engine takes for each operation, a forward or a backward, beside them."""
+    sum_s: float = 0.0
+    """Summing its gradients with the other replicas, once a step before the update."""
 
 
 class _Prices(NamedTuple):
@@ -259,7 +261,8 @@ def _prices(
         passage[BACKWARD, 1:] = into[BACKWARD, :-1]
     serial = transfers == "serial"
     by_stage = np.tile(factors, (len(costs) // devices, 1))
-    once = np.array([[cost.tie_s] for cost in costs]) + np.array([[cost.update_s] for cost in costs]) * by_stage
+    sums, updates = np.array([[cost.tie_s + cost.sum_s, cost.update_s] for cost in costs]).T[..., None]
+    once = sums + updates * by_stage
     return _Prices(
         compute[..., None] * by_stage,
         out[..., None],

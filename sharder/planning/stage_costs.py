@@ -8,7 +8,7 @@ from shardwright.sharder.planning.problem import Problem, bits
 from shardwright.sharder.planning.simulate import StageCost
 from shardwright.sharder.planning.transfers import traffic_of
 
-__all__ = ["Stages", "shares_of", "stage_costs", "ties_s_of"]
+__all__ = ["Stages", "shares_of", "stage_costs", "sums_s_of", "ties_s_of"]
 
 Stages = Sequence[tuple[int, int]]
 """In order: a device index and a bit mask of blocks each."""
@@ -33,15 +33,36 @@ def ties_s_of(problem: Problem, stages: Stages) -> list[float]:
     return [problem.ties_s(members, device) for device, members in shares] + later
 
 
+def sums_s_of(problem: Problem, stages: Stages) -> list[float]:
+    """Seconds of a step in which each stage's gradients are summed over the replicas.
+
+    What a device's sum takes at once is its first stage's, and so are the copies of tied parameters.
+    """
+    if not problem.replicas:
+        return [0.0] * len(stages)
+    own = [sum(problem.blocks[v].sum_s[device] for v in bits(members)) for device, members in stages]
+    for position, (device, members) in enumerate(shares_of(stages, problem.stages_per_device)):
+        latency_s, rate = problem.sums[device]
+        copies = sum(tie.gradient_bytes for tie in problem.ties if not tie.counted(members))
+        if copies or any(problem.blocks[v].sum_s[device] for v in bits(members)):
+            own[position] += latency_s + copies / rate
+    return own
+
+
 def stage_costs(problem: Problem, stages: Stages, anew: Sequence[bool] = ()) -> tuple[StageCost, ...]:
-    """Compute, transfers, ties and engine of each stage; a single stage needs no engine.
+    """Compute, transfers, ties, sums and engine of each stage; a single one that is all there is needs no engine.
 
     ``anew``: whether it is computed anew, by default none is.
     """
-    relayed = problem.transfers == "relayed"
+    relayed, by_engine = problem.transfers == "relayed", len(stages) > 1 or bool(problem.replicas)
     costs = []
-    for (device, members), traffic, tie_s, again in zip(
-        stages, traffic_of(problem, stages), ties_s_of(problem, stages), anew or [False] * len(stages), strict=True
+    for (device, members), traffic, tie_s, sum_s, again in zip(
+        stages,
+        traffic_of(problem, stages),
+        ties_s_of(problem, stages),
+        sums_s_of(problem, stages),
+        anew or [False] * len(stages),
+        strict=True,
     ):
         blocks = [problem.blocks[v] for v in bits(members)]
         forward_s = sum(b.forward_s[device] for b in blocks)
@@ -50,13 +71,14 @@ def stage_costs(problem: Problem, stages: Stages, anew: Sequence[bool] = ()) -> 
             StageCost(
                 forward_s=sum(b.again_s(device) for b in blocks) if again else forward_s,
                 backward_s=sum(b.backward_s[device] for b in blocks) + (forward_s if again else 0.0),
-                update_s=sum(b.update_s[device] for b in blocks),
+                update_s=sum(b.update_s[device] - (b.sum_s[device] if b.sum_s else 0.0) for b in blocks),
                 send_forward_s=traffic.forward_out_s,
                 receive_backward_s=traffic.backward_in_s,
                 tie_s=tie_s,
-                engine_s=problem.engine_s[device] if problem.engine_s and len(stages) > 1 else 0.0,
+                engine_s=problem.engine_s[device] if problem.engine_s and by_engine else 0.0,
                 receive_forward_s=None if relayed else traffic.forward_in_s,
                 send_backward_s=None if relayed else traffic.backward_out_s,
+                sum_s=sum_s,
             )
         )
     return tuple(costs)

@@ -132,17 +132,32 @@ def _why_not(problems: Sequence[Problem]) -> ShardwrightError:
     )
 
 
-def better_of(plain: Sequence[Option], pieces: Sequence[Option]) -> Option:
-    """The option with the shortest step; more stages have to be worth it, for each adds messages."""
-    best = min((*plain, *pieces), key=lambda option: option.step_s)
-    rival = min(plain, key=lambda option: option.step_s, default=best)
-    return rival if best.step_s * WORTHWHILE > rival.step_s else best
+def better_of(options: Sequence[Option]) -> Option:
+    """The option with the shortest step; more replicas or stages a device have to be worth it: each adds messages."""
+
+    def kind(option: Option) -> tuple[int, int]:
+        return len(option.problem.replicas), option.problem.stages_per_device
+
+    bests = [
+        min((option for option in options if kind(option) == one), key=lambda option: option.step_s)
+        for one in sorted(set(map(kind, options)))
+    ]
+    found = bests[0]
+    for option in bests[1:]:
+        found = option if option.step_s * WORTHWHILE <= found.step_s else found
+    return found
 
 
 def compared(chosen: Option, options: Sequence[Option]) -> OtherSchedule | None:
     """The best of the ``options`` with another number of stages a device than ``chosen``; None if there is none."""
-    v = chosen.problem.stages_per_device
-    others = [option for option in options if option.problem.stages_per_device != v and len(option.split.stages) > 1]
+    v, replicas = chosen.problem.stages_per_device, len(chosen.problem.replicas)
+    others = [
+        option
+        for option in options
+        if option.problem.stages_per_device != v
+        and len(option.split.stages) > 1
+        and len(option.problem.replicas) == replicas
+    ]
     if not others or len(chosen.split.stages) == 1:
         return None
     best = min(others, key=lambda option: option.step_s)
@@ -150,8 +165,8 @@ def compared(chosen: Option, options: Sequence[Option]) -> OtherSchedule | None:
     return OtherSchedule(
         schedule=schedule,
         stages_per_device=best.problem.stages_per_device,
-        devices=len(shares_of(best.split.stages, best.problem.stages_per_device)),
-        microbatches=best.problem.microbatches,
+        devices=len(shares_of(best.split.stages, best.problem.stages_per_device)) * max(1, replicas),
+        microbatches=best.problem.batch_microbatches,
         step_s=best.step_s,
         bubble=max(0.0, best.timeline.bubble),
         transfer_s=_transfer_s(best),

@@ -34,6 +34,7 @@ _FIELDS: dict[What, str] = {
     "backward": "backward_s",
     "update": "update_s",
     "tie": "transfer_s",
+    "sum": "transfer_s",
     "send activations": "transfer_s",
     "receive activations": "transfer_s",
     "send gradients": "transfer_s",
@@ -73,11 +74,20 @@ def accounts_of(plan: Plan, steps: Sequence[Sequence[Noted]]) -> Accounts:
     """The accounts of the step of median length (the shorter of two) among noted ``steps``, each by device."""
     lengths = [max(n.end_s for n in step) - min(n.start_s for n in step) for step in steps]
     shown = steps[lengths.index(statistics.median_low(lengths))]
-    measured_s, measured = measured_slots(shown)
-    count = len(plan.devices)
+    measured_s, measured = measured_slots(shown, plan.depth)
     costs = costs_of(plan)
     timeline = timeline_of(plan, costs)
-    predicted = predicted_slots(timeline, costs, serial=not plan.overlap)
+    one = predicted_slots(timeline, costs, serial=not plan.overlap)
+    predicted = tuple(
+        slot.model_copy(update={"replica": replica}) if replica else slot
+        for replica in range(plan.replicas)
+        for slot in one
+    )
+
+    def of(device: int, slots: Iterable[Slot], step_s: float) -> Account:
+        replica, position = divmod(device, plan.depth)
+        return account((s for s in slots if s.replica == replica and s.stage % plan.depth == position), step_s)
+
     return Accounts(
         noted_s=tuple(lengths),
         measured_s=measured_s,
@@ -85,10 +95,10 @@ def accounts_of(plan: Plan, steps: Sequence[Sequence[Noted]]) -> Accounts:
         stages=tuple(
             StageAccounts(
                 device=device,
-                predicted=account((s for s in predicted if s.stage % count == position), timeline.step_s),
-                measured=account((s for s in measured if s.stage % count == position), measured_s),
+                predicted=of(number, predicted, timeline.step_s),
+                measured=of(number, measured, measured_s),
             )
-            for position, device in enumerate(plan.devices)
+            for number, device in enumerate(plan.devices)
         ),
         off=off(plan, measured_costs(measured, plan, measured_s), measured_s),
         predicted=predicted,
@@ -105,22 +115,27 @@ def account(slots: Iterable[Slot], step_s: float) -> Account:
     return Account(**parts, other_s=other_s if other_s > ROUNDING * step_s else 0.0)
 
 
-def measured_slots(noted: Sequence[Noted]) -> tuple[float, tuple[Slot, ...]]:
-    """The step's seconds and its slots, from what each device noted."""
-    count = len(noted)
+def measured_slots(noted: Sequence[Noted], depth: int = 0) -> tuple[float, tuple[Slot, ...]]:
+    """The step's seconds and its slots, from what each device noted.
+
+    Args:
+        depth: devices of one replica; by default there is one.
+    """
+    count = depth or len(noted)
     start_s, end_s = min(n.start_s for n in noted), max(n.end_s for n in noted)
-    ready: dict[tuple[str, int, int | None], float] = {}
-    for device, each in enumerate(noted):
+    ready: dict[_Message, float] = {}
+    for number, each in enumerate(noted):
+        replica, device = divmod(number, count)
         for post in each.posts:
-            key = _message(device + count * post.piece, post)
+            key = _message(replica, device + count * post.piece, post)
             ready[key] = max(post.start_s, ready.get(key, post.start_s))
     slots: list[Slot] = []
-    for device, each in enumerate(noted):
+    for number, each in enumerate(noted):
+        replica, device = divmod(number, count)
         parts = [Mark("wait", None, start_s, each.start_s)]
         for mark in each.marks:
-            both_s = min(
-                max(ready.get(_message(device + count * mark.piece, mark), mark.start_s), mark.start_s), mark.end_s
-            )
+            posted_s = ready.get(_message(replica, device + count * mark.piece, mark), mark.start_s)
+            both_s = min(max(posted_s, mark.start_s), mark.end_s)
             shown = mark._replace(microbatch=None) if mark.what == "tie" else mark
             parts += [shown._replace(what="wait", end_s=both_s), shown._replace(start_s=both_s)]
         parts.append(Mark("wait", None, max(each.end_s, parts[-1].end_s), end_s))
@@ -129,23 +144,30 @@ def measured_slots(noted: Sequence[Noted]) -> tuple[float, tuple[Slot, ...]]:
             # Events of a GPU may be a little off the host's clock at the ends.
             begin_s, until_s = max(part.start_s, at_s), min(part.end_s, end_s)
             if until_s > begin_s:
-                slots.append(_slot(device + count * part.piece, part, begin_s - start_s, until_s - start_s))
+                at = (begin_s - start_s, until_s - start_s)
+                slots.append(_slot(device + count * part.piece, part, *at, replica=replica))
                 at_s = until_s
     return end_s - start_s, tuple(slots)
 
 
-def _slot(stage: int, mark: Mark, start_s: float, end_s: float) -> Slot:
-    return Slot(stage=stage, what=mark.what, microbatch=mark.microbatch, start_s=start_s, end_s=end_s)
+def _slot(stage: int, mark: Mark, start_s: float, end_s: float, replica: int = 0) -> Slot:
+    return Slot(stage=stage, what=mark.what, microbatch=mark.microbatch, start_s=start_s, end_s=end_s, replica=replica)
 
 
-def _message(stage: int, mark: Mark) -> tuple[str, int, int | None]:
-    """What both ends of a transfer call it: its kind, the earlier stage of its link, its micro-batch."""
+_Message = tuple[str, int, int, int | None]
+"""Its kind, the replica (-1: all), the earlier stage of its link, its micro-batch."""
+
+
+def _message(replica: int, stage: int, mark: Mark) -> _Message:
+    """What both ends of a transfer call it."""
     how, _, kind = mark.what.partition(" ")
+    if how == "sum":
+        return how, -1, stage, None
     if not kind:
         # A tie is one sum for all its devices.
-        return (how, -1, mark.microbatch) if how == "tie" else (how, stage, mark.microbatch)
+        return (how, replica, -1 if how == "tie" else stage, mark.microbatch)
     towards_next = (how == "send") == (kind == "activations")
-    return kind, stage if towards_next else stage - 1, mark.microbatch
+    return kind, replica, stage if towards_next else stage - 1, mark.microbatch
 
 
 def predicted_slots(timeline: Timeline, costs: Sequence[StageCost], *, serial: bool) -> tuple[Slot, ...]:
@@ -179,6 +201,7 @@ def predicted_slots(timeline: Timeline, costs: Sequence[StageCost], *, serial: b
     for device in range(timeline.order.devices):
         mine = costs[device :: timeline.order.devices]
         add(device, device, "tie", None, free_s[device], sum(cost.tie_s for cost in mine))
+        add(device, device, "sum", None, free_s[device], sum(cost.sum_s for cost in mine))
         add(device, device, "update", None, free_s[device], sum(cost.update_s for cost in mine))
         add(device, device, "wait", None, timeline.step_s, 0.0)
     return tuple(slots)
@@ -199,30 +222,33 @@ def _or(own_s: float | None, other_s: float) -> float:
 
 
 def measured_costs(slots: Sequence[Slot], plan: Plan, step_s: float) -> tuple[StageCost, ...]:
-    """What each stage of ``plan`` cost in a measured step of ``step_s`` seconds: means over its micro-batches.
+    """What each stage of ``plan`` cost in a measured step of ``step_s`` seconds: means over its micro-batches, those
+    of all replicas.
 
     What no slot of a device covers is the engine's, the same for each operation.
     """
-    microbatches, devices = plan.microbatches, len(plan.devices)
+    microbatches, replicas, depth = plan.microbatches, plan.replicas, plan.depth
     operations = microbatches * (1 + plan.train) * plan.stages_per_device
 
     def spent_s(stage: int, *what: What) -> float:
         return sum(slot.duration_s for slot in slots if slot.stage == stage and slot.what in what)
 
-    def other_s(device: int) -> float:
-        return account((slot for slot in slots if slot.stage % devices == device), step_s).other_s
+    def other_s(position: int) -> float:
+        mine = [slot for slot in slots if slot.stage % depth == position]
+        return sum(account((s for s in mine if s.replica == number), step_s).other_s for number in range(replicas))
 
     return tuple(
         StageCost(
             forward_s=spent_s(stage, "forward", "loss") / microbatches,
             backward_s=spent_s(stage, "backward") / microbatches,
-            update_s=spent_s(stage, "update"),
+            update_s=spent_s(stage, "update") / replicas,
             send_forward_s=spent_s(stage, "send activations") / microbatches,
             receive_backward_s=spent_s(stage, "receive gradients") / microbatches,
-            tie_s=spent_s(stage, "tie"),
-            engine_s=other_s(stage % devices) / operations,
+            tie_s=spent_s(stage, "tie") / replicas,
+            engine_s=other_s(stage % depth) / operations,
             receive_forward_s=spent_s(stage, "receive activations") / microbatches,
             send_backward_s=spent_s(stage, "send gradients") / microbatches,
+            sum_s=spent_s(stage, "sum") / replicas,
         )
         for stage in range(len(plan.stages))
     )
@@ -231,7 +257,7 @@ def measured_costs(slots: Sequence[Slot], plan: Plan, step_s: float) -> tuple[St
 class _Change(NamedTuple):
     """A measured cost in place of a predicted one: (stage, field of StageCost) of each of its parts."""
 
-    what: Literal["forward", "backward", "update", "ties", "transfers", "engine"]
+    what: Literal["forward", "backward", "update", "ties", "sums", "transfers", "engine"]
     devices: tuple[str, ...]
     parts: tuple[tuple[int, str], ...]
 
@@ -292,8 +318,8 @@ def _all_own(costs: Sequence[StageCost]) -> tuple[StageCost, ...]:
 def _changes(plan: Plan) -> list[_Change]:
     """Every cost that may be off: of a device, or of the link from it to the next."""
     found = []
-    count, last = len(plan.devices), len(plan.stages) - 1
-    for position, device in enumerate(plan.devices):
+    count, last = plan.depth, len(plan.stages) - 1
+    for position, device in enumerate(plan.pipelines[0]):
         mine = range(position, len(plan.stages), count)
         found += [
             _Change("forward", (device,), tuple((stage, "forward_s") for stage in mine)),
@@ -301,6 +327,7 @@ def _changes(plan: Plan) -> list[_Change]:
             _Change("update", (device,), tuple((stage, "update_s") for stage in mine)),
             _Change("ties", (device,), tuple((stage, "tie_s") for stage in mine)),
             _Change("engine", (device,), tuple((stage, "engine_s") for stage in mine for _ in range(1 + plan.train))),
+            _Change("sums", (device,), tuple((stage, "sum_s") for stage in mine)),
         ]
         crossed = [stage for stage in mine if stage < last]
         if crossed:

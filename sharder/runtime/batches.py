@@ -41,9 +41,13 @@ class BatchForm:
     """Its keyword arguments, in order."""
     division: Division
     """The plan's."""
+    replicas: int = 1
+    """Which have equally many micro-batches each."""
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int, microbatches: int) -> Self:
+    def of(
+        cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int, microbatches: int, replicas: int = 1
+    ) -> Self:
         """The form of a sample of ``batch`` samples."""
         found = tensors_in((args, dict(kwargs)))
         return cls(
@@ -52,6 +56,7 @@ class BatchForm:
             others=_others(args, kwargs),
             keywords=tuple(kwargs),
             division=Division(microbatches, batch // microbatches),
+            replicas=replicas,
         )
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[Tensor], int]:
@@ -81,11 +86,32 @@ class BatchForm:
         return [t for _, t in found], batch
 
     def divided(self, batch: int) -> Division:
-        """How ``batch`` samples are divided: into micro-batches of the plan's size, or else as many as are equal."""
-        if batch % self.division.size == 0:
+        """How ``batch`` samples are divided: into micro-batches of the plan's size, or else as many as are equal.
+
+        Raises:
+            ShardwrightError: there are no equal parts for all replicas.
+        """
+        if batch % (self.division.size * self.replicas) == 0:
             return Division(batch // self.division.size, self.division.size)
-        count = max(n for n in range(1, self.division.pieces + 1) if batch % n == 0)
+        count = max(
+            (n for n in range(self.replicas, self.division.pieces + 1, self.replicas) if not batch % n), default=0
+        )
+        if not count:
+            raise ShardwrightError(
+                f"a batch of {batch} samples has no equal parts for {self.replicas} replicas; leave out the last batch "
+                f"(drop_last=True), or give one that {self.replicas} divides"
+            )
         return Division(count, batch // count)
+
+    def part(self, tensors: Sequence[Tensor], division: Division, replica: int) -> list[Tensor]:
+        """What one replica has of a batch that is divided by ``division``, as views."""
+        if self.replicas == 1:
+            return list(tensors)
+        rows = division.pieces // self.replicas * division.size
+        return [
+            t[replica * rows : (replica + 1) * rows] if divided else t
+            for t, divided in zip(tensors, self.batched, strict=True)
+        ]
 
     def _inputs(self) -> Iterator[tuple[TensorSpec, bool]]:
         yield from zip(self.specs, self.batched, strict=True)

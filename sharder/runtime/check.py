@@ -98,7 +98,7 @@ def check_plan_can_be_piped(plan: Plan) -> None:
             "this plan is no chain of stages, which the pipeline needs: place(model, plan) takes it, or plan anew with "
             "stages (objective throughput, without --free)"
         )
-    if plan.obstacles and len(plan.stages) > 1:
+    if plan.obstacles and len(plan.devices) > 1:
         raise cannot_be_piped(plan.obstacles)
 
 

@@ -22,6 +22,7 @@ _NAMES: dict[What, str] = {
     "loss": "loss",
     "update": "update",
     "tie": "tie",
+    "sum": "sum",
     "send activations": "send F",
     "receive activations": "recv F",
     "send gradients": "send B",
@@ -42,11 +43,14 @@ def trace_of(run: Run, accounts: Accounts) -> dict[str, Any]:
         ("predicted", accounts.predicted, accounts.predicted_s),
     )
     events: list[dict[str, Any]] = []
-    interleaved = any(slot.stage >= len(run.devices) for slot in accounts.predicted)
+    depth = len(run.devices) // run.replicas
+    interleaved = any(slot.stage >= depth for slot in accounts.predicted)
     for process, (name, slots, step_s) in enumerate(shown, start=1):
-        threads = [d if interleaved else f"stage {stage}: {d}" for stage, d in enumerate(run.devices)]
+        threads = [d if interleaved else f"stage {at % depth}: {d}" for at, d in enumerate(run.devices)]
+        if run.replicas > 1:
+            threads = [f"replica {at // depth}, {thread}" for at, thread in enumerate(threads)]
         events += _names(process, f"{name}: a step of {1e3 * step_s:.4g} ms", threads)
-        events += (_event(process, slot, len(threads), interleaved=interleaved) for slot in slots)
+        events += (_event(process, slot, depth, interleaved=interleaved) for slot in slots)
     return {
         "traceEvents": events,
         "displayTimeUnit": "ms",
@@ -67,7 +71,7 @@ def _names(process: int, name: str, threads: Sequence[str]) -> Iterator[dict[str
         yield metadata("thread_sort_index", position + 1, sort_index=position)
 
 
-def _event(process: int, slot: Slot, devices: int, *, interleaved: bool) -> dict[str, Any]:
+def _event(process: int, slot: Slot, depth: int, *, interleaved: bool) -> dict[str, Any]:
     # Whole nanoseconds, and the length as a difference of them: neighbours then touch and never overlap.
     start_ns, end_ns = round(slot.start_s * 1e9), round(slot.end_s * 1e9)
     number = "" if slot.microbatch is None or slot.what == "wait" else str(slot.microbatch)
@@ -75,10 +79,10 @@ def _event(process: int, slot: Slot, devices: int, *, interleaved: bool) -> dict
     stage = str(slot.stage) if interleaved and slot.what in ("forward", "backward") else ""
     return {
         "name": stage + _NAMES[slot.what] + number,
-        "cat": "transfer" if slot.what.startswith(("send", "receive", "tie")) else slot.what,
+        "cat": "transfer" if slot.what.startswith(("send", "receive", "tie", "sum")) else slot.what,
         "ph": "X",
         "pid": process,
-        "tid": slot.stage % devices + 1,
+        "tid": slot.replica * depth + slot.stage % depth + 1,
         "ts": start_ns / 1e3,
         "dur": (end_ns - start_ns) / 1e3,
         "args": {} if slot.microbatch is None else {"microbatch": slot.microbatch, "stage": slot.stage},

@@ -68,7 +68,7 @@ def shared_parameters(plan: Plan, model: nn.Module) -> tuple[SharedParameter, ..
     """The plan's ties over several devices, with every name that the parameter has."""
     names = names_by_tensor(model)
     every = dict(model.named_parameters(remove_duplicate=False))
-    count = len(plan.devices)
+    count = plan.depth
     held = {tie.name: tuple(sorted({stage % count for stage in tie.stages})) for tie in plan.ties}
     return tuple(
         SharedParameter(frozenset(names[id(every[name])]), holders)

@@ -49,7 +49,7 @@ def compare(reference: Comparison, stages: list[Comparison]) -> Equality:
         DifferenceError: one differs by more than its dtype explains, or is missing; the worst is named.
     """
     outputs = [t for stage in stages for t in stage.outputs]
-    gradients = {name: t for stage in stages for name, t in stage.gradients.items()}
+    gradients = {name for stage in stages for name in stage.gradients}
     if len(outputs) != len(reference.outputs):
         raise DifferenceError(f"the pipeline gave {len(outputs)} outputs, the model {len(reference.outputs)}")
     # A parameter that the loss does not reach has no gradient, or zeros, depending on who asks.
@@ -58,7 +58,13 @@ def compare(reference: Comparison, stages: list[Comparison]) -> Equality:
         raise DifferenceError(f"the pipeline gave no gradient for {absent[0]}, the model did")
     pairs = [(f"output {i}", a, b) for i, (a, b) in enumerate(zip(reference.outputs, outputs, strict=True))]
     count = len(pairs)
-    pairs += [(f"the gradient of {n}", t, gradients[n]) for n, t in reference.gradients.items() if n in gradients]
+    # Every copy, those of replicas and of ties.
+    pairs += [
+        (f"the gradient of {name}", reference.gradients[name], t)
+        for stage in stages
+        for name, t in stage.gradients.items()
+        if name in reference.gradients
+    ]
     errors, largest = [], 0.0
     for name, expected, found in pairs:
         error = relative_difference(expected, found)

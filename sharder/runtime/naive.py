@@ -19,7 +19,7 @@ def naive_plans(plan: Plan) -> tuple[dict[str, Plan], tuple[Naive, ...]]:
     found: dict[str, Plan] = {}
     refused: list[Naive] = []
     for alternative in plan.alternatives:
-        if alternative.name in ("data parallel", "nothing anew"):  # no split, and the planner's own
+        if alternative.name in ("data parallel", "nothing anew", "replicas"):  # no split, and the planner's own
             continue
         why = _why_not(plan, alternative, found)
         if why:
@@ -61,7 +61,7 @@ def _why_not(plan: Plan, alternative: Alternative, others: dict[str, Plan]) -> s
 
 def _placed(plan: Plan) -> tuple[object, ...]:
     """What makes two plans run the same."""
-    stages = [(stage.device, stage.recompute) for stage in plan.stages]
+    stages = [(stage.device, stage.replica_devices, stage.recompute) for stage in plan.stages]
     return plan.microbatches, plan.schedule, stages, [node.stage for node in plan.nodes]
 
 
@@ -82,6 +82,7 @@ def as_plan(plan: Plan, alternative: Alternative) -> Plan:
             "microbatches": alternative.microbatches,
             "schedule": alternative.schedule,
             "stages_per_device": 1,
+            "replicas": 1,
             "predicted": predicted,
             "alternatives": (),
             "candidates": (),

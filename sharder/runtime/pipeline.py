@@ -30,6 +30,7 @@ from shardwright.sharder.runtime.cut import Share, StageProgram, trainable
 from shardwright.sharder.runtime.engine import SharedGradients, SharedParameter, make_schedule, make_stage
 from shardwright.sharder.runtime.noting import Notes
 from shardwright.sharder.runtime.record import What
+from shardwright.sharder.runtime.replicas import Groups, ReplicaGradients
 from shardwright.sharder.runtime.resting import dropout_resting
 
 __all__ = [
@@ -55,9 +56,11 @@ class Job:
 
     schedule: str
     microbatches: int
+    """Of one replica."""
     stages: int
     """Of the whole pipeline."""
     batch: int
+    """Of one replica."""
     train: bool
     optimizer: str
     output_places: tuple[int, ...]
@@ -68,7 +71,10 @@ class Job:
     name: str = "plan"
     """Of the pipeline, among those that a worker holds."""
     ranks: tuple[int, ...] = ()
-    """Of each device of the pipeline, that of its worker among all; () for the whole model."""
+    """Of each device, one replica after another, that of its worker among all; () for the whole model."""
+    replicas: int = 1
+    divided: tuple[bool, ...] = ()
+    """Of each input of the model, whether micro-batches have a part of it; () = as its length says."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +102,10 @@ class _Held:
     """The engine's own."""
     stages: tuple[PipelineStage, ...] = ()
     group: dist.ProcessGroup | None = None
-    """Of the pipeline's devices; None: all workers."""
+    """Of the devices of all replicas; None: all workers."""
     shared: SharedGradients | None = None
+    groups: tuple[dist.ProcessGroup, ...] = ()
+    """All that this device is in, ties apart."""
     notes: Notes | None = None
     """Filled in a step that is noted."""
 
@@ -111,56 +119,76 @@ class _Held:
             self.notes.post("tie", number)
         return self.noting("tie", number)
 
+    def summing(self) -> AbstractContextManager[None]:
+        """Note the sum of the gradients over the replicas likewise."""
+        if self.notes:
+            self.notes.post("sum")
+        return self.noting("sum")
+
 
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def hold_stages(job: Job, programs: Sequence[StageProgram], inputs: tuple[Tensor, ...]) -> None:
-    """Take in this device's stages of a pipeline, beside those of others; ``inputs`` are the model's, the whole batch.
+def hold_stages(job: Job, programs: Sequence[StageProgram], inputs: tuple[Tensor, ...], replica: int = 0) -> None:
+    """Take in this device's stages of a pipeline, beside those of others; ``inputs`` are the model's, all that the
+    replica has of the batch.
 
     All workers call it, for its groups are made by all; those without a stage have no ``programs``, and only the first
     stage has inputs.
     """
     device: torch.device = resident["device"]
-    alone = job.ranks != tuple(range(dist.get_world_size()))
-    group = dist.new_group(list(job.ranks)) if alone else None
+    groups = Groups.of(job.ranks, job.replicas)
     ties = job.ties if job.train else ()
+    position = programs[0].index if programs else -1
+    module = nn.Module()
+    if programs:
+        _bring((value for program in programs for value in program.attributes.values()), device)
+        share = Share(programs, device)
+        module = share.whole.train(job.train)
+    by_replica = [
+        SharedGradients(ties, position if number == replica else -1, module, ranks=ranks)
+        for number, ranks in enumerate(groups.ranks)
+    ]
+    summing = ReplicaGradients(module, groups.of_position[position] if job.train and programs else None)
     if not programs:
-        SharedGradients(ties, -1, nn.Module(), ranks=job.ranks)
         return
-    _bring((value for program in programs for value in program.attributes.values()), device)
-    share = Share(programs, device)
-    module = share.whole.train(job.train)
+    ranks, group, shared = groups.ranks[replica], groups.of_replica[replica], by_replica[replica]
     stages = tuple(make_stage(p, m, job.stages, device, group) for p, m in zip(programs, share.modules, strict=True))
     # The engine of several stages a process finds the ranks by itself, in rising order.
-    assert len(stages) == 1 or list(job.ranks) == sorted(job.ranks)
+    assert len(stages) == 1 or list(ranks) == sorted(ranks)
     for stage in stages:
         # PyTorch numbers the ranks of a group in rising order, whatever the order of the devices is.
         stage.stage_index_to_group_rank = {
-            index: sorted(job.ranks).index(job.ranks[index % len(job.ranks)]) for index in range(job.stages)
+            index: sorted(ranks).index(ranks[index % len(ranks)]) for index in range(job.stages)
         }
     here = tuple(t.to(device) for t in inputs)
     held = _Held(job, device, module, _optimizer(job, module), lambda: None)
-    held.inputs, held.buffers, held.stages, held.group = here, partial(_engine_buffers, stages), stages, group
-    # The engine divides the gradients stage by stage, which is once too often for what several of them share.
-    parts = job.microbatches if len(stages) > 1 else 1
+    held.shared, held.groups = shared, groups.having(replica, position)
+    held.inputs, held.buffers, held.stages, held.group = here, partial(_engine_buffers, stages), stages, groups.all
+    # The engine divides the gradients stage by stage, which is once too often for what several of them share; and it
+    # knows nothing of the other replicas.
+    by_loss = len(stages) > 1 or job.replicas > 1
+    parts = job.microbatches * job.replicas if by_loss else 1
 
     def loss(outputs: Any, _target: Tensor) -> Tensor:
         with held.noting("loss", piece=len(stages) - 1):
             return mean_square_loss(outputs) / parts
 
-    batched = [is_batched(t, job.batch) for t in inputs]
+    batched = job.divided or [is_batched(t, job.batch) for t in inputs]
     schedule = make_schedule(
-        stages, job.schedule, job.microbatches, loss if job.train else None, batched, scale_grads=parts == 1
+        stages, job.schedule, job.microbatches, loss if job.train else None, batched, scale_grads=not by_loss
     )
     target = torch.zeros(job.batch, device=device)
     first, last = programs[0].index == 0, programs[-1].index == job.stages - 1
-    held.shared = shared = SharedGradients(ties, programs[0].index, module, ranks=job.ranks)
 
     def step() -> None:
-        with shared.summed(held.tying), nullcontext() if job.train else torch.no_grad():
+        with (
+            summing.summed(held.summing),
+            shared.summed(held.tying),
+            nullcontext() if job.train else torch.no_grad(),
+        ):
             schedule.step(
                 *(here if first else ()),
                 target=target if last and job.train else None,
@@ -330,8 +358,8 @@ def release_stages(name: str = "plan") -> None:
     held = _let_go(_key(name))
     if held is not None and held.shared is not None:
         held.shared.close()
-    if held is not None and held.group is not None:
-        dist.destroy_process_group(held.group)
+    for group in held.groups if held is not None else ():
+        dist.destroy_process_group(group)
 
 
 def free_bytes() -> int:

@@ -62,10 +62,15 @@ def place(
             too: see :mod:`~shardwright.sharder.runtime.inprocess`. By default one device after the other works.
 
     Raises:
-        ShardwrightError: the plan is for another model, a device is not here, the checkpoint is not this model's, or
-            with ``microbatches`` the model cannot be piped.
+        ShardwrightError: the plan is for another model or has replicas, a device is not here, the checkpoint is not
+            this model's, or with ``microbatches`` the model cannot be piped.
     """
     check_model(plan, model)
+    if plan.replicas > 1:
+        raise ShardwrightError(
+            f"the plan has {plan.replicas} replicas of the model, each with a part of the batch, and a model is placed "
+            "once: use pipeline(model, plan, ...) or `shard --run`, or plan with 1 replica"
+        )
     homes = _resolve(plan, devices or {})
     if microbatches is not None:
         check_threads(plan, homes, microbatches)

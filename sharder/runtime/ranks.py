@@ -1,5 +1,8 @@
 """The processes of a training script as the devices of a pipeline: rank k has the stages of the plan's device k.
 
+With replicas each is a pipeline of consecutive ranks, and a rank's position is that in its pipeline. What follows from
+the weights alone, such as a checkpoint, is the first replica's to tell.
+
 On several nodes the devices of each are counted together (:mod:`shardwright.sharder.runtime.nodes`). The process group
 is the script's own if it has one, else made from the environment that ``torchrun`` sets, with the ranks in the order of
 the stages. What the pipeline sends goes over groups of its own, so that it never mixes with the script's messages.
@@ -12,7 +15,7 @@ no more. Before any message is sent they meet over the store, where one that fai
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -60,6 +63,8 @@ class Ranks:
                 raise
             raise ShardwrightError(f"the processes of the pipeline could not meet: {root_of(error)}") from error
         self.size, self.rank = dist.get_world_size(), dist.get_rank()
+        self.replicas, self.depth = plan.replicas, plan.depth
+        self.replica, self.position = divmod(self.rank, self.depth)
         self.name = plan.devices[self.rank]
         self.label = _stages_in_words(plan, self.rank)
         self.device = stage_device(self._place.device)
@@ -69,6 +74,21 @@ class Ranks:
             self.control = dist.new_group(backend="gloo", timeout=limit)
             on_gpu = self.device.type == "cuda"
             self.data = dist.new_group(backend="nccl", timeout=limit) if on_gpu else self.control
+            self.backend = dist.get_backend(self.data)
+            self.pipe: dist.ProcessGroup = self.data
+            self.alike: dist.ProcessGroup | None = None
+            if self.replicas > 1:
+                self.pipe, self.alike = self._of_replicas(limit)
+
+    def _of_replicas(self, limit: timedelta) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """The group of this rank's pipeline, and that of the ranks with the same stages; all ranks make all."""
+        ranks = [range(first, first + self.depth) for first in range(0, self.size, self.depth)]
+        pipes = [dist.new_group(list(own), backend=self.backend, timeout=limit) for own in ranks]
+        alike = [
+            dist.new_group([own[position] for own in ranks], backend=self.backend, timeout=limit)
+            for position in range(self.depth)
+        ]
+        return pipes[self.replica], alike[self.position]
 
     @property
     def _meeting_s(self) -> float:
@@ -84,8 +104,13 @@ class Ranks:
 
     @property
     def is_last(self) -> bool:
-        """Whether this device has the outputs and the loss."""
-        return self.rank == self.size - 1
+        """Whether this device has outputs and a loss: those of its replica."""
+        return self.position == self.depth - 1
+
+    @property
+    def last_ranks(self) -> range:
+        """By replica: the rank that has its outputs."""
+        return range(self.depth - 1, self.size, self.depth)
 
     def pin(self) -> None:
         """Give a CPU stage its share of the cores, as when it was profiled, if there is one for each."""
@@ -104,7 +129,7 @@ class Ranks:
         self._board.close()
         if not dist.is_initialized():
             return
-        for group in {self.control, self.data}:
+        for group in {self.control, self.data, self.pipe, self.alike} - {None}:
             dist.destroy_process_group(group)
         if self.made_group:
             dist.destroy_process_group()
@@ -122,11 +147,14 @@ class Ranks:
             raise ShardwrightError(f"rank {other} has {what} other than rank 0's; {remedy}")
 
     def spread(self, value: Tensor | None) -> Tensor:
-        """The last device's number on every rank, in PyTorch's default dtype, on this rank's device."""
+        """The sum of the replicas' last devices' numbers on every rank, in PyTorch's default dtype, on its device."""
         number = torch.zeros((), dtype=torch.float64, device=self.device)
         if value is not None:
             number.copy_(value.detach().reshape(()))
-        self.broadcast(number, self.size - 1)
+        if self.replicas == 1:
+            self.broadcast(number, self.size - 1)
+        else:
+            self.reduce(number, dist.ReduceOp.SUM, everywhere=True)
         return number.to(torch.get_default_dtype())
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
@@ -134,13 +162,20 @@ class Ranks:
         if self.size > 1:
             dist.broadcast(tensor, source, group=self.data)
 
-    def reduce(self, number: Tensor, operation: Any) -> None:
-        """Put all ranks' numbers together, in place."""
-        if self.size > 1:
-            dist.all_reduce(number, operation, group=self.data)
+    def reduce(self, number: Tensor, operation: Any, *, everywhere: bool = False) -> None:
+        """Put the numbers of this rank's pipeline together, in place, or those of all ranks."""
+        if (self.size if everywhere else self.depth) > 1:
+            dist.all_reduce(number, operation, group=self.data if everywhere else self.pipe)
+
+    def make_alike(self, tensors: Iterable[Tensor]) -> None:
+        """Give ``tensors``, on this rank's device, the values of the first replica's."""
+        if self.alike is None:
+            return
+        for tensor in tensors:
+            dist.broadcast(tensor, self.position, group=self.alike)
 
     def carry(self, tensor: Tensor | None, like: Tensor, source: int, target: int) -> Tensor | None:
-        """Bring a tensor in the host's memory from one rank to another; all others get None.
+        """Bring a tensor in the host's memory from one rank of the first replica to another; all others get None.
 
         Args:
             tensor: given on ``source``.
@@ -240,10 +275,11 @@ def _join(plan: Plan, limit_s: float, ready: Callable[[], None]) -> tuple[Board,
         store, rank, size = HashStore(), 0, 1
     else:
         ready()
-        count = len(plan.devices)
+        count, one = len(plan.devices), plan.replicas == 1
         raise ShardwrightError(
             f"the plan has {_counted(plan)}, and this is one process: start the script with torchrun --nproc-per-node "
-            f"{count} SCRIPT, or pipeline in one process with place(model, plan, microbatches={plan.microbatches})"
+            f"{count} SCRIPT"
+            + (f", or pipeline in one process with place(model, plan, microbatches={plan.microbatches})" * one)
         )
     fits = size == len(plan.devices)
     order = device_order(plan) if fits else tuple(range(size))
@@ -306,17 +342,20 @@ def _apart(plan: Plan) -> str:
 
 def _counted(plan: Plan) -> str:
     """``4 stages``, ``4 stages on 2 devices``."""
-    stages = f"{len(plan.stages)} stages"
+    stages = f"{len(plan.stages)} stage{'s' if len(plan.stages) > 1 else ''}"
+    if plan.replicas > 1:
+        return f"{plan.replicas} replicas of {stages} on {len(plan.devices)} devices"
     return f"{stages} on {len(plan.devices)} devices" if plan.stages_per_device > 1 else stages
 
 
 def _stages_in_words(plan: Plan, rank: int) -> str:
     """``stage 1 on cpu:1``, ``stages 1 and 3 on cpu:1``."""
-    stages = [str(stage.index) for stage in plan.stages if stage.device == plan.devices[rank]]
+    stages = [str(index) for index in range(rank % plan.depth, len(plan.stages), plan.depth)]
     names = " and ".join([", ".join(stages[:-1]), stages[-1]] if len(stages) > 1 else stages)
+    of = f" of replica {rank // plan.depth}" if plan.replicas > 1 else ""
     device = plan.devices[rank]
     host = f", node {plan.hosts[device]!r}" if plan.hosts else ""
-    return f"stage{'s' if len(stages) > 1 else ''} {names} on {device}{host}"
+    return f"stage{'s' if len(stages) > 1 else ''} {names}{of} on {device}{host}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -30,6 +30,7 @@ What = Literal[
     "backward",
     "update",
     "tie",
+    "sum",
     "send activations",
     "receive activations",
     "send gradients",
@@ -84,9 +85,10 @@ class Slot(Record):
     stage: NonNegativeInt
     what: What
     microbatch: NonNegativeInt | None
-    """None: it is not of one micro-batch."""
+    """None: it is not of one micro-batch. Each replica counts its own."""
     start_s: NonNegativeFloat
     end_s: NonNegativeFloat
+    replica: NonNegativeInt = 0
 
     @property
     def duration_s(self) -> float:
@@ -103,7 +105,7 @@ class Account(Record):
     update_s: NonNegativeFloat
     """Gradients cleared, scaled and applied."""
     transfer_s: NonNegativeFloat
-    """Sending, receiving, and summing tied gradients, both ends being at it."""
+    """Sending, receiving, and summing gradients of ties and replicas, all ends being at it."""
     bubble_s: NonNegativeFloat
     """Waiting for another stage, and for the step's end."""
     other_s: NonNegativeFloat
@@ -131,15 +133,16 @@ class StageAccounts(Record):
 class Off(Record):
     """A cost that was predicted wrongly, and what that does to the step."""
 
-    what: Literal["forward", "backward", "update", "ties", "transfers", "engine", "variation", "rest"]
+    what: Literal["forward", "backward", "update", "ties", "sums", "transfers", "engine", "variation", "rest"]
     """``"variation"``: the plan's step is longer than that of its median times, since devices' speeds vary; the
     measured costs have that in them. ``"rest"``: what no cost explains, as micro-batches that took unequal times."""
     devices: tuple[str, ...]
-    """Whose cost it is, that of all its stages; of transfers, those of both ends."""
+    """Whose cost it is, that of all its stages; of transfers, those of both ends. With replicas, those of the first."""
     predicted_s: NonNegativeFloat | None
-    """Of a micro-batch, the engine's there and back; update and ties of a step; transfers of a micro-batch there and
-    back, at both ends."""
+    """Of a micro-batch, the engine's there and back; update, ties and sums of a step; transfers of a micro-batch there
+    and back, at both ends."""
     measured_s: NonNegativeFloat | None
+    """Likewise; with replicas the mean over them."""
     step_s: float
     """So much longer is the measured step for it; negative when it is shorter."""
 
@@ -154,7 +157,7 @@ class Accounts(Record):
     predicted_s: NonNegativeFloat
     """The step of the plan's median times."""
     stages: tuple[StageAccounts, ...]
-    """By device, in the order of ``Run.devices``; stage s is on device s modulo their number."""
+    """By device, in the order of ``Run.devices``; stage s of a replica is on its device s modulo their number."""
     off: tuple[Off, ...]
     """The largest first. Their ``step_s`` add up to ``measured_s`` less the plan's predicted step."""
     predicted: tuple[Slot, ...]
@@ -189,8 +192,11 @@ class Run(Document):
     batch: PositiveInt
     train: bool
     devices: tuple[str, ...]
+    """One replica after another."""
+    replicas: PositiveInt = 1
     schedule: str
     microbatches: PositiveInt
+    """Of all replicas."""
     steps: PositiveInt
     """How many steps of each were timed, in turn."""
     equality: Equality

@@ -315,6 +315,7 @@ def _record(plan: Plan, measured: _Measured, rivals: Mapping[str, Plan], why: Ma
         batch=plan.batch,
         train=plan.train,
         devices=plan.devices,
+        replicas=plan.replicas,
         schedule=plan.schedule,
         microbatches=plan.microbatches,
         steps=steps,

@@ -7,14 +7,14 @@ pipelines of other plans, over other devices or in another order, stand beside e
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from shardwright.profiler.campaign import START_LIMIT_S
-from shardwright.profiler.inputs import outputs_of
+from shardwright.profiler.inputs import is_batched, outputs_of
 from shardwright.profiler.links import join
 from shardwright.profiler.measure import prepare
 from shardwright.profiler.pool import Pool
@@ -86,15 +86,16 @@ class Session:
     def hold(self, split: Split) -> None:
         """Give the stages of ``split`` to their workers."""
         ranks = tuple(self.ranks[device] for device in split.plan.devices)
-        job = job_of(split.plan, self.model, split.output_places, split.name, ranks)
-        inputs = tuple(outputs_of((self.args, self.kwargs)))
-        stages: dict[str, list[int]] = {device: [] for device in self.ranks}
-        for stage in split.plan.stages:
-            stages[stage.device].append(stage.index)
-        calls: dict[str, Any] = {}
-        for device, own in stages.items():  # those without a stage too: a group is made by all
-            programs = [split.programs[index] for index in own]
-            calls[device] = hold_stages, (job, programs, inputs if 0 in own else ())
+        plan = split.plan
+        given = outputs_of((self.args, self.kwargs))
+        job = job_of(plan, self.model, split.output_places, split.name, ranks)
+        job = replace(job, divided=tuple(is_batched(t, plan.batch) for t in given))
+        calls: dict[str, Any] = dict.fromkeys(self.ranks, (hold_stages, (job, (), ())))  # a group is made by all
+        for number, devices in enumerate(plan.pipelines):
+            inputs = tuple(_part_of(t, plan, number) for t in given)
+            for position, device in enumerate(devices):
+                programs = split.programs[position :: plan.depth]
+                calls[device] = hold_stages, (job, programs, inputs if position == 0 else (), number)
         self.pool.call(calls, limit_s=START_LIMIT_S, loading=True)
 
     def release(self, split: Split) -> None:
@@ -154,13 +155,21 @@ def job_of(
     """The job of the stages of ``plan``; ``ranks`` are those of its devices among the workers, by default in order."""
     return Job(
         plan.schedule,
-        plan.microbatches,
+        plan.pipeline_microbatches,
         len(plan.stages),
-        plan.batch,
+        plan.batch // plan.replicas,
         plan.train,
         plan.optimizer,
         output_places,
         shared_parameters(plan, model),
         name=name,
         ranks=ranks or tuple(range(len(plan.devices))),
+        replicas=plan.replicas,
     )
+
+
+def _part_of(tensor: Tensor, plan: Plan, replica: int) -> Tensor:
+    """The samples of one replica, which are contiguous; what is not divided goes to each whole."""
+    if plan.replicas == 1 or not is_batched(tensor, plan.batch):
+        return tensor
+    return tensor.tensor_split(plan.replicas)[replica].contiguous()

@@ -22,6 +22,7 @@ class StageEngine:
 
     Args:
         form: for micro-batches of the division's size.
+        division: of what this replica has of the batch.
         batched: of each input of the model, whether it is divided.
     """
 
@@ -39,7 +40,7 @@ class StageEngine:
         self._outputs: list[Any] = []
         count = len(plan.stages)
         self.stages = [
-            make_stage(program, module, count, ranks.device, ranks.data)
+            make_stage(program, module, count, ranks.device, ranks.pipe)
             for program, module in zip(form.programs, form.modules, strict=True)
         ]
         # With fewer micro-batches than stages 1F1B has nothing to alternate with, and the engine refuses it.
@@ -50,8 +51,8 @@ class StageEngine:
         self._numbers = torch.arange(division.pieces)
 
     def train(self, tensors: list[Tensor], targets: list[Any], loss: Callable[[Any, Any, int], Tensor]) -> list[Tensor]:
-        """One step; the last stage's parts of the loss."""
-        count = self.division.pieces
+        """One step; the last stage's parts of the loss, which is called with the number of all micro-batches, too."""
+        count = self.division.pieces * self.ranks.replicas
 
         def of_chunk(output: Any, number: int) -> Tensor:
             return loss(self.form.output.filled(output), targets[number], count)
@@ -97,7 +98,7 @@ class StageEngine:
         return made
 
     def _inputs(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(t.to(self.ranks.device) for t in tensors) if self.ranks.rank == 0 else ()
+        return tuple(t.to(self.ranks.device) for t in tensors) if self.ranks.position == 0 else ()
 
     def _of_chunk(self, output: Any, number: Tensor) -> Tensor:
         assert self._loss is not None  # set for the time of a step

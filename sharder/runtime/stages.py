@@ -57,6 +57,7 @@ class Recipe:
 
     Args:
         model: whole, and with its values.
+        position: of this rank's device in its pipeline.
         args: a sample batch.
 
     Raises:
@@ -67,13 +68,13 @@ class Recipe:
         self,
         model: nn.Module,
         plan: Plan,
-        rank: int,
+        position: int,
         device: torch.device,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
         self.model, self.plan, self.device = model, plan, device
-        self.stages = range(rank, len(plan.stages), len(plan.devices))
+        self.stages = range(position, len(plan.stages), plan.depth)
         self.sample = args, kwargs
         self.size = plan.batch // plan.microbatches
         self.forms: dict[tuple[int, bool], StageForm] = {}

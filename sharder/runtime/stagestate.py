@@ -43,6 +43,7 @@ class StageState:
         programs: of all stages, which go around ``devices`` devices.
         module: this device's, which is made of the model's own units.
         position: this device's.
+        keeps_unused: whether it keeps what no stage uses, if it is the first device; one replica does.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class StageState:
         module: nn.Module,
         position: int,
         devices: int,
+        *,
+        keeps_unused: bool = True,
     ) -> None:
         self.module, self.position = module, position
         present = model.state_dict(keep_vars=True)
@@ -64,7 +67,8 @@ class StageState:
         own = {id(t): name for name, t in reversed(module.state_dict(keep_vars=True).items()) if isinstance(t, Tensor)}
         self._own = {key: own.get(id(value), key) for key, value in whole.items() if position in self.holders[key]}
         # What no step uses is nobody's; it belongs to the model all the same, and stays with the first device.
-        self.unused = {key: t for key, t in whole.items() if not self.holders[key]} if position == 0 else {}
+        keeps = keeps_unused and position == 0
+        self.unused = {key: t for key, t in whole.items() if not self.holders[key]} if keeps else {}
         names = names_by_tensor(model)
         first = {id(p): name for name, p in model.named_parameters()}
         self._first_name = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
@@ -116,27 +120,27 @@ class StageState:
                     value.copy_(state[key])
 
     def gather(self, ranks: Ranks) -> dict[str, Any]:
-        """The whole model's state in the host's memory on rank 0; nothing on the others."""
+        """The whole model's state, that of the first replica, in the host's memory on rank 0; nothing on the others."""
         mine = self.tensors()
         found: dict[str, Any] = {}
         for key, holders in self.holders.items():
             source = holders[0] if holders else 0
             if key in self.forms:
-                tensor = mine[key].cpu() if source == self.position else None
+                tensor = mine[key].cpu() if source == ranks.rank else None
                 carried = ranks.carry(tensor, self.forms[key], source, 0)
             else:
                 carried = ranks.share(mine.get(key), source)
-            if self.position == 0:
+            if ranks.rank == 0:
                 found[key] = carried
         return found
 
     def scatter(self, state: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
-        """The stage's part of the whole model's state that rank 0 gives.
+        """The stage's part of the whole model's state that rank 0 gives; nothing where it is not the first replica's.
 
         Raises:
             ShardwrightError: rank 0's is not of this model; on every rank.
         """
-        keys = ranks.share(list(state) if self.position == 0 else None, 0)
+        keys = ranks.share(list(state) if ranks.rank == 0 else None, 0)
         absent = next((key for key in self.holders if key not in keys), None)
         if absent is not None:
             raise ShardwrightError(f"the state on rank 0 has no {absent}: it is not of this model, or not whole")
@@ -144,11 +148,11 @@ class StageState:
         for key, holders in self.holders.items():
             for target in holders or (0,):
                 if key in self.forms:
-                    value = state[key].cpu().to(self.forms[key].dtype) if self.position == 0 else None
+                    value = state[key].cpu().to(self.forms[key].dtype) if ranks.rank == 0 else None
                     carried = ranks.carry(value, self.forms[key], 0, target)
                 else:
                     carried = ranks.share(state.get(key), 0)
-                if target == self.position:
+                if target == ranks.rank:
                     mine[key] = carried
         return mine
 
@@ -239,8 +243,8 @@ def save_checkpoint(
     Raises:
         ShardwrightError: that is not possible; an earlier checkpoint there is as it was.
     """
-    parts: dict[str, Any] = {"model": state.tensors()}
-    if optimizer is not None:
+    parts: dict[str, Any] = {} if ranks.replica else {"model": state.tensors()}  # the others' are the same
+    if optimizer is not None and not ranks.replica:
         parts["optimizer"] = state.optimizer_state(optimizer)
     # One thread alone looks for an accelerator's streams, and would take simulated devices for one.
     writer = NewFiles(folder, thread_count=1 if ranks.device.type == "cuda" else 2)

@@ -24,6 +24,7 @@ from shardwright.sharder.runtime.batches import BatchForm, Division, fingerprint
 from shardwright.sharder.runtime.check import check_can_be_piped, check_inputs, check_model
 from shardwright.sharder.runtime.engine import SharedGradients
 from shardwright.sharder.runtime.ranks import Ranks
+from shardwright.sharder.runtime.replicas import ReplicaGradients
 from shardwright.sharder.runtime.stage_engine import StageEngine
 from shardwright.sharder.runtime.stages import Recipe, release_others
 from shardwright.sharder.runtime.stagestate import StageState, load_checkpoint, save_checkpoint
@@ -51,9 +52,11 @@ def pipeline(
     Call it in every process of ``torchrun --nproc-per-node DEVICES script.py``, with the same model, plan and sample.
     Rank k is the plan's k-th device and holds the weights of its stages alone (stage k, and in an interleaved plan
     further ones): ``model`` is used up, the parameters of other stages lose their values. What several stages use is
-    made equal from the first of them. A plan with one stage needs no ``torchrun``. The process group is the script's if
-    it has one, else made from the environment and left by :meth:`Pipe.close`. On several nodes (``--nnodes``) the
-    devices of each are counted together, see docs/nodes.md.
+    made equal from the first of them. With replicas each is a pipeline of consecutive ranks, which takes an equal part
+    of each batch; gradients are summed over them, weights and buffers made equal from the first. A plan with one
+    stage and no replicas needs no ``torchrun``. The process group is the script's if it has one, else made from the
+    environment and left by :meth:`Pipe.close`. On several nodes (``--nnodes``) the devices of each are counted
+    together, see docs/nodes.md.
 
     Args:
         args: a sample batch as the plan was made for, for the capture.
@@ -88,7 +91,8 @@ class Pipe:
     """A device's stages of a model in training; made by :func:`pipeline`.
 
     Methods that say *together* are to be called on every rank, for they send messages; what one rank raises there, all
-    raise. ``module`` holds what this rank's stages call, ``device`` is where it is, ``stage`` the first one's number.
+    raise. ``module`` holds what this rank's stages call, ``device`` is where it is, ``stage`` the first one's number,
+    ``replica`` that of the pipeline.
     """
 
     def __init__(
@@ -101,30 +105,27 @@ class Pipe:
         loss: Loss | None,
         reduction: str,
     ) -> None:
-        self.plan, self.stage, self.device = plan, ranks.rank, ranks.device
+        self.plan, self.stage, self.replica, self.device = plan, ranks.position, ranks.replica, ranks.device
         self._ranks, self._loss, self._reduction = ranks, loss, reduction
-        self._form = BatchForm.of(args, kwargs, plan.batch, plan.microbatches)
+        self._form = BatchForm.of(args, kwargs, plan.batch, plan.microbatches, plan.replicas)
         self._autocast = _autocast(self.device)
         _warn_of_batch_norm(model, plan, ranks)
         if plan.train and not model.training:
             model.train()
         saved = tuple(model.state_dict())
-        self._recipe = Recipe(model, plan, ranks.rank, ranks.device, args, kwargs)
+        self._recipe = Recipe(model, plan, ranks.position, ranks.device, args, kwargs)
         self.module: nn.Module = self._recipe.form(self._recipe.size, train=plan.train).module
-        self._state = StageState(model, saved, self._recipe.programs, self.module, ranks.rank, ranks.size)
+        programs, place = self._recipe.programs, (ranks.position, ranks.depth)
+        self._state = StageState(model, saved, programs, self.module, *place, keeps_unused=ranks.replica == 0)
         release_others(model, [form.module for form in self._recipe.forms.values()], self._state.unused.values())
         self._recipe.settle()
         ranks.assemble()  # what failed in the capture is of this rank alone
-        self._shared = SharedGradients(
-            self._state.shared if plan.train else (),
-            ranks.rank,
-            self.module,
-            backend=dist.get_backend(ranks.data),
-            limit=timedelta(seconds=ranks.timeout_s),
-        )
+        self._shared = self._shared_gradients()
+        self._summing = ReplicaGradients(self.module, ranks.alike)
         self._engines: dict[tuple[Division, bool], StageEngine] = {}
         self._seen_a_batch = False
         self._make_copies_equal()
+        self._make_replicas_equal()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As :meth:`forward`."""
@@ -155,7 +156,7 @@ class Pipe:
             if not torch.is_grad_enabled():
                 raise ShardwrightError("step() trains, and gradients are disabled here; evaluate() does not train")
             engine, tensors, targets = self._begin(args, kwargs, target, train=True)
-            with self._shared.summed():
+            with self._summing.summed(), self._shared.summed():
                 losses = engine.train(tensors, targets, self._micro_loss)
             return self._ranks.spread(torch.stack(losses).sum() if losses else None)
 
@@ -166,7 +167,7 @@ class Pipe:
                 raise ShardwrightError("there is no loss to evaluate: make it pipeline(model, plan, ..., loss=...)")
             engine, tensors, targets = self._begin(args, kwargs, target, train=False)
             outputs = [engine.form.output.filled(output) for output in engine.infer(tensors)]
-            count = engine.division.pieces
+            count = engine.division.pieces * self._ranks.replicas
             losses = [self._micro_loss(o, t, count) for o, t in zip(outputs, targets, strict=True)] if outputs else []
             return self._ranks.spread(torch.stack(losses).sum() if losses else None)
 
@@ -179,10 +180,13 @@ class Pipe:
         with self._ranks.failing_together(), self._captured_modes(), torch.no_grad():
             engine, tensors, _ = self._begin(args, kwargs, None, train=False)
             outputs = engine.infer(tensors)
-            joined = engine.form.output.joined(outputs) if outputs else engine.room()
-            for tensor in joined:
-                self._ranks.broadcast(tensor, self._ranks.size - 1)
-            return engine.form.output.filled(joined)
+            parts = []
+            for last in self._ranks.last_ranks:
+                mine = self._ranks.rank == last
+                parts.append(engine.form.output.joined(outputs) if mine else engine.room())
+                for tensor in parts[-1]:
+                    self._ranks.broadcast(tensor, last)
+            return engine.form.output.filled(parts[0] if len(parts) == 1 else engine.form.output.joined(parts))
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The stage's parameters, each once, for an optimizer."""
@@ -245,7 +249,11 @@ class Pipe:
         """
         # Alone, a rank must not count a call: the others would be behind.
         with self._ranks.failing_together() if full else nullcontext():
-            self._state.load(self._state.scatter(state, self._ranks) if full else state)
+            mine = self._state.scatter(state, self._ranks) if full else state
+            if not full or self.replica == 0:
+                self._state.load(mine)
+            if full:
+                self._make_replicas_equal()
 
     def optimizer_state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The state of this stage's optimizer by the parameters' names in the model.
@@ -297,7 +305,10 @@ class Pipe:
             )
             self._seen_a_batch = True
         division = self._form.divided(batch)
-        return self._engine(division, train=train), tensors, pieces_of(target, batch, division)
+        each, replica = division.pieces // self._ranks.replicas, self.replica
+        targets = pieces_of(target, batch, division)[replica * each : (replica + 1) * each]
+        own = self._form.part(tensors, division, replica)
+        return self._engine(division._replace(pieces=each), train=train), own, targets
 
     def _engine(self, division: Division, *, train: bool) -> StageEngine:
         if (division, train) not in self._engines:
@@ -332,6 +343,27 @@ class Pipe:
         with torch.autocast(self.device.type, enabled=False):
             yield
 
+    def _shared_gradients(self) -> SharedGradients:
+        """Those of this rank's pipeline; the groups of all are made by all."""
+        ranks, limit = self._ranks, timedelta(seconds=self._ranks.timeout_s)
+        ties = self._state.shared if self.plan.train else ()
+        found = [
+            SharedGradients(
+                ties,
+                ranks.position if number == ranks.replica else -1,
+                self.module,
+                ranks=range(number * ranks.depth, (number + 1) * ranks.depth),
+                backend=ranks.backend,
+                limit=limit,
+            )
+            for number in range(ranks.replicas)
+        ]
+        return found[ranks.replica]
+
+    def _make_replicas_equal(self) -> None:
+        """Give this rank's parameters and buffers the values of the first replica's."""
+        self._ranks.make_alike(t.detach() for t in (*self.module.parameters(), *self.module.buffers()))
+
     def _make_copies_equal(self) -> None:
         """Give all copies of a tensor the values of the first, should the ranks' models have been made apart."""
         mine = self._state.tensors()
@@ -358,9 +390,10 @@ def _warn_of_batch_norm(model: nn.Module, plan: Plan, ranks: Ranks) -> None:
     norms = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
     if norms and plan.train and plan.microbatches > 1 and ranks.rank == 0:
         more = f" (and {len(norms) - 1} more)" if len(norms) > 1 else ""
+        apart = ", with running statistics for each replica, of which the first's are saved" * (plan.replicas > 1)
         warnings.warn(
             f"{norms[0]}{more} normalises over a micro-batch of {plan.batch // plan.microbatches} samples in the "
-            f"pipeline, not over the batch of {plan.batch}: training differs from the unsharded model's; "
+            f"pipeline, not over the batch of {plan.batch}{apart}: training differs from the unsharded model's; "
             "GroupNorm or LayerNorm do not depend on the batch",
             stacklevel=4,
         )

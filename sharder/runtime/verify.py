@@ -90,7 +90,8 @@ def verify(model: nn.Module, plan: Plan, args: tuple[Any, ...] = (), kwargs: Map
     """Replay ``model``, placed by ``plan``, on simulated devices, and compare with the model on the CPU.
 
     A model that is not placed is placed for the replay; one that :func:`place` has placed is replayed with the hooks it
-    has now. Either way the model is put back as it was afterwards. The replay is of inference; no GPU is needed.
+    has now. Either way the model is put back as it was afterwards. The replay is of inference; no GPU is needed. Of a
+    plan with replicas the first is replayed, which the others equal.
 
     Raises:
         ShardwrightError: the plan is for another model or other inputs, or the forward itself fails.
@@ -101,7 +102,7 @@ def verify(model: nn.Module, plan: Plan, args: tuple[Any, ...] = (), kwargs: Map
     check_values(model)
     _check_dense(model, args, kwargs)
     replay = _verified_apart if torch.cuda.is_available() else _verified
-    return replay(model, plan, args, kwargs)
+    return replay(model, plan.first_replica, args, kwargs)
 
 
 def _check_dense(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

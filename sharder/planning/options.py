@@ -1,0 +1,106 @@
+"""The options of a plan: the best splits at each number of micro-batches, of replicas and of stages a device.
+
+What only a refusal or several replicas need is imported there, as in planner.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from functools import partial
+from typing import NamedTuple
+
+from shardwright.errors import ShardwrightError
+from shardwright.profiler.profile import Profile
+from shardwright.sharder.planning.offload import Rates
+from shardwright.sharder.planning.offload import offload as offload_some
+from shardwright.sharder.planning.pricing import Option, price, solve_each
+from shardwright.sharder.planning.problem import Problem
+from shardwright.sharder.planning.replicas import Replicas, possible_replicas
+from shardwright.sharder.planning.weighed import Wanted, with_interleaved
+
+__all__ = ["Asked", "nothing_fits", "options_of", "rates_of"]
+
+
+class Asked(NamedTuple):
+    """What is weighed."""
+
+    schedule: Wanted
+    pieces: int
+    """Stages on a device."""
+    replicas: Replicas
+    offload: bool
+
+
+def options_of(problems: list[Problem], profile: Profile, asked: Asked, deadline_s: float) -> list[Option]:
+    """The best splits for each number of replicas, at each number of micro-batches; those of one stage a device first.
+
+    Raises:
+        ShardwrightError: there is none.
+    """
+    auto = asked.replicas == "auto"
+    counts = [1, *possible_replicas(len(problems[0].devices))] if asked.replicas == "auto" else [asked.replicas]
+    found: list[Option] = []
+    unfinished: ShardwrightError | None = None
+    for position, count in enumerate(counts):
+        now_s = time.monotonic()
+        until_s = now_s + max(0.0, deadline_s - now_s) / (len(counts) - position)
+        try:
+            if count == 1:
+                options, error = _solved(problems, profile, asked, until_s)
+            else:
+                from shardwright.sharder.planning.replicated import with_replicas
+
+                rest = asked._replace(offload=False)
+                solved = partial(_solved, profile=profile, asked=rest, deadline_s=until_s)
+                options, error = with_replicas(problems, profile, count, solved)
+        except ShardwrightError:
+            if not auto or count == 1:
+                raise
+            continue  # so many cannot share the micro-batches, or cannot sum
+        found += options
+        unfinished = unfinished or error
+    if not found and unfinished is None and counts[0] > 1:
+        from shardwright.sharder.planning.replicated import nothing_fits_in
+
+        raise nothing_fits_in(problems, counts[0])
+    if not found:
+        raise unfinished or nothing_fits(problems, profile, deadline_s)
+    return sorted(found, key=lambda option: option.problem.stages_per_device)
+
+
+def _solved(
+    problems: list[Problem], profile: Profile, asked: Asked, deadline_s: float
+) -> tuple[list[Option], ShardwrightError | None]:
+    """The best split of each of ``problems``, and of each in several stages a device if asked for."""
+    half_s = max(0.0, deadline_s - time.monotonic()) / 2 if asked.pieces > 1 else 0.0
+    options, unfinished = solve_each(problems, profile, deadline_s - half_s)
+    if not options and asked.offload and not profile.train:
+        options = _offloaded(problems, profile, deadline_s)
+    if asked.pieces > 1:
+        options = with_interleaved(options, problems, profile, asked.schedule, asked.pieces, deadline_s)
+    return options, unfinished
+
+
+def nothing_fits(problems: list[Problem], profile: Profile, deadline_s: float) -> ShardwrightError:
+    """Why no split of ``problems`` fits, and what would."""
+    from shardwright.sharder.planning.infeasible import why_nothing_fits
+
+    return ShardwrightError(why_nothing_fits(problems, deadline_s, batch=profile.batch, train=profile.train))
+
+
+def _offloaded(problems: list[Problem], profile: Profile, deadline_s: float) -> list[Option]:
+    """The last resort at the smallest micro-batch: a split with the weights of some blocks elsewhere, if one fits."""
+    problem = max(problems, key=lambda p: p.microbatches)
+    found = offload_some(
+        problem, rates_of(profile, problem), time_limit_s=max(0.5, (deadline_s - time.monotonic()) / 10)
+    )
+    if found is None:
+        return []
+    return [dataclasses.replace(price(found.problem, found.split, profile), tiers=found.tiers)]
+
+
+def rates_of(profile: Profile, problem: Problem) -> Rates:
+    """How fast offloaded weights come to the devices of ``problem``."""
+    fetch = {device.name: device.fetch_bytes_per_s for device in profile.devices}
+    return Rates(tuple(fetch[name] for name in problem.devices), profile.disk_bytes_per_s, profile.host_bytes)

@@ -1,0 +1,120 @@
+"""Process groups of replicas, and their gradients: each has those of its part of the batch, summed once a step.
+
+A gradient of COPIED bytes or more is summed where it is, and all of these go on at once, so that their latencies
+overlap. Smaller ones are copied together up to that size, one such sum after another, which is all the memory that it
+takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shardwright.sharder.planning.replicas import COPIED
+
+__all__ = ["Groups", "ReplicaGradients", "buckets"]
+
+
+class Groups(NamedTuple):
+    """The process groups of a pipeline; None: all processes."""
+
+    ranks: tuple[tuple[int, ...], ...]
+    """By replica."""
+    all: dist.ProcessGroup | None
+    of_replica: tuple[dist.ProcessGroup | None, ...]
+    of_position: tuple[dist.ProcessGroup | None, ...]
+    """Of the devices that have the same stages; None where there is one replica."""
+
+    @classmethod
+    def of(cls, ranks: Sequence[int], replicas: int) -> Groups:
+        """Make them, in the same order in every process; ``ranks`` are those of one replica after another."""
+
+        def made(some: Sequence[int]) -> dist.ProcessGroup | None:
+            return dist.new_group(list(some)) if tuple(some) != tuple(range(dist.get_world_size())) else None
+
+        depth = len(ranks) // replicas
+        own = tuple(tuple(ranks[first : first + depth]) for first in range(0, len(ranks), depth))
+        every = made(ranks)
+        if replicas == 1:
+            return cls(own, every, (every,), (None,) * depth)
+        positions = [dist.new_group([pipeline[position] for pipeline in own]) for position in range(depth)]
+        return cls(own, every, tuple(map(made, own)), tuple(positions))
+
+    def having(self, replica: int, position: int) -> tuple[dist.ProcessGroup, ...]:
+        """Each of them that a device is in, once."""
+        found = (self.all, self.of_replica[replica], self.of_position[position])
+        return tuple({id(group): group for group in found if group is not None}.values())
+
+
+def buckets(gradients: Iterable[Tensor]) -> list[list[Tensor]]:
+    """``gradients`` in groups of one dtype whose sum is one message; a large one is alone."""
+    found: list[list[Tensor]] = []
+    open_: dict[torch.dtype, tuple[list[Tensor], int]] = {}
+    for gradient in gradients:
+        size = gradient.nbytes
+        if size >= COPIED:
+            found.append([gradient])
+            continue
+        group, filled = open_.get(gradient.dtype, ([], COPIED))
+        if filled + size > COPIED:
+            group, filled = [], 0
+            found.append(group)
+        group.append(gradient)
+        open_[gradient.dtype] = group, filled + size
+    return found
+
+
+class ReplicaGradients:
+    """Sums the gradients of the parameters in ``module`` over the processes of ``group``, which have the same.
+
+    Args:
+        group: None: there is one replica, and nothing is summed.
+    """
+
+    def __init__(self, module: nn.Module, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+
+    @contextmanager
+    def summed(self, noting: Callable[[], AbstractContextManager[None]] = nullcontext) -> Iterator[None]:
+        """Sum what the backwards in this block add to the gradients, and that only.
+
+        Args:
+            noting: called for a block around the sum.
+        """
+        if self.group is None:
+            yield
+            return
+        earlier = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        try:
+            yield
+            with noting():
+                self._sum([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        except BaseException:
+            for parameter, before in zip(self.parameters, earlier, strict=True):
+                parameter.grad = before  # what was there is not lost with a step that failed
+            raise
+        for parameter, before in zip(self.parameters, earlier, strict=True):
+            if before is not None:
+                parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
+
+    def _sum(self, gradients: Sequence[Tensor]) -> None:
+        groups = buckets(gradients)
+        large = [group[0] for group in groups if len(group) == 1 and group[0].is_contiguous()]
+        works = [dist.all_reduce(gradient, group=self.group, async_op=True) for gradient in large]
+        for group in groups:
+            if len(group) == 1 and group[0].is_contiguous():
+                continue
+            whole = torch.cat([gradient.reshape(-1) for gradient in group])
+            dist.all_reduce(whole, group=self.group)
+            for gradient, part in zip(group, whole.split([gradient.numel() for gradient in group]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        for work in works:
+            work.wait()
