@@ -68,7 +68,7 @@ REFUSED = """
 | has a unit read another module's parameter or buffer by a reference of its own | placed, not piped | `… calls layers.1, which reads layers.0.weight of another module` |
 | has a unit read a tensor that another step left in an object or an attribute | placed, not piped, with both on one device | `… calls layers.2, which reads a tensor of layers.0 that is not among its arguments` |
 | hands values on in ways that no capture sees, so that the replay differs | placed, not piped | `this model cannot be piped: the capture of Net is not the model: on other values than the sample inputs, output 0 differs by …` |
-| draws random numbers of Python or NumPy between units, and they decide something | placed, not piped | `… or decided by random numbers of Python or NumPy` |
+| draws random numbers in [0, 1) of Python's or NumPy's global generator between units, and they decide something (other distributions: caught by chance) | placed, not piped | `… or decided by random numbers of Python or NumPy` |
 | makes a nested tensor between units | refused | `net.py:12:8 has a nested tensor between units, which has no shape to plan with; keep it inside of one unit, or pad it, …` |
 | fails | refused | `the forward of Net failed in unit layers.3 on the sample inputs: RuntimeError: …` |
 | has parameters without a shape | refused | `layers.0.weight has no shape yet: run one forward of the model before it is profiled` |

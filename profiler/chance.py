@@ -1,8 +1,11 @@
 """Chance outside of tensors: the global random numbers of Python and of NumPy, which leave no trace in a capture.
 
 A forward may drop a layer where ``random.random() < 0.1``: two runs that happen to keep it would look alike. So one of
-the two runs that a checked capture compares draws the smallest numbers at first, the other the largest; whatever chance
-decides outside the units then comes out otherwise, and what it cannot decide (a probability of 0) comes out alike.
+the two runs that a checked capture compares draws the smallest numbers at first, the other the largest; whatever numbers
+in [0, 1) decide outside the units then comes out otherwise, and what they cannot decide (a probability of 0) comes out
+alike. Other distributions draw until something fits, and after the extreme numbers the two runs draw different ones, so
+that these are caught by chance; and generators of the model's own, such as ``numpy.random.default_rng()``, are not
+looked at.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ WORDS = 624
 """In the state of the Mersenne Twister, which puts out a bijection of each in turn (Matsumoto & Nishimura 1998)."""
 EXTREME = 400
 """The first words, which are extreme. The others are not: who draws until a number fits must come to an end."""
-SMALLEST = 0
+SMALLEST = 0x04089132
+"""Comes out with one bit set: in [0, 1) as 2**-27, of which there is a logarithm. In whole numbers that is nearly 0."""
 LARGEST = 0x12DD9BB3
 """Comes out with all its bits set."""
 
@@ -29,7 +33,7 @@ LARGEST = 0x12DD9BB3
 def let_draw(which: Literal["smallest", "largest"]) -> None:
     """Let the next 200 numbers in [0, 1) of Python and of NumPy be the smallest or the largest that there are."""
     extreme = SMALLEST if which == "smallest" else LARGEST
-    others = random.Random(WORDS)
+    others = random.Random(which)
     words = [extreme] * EXTREME + [others.getrandbits(32) for _ in range(WORDS - EXTREME)]
     random.setstate((3, (*words, 0), None))
     if np.random.get_state(legacy=False)["bit_generator"] == "MT19937":

@@ -133,7 +133,14 @@ def measure_engine(pool: Pool, devices: Sequence[Device]) -> dict[str, float]:
         return {}
     with _group(pool, workers):
         calls = {name: (engine_steps, (rank, len(workers))) for rank, name in enumerate(workers)}
-        return dict.fromkeys(workers, engine_s_of(_call(pool, None, calls)))
+        try:
+            steps = pool.call(calls, limit_s=LIMIT_S)
+        except WorkerError as error:
+            raise ShardwrightError(
+                f"the pipeline engine's own time could not be measured: {error}; try again, or leave {error.device} "
+                "out with --devices"
+            ) from error
+        return dict.fromkeys(workers, engine_s_of(steps))
 
 
 def warn_of_corrupt(links: Sequence[Link]) -> None:

@@ -1,4 +1,4 @@
-"""What marks a placed model: hooks of one class, by which whoever wants the model itself can tell."""
+"""What marks a placed model: hooks and forwards of one class, by which whoever wants the model itself can tell."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ def placement_hooks(model: nn.Module) -> Iterator[tuple[nn.Module, dict[int, Any
 
 
 def refuse_placed(model: nn.Module, whole: str) -> None:
-    """Refuse a placed model where its hooks would become part of the ``whole``: a profile, a pipeline.
+    """Refuse a placed model where what moves its tensors would become part of the ``whole``: a profile, a pipeline.
 
     Raises:
         ShardwrightError: it is placed.
     """
     if any(True for _ in placement_hooks(model)):
         raise ShardwrightError(
-            f"the model is placed, and its hooks would become part of the {whole}: shardwright.unplace(model) first"
+            f"the model is placed, and what moves its tensors would become part of the {whole}: "
+            "shardwright.unplace(model) first"
         )

@@ -78,7 +78,7 @@ def compute_s(costs, operation, schedule):
     if operation.kind == "F":
         return cost.forward_s + cost.engine_s
     if operation.kind == "W":
-        return cost.backward_weight_s + cost.engine_s
+        return cost.backward_weight_s
     return (cost.backward_input_s if schedule == "zero-bubble" else cost.backward_s) + cost.engine_s
 
 

@@ -75,7 +75,12 @@ HOSTS = {"cuda:0": "a", "cuda:1": "a", "cpu:0": "b", "cuda:2": "b", "cuda:3": "b
     [
         (("cuda:1", "cuda:3", "cuda:0"), (2, 1), [(0, "cuda:1"), (2, "cuda:0"), (1, "cuda:1")]),
         (("cuda:0", "cpu:0"), (1, 1), [(0, "cuda:0"), (1, "cpu:0")]),
-        (("cuda:2", "cuda:3"), (2,), [(0, "cuda:2"), (1, "cuda:3")]),  # all on one machine, as they are called
+        (("cuda:2", "cuda:3"), (2,), [(0, "cuda:0"), (1, "cuda:1")]),  # the second node alone
+        (
+            ("cuda:1", "cuda:2"),
+            (2,),
+            [(0, "cuda:1"), (1, "cuda:2")],
+        ),  # two nodes tried on one machine, as they are called
     ],
 )
 def test_a_gpu_has_its_nodes_own_number(a_plan, devices, counts, expected):
@@ -108,6 +113,18 @@ def test_a_node_has_as_many_processes_as_devices(a_plan, counts):
         return
     assert errors[0].startswith("the plan has 2 devices on node 'a' (cuda:0, cuda:1), and torchrun started 1 processes")
     assert errors[0].endswith("set --nproc-per-node to 2 on node 'a' (--node-rank 0), 1 on node 'b' (--node-rank 1)")
+
+
+@LINUX
+def test_a_name_of_loopback_is_no_way_to_other_nodes(monkeypatch):
+    """Debian gives a machine's own name to loopback: said on that machine; an address of loopback itself is meant."""
+    monkeypatch.setattr(nodes, "interface_towards", lambda _address: loopback_interface())
+    several = launched(1, 1)[0]
+    with pytest.raises(sw.ShardwrightError, match="node7 is a name of loopback on"):
+        choose_interface({**several, "MASTER_ADDR": "node7"})
+    for environment in ({**several, "MASTER_ADDR": "127.0.0.2"}, {**launched(2)[0], "MASTER_ADDR": "node7"}):
+        choose_interface(environment)
+        assert environment["GLOO_SOCKET_IFNAME"] == loopback_interface()
 
 
 @LINUX

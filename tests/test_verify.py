@@ -10,6 +10,7 @@ import shardwright as sw
 from shardwright.profiler.placed import placement_hooks
 from shardwright.sharder.runtime.hooks import UnitForward
 from shardwright.sharder.runtime.sim import sim_device
+from shardwright.sharder.runtime.verify import _verified_apart
 from shardwright.sharder.runtime.whole import WholeForward
 
 
@@ -52,6 +53,19 @@ def test_a_planted_missing_transfer_is_caught(netdict):
         assert names[module] in str(check)
         hook.passes = False
     assert sw.verify(placed, plan, (x,))
+
+
+def test_a_replay_in_another_process_leaves_the_placement(captured_profile):
+    """Where there is CUDA the model goes elsewhere without its placement; here it is placed as it was."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
+    expected = model(x)
+    plan = sw.plan(captured_profile(model, (x,)), microbatches=1, pins={"0": "cpu:0", "1": "cpu:1"})
+    placed = sw.place(model, plan, devices={d: sim_device(i) for i, d in enumerate(plan.devices)})
+    assert _verified_apart(placed, plan, (x,), {})
+    hooks = [hooks[key] for _, hooks, key in placement_hooks(placed)]
+    assert {type(hook) for hook in hooks} == {WholeForward, UnitForward}
+    assert not any(hook.passes for hook in hooks)
+    assert torch.equal(placed(x), expected)
 
 
 def test_a_planted_missing_alignment_of_glue_is_caught(netdict):

@@ -102,6 +102,7 @@ def with_another(problem: Problem, device: int) -> Problem:
         links=tuple(map(tuple, links)),
         updates_together=(*together, together[device]) if together else (),
         hosts=(*problem.hosts, problem.hosts[device]) if problem.hosts else (),
+        engine_s=(*problem.engine_s, problem.engine_s[device]) if problem.engine_s else (),
     )
 
 

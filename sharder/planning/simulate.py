@@ -303,7 +303,7 @@ def _backward_s(costs: Sequence[StageCost], schedule: PipelineSchedule) -> _Floa
         raise ShardwrightError(
             f"zero-bubble splits the backward: stage {stage} needs backward_input_s and backward_weight_s"
         )
-    found: _Floats = np.array(parts, float) + np.array([[cost.engine_s] for cost in costs])
+    found: _Floats = np.array(parts, float) + np.array([(cost.engine_s, 0.0) for cost in costs])
     return found
 
 

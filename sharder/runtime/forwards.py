@@ -34,7 +34,8 @@ class InstanceForward(PlacementHook):
 
     The module's own forward is what the instance has already, from another tool or another placement, else its class's.
     Whoever wraps this one later finds it without effect once it was removed. It does not keep the module alive, so that
-    a model that is dropped is free at once; and no method of a copy of the module calls the original.
+    a model that is dropped is free at once. A shallow copy of the module, as ``copy.copy`` makes, calls the original's
+    forward with the original's weights; ``copy.deepcopy`` makes a placed model of its own.
     """
 
     __name__ = "forward"
@@ -66,7 +67,7 @@ class InstanceForward(PlacementHook):
         module = self._module()
         if module is None:
             raise ShardwrightError(
-                "the placed model that this one is a shallow copy of is gone: copy it with copy.deepcopy instead"
+                "the placed model whose forward this is is gone: keep the model itself, and copy it with copy.deepcopy"
             )
         return module
 

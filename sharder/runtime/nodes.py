@@ -59,7 +59,8 @@ def place_of(plan: Plan, rank: int, environment: Mapping[str, str]) -> Place:
     every = plan.profiled_devices or plan.devices
     kind = name.partition(":")[0]
     local = _number(environment, "LOCAL_RANK")
-    if _on_one_node(environment) or (not plan.hosts and local is None):
+    on_one = len({plan.hosts.get(device, "") for device in plan.devices}) == 1  # which then may have others before it
+    if (_on_one_node(environment) and not (plan.hosts and on_one)) or (not plan.hosts and local is None):
         return Place(position, name, every)
     if not plan.hosts:
         return Place(position, f"{kind}:{local}", every)
@@ -142,7 +143,8 @@ def choose_interface(environment: MutableMapping[str, str]) -> None:
     """Have gloo talk over the interface that reaches ``MASTER_ADDR``, unless ``GLOO_SOCKET_IFNAME`` names another.
 
     Raises:
-        ShardwrightError: this machine does not have the one that is named.
+        ShardwrightError: this machine does not have the one that is named, or there are several nodes and here the
+            address is that of loopback, as a machine's own name often is.
     """
     address = environment.get("MASTER_ADDR", "")
     if named := environment.get("GLOO_SOCKET_IFNAME", ""):
@@ -154,4 +156,18 @@ def choose_interface(environment: MutableMapping[str, str]) -> None:
                 f"{', '.join(here)}: give one of them there"
             )
     elif address and (found := interface_towards(address)):
+        size = _number(environment, "LOCAL_WORLD_SIZE")
+        several = size is not None and not _on_one_node(environment)
+        if several and found == loopback_interface() and not _is_loopback(address):
+            raise ShardwrightError(
+                f"{address} is a name of loopback on {socket.gethostname()}, which other nodes cannot reach: give "
+                "--master-addr as the address that they use, or name the interface in GLOO_SOCKET_IFNAME"
+            )
         environment["GLOO_SOCKET_IFNAME"] = found
+
+
+def _is_loopback(address: str) -> bool:
+    """Whether ``address`` says itself that it is loopback's."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(address).is_loopback
+    return address == "localhost"

@@ -244,7 +244,7 @@ def _let_go(key: str) -> _Held | None:
     held: _Held | None = resident.pop(key, None)
     if held is not None:
         held.step = lambda: None
-        held.stages, held.optimizer, held.module = (), None, nn.Module()
+        held.stages, held.optimizer, held.module, held.buffers = (), None, nn.Module(), list
         gc.collect()
     return held
 
@@ -360,6 +360,8 @@ def release_stages(name: str = "plan") -> None:
         held.shared.close()
     for group in held.groups if held is not None else ():
         dist.destroy_process_group(group)
+    del held
+    gc.collect()
 
 
 def free_bytes() -> int:

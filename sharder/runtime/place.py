@@ -1,4 +1,4 @@
-"""Placing: each unit onto its device, in place, with hooks only where tensors really cross.
+"""Placing: each unit onto its device, in place, with something added only where tensors really cross.
 
 The model's class, parameter names and ``state_dict`` stay as they are. What is added are hooks, and what stands in the
 place of the forward of the model itself and of units without hooks, not of their classes; :func:`unplace` removes it.

@@ -227,12 +227,21 @@ class Ranks:
             else:
                 ours = next((e for e in _chain(error) if isinstance(e, ShardwrightError)), None)
                 text = self._board.fail(str(ours) if ours is not None else f"{self.label} failed: {root_of(error)}")
-            if self.size > 1 and (broken_off or self._midway):
-                self._broken = (
-                    f"the pipeline broke off in an earlier call, of which messages are left ({text}); start the "
-                    "processes again, from the last checkpoint"
-                )
+            if broken_off or self._midway:
+                self._break(text)
             raise ShardwrightError(text) from error
+        except BaseException as error:  # Ctrl-C, after which a script may go on
+            if self._midway:
+                self._break(type(error).__name__)
+            raise
+
+    def _break(self, why: str) -> None:
+        """Take no further call: messages of this one are left."""
+        if self.size > 1:
+            self._broken = (
+                f"the pipeline broke off in an earlier call, of which messages are left ({why}); start the "
+                "processes again, from the last checkpoint"
+            )
 
     def _lost(self, error: BaseException) -> str:
         if gone := self._board.gone():

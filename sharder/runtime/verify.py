@@ -123,7 +123,7 @@ def _verified_apart(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs:
     """
     (worker,) = find_devices(["cpu:0"])
     with Pool([worker]) as pool:
-        with attributes_kept(model), parameters_may_move():
+        with _put_back(model), parameters_may_move():
             pool.workers[worker.name].submit(_verified, unplace(model).cpu(), plan, *_copied((args, kwargs)))
         return pool.results([worker.name], limit_s=REPLAY_LIMIT_S)[worker.name]  # type: ignore[no-any-return]
 
