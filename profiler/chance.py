@@ -4,8 +4,8 @@ A forward may drop a layer where ``random.random() < 0.1``: two runs that happen
 the two runs that a checked capture compares draws the smallest numbers at first, the other the largest; whatever is
 decided by numbers in [0, 1) outside the units then comes out otherwise, and what they cannot decide (a probability of
 0) comes out alike. Other distributions draw until something fits, and after the extreme numbers the two runs draw
-different ones, so that these are caught by chance; and generators of the model's own, such as ``numpy.random.default_rng()``, are not
-looked at.
+different ones, so that these are caught by chance; and generators of the model's own,
+such as ``numpy.random.default_rng()``, are not looked at.
 """
 
 from __future__ import annotations
