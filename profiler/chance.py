@@ -24,17 +24,20 @@ WORDS = 624
 """In the state of the Mersenne Twister, which puts out a bijection of each in turn (Matsumoto & Nishimura 1998)."""
 EXTREME = 400
 """The first words, which are extreme. The others are not: who draws until a number fits must come to an end."""
-SMALLEST = 0x04089132
-"""Comes out with one bit set: in [0, 1) as 2**-27, of which there is a logarithm. In whole numbers that is nearly 0."""
-LARGEST = 0x12DD9BB3
-"""Comes out with all its bits set."""
+SMALLEST = (0, 0x40)
+"""Come out as they are, as 2**-53 in [0, 1), which has a logarithm.
+
+Such a number takes two words. If it begins with the second it is 2**-26.
+"""
+LARGEST = (0x12DD9BB3, 0x12DD9BB3)
+"""Come out with all their bits set."""
 
 
 def let_draw(which: Literal["smallest", "largest"]) -> None:
     """Let the next 200 numbers in [0, 1) of Python and of NumPy be the smallest or the largest that there are."""
     extreme = SMALLEST if which == "smallest" else LARGEST
     others = random.Random(which)
-    words = [extreme] * EXTREME + [others.getrandbits(32) for _ in range(WORDS - EXTREME)]
+    words = [*extreme] * (EXTREME // 2) + [others.getrandbits(32) for _ in range(WORDS - EXTREME)]
     random.setstate((3, (*words, 0), None))
     if np.random.get_state(legacy=False)["bit_generator"] == "MT19937":
         np.random.set_state(("MT19937", np.array(words, dtype=np.uint32), 0, 0, 0.0))

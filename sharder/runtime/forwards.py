@@ -67,7 +67,7 @@ class InstanceForward(PlacementHook):
         module = self._module()
         if module is None:
             raise ShardwrightError(
-                "the placed model whose forward this is is gone: keep the model itself, and copy it with copy.deepcopy"
+                "the placed model that this forward is of is gone; a shallow copy does not keep it: use copy.deepcopy"
             )
         return module
 
