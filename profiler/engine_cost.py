@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["LEAST_MICROBATCHES", "Spent", "engine_s_of", "engine_steps"]
 
@@ -74,7 +71,7 @@ class _Stage(nn.Module):
         self.spent = spent
 
     def forward(self, x: Tensor) -> Tensor:
-        """Do it."""
+        """Hand on the product of the two."""
         found: Tensor = _Work.apply(x * self.scale, self.memory, self.spent)  # type: ignore[no-untyped-call]
         return found
 
@@ -98,15 +95,15 @@ def engine_steps(rank: int, size: int, clock: Callable[[], float] = time.perf_co
     own, waits = Spent(clock), Spent(clock)
     example = torch.zeros(MESSAGE_SHAPE, requires_grad=rank > 0)
     device = torch.device("cpu")
-    given = torch.zeros(MESSAGE_SHAPE, requires_grad=True)
-    stage = PipelineStage(_Stage(own), rank, size, device, input_args=(example,), output_args=(given,))
+    output = torch.zeros(MESSAGE_SHAPE, requires_grad=True)
+    stage = PipelineStage(_Stage(own), rank, size, device, input_args=(example,), output_args=(output,))
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
         return (output * target).sum()
 
     schedule = Schedule1F1B(stage, microbatches, loss_fn=loss, scale_grads=False)
     batch = torch.ones(microbatches * MESSAGE_SHAPE[0], MESSAGE_SHAPE[1])
-    given_batch = [batch] if rank == 0 else []
+    inputs = [batch] if rank == 0 else []
     found = []
     wait = schedules._wait_batch_p2p
 
@@ -119,7 +116,7 @@ def engine_steps(rank: int, size: int, clock: Callable[[], float] = time.perf_co
         for _ in range(WARMUP + STEPS):
             own.seconds = waits.seconds = 0.0
             start = clock()
-            schedule.step(*given_batch, target=batch if rank == size - 1 else None)
+            schedule.step(*inputs, target=batch if rank == size - 1 else None)
             found.append((clock() - start - own.seconds - waits.seconds) / (2 * microbatches))
     finally:
         schedules._wait_batch_p2p = wait

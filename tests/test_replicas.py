@@ -230,6 +230,7 @@ def test_one_replica_is_the_plan_as_ever(chain_profile):
     found = plan(profile, microbatches=4, replicas=4)
     assert (found.depth, len(found.stages)) == (1, 1)
     assert found.predicted.step_s == pytest.approx(parallel.step_s)
+    assert parallel.name not in {one.name for one in found.alternatives}
     assert verdict(found).text.startswith("Shard this in 4 replicas of the whole model over cpu:0, cpu:1, cpu:2 and")
 
 

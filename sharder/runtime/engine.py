@@ -34,6 +34,7 @@ __all__ = [
     "Schedule",
     "SharedGradients",
     "SharedParameter",
+    "gradients_apart",
     "make_schedule",
     "make_stage",
     "names_by_tensor",
@@ -148,6 +149,26 @@ def make_schedule(
     return ScheduleGPipe(stages[0], **options) if kind == "gpipe" else Schedule1F1B(stages[0], **options)
 
 
+@contextmanager
+def gradients_apart(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let ``parameters`` have the gradients of this block alone, and add them to the earlier ones at its end.
+
+    Those are not lost with a block that fails.
+    """
+    earlier = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+    except BaseException:
+        for parameter, before in zip(parameters, earlier, strict=True):
+            parameter.grad = before
+        raise
+    for parameter, before in zip(parameters, earlier, strict=True):
+        if before is not None:
+            parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
+
+
 class SharedGradients:
     """Sums the gradients of the parameters that this process shares with others.
 
@@ -188,23 +209,13 @@ class SharedGradients:
         Args:
             noting: called with the number of each tie, for a block around its sum.
         """
-        earlier = [parameter.grad for _, parameter, _ in self.shared]
-        for _, parameter, _ in self.shared:
-            parameter.grad = None
-        try:
+        with gradients_apart([parameter for _, parameter, _ in self.shared]):
             yield
             for number, parameter, group in self.shared:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 with noting(number):
                     dist.all_reduce(parameter.grad, group=group)
-        except BaseException:
-            for (_, parameter, _), before in zip(self.shared, earlier, strict=True):
-                parameter.grad = before  # what was there is not lost with a step that failed
-            raise
-        for (_, parameter, _), before in zip(self.shared, earlier, strict=True):
-            if before is not None and parameter.grad is not None:
-                parameter.grad += before
 
     def close(self) -> None:
         """Leave the groups."""

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwright.sharder.planning.replicas import COPIED
+from shardwright.sharder.runtime.engine import gradients_apart
 
 __all__ = ["Groups", "ReplicaGradients", "buckets"]
 
@@ -90,20 +91,10 @@ class ReplicaGradients:
         if self.group is None:
             yield
             return
-        earlier = [parameter.grad for parameter in self.parameters]
-        for parameter in self.parameters:
-            parameter.grad = None
-        try:
+        with gradients_apart(self.parameters):
             yield
             with noting():
                 self._sum([parameter.grad for parameter in self.parameters if parameter.grad is not None])
-        except BaseException:
-            for parameter, before in zip(self.parameters, earlier, strict=True):
-                parameter.grad = before  # what was there is not lost with a step that failed
-            raise
-        for parameter, before in zip(self.parameters, earlier, strict=True):
-            if before is not None:
-                parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
 
     def _sum(self, gradients: Sequence[Tensor]) -> None:
         groups = buckets(gradients)
