@@ -29,7 +29,7 @@ from shardwright.profiler.messages import (
     Turns,
     check_copies,
     check_received,
-    copies_at_once,
+    copies_for,
     copy_within,
     exchange,
     has_peer_access,
@@ -39,7 +39,6 @@ from shardwright.profiler.messages import (
 )
 from shardwright.profiler.pool import Pool, WorkerError
 from shardwright.profiler.profile import Device, Link
-from shardwright.profiler.worker import resident
 
 __all__ = [
     "disk_rate",
@@ -97,11 +96,11 @@ def measure_links(pool: Pool, devices: Sequence[Device]) -> tuple[Link, ...]:
         ShardwrightError: a worker fails or does not answer; the pair is named.
     """
     found = {pair: _Found() for pair in permutations([device.name for device in devices], 2)}
-    workers = [device.name for device in devices if device.kind == "cpu"]
-    if len(workers) > 1:
-        with _group(pool, workers):
-            _messages(pool, workers, found)
-    _copies(pool, devices, found)
+    kind = {device.name: device.kind for device in devices}
+    if "cpu" in kind.values() and len(kind) > 1:
+        with _group(pool, list(kind)):
+            _messages(pool, kind, found)
+    _copies(pool, kind, found)
     links = []
     for (source, target), pair in found.items():
         latency, bandwidth = fit(pair.idle)
@@ -172,61 +171,55 @@ def _seed(pair: Pair) -> int:
     return zlib.crc32(" ".join(pair).encode())
 
 
-def _messages(pool: Pool, workers: Sequence[str], found: Mapping[Pair, _Found]) -> None:
-    """Messages between CPU workers: in turn, checked, and all at once."""
-    rank = {name: i for i, name in enumerate(workers)}
+def _messages(pool: Pool, kind: Mapping[str, str], found: Mapping[Pair, _Found]) -> None:
+    """Messages of the pairs with a CPU worker in them: in turn, checked, and all at once.
+
+    Args:
+        kind: of each device.
+    """
+    rank = {name: i for i, name in enumerate(kind)}
+    place = {name: name if its == "cuda" else "cpu" for name, its in kind.items()}  # as PyTorch there knows it
     for (a, b), pair in found.items():
-        if a not in rank or b not in rank:
+        if _by_copies((a, b), kind):
             continue
         if rank[a] < rank[b]:
-            turns = _call(pool, (a, b), {a: (ping_pong, (rank[b], True)), b: (ping_pong, (rank[a], False))})
+            calls = {a: (ping_pong, (rank[b], True, place[a])), b: (ping_pong, (rank[a], False, place[b]))}
+            turns = _call(pool, (a, b), calls)
             pair.idle = one_way(turns[a], turns[b])
             found[b, a].idle = one_way(turns[b], turns[a])
         seed = _seed((a, b))
         pair.wrong_bytes = _call(
-            pool, (a, b), {a: (send_patterns, (rank[b], seed)), b: (check_received, (rank[a], seed))}
+            pool,
+            (a, b),
+            {a: (send_patterns, (rank[b], seed, place[a])), b: (check_received, (rank[a], seed, place[b]))},
         )[b]
-    for pairs in rounds_of(workers):
+    for pairs in rounds_of(list(kind)):
         to = dict(pairs)
         source = {b: a for a, b in pairs}
-        calls = {name: (exchange, (rank[to[name]], rank[source[name]])) for name in workers}
-        seconds = _call(pool, None, calls)
-        for a, b in pairs:
-            found[a, b].busy = seconds[b]
+        both = {name: (exchange, (rank[to[name]], rank[source[name]], place[name])) for name in kind}
+        seconds = _call(pool, None, both)
+        for pair_of_round in pairs:
+            found[pair_of_round].busy = seconds[pair_of_round[1]]
 
 
-def _copies(pool: Pool, devices: Sequence[Device], found: Mapping[Pair, _Found]) -> None:
-    """Copies of the pairs with a GPU in them, in that GPU's process: one at a time, checked, and all at once."""
-    kind = {device.name: device.kind for device in devices}
-
-    def ends(pair: Pair) -> Pair:
-        """The names by which PyTorch in the GPU's process knows the two."""
-        a, b = (name if kind[name] == "cuda" else "cpu" for name in pair)
-        return a, b
-
+def _copies(pool: Pool, kind: Mapping[str, str], found: Mapping[Pair, _Found]) -> None:
+    """Copies of the pairs of GPUs, in the process of each pair's first: one at a time, checked, and all at once."""
     for pair, its in found.items():
-        runner = _runner(pair, kind)
-        if runner is not None:
-            its.peer = _call(pool, pair, {runner: (has_peer_access, ends(pair))})[runner]
-            its.idle = _call(pool, pair, {runner: (copy_within, ends(pair))})[runner]
-            its.wrong_bytes = _call(pool, pair, {runner: (check_copies, (*ends(pair), _seed(pair)))})[runner]
-    for pairs in rounds_of(list(kind)):
-        of_runner: dict[str, list[Pair]] = {}
-        for pair in pairs:
-            runner = _runner(pair, kind)
-            if runner is not None:
-                of_runner.setdefault(runner, []).append(pair)
-        for size in SIZES if of_runner else ():
-            calls = {runner: (copies_at_once, ([ends(p) for p in its], size)) for runner, its in of_runner.items()}
-            answers = _call(pool, None, calls)
-            for runner, its_pairs in of_runner.items():
-                for pair, seconds in zip(its_pairs, answers[runner], strict=True):
-                    found[pair].busy[size] = seconds
+        if _by_copies(pair, kind):
+            first = pair[0]
+            its.peer = _call(pool, pair, {first: (has_peer_access, pair)})[first]
+            its.idle = _call(pool, pair, {first: (copy_within, pair)})[first]
+            its.wrong_bytes = _call(pool, pair, {first: (check_copies, (*pair, _seed(pair)))})[first]
+    for pairs in rounds_of([name for name, its in kind.items() if its == "cuda"]):
+        for size in SIZES:
+            answers = _call(pool, None, {pair[0]: (copies_for, (*pair, size)) for pair in pairs})
+            for pair in pairs:
+                found[pair].busy[size] = answers[pair[0]]
 
 
-def _runner(pair: Pair, kind: Mapping[str, str]) -> str | None:
-    """The device whose process copies over ``pair``: the first GPU of the two."""
-    return next((name for name in pair if kind[name] == "cuda"), None)
+def _by_copies(pair: Pair, kind: Mapping[str, str]) -> bool:
+    """Whether the two are GPUs, whose messages are copies from one to the other."""
+    return all(kind[name] == "cuda" for name in pair)
 
 
 def _call(pool: Pool, pair: Pair | None, calls: Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]]) -> Any:
@@ -275,9 +268,8 @@ def disk_rate(folder: Path) -> float | None:
 # What runs inside the workers.
 
 
-def join(rank: int, size: int, store: str) -> None:
-    """Enter a group that meets over a file and talks over loopback: gloo for CPU tensors, NCCL for GPUs'."""
-    backend = "cpu:gloo,cuda:nccl" if resident["device"].type == "cuda" else "gloo"
+def join(rank: int, size: int, store: str, backend: str = "gloo") -> None:
+    """Enter a group that meets over a file and talks over loopback."""
     dist.init_process_group(
         backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=30)
     )

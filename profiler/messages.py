@@ -1,8 +1,9 @@
 """Messages between workers and copies within one: what is timed, and what is checked byte by byte, on every link.
 
-All of it runs inside the workers. CPU workers talk through gloo, as the pipeline engine lets them; a pair with a GPU in
-it is a copy within that GPU's process: straight from GPU to GPU where they have peer access, and staged in the host's
-memory where they have not.
+All of it runs inside the workers. CPU workers talk through gloo, as the pipeline engine lets them, and so do a CPU
+worker and a GPU, which copies what it sends to the host's memory and what it receives from there. A pair of GPUs is a
+copy within one's process: straight from GPU to GPU where they have peer access, and staged in the host's memory where
+they have not.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -27,7 +27,7 @@ __all__ = [
     "Turns",
     "check_copies",
     "check_received",
-    "copies_at_once",
+    "copies_for",
     "copy_within",
     "exchange",
     "has_peer_access",
@@ -64,41 +64,62 @@ def _wait(operations: Sequence[dist.P2POp]) -> None:
         work.wait()
 
 
-def ping_pong(peer: int, first: bool, clock: Clock = time.perf_counter) -> dict[int, Turns]:
-    """Send messages of each size to ``peer`` and receive its own in turn; by size, without the warm-up.
+class _Room:
+    """Memory of ``device`` for one message, and that of the host which it is sent from and received in."""
+
+    def __init__(self, size: int, device: str) -> None:
+        self.own = torch.zeros(size, dtype=torch.uint8, device=device)
+        self.host = self.own if device == "cpu" else torch.zeros(size, dtype=torch.uint8)
+
+    def leaving(self) -> Tensor:
+        """The message in the host's memory, to be sent."""
+        return self.own.to("cpu")
+
+    def take(self) -> None:
+        """Bring in what was received."""
+        if self.own is not self.host:
+            self.own.copy_(self.host)
+            torch.cuda.synchronize(self.own.device)
+
+
+def ping_pong(peer: int, first: bool, device: str = "cpu", clock: Clock = time.perf_counter) -> dict[int, Turns]:
+    """Send messages of each size on ``device`` to ``peer`` and receive its own in turn; by size, without the warm-up.
 
     ``perf_counter`` is one clock for all processes of a machine, so the two ends' readings can be compared.
     """
     turns = {}
     for size in SIZES:
-        buffer = torch.zeros(size, dtype=torch.uint8)
+        room = _Room(size, device)
         all_turns = Turns()
         for _ in range(WARMUP + REPEATS):
             for sends in (first, not first):
                 start = clock()
-                _wait([dist.P2POp(dist.isend if sends else dist.irecv, buffer, peer)])
                 if sends:
+                    _wait([dist.P2POp(dist.isend, room.leaving(), peer)])
                     all_turns.sent.append(start)
                 else:
+                    _wait([dist.P2POp(dist.irecv, room.host, peer)])
+                    room.take()
                     all_turns.arrived.append(clock())
         turns[size] = Turns(all_turns.sent[WARMUP:], all_turns.arrived[WARMUP:])
     return turns
 
 
-def exchange(target: int, source: int, clock: Clock = time.perf_counter) -> dict[int, list[float]]:
-    """Send to ``target`` while receiving from ``source``; by size, seconds until both were done.
+def exchange(target: int, source: int, device: str = "cpu", clock: Clock = time.perf_counter) -> dict[int, list[float]]:
+    """Send from ``device`` to ``target`` while receiving from ``source``; by size, seconds until both were done.
 
     As in a pipeline, in which every micro-batch has tensors of its own, a message is not in the caches yet.
     """
     seconds: dict[int, list[float]] = {}
     for size in SIZES:
         count = min(WARMUP + REPEATS, max(2, MEMORY_BYTES // size))
-        rooms = [[torch.zeros(size, dtype=torch.uint8) for _ in range(2)] for _ in range(count)]
+        rooms = [(_Room(size, device), _Room(size, device)) for _ in range(count)]
         seconds[size] = []
         for repeat in range(WARMUP + REPEATS):
             leaves, arrives = rooms[repeat % count]
             start = clock()
-            _wait([dist.P2POp(dist.isend, leaves, target), dist.P2POp(dist.irecv, arrives, source)])
+            _wait([dist.P2POp(dist.isend, leaves.leaving(), target), dist.P2POp(dist.irecv, arrives.host, source)])
+            arrives.take()
             if repeat >= WARMUP:
                 seconds[size].append(clock() - start)
     return seconds
@@ -145,19 +166,13 @@ def _copy_through(host: Tensor, source: Tensor, target: Tensor) -> Tensor:
     return target.copy_(host)
 
 
-def copies_at_once(pairs: Sequence[tuple[str, str]], size: int, window_s: float = WINDOW_S) -> list[list[float]]:
-    """Copy ``size`` bytes over each of ``pairs`` in this process, each on a thread and a stream of its own.
+def copies_for(source: str, target: str, size: int, window_s: float = WINDOW_S) -> list[float]:
+    """Copy ``size`` bytes over and over, as other processes do meanwhile.
 
     Returns:
-        For each pair the seconds of each copy; there are as many as the window holds, and not fewer than ``REPEATS``.
+        The seconds of each copy; there are as many as the window holds, and not fewer than ``REPEATS``.
     """
-    with ThreadPoolExecutor(len(pairs)) as threads:
-        return list(threads.map(lambda pair: _copy_for(pair, size, window_s), pairs))
-
-
-def _copy_for(pair: tuple[str, str], size: int, window_s: float) -> list[float]:
-    source, target = pair
-    timer = _timer(source, target, own_stream=True)
+    timer = _timer(source, target)
     copy = _copier(source, target, size)
     seconds: list[float] = []
     end = time.perf_counter() + window_s
@@ -166,31 +181,13 @@ def _copy_for(pair: tuple[str, str], size: int, window_s: float) -> list[float]:
     return seconds[WARMUP:]
 
 
-def _timer(source: str, target: str, *, own_stream: bool = False) -> Timer:
+def _timer(source: str, target: str) -> Timer:
     """The timer for a copy: of the GPU whose stream PyTorch queues it on, the source's if both are GPUs.
 
     A copy through the host is queued on both GPUs and waited for, so the host's clock times it.
     """
     gpus = [torch.device(name) for name in (source, target) if name.startswith("cuda")]
-    if not gpus or has_peer_access(source, target) is False:
-        return host_timer()
-    return _stream_timer(gpus[0]) if own_stream else cuda_timer(gpus[0])
-
-
-def _stream_timer(device: torch.device) -> Timer:
-    """A timer that queues on a stream of its own and waits for that stream only, so that others' copies go on."""
-    stream = torch.cuda.Stream(device)
-
-    def timer(function: Callable[[], Tensor]) -> tuple[Tensor, float]:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        with torch.cuda.stream(stream):
-            start.record(stream)
-            result = function()
-            end.record(stream)
-        end.synchronize()
-        return result, start.elapsed_time(end) / 1e3
-
-    return timer
+    return cuda_timer(gpus[0]) if gpus and has_peer_access(source, target) is not False else host_timer()
 
 
 # The probe: are the bytes that arrive the bytes that were sent?
@@ -220,23 +217,23 @@ def _seeds(seed: int) -> Iterable[tuple[int, int, int]]:
     return ((size, offset, seed + 0x9E3779B * number) for number, (size, offset) in enumerate(CASES))
 
 
-def send_patterns(peer: int, seed: int) -> None:
-    """Send the patterns of ``seed`` to ``peer``, which checks them with :func:`check_received`."""
+def send_patterns(peer: int, seed: int, device: str = "cpu") -> None:
+    """Send the patterns of ``seed`` on ``device`` to ``peer``, which checks them with :func:`check_received`."""
     for size, offset, own_seed in _seeds(seed):
-        room = torch.zeros(offset + size, dtype=torch.uint8)
-        room[offset:] = pattern(own_seed, size)
-        _send(room[offset:], peer)
+        room = torch.zeros(offset + size, dtype=torch.uint8, device=device)
+        room[offset:] = pattern(own_seed, size, device)
+        _send(room[offset:].to("cpu"), peer)
 
 
-def check_received(peer: int, seed: int) -> int:
-    """Receive the patterns of ``seed`` from ``peer``; how many bytes are wrong."""
+def check_received(peer: int, seed: int, device: str = "cpu") -> int:
+    """Receive the patterns of ``seed`` from ``peer`` on ``device``; how many bytes are wrong there."""
     wrong = 0
     for size, offset, own_seed in _seeds(seed):
-        expected = pattern(own_seed, size)
+        expected = pattern(own_seed, size, device)
         room = torch.zeros(offset + size, dtype=torch.uint8)
-        room[offset:] = ~expected  # what does not arrive must not pass for what did
+        room[offset:] = ~expected.to("cpu")  # what does not arrive must not pass for what did
         _wait([dist.P2POp(dist.irecv, room[offset:], peer)])
-        wrong += int((room[offset:] != expected).sum())
+        wrong += int((room[offset:].to(device) != expected).sum())
     return wrong
 
 

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import shardwright as sw
 from shardwright.profiler.placed import placement_hooks
+from shardwright.sharder.runtime import place as place_module
 from shardwright.sharder.runtime.sim import sim_device
 from shardwright.sharder.runtime.threads import Seat, StageThreads, share_cores
 
@@ -699,6 +700,27 @@ def test_an_own_forward_of_the_instance_is_kept(captured_profile):
     torch.testing.assert_close(model(x), expected)
     sw.unplace(model)
     assert model.forward is own
+
+
+@pytest.mark.parametrize("there", ["first", "last"])
+def test_inputs_come_and_outputs_go_back(captured_profile, monkeypatch, there):
+    """With a stage on a device that mixes with no other: results are on the caller's, with and without a pipeline."""
+    monkeypatch.setattr(place_module, "check_threads", lambda *_: None)  # which no simulated device passes
+    model, inputs = Skips(), (torch.randn(BATCH, WIDTH), torch.zeros(BATCH, 1, dtype=torch.long))
+    plan = sw.plan(captured_profile(model, inputs), microbatches=4)
+    devices = {plan.devices[0 if there == "first" else -1]: "sim:0", plan.devices[-1 if there == "first" else 0]: "cpu"}
+    with torch.no_grad():
+        expected = model(*inputs)
+        for _ in range(2):
+            sw.place(model, plan, devices=devices, microbatches=4)
+            found = model(*inputs)
+            assert {t.device.type for t in found.values()} == {"cpu"}
+            torch.testing.assert_close(found, expected)
+            assert forward_of(model).own.programs
+            torch.testing.assert_close(model(*(t[:3] for t in inputs)), {k: t[:3] for k, t in expected.items()})
+    sw.unplace(model)
+    assert "forward" not in vars(model)
+    assert {t.device.type for t in model.parameters()} == {"cpu"}
 
 
 def test_a_backward_after_unplace_says_so(piped):

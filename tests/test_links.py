@@ -208,31 +208,38 @@ class PoolOfOne:
 
 
 @pytest.fixture
-def made_up_copies(monkeypatch):
-    """Copies between GPUs at 10 GB/s, others at 1 GB/s, half of it all at once; from cuda:1 to cuda:0 they spoil."""
+def made_up_links(monkeypatch):
+    """Copies at 10 GB/s, half of it all at once, spoilt from cuda:1 to cuda:0; messages at 1 GB/s, spoilt on a GPU."""
 
-    def seconds(source, target, size):
-        return 1e-5 + size / (1e10 if source[:4] == target[:4] == "cuda" else 1e9)
-
-    def copy_within(source, target):
-        return {size: [seconds(source, target, size)] for size in SIZES}
-
-    def copies_at_once(pairs, size):
-        return [[2 * seconds(*pair, size)] for pair in pairs]
+    def taking(rate, size):
+        return [1e-5 + size / rate]
 
     def check_copies(source, target, _seed):
         return 17 if (source, target) == ("cuda:1", "cuda:0") else 0
 
-    def has_peer_access(source, target):
-        return source < target if source[:4] == target[:4] == "cuda" else None
+    def ping_pong(_peer, _first, _device):
+        return {size: Turns([0.0], taking(1e9, size)) for size in SIZES}
 
-    for function in (copy_within, copies_at_once, check_copies, has_peer_access):
-        monkeypatch.setattr(links_module, function.__name__, function)
+    made_up = {
+        "copy_within": lambda *_: {size: taking(1e10, size) for size in SIZES},
+        "copies_for": lambda _source, _target, size: taking(5e9, size),
+        "check_copies": check_copies,
+        "has_peer_access": lambda source, target: source < target,
+        "ping_pong": ping_pong,
+        "exchange": lambda *_: {size: taking(5e8, size) for size in SIZES},
+        "send_patterns": lambda *_: None,
+        "check_received": lambda _peer, _seed, device: 5 if device == "cuda:1" else 0,
+        "join": lambda *_: None,
+        "leave": lambda: None,
+    }
+    for name, function in made_up.items():
+        function.__name__ = name
+        monkeypatch.setattr(links_module, name, function)
 
 
-@pytest.mark.usefixtures("made_up_copies")
+@pytest.mark.usefixtures("made_up_links")
 def test_links_of_gpus():
-    """A GPU's process copies over its links, by the names it knows: the first GPU of the two, and the host as cpu."""
+    """Two GPUs are linked by copies in the first one's process, a CPU worker and a GPU by messages of both."""
     devices = [
         Device(name=name, kind=name[:-2], description="", memory_bytes=1) for name in ("cuda:0", "cpu:0", "cuda:1")
     ]
@@ -241,16 +248,40 @@ def test_links_of_gpus():
     assert len(found) == 6
     fast, slow = found["cuda:0", "cuda:1"], found["cpu:0", "cuda:1"]
     assert (fast.latency_s, fast.bandwidth_bytes_per_s) == pytest.approx((1e-5, 1e10))
-    assert (fast.busy_latency_s, fast.busy_bandwidth_bytes_per_s) == pytest.approx((2e-5, 5e9))
+    assert (fast.busy_latency_s, fast.busy_bandwidth_bytes_per_s) == pytest.approx((1e-5, 5e9))
     assert (slow.latency_s, slow.bandwidth_bytes_per_s) == pytest.approx((1e-5, 1e9))
+    assert (slow.busy_latency_s, slow.busy_bandwidth_bytes_per_s) == pytest.approx((1e-5, 5e8))
     assert (fast.peer, found["cuda:1", "cuda:0"].peer, slow.peer) == (True, False, None)
-    assert {pair: link.wrong_bytes for pair, link in found.items() if link.corrupt} == {("cuda:1", "cuda:0"): 17}
-    alone = {(name, args) for name, function, args in pool.calls if function == "copy_within"}
-    assert ("cuda:0", ("cuda:0", "cuda:1")) in alone
-    assert ("cuda:1", ("cpu", "cuda:1")) in alone
-    together = [(name, args[0]) for name, function, args in pool.calls if function == "copies_at_once"]
-    assert ("cuda:0", [("cuda:0", "cpu")]) in together
-    assert all(name != "cpu:0" for name, _ in together)
+    assert {pair: link.wrong_bytes for pair, link in found.items() if link.corrupt} == {
+        ("cuda:1", "cuda:0"): 17,
+        ("cpu:0", "cuda:1"): 5,
+    }
+    calls = {function: [] for _, function, _ in pool.calls}
+    for name, function, args in pool.calls:
+        calls[function].append((name, args))
+    assert {name: args[0] for name, args in calls["copy_within"]} == {"cuda:0": "cuda:0", "cuda:1": "cuda:1"}
+    assert {(name, args[2]) for name, args in calls["ping_pong"]} == {
+        ("cuda:0", "cuda:0"),
+        ("cpu:0", "cpu"),
+        ("cuda:1", "cuda:1"),
+    }
+    assert all(len(rank) == 3 for rank in ({args[0] for _, args in calls[what]} for what in ("exchange", "join")))
+
+
+@pytest.mark.usefixtures("made_up_links")
+def test_gpus_alone_send_no_messages():
+    """Where there is no CPU worker the processes need not meet."""
+    devices = [Device(name=f"cuda:{i}", kind="cuda", description="", memory_bytes=1) for i in range(3)]
+    pool = PoolOfOne()
+    links = measure_links(pool, devices)
+    assert len(links) == 6
+    assert all(link.bandwidth_bytes_per_s == pytest.approx(1e10) for link in links)
+    assert {function for _, function, _ in pool.calls} == {
+        "copy_within",
+        "copies_for",
+        "check_copies",
+        "has_peer_access",
+    }
 
 
 def test_corrupt_links_are_warned_of():

@@ -14,7 +14,7 @@ from shardwright.profiler.messages import (
     REPEATS,
     SIZES,
     check_copies,
-    copies_at_once,
+    copies_for,
     copy_within,
     exchange,
     has_peer_access,
@@ -51,7 +51,7 @@ def test_a_ping_pong_tells_the_directions_apart(monkeypatch):
     turns = []
     for first, wire in ((True, FakeWire(there, back)), (False, FakeWire(back, there))):
         on_wire(monkeypatch, wire)
-        turns.append(ping_pong(1, first, wire.clock))
+        turns.append(ping_pong(1, first, clock=wire.clock))
     assert all(len(t.sent) == len(t.arrived) == REPEATS for end in turns for t in end.values())
     assert fit(one_way(turns[0], turns[1])) == pytest.approx(there, rel=1e-6)
     assert fit(one_way(turns[1], turns[0])) == pytest.approx(back, rel=1e-6)
@@ -61,7 +61,7 @@ def test_an_exchange_takes_until_both_messages_are_done(monkeypatch):
     """Sending and receiving go on together, and the slower of them counts."""
     wire = FakeWire((1e-4, 1e9), (3e-3, 2e8))
     on_wire(monkeypatch, wire)
-    seconds = exchange(1, 2, wire.clock)
+    seconds = exchange(1, 2, clock=wire.clock)
     assert {size: len(each) for size, each in seconds.items()} == dict.fromkeys(SIZES, REPEATS)
     assert fit(seconds) == pytest.approx((3e-3, 2e8), rel=1e-6)
 
@@ -172,10 +172,9 @@ def test_which_way_a_copy_goes(monkeypatch, source, target, setting, possible, e
 
 @pytest.mark.parametrize("staged", [False, True])
 def test_copies_are_timed_at_each_size(monkeypatch, staged):
-    """Alone and several at once, each pair gets the seconds of its own copies."""
+    """Alone and while others go on: the seconds of each copy, and never fewer than are needed."""
     monkeypatch.setattr(messages, "has_peer_access", lambda *_: False if staged else None)
     alone = copy_within("cpu", "cpu")
     assert list(alone) == list(SIZES)
     assert all(len(seconds) == REPEATS and min(seconds) > 0 for seconds in alone.values())
-    together = copies_at_once([("cpu", "cpu")] * 3, 1 << 12, window_s=0.0)
-    assert [len(seconds) for seconds in together] == [REPEATS] * 3
+    assert len(copies_for("cpu", "cpu", 1 << 12, window_s=0.0)) == REPEATS

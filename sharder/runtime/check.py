@@ -70,16 +70,11 @@ def check_can_be_piped(plan: Plan, model: nn.Module) -> None:
 
     Raises:
         ShardwrightError: the model is placed, has no values or follows values of its inputs, or the plan is no chain of
-            stages, leaves weights off their device or mixes kinds of devices.
+            stages or leaves weights off their device.
     """
     refuse_placed(model, "pipeline")
     check_values(model)
     check_plan_can_be_piped(plan)
-    if len({device.partition(":")[0] for device in plan.devices}) > 1:
-        raise ShardwrightError(
-            f"the plan mixes CPU workers and GPUs ({', '.join(plan.devices)}), which the pipeline cannot do yet; "
-            "place(model, plan) can, or plan with --devices of one kind"
-        )
 
 
 def check_plan_can_be_piped(plan: Plan) -> None:

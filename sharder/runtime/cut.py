@@ -18,7 +18,7 @@ from shardwright.errors import ShardwrightError
 from shardwright.profiler.unitgraph import Step, UnitGraph, Value, graph_root
 from shardwright.sharder.planning.plan import Plan
 
-__all__ = ["Share", "StageProgram", "TensorShape", "cut", "mapped_arguments"]
+__all__ = ["Share", "StageProgram", "TensorShape", "cut", "mapped_arguments", "on_device"]
 
 
 class TensorShape(NamedTuple):
@@ -67,13 +67,17 @@ class StageProgram:
         """The same with other ``attributes``."""
         return replace(self, attributes=attributes)
 
-    def module(self) -> fx.GraphModule:
-        """The stage as a module: takes its inputs in order, returns the tuple of its outputs."""
+    def module(self, device: torch.device | None = None) -> fx.GraphModule:
+        """The stage as a module: takes its inputs in order, returns the tuple of its outputs.
+
+        Args:
+            device: where it makes the tensors that it makes itself; by default where the capture did.
+        """
         graph = fx.Graph()
         nodes: dict[str, fx.Node] = {}
 
         def resolve(leaf: Any) -> Any:
-            return nodes[leaf.name] if isinstance(leaf, Reference) else leaf
+            return nodes[leaf.name] if isinstance(leaf, Reference) else on_device(leaf, device)
 
         for op, name, target, args, kwargs in self.instructions:
             nodes[name] = graph.create_node(
@@ -94,7 +98,7 @@ class Share:
 
     def __init__(self, programs: Sequence[StageProgram], device: torch.device) -> None:
         if len(programs) == 1:
-            self.modules = [programs[0].module().to(device)]
+            self.modules = [programs[0].module(device).to(device)]
             self.whole: nn.Module = self.modules[0]
             return
         called = {name: value for program in programs for name, value in program.attributes.items()}
@@ -104,7 +108,12 @@ class Share:
         graph.output(None)
         self.whole = fx.GraphModule(called, graph).to(device)
         moved = {name: attrgetter(name)(self.whole) for name in called}
-        self.modules = [p.calling({name: moved[name] for name in p.attributes}).module() for p in programs]
+        self.modules = [p.calling({name: moved[name] for name in p.attributes}).module(device) for p in programs]
+
+
+def on_device(leaf: Any, device: torch.device | None) -> Any:
+    """An argument of a captured call as it is on ``device``: of a device that the capture named, that one."""
+    return device if device is not None and isinstance(leaf, torch.device) and leaf.type != "meta" else leaf
 
 
 def mapped_arguments(value: Any, function: Callable[[Any], Any]) -> Any:

@@ -28,6 +28,7 @@ from torch.distributed.pipelining.microbatch import TensorChunkSpec, _Replicate
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.cut import StageProgram, trainable
+from shardwright.sharder.runtime.hosted import HOST, HostedStage
 from shardwright.sharder.runtime.recompute import RecomputedStage
 
 __all__ = [
@@ -95,10 +96,13 @@ def make_stage(
     stages: int,
     device: torch.device,
     group: dist.ProcessGroup | None = None,
+    *,
+    hosted: bool = False,
 ) -> PipelineStage:
-    """``program``, with ``module`` to compute it, as one of ``stages`` stages that go around ``group``'s ranks.
+    """``program``, with ``module`` to compute it on ``device``, as one of ``stages`` that go around ``group``'s ranks.
 
-    The stage's ``submod`` is ``module``, or what computes it anew in the backward.
+    The stage's ``submod`` is ``module``, or what computes it anew in the backward, or what keeps it ``hosted``: on its
+    device with its messages in the host's memory.
     """
     if program.recompute:
         module = RecomputedStage(module, program.index, device)
@@ -106,6 +110,8 @@ def make_stage(
     if program.index == 0:
         examples = tuple(t.detach() for t in examples)
     outputs = tuple(shape.example() for shape in program.outputs)
+    if hosted:
+        module, device = HostedStage(module, device, last=program.index == stages - 1), HOST
     return PipelineStage(module, program.index, stages, device, input_args=examples, output_args=outputs, group=group)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from shardwright.sharder.runtime.cut import Reference, StageProgram, mapped_arguments
+from shardwright.sharder.runtime.cut import Reference, StageProgram, mapped_arguments, on_device
 from shardwright.sharder.runtime.recompute import Recomputation, Turns
 
 __all__ = ["Border", "Gradients", "Stage"]
@@ -43,9 +43,7 @@ class Stage:
         graph, nodes = fx.Graph(), dict[str, fx.Node]()
 
         def resolve(leaf: Any) -> Any:
-            if isinstance(leaf, torch.device):
-                return device if leaf.type != "meta" else leaf
-            return nodes[leaf.name] if isinstance(leaf, Reference) else leaf
+            return nodes[leaf.name] if isinstance(leaf, Reference) else on_device(leaf, device)
 
         read = [i for i in program.instructions if self._is_tensor(i.op, program.attributes.get(str(i.target)))]
         for given in (*(i for i in program.instructions if i.op == "placeholder"), *read):

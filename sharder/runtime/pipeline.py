@@ -75,6 +75,10 @@ class Job:
     replicas: int = 1
     divided: tuple[bool, ...] = ()
     """Of each input of the model, whether micro-batches have a part of it; () = as its length says."""
+    hosted: bool = False
+    """Whether what the stages exchange goes through the host's memory, as between devices of several kinds."""
+    backend: str | None = None
+    """Of the pipeline's process groups; None: that of all workers'."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ def hold_stages(job: Job, programs: Sequence[StageProgram], inputs: tuple[Tensor
     stage has inputs.
     """
     device: torch.device = resident["device"]
-    groups = Groups.of(job.ranks, job.replicas)
+    groups = Groups.of(job.ranks, job.replicas, job.backend)
     ties = job.ties if job.train else ()
     position = programs[0].index if programs else -1
     module = nn.Module()
@@ -148,14 +152,17 @@ def hold_stages(job: Job, programs: Sequence[StageProgram], inputs: tuple[Tensor
         share = Share(programs, device)
         module = share.whole.train(job.train)
     by_replica = [
-        SharedGradients(ties, position if number == replica else -1, module, ranks=ranks)
+        SharedGradients(ties, position if number == replica else -1, module, ranks=ranks, backend=job.backend)
         for number, ranks in enumerate(groups.ranks)
     ]
     summing = ReplicaGradients(module, groups.of_position[position] if job.train and programs else None)
     if not programs:
         return
     ranks, group, shared = groups.ranks[replica], groups.of_replica[replica], by_replica[replica]
-    stages = tuple(make_stage(p, m, job.stages, device, group) for p, m in zip(programs, share.modules, strict=True))
+    stages = tuple(
+        make_stage(program, stage, job.stages, device, group, hosted=job.hosted)
+        for program, stage in zip(programs, share.modules, strict=True)
+    )
     # The engine of several stages a process finds the ranks by itself, in rising order.
     assert len(stages) == 1 or list(ranks) == sorted(ranks)
     for stage in stages:

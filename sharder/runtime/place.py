@@ -75,12 +75,12 @@ def place(
     if microbatches is not None:
         check_threads(plan, homes, microbatches)
     origins = _come_home(model, plan, homes, checkpoint)
+    if microbatches is not None:  # within what brings inputs to the first device and outputs back
+        pipe(model, plan, homes, origins, microbatches)
     cpu = torch.device("cpu")
     elsewhere = any(origin != homes[plan.stages[0].device] for origin in origins.values())
     if set(homes.values()) != {cpu} or plan.offloaded or elsewhere:  # else one torch device: nothing can cross
         _hook(model, plan, homes, origins)
-    if microbatches is not None:
-        pipe(model, plan, homes, origins, microbatches)
     return model
 
 

@@ -31,6 +31,7 @@ from shardwright.profiler.devices import available_cores
 from shardwright.profiler.worker import root_of
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.board import Board
+from shardwright.sharder.runtime.hosted import GPUS_BACKEND, is_hosted
 from shardwright.sharder.runtime.nodes import Place, choose_interface, device_order, place_of
 
 __all__ = ["Ranks", "stage_device"]
@@ -72,8 +73,9 @@ class Ranks:
         with self.failing_together():
             # Objects and checkpoints go over the host's memory, tensors of a step between the devices.
             self.control = dist.new_group(backend="gloo", timeout=limit)
-            on_gpu = self.device.type == "cuda"
-            self.data = dist.new_group(backend="nccl", timeout=limit) if on_gpu else self.control
+            self.hosted = is_hosted(plan)
+            on_gpus = self.device.type == "cuda" and not self.hosted
+            self.data = dist.new_group(backend="nccl", timeout=limit) if on_gpus else self.control
             self.backend = dist.get_backend(self.data)
             self.pipe: dist.ProcessGroup = self.data
             self.alike: dist.ProcessGroup | None = None
@@ -319,7 +321,7 @@ def _make_group(plan: Plan, place: Place, store: Any, board: Board, limit_s: flo
     gpus = place.device.startswith("cuda")
     if gpus:
         torch.cuda.set_device(stage_device(place.device))
-    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    backend = GPUS_BACKEND if gpus and not is_hosted(plan) else "gloo"
     size, limit = len(plan.devices), timedelta(seconds=CONNECT_S)
     try:
         dist.init_process_group(backend, store=store, rank=place.position, world_size=size, timeout=limit)

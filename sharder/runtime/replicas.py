@@ -32,18 +32,21 @@ class Groups(NamedTuple):
     """Of the devices that have the same stages; None where there is one replica."""
 
     @classmethod
-    def of(cls, ranks: Sequence[int], replicas: int) -> Groups:
+    def of(cls, ranks: Sequence[int], replicas: int, backend: str | None = None) -> Groups:
         """Make them, in the same order in every process; ``ranks`` are those of one replica after another."""
 
         def made(some: Sequence[int]) -> dist.ProcessGroup | None:
-            return dist.new_group(list(some)) if tuple(some) != tuple(range(dist.get_world_size())) else None
+            every = tuple(some) == tuple(range(dist.get_world_size()))
+            return None if every else dist.new_group(list(some), backend=backend)
 
         depth = len(ranks) // replicas
         own = tuple(tuple(ranks[first : first + depth]) for first in range(0, len(ranks), depth))
         every = made(ranks)
         if replicas == 1:
             return cls(own, every, (every,), (None,) * depth)
-        positions = [dist.new_group([pipeline[position] for pipeline in own]) for position in range(depth)]
+        positions = [
+            dist.new_group([pipeline[position] for pipeline in own], backend=backend) for position in range(depth)
+        ]
         return cls(own, every, tuple(map(made, own)), tuple(positions))
 
     def having(self, replica: int, position: int) -> tuple[dist.ProcessGroup, ...]:

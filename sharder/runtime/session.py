@@ -24,6 +24,7 @@ from shardwright.sharder.runtime.accounts import Noted
 from shardwright.sharder.runtime.check import units_of
 from shardwright.sharder.runtime.cut import StageProgram
 from shardwright.sharder.runtime.engine import shared_parameters
+from shardwright.sharder.runtime.hosted import GPUS_BACKEND, is_hosted
 from shardwright.sharder.runtime.pipeline import (
     Comparison,
     Job,
@@ -75,12 +76,14 @@ class Session:
         self.pool, self.model, self.args, self.kwargs, self.limit_s = pool, model, args, dict(kwargs), limit_s
         names = dict.fromkeys(device for split in splits for device in split.plan.devices)
         self.ranks = {device: rank for rank, device in enumerate(names)}
+        kinds = {device.partition(":")[0] for device in names}
+        self.backend = GPUS_BACKEND if kinds == {"cuda"} else "gloo"
 
     def begin(self, devices: Sequence[Device], store: str) -> None:
         """Wait for the workers and have those of pipelines meet over the file ``store``."""
         ready = {d.name: (prepare, (d.name, max(1, len(d.cores)))) for d in devices}
         self.pool.call(ready, limit_s=START_LIMIT_S, loading=True)
-        joining = {d: (join, (rank, len(self.ranks), store)) for d, rank in self.ranks.items()}
+        joining = {d: (join, (rank, len(self.ranks), store, self.backend)) for d, rank in self.ranks.items()}
         self.pool.call(joining, limit_s=self.limit_s)
 
     def hold(self, split: Split) -> None:
@@ -89,7 +92,13 @@ class Session:
         plan = split.plan
         given = outputs_of((self.args, self.kwargs))
         job = job_of(plan, self.model, split.output_places, split.name, ranks)
-        job = replace(job, divided=tuple(is_batched(t, plan.batch) for t in given))
+        on_gpus = all(device.startswith("cuda") for device in plan.devices)
+        job = replace(
+            job,
+            divided=tuple(is_batched(t, plan.batch) for t in given),
+            hosted=is_hosted(plan),
+            backend=GPUS_BACKEND if on_gpus and self.backend != GPUS_BACKEND else None,
+        )
         calls: dict[str, Any] = dict.fromkeys(self.ranks, (hold_stages, (job, (), ())))  # a group is made by all
         for number, devices in enumerate(plan.pipelines):
             inputs = tuple(_part_of(t, plan, number) for t in given)

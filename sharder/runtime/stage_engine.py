@@ -40,7 +40,7 @@ class StageEngine:
         self._outputs: list[Any] = []
         count = len(plan.stages)
         self.stages = [
-            make_stage(program, module, count, ranks.device, ranks.pipe)
+            make_stage(program, module, count, ranks.device, ranks.pipe, hosted=ranks.hosted)
             for program, module in zip(form.programs, form.modules, strict=True)
         ]
         # With fewer micro-batches than stages 1F1B has nothing to alternate with, and the engine refuses it.

@@ -94,14 +94,6 @@ def test_one_gpu_runs_and_is_compared():
     assert account.step_s == pytest.approx(run.accounts.measured_s)
 
 
-def test_a_plan_over_cpu_and_gpu_is_not_piped_yet(captured_profile):
-    """The pipeline refuses to mix CPU workers and GPUs, and says what works."""
-    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(8, 4)
-    plan = sw.plan(captured_profile(model, (x,), devices=["cpu:0", "cuda:0"]), microbatches=2)
-    with pytest.raises(sw.ShardwrightError, match="mixes CPU workers and GPUs"):
-        sw.run(model, plan, (x,))
-
-
 def test_verifying_leaves_cuda_training_alone(containers, captured_profile):
     """Simulated devices live in a process of their own, so that training on the GPU goes on after a check."""
     model = containers.NetList()
