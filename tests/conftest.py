@@ -183,6 +183,7 @@ def captured_profile() -> ProfileMaker:
         counted: bool = False,
     ) -> Profile:
         from shardwright.profiler import inputs, records
+        from shardwright.profiler.attention import attention_as_on
         from shardwright.profiler.capture import captures_of
         from shardwright.profiler.optimizers import OptimizerMemory
         from shardwright.profiler.trace import checked_trace
@@ -190,12 +191,17 @@ def captured_profile() -> ProfileMaker:
 
         kwargs = kwargs or {}
         microbatches = microbatches or inputs.default_counts(inputs.batch_size(args, kwargs))
-        if refined:
-            captures, _ = captures_of(model, args, kwargs, microbatches, devices=len(devices), train=train)
-        else:
-            captures = {m: checked_trace(model, *inputs.microbatch(args, kwargs, m), train=train) for m in microbatches}
+        found = tuple(
+            Device(name=d, kind=d.partition(":")[0], description="", memory_bytes=10**10, cores=(0,)) for d in devices
+        )
         weighed = OptimizerMemory(optimizer) if train else None
-        peaks = {m: records.count_steps(capture, train=train) for m, capture in captures.items()} if counted else None
+        with attention_as_on(found):
+            if refined:
+                captures, _ = captures_of(model, args, kwargs, microbatches, devices=len(devices), train=train)
+            else:
+                pieces = {m: inputs.microbatch(args, kwargs, m) for m in microbatches}
+                captures = {m: checked_trace(model, *piece, train=train) for m, piece in pieces.items()}
+            peaks = {m: records.count_steps(it, train=train) for m, it in captures.items()} if counted else None
         steps = [step for step in captures[1].steps if step.kind in ("unit", "glue")]
         return Profile(
             model=type(model).__name__,
@@ -206,10 +212,7 @@ def captured_profile() -> ProfileMaker:
             optimizer=optimizer if train else "none",
             torch_version="2.13.0",
             microbatches=tuple(microbatches),
-            devices=tuple(
-                Device(name=d, kind=d.partition(":")[0], description="", memory_bytes=10**10, cores=(0,))
-                for d in devices
-            ),
+            devices=found,
             links=tuple(
                 Link(source=a, target=b, latency_s=1e-6, bandwidth_bytes_per_s=1e12)
                 for a in devices

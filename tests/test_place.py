@@ -20,6 +20,7 @@ from shardwright.profiler.placed import placement_hooks
 from shardwright.sharder.runtime.calls import open_calls
 from shardwright.sharder.runtime.hooks import MoveInputs, UnitForward
 from shardwright.sharder.runtime.sim import Simulated, on_host, sim_device
+from shardwright.sharder.runtime.whole import Window
 
 PAIR = {"cpu:0": "cpu", "cpu:1": "sim:0"}
 
@@ -983,3 +984,36 @@ def test_a_compiled_model_hands_lists_on(captured_profile):
     sw.place(model, plan, devices=PAIR)
     for found, tensor in zip(torch.compile(model, backend="eager")(x), expected, strict=True):
         assert torch.equal(found.detach(), tensor)
+
+
+class Residual(nn.Module):
+    """Sums over the cut, of which only the first has operands on two devices; ``scaled``: by a number that is made."""
+
+    def __init__(self, *, scaled):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(6)])
+        self.scaled = scaled
+
+    def forward(self, x):
+        share = x.mean() if self.scaled else None
+        for layer in self.layers:
+            x = x + layer(x)
+            if self.scaled:
+                x = x * share
+        return x
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("homes", [("sim:0", "cpu"), ("cpu", "sim:0"), ("sim:0", "sim:1")])
+def test_only_sums_at_the_cut_are_aligned(captured_profile, homes, scaled):
+    """Behind the cut operands are known to be together, on the CPU too; a number there may have come from anywhere."""
+    model, x = Residual(scaled=scaled), torch.randn(8, 4)
+    pins = {f"layers.{index}": f"cpu:{index // 3}" for index in range(6)}
+    plan = sw.plan(captured_profile(model, (x,)), microbatches=1, pins=pins)
+    with torch.no_grad():
+        expected = model(x)
+        sw.place(model, plan, devices=dict(zip(plan.devices, homes, strict=True)))
+        assert torch.equal(on_host(model(x)), expected)
+    windows = [hooks[key] for _, hooks, key in placement_hooks(model) if isinstance(hooks[key], Window)]
+    if not scaled:
+        assert len([window for window in windows if window.opens]) == 1

@@ -35,6 +35,7 @@ from shardwright.sharder.planning.plan import (
     Timed,
 )
 from shardwright.sharder.planning.problem import Problem, bits
+from shardwright.sharder.planning.recorded import makers_of_numbers
 from shardwright.sharder.planning.words import name_of, size_of
 
 __all__ = ["Alone", "Found", "Writer", "peak_share"]
@@ -158,6 +159,7 @@ class Writer:
 
     def _nodes(self) -> tuple[Placement, ...]:
         producer = {tensor.name: tensor.producer for tensor in self.profile.tensors}
+        numbers = makers_of_numbers(self.profile)
         device_of = {
             name: device
             for block, device in zip(self.problem.blocks, self.found.assignment.of, strict=True)
@@ -173,6 +175,7 @@ class Writer:
                 device=self.problem.devices[device_of[node.name]],
                 stage=self.used.index(device_of[node.name]),
                 inputs=tuple(dict.fromkeys(producer[tensor] for tensor in node.inputs)),
+                numbers=node.name in numbers,
             )
             for node in self.profile.nodes
         )

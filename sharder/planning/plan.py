@@ -48,6 +48,8 @@ class Placement(Record):
     stage: NonNegativeInt
     inputs: tuple[str, ...]
     """The nodes that it reads from."""
+    numbers: bool = True
+    """Whether it may make a tensor without dimensions, which on the CPU meets tensors of any device."""
     weights: Literal["device", "cpu", "disk"] = "device"
     """Where its weights are between calls."""
 

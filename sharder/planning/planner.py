@@ -32,7 +32,7 @@ from shardwright.sharder.planning.plan import (
 )
 from shardwright.sharder.planning.pricing import Option, baseline_of, noise_s, solve
 from shardwright.sharder.planning.problem import Problem, Recompute, Schedule, Transfers
-from shardwright.sharder.planning.recorded import split_ties, stage_of_nodes, stages_of
+from shardwright.sharder.planning.recorded import makers_of_numbers, split_ties, stage_of_nodes, stages_of
 from shardwright.sharder.planning.replicas import Replicas, on_mesh_of, replicas_asked
 from shardwright.sharder.planning.sensitivity import rivals_of, sensitivity_of
 from shardwright.sharder.planning.weighed import (
@@ -263,6 +263,7 @@ def _write(
     problem = chosen.problem
     stages, stage_of = stages_of(profile, chosen), stage_of_nodes(chosen)
     producer = {tensor.name: tensor.producer for tensor in profile.tensors}
+    numbers = makers_of_numbers(profile)
     baseline_s = baseline.step_s if baseline else None
     kept = {name: tier for v, tier in chosen.tiers.items() for name in problem.blocks[v].nodes}
     return Plan(
@@ -293,6 +294,7 @@ def _write(
                 device=stages[stage_of[node.name]].device,
                 stage=stage_of[node.name],
                 inputs=tuple(dict.fromkeys(producer[tensor] for tensor in node.inputs)),
+                numbers=node.name in numbers,
                 weights=cast("Literal['device', 'cpu', 'disk']", kept.get(node.name, "device")),
             )
             for node in profile.nodes

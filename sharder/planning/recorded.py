@@ -14,7 +14,15 @@ from shardwright.sharder.planning.problem import Problem, bits, in_flight
 from shardwright.sharder.planning.simulate import StageCost
 from shardwright.sharder.planning.stage_costs import Stages, shares_of
 
-__all__ = ["split_ties", "stage_of_nodes", "stages_of"]
+__all__ = ["makers_of_numbers", "split_ties", "stage_of_nodes", "stages_of"]
+
+NUMBER_BYTES = 16
+"""The largest that one number takes: a complex one of two doubles."""
+
+
+def makers_of_numbers(profile: Profile) -> set[str]:
+    """The nodes that may make a tensor without dimensions: one of more bytes than a number takes has some."""
+    return {tensor.producer for tensor in profile.tensors if max(tensor.bytes.values()) <= NUMBER_BYTES}
 
 
 def stage_of_nodes(option: Option) -> dict[str, int]:

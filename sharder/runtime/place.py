@@ -266,12 +266,12 @@ def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _result_home(
-    node: Placement, operands: list[torch.device | None], order: list[torch.device]
+    node: Placement, operands: list[torch.device | None], order: list[torch.device], numbers: set[str]
 ) -> torch.device | None:
     """Where glue leaves its result: as :class:`~shardwright.sharder.runtime.align.AlignGlue` does, at the latest stage.
 
-    Glue that changes its first operand in place stays there. An operand on the CPU may be without dimensions, and does
-    not count then, so that the place is not known.
+    Glue that changes its first operand in place stays there. An operand on the CPU does not count if it is without
+    dimensions: where all that are there may be (``numbers``), the place is not known.
     """
     if not operands or None in operands or node.type in ("to", "cuda", "cpu"):  # these may be told a device
         return None
@@ -282,7 +282,10 @@ def _result_home(
     if node.type == "type_as":
         return operands[-1]
     latest = max((device for device in operands if device is not None), key=order.index)
-    return latest if latest.type != "cpu" or len(set(operands)) == 1 else None
+    if latest.type != "cpu" or len(set(operands)) == 1:
+        return latest
+    there = [name for name, device in zip(node.inputs, operands, strict=True) if device == latest]
+    return None if numbers.issuperset(there) else latest
 
 
 class _Moves(NamedTuple):
@@ -310,6 +313,7 @@ def _located(plan: Plan, homes: Mapping[str, torch.device], held: Mapping[str, t
     apart: set[tuple[str, str]] = set()
     located: dict[str, torch.device | None] = {}
     attributes = {node.node for node in plan.nodes if node.kind == "parameter"}
+    numbers = {node.node for node in plan.nodes if node.numbers}
     scattered = {node.node for node in plan.nodes if node.type.startswith("_foreach_")}  # several results each
     unit, is_open = "", False
     for node in plan.nodes:
@@ -327,7 +331,9 @@ def _located(plan: Plan, homes: Mapping[str, torch.device], held: Mapping[str, t
                 moves.close_before.add(node.unit)
             unit, is_open = node.unit, False
         elif node.kind == "glue":
-            located[node.node] = _result_home(node, [located[name] for name in node.inputs], list(homes.values()))
+            located[node.node] = _result_home(
+                node, [located[name] for name in node.inputs], list(homes.values()), numbers
+            )
             several = len(node.inputs) > 1 or scattered.intersection(node.inputs)
             if len(operands) > 1 or (None in operands and several):
                 apart.add((node.type, node.site))
