@@ -13,12 +13,12 @@ from torch import nn
 
 from shardwright.errors import ShardwrightError
 from shardwright.files import Record
-from shardwright.profiler.attention import attention_as_on
 from shardwright.profiler.cache import Cache, default_folder
 from shardwright.profiler.campaign import Workers, investigate
 from shardwright.profiler.capture import Progress, captures_of, silent
 from shardwright.profiler.declared import find_site
 from shardwright.profiler.devices import spare_host_bytes
+from shardwright.profiler.gpu_kernels import kernels_as_on
 from shardwright.profiler.inputs import batch_size, default_counts, input_specs, microbatch
 from shardwright.profiler.links import disk_rate, fetch_rates, measure_engine, measure_links, warn_of_corrupt
 from shardwright.profiler.measure import Goal
@@ -104,7 +104,7 @@ def profile(
     disk = "" if train else tempfile.gettempdir()
     how = repr((optimizer_given, grain, precision, rounds, budget_s, _keys(found), disk))
 
-    with shapes_only(model, args, kwargs) as inputs, attention_as_on(site.devices):
+    with shapes_only(model, args, kwargs) as inputs, kernels_as_on(site.devices):
         as_found = Snapshot(model)
         is_plain = site.cluster is None and (weighed is None or "." not in weighed.name.partition("(")[0])
         request = Request(model, *inputs, counts, train, how, is_plain)

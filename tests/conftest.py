@@ -183,8 +183,8 @@ def captured_profile() -> ProfileMaker:
         counted: bool = False,
     ) -> Profile:
         from shardwright.profiler import inputs, records
-        from shardwright.profiler.attention import attention_as_on
         from shardwright.profiler.capture import captures_of
+        from shardwright.profiler.gpu_kernels import kernels_as_on
         from shardwright.profiler.optimizers import OptimizerMemory
         from shardwright.profiler.trace import checked_trace
         from shardwright.profiler.units import structure_digest
@@ -195,7 +195,7 @@ def captured_profile() -> ProfileMaker:
             Device(name=d, kind=d.partition(":")[0], description="", memory_bytes=10**10, cores=(0,)) for d in devices
         )
         weighed = OptimizerMemory(optimizer) if train else None
-        with attention_as_on(found):
+        with kernels_as_on(found):
             if refined:
                 captures, _ = captures_of(model, args, kwargs, microbatches, devices=len(devices), train=train)
             else:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from shardwright.profiler.attention import without_dropout
+from shardwright.profiler.gpu_kernels import without_dropout
 
 __all__ = ["dropout_resting"]
 

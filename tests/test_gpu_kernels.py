@@ -1,4 +1,4 @@
-"""Attention's memory where GPUs are to run it: no probabilities are kept, with dropout or without."""
+"""What attention and dropout keep where GPUs are to run them: no probabilities, and a byte for each element."""
 
 import pytest
 import torch
@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import shardwright as sw
-from shardwright.profiler.attention import attention_as_on, without_dropout
 from shardwright.profiler.capture import captures_of
 from shardwright.profiler.devices import find_devices
+from shardwright.profiler.gpu_kernels import kernels_as_on, without_dropout
 from shardwright.profiler.profile import Device
 from shardwright.profiler.signature import step_key
 
@@ -68,7 +68,7 @@ def test_a_cpu_keeps_them():
 
     def saved(devices):
         sizes = []
-        with attention_as_on(devices), torch.autograd.graph.saved_tensors_hooks(sizes.append, lambda t: t):
+        with kernels_as_on(devices), torch.autograd.graph.saved_tensors_hooks(sizes.append, lambda t: t):
             F.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
             F.scaled_dot_product_attention(q, q, q, None, 0.5)
         return sum(t.numel() for t in sizes)
@@ -94,7 +94,7 @@ def test_shares_that_are_dropped_tell_units_apart(make):
     keys = set()
     for dropout in (0.0, 0.1):
         model = nn.Sequential(make(dropout), nn.Flatten())
-        with attention_as_on(GPUS):
+        with kernels_as_on(GPUS):
             captures, _ = captures_of(model, (torch.randn(2, 32, 16),), {}, [1], devices=2, units=["0"], train=True)
         step = next(step for step in captures[1].steps if step.unit == "0")
         keys.add(step_key(step, train=True, optimizer="adam", accumulate=False))
@@ -108,3 +108,43 @@ def test_dropout_is_taken_out_of_every_form_of_the_call():
     assert without_dropout(attend, (q, q, q, None, 0.5, True), {})[0][4:] == (0.0, True)
     assert without_dropout(attend, (q, q, q), {"dropout_p": 0.5})[1] == {"dropout_p": 0.0}
     assert without_dropout(F.dropout, (q, 0.5), {}) == ((q, 0.5), {})
+
+
+CALLS = {
+    "module": nn.Dropout(0.25),
+    "function": lambda x: F.dropout(x, 0.25),
+    "by name": lambda x: F.dropout(input=x, p=0.25, training=True),
+    "operator": lambda x: torch.dropout(x, 0.25, train=True),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_dropout_keeps_a_byte_for_each_element(call):
+    """What stays is scaled up, as without; the gradient is that of the elements that stayed."""
+    x = torch.rand(64, 33, requires_grad=True)
+    kept = []
+    with kernels_as_on(GPUS), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        found = call(x + 1.0)
+    assert sum(t.nbytes for t in kept) == x.numel()
+    stays = found != 0
+    assert 0.6 < stays.float().mean() < 0.9
+    torch.testing.assert_close(found, torch.where(stays, (x + 1.0) / 0.75, 0.0))
+    found.sum().backward()
+    torch.testing.assert_close(x.grad, stays / 0.75)
+
+
+@pytest.mark.parametrize("call", [lambda x: F.dropout(x, 0.5, False), lambda x: F.dropout(x, 0.0), nn.Dropout(1.0)])
+def test_dropout_that_drops_nothing_or_all_is_as_it_was(call):
+    """Not in training, none, and all."""
+    x = torch.rand(8)
+    with kernels_as_on(GPUS):
+        found = call(x)
+    assert torch.equal(found, call(x))
+
+
+def test_dropout_in_place_stays_in_place():
+    """The tensor itself is changed."""
+    x = torch.ones(100)
+    with kernels_as_on(GPUS):
+        assert F.dropout(x, 0.5, inplace=True) is x
+    assert set(x.tolist()) == {0.0, 2.0}

@@ -1,8 +1,10 @@
-"""Attention as GPUs do it, while memory is counted on the CPU.
+"""Dropout and attention as GPUs do them, while memory is counted on the CPU.
 
 With dropout, PyTorch's attention on a CPU computes step by step, and keeps the probabilities and what was dropped of
 them for the backward. GPUs have kernels that keep neither, with dropout or without, as the CPU's kernel does without.
-So for a model that is to run on GPUs alone, attention is counted without its dropout.
+So for a model that is to run on GPUs alone, attention is counted without its dropout. Of dropout itself a CPU keeps a
+factor for each element, in the tensor's dtype, and a GPU whether the element stays, in a byte: there is an operator
+that does the same on a CPU, which takes its place.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
 from shardwright.profiler.profile import Device
 
-__all__ = ["attention_as_on", "without_dropout"]
+__all__ = ["kernels_as_on", "without_dropout"]
 
 _DROPOUT_AT = {
     F.scaled_dot_product_attention: 4,
@@ -39,21 +42,34 @@ def without_dropout(
 
 
 @contextmanager
-def attention_as_on(devices: Iterable[Device]) -> Iterator[None]:
-    """Inside, attention keeps for the backward what it keeps on ``devices``: nothing changes if one is no GPU."""
+def kernels_as_on(devices: Iterable[Device]) -> Iterator[None]:
+    """Inside, attention and dropout keep for the backward what they keep on ``devices``: no change if one is no GPU."""
     kinds = {device.kind for device in devices}
     if kinds != {"cuda"}:
         yield
         return
-    with _WithoutDropout():
+    with _AsOnGPUs():
         yield
 
 
-class _WithoutDropout(TorchFunctionMode):
-    """Calls attention with no dropout."""
+class _AsOnGPUs(TorchFunctionMode):
+    """Calls attention with no dropout, and dropout by the operator that GPUs have for it."""
 
     def __torch_function__(
         self, func: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        args, kwargs = without_dropout(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        if func in (F.dropout, torch.dropout):
+            return _dropped(func, args, kwargs)
+        args, kwargs = without_dropout(func, args, kwargs)
         return func(*args, **kwargs)
+
+
+def _dropped(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of a dropout function."""
+    given = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
+    share = given.get("p", 0.5)
+    trains = given.get("training", given.get("train", True))
+    if not trains or given.get("inplace") or not 0.0 < share < 1.0:
+        return func(*args, **kwargs)  # nothing is kept then, or what is changed in place has to be
+    return torch.native_dropout(given["input"], share, train=True)[0]
