@@ -524,6 +524,71 @@ def test_replicas_start_alike(workers, captured_profile):
         assert all(torch.equal(own[name], other[name]) for name in own)
 
 
+class Way(nn.Module):
+    """Of three layers the one that the samples' sign says; the third is never taken."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.never = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.up(x) if bool(x.sum() > 0) else self.down(x)
+
+
+class Routed(Chain):
+    """A layer whose parameters the first half of a batch reaches otherwise than the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(Way(), nn.Linear(6, 6), nn.Linear(6, 6).requires_grad_(False))
+
+    @staticmethod
+    def batch(seed, size=8):
+        (x,), _, target = Chain.batch(seed, size)
+        return (x.abs() * torch.ones(size, 1).index_fill_(0, torch.arange(size // 2, size), -1.0),), {}, target
+
+
+def gradients_of(kind, plan):
+    """In a rank: the gradients of two batches, of which the second trains what was frozen."""
+    pipe = made_pipe(kind, plan)
+    for seed in range(2):
+        (x,), _, target = kind.batch(seed)
+        pipe.step(x, target=target)
+        for parameter in pipe.parameters():
+            parameter.requires_grad_()
+    return {name: None if p.grad is None else p.grad.clone() for name, p in pipe.named_parameters()}
+
+
+def test_what_the_samples_of_some_replicas_reach_is_summed(workers, captured_profile):
+    """One replica's samples reach other parameters than the other's, and what no sample reaches has no gradient."""
+    model = made(Routed)
+    for seed in range(2):
+        (x,), _, target = Routed.batch(seed)
+        for part, wanted in zip(x.split(2), target.split(2), strict=True):
+            (Routed.loss(model(part), wanted) / 4).backward()
+        model.requires_grad_()
+    for found in on_ranks(workers, 2, gradients_of, Routed, planned(captured_profile, Routed, 1, replicas=2)):
+        for name, parameter in model.named_parameters():
+            assert (found[name] is None) == (parameter.grad is None) == ("never" in name), name
+            if parameter.grad is not None:
+                torch.testing.assert_close(found[name], parameter.grad)
+
+
+class Sparse(Language):
+    """Gradients of the rows that were read alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 6, sparse=True)
+
+
+def test_sparse_gradients_are_refused(workers, captured_profile):
+    """By name, on all ranks; one pipeline of the same model takes them."""
+    plan = planned(captured_profile, Sparse, 1, replicas=2)
+    for line in on_ranks(workers, 2, told, refused_once_made, Sparse, plan, {}, "same"):
+        assert line.startswith("embed.weight has a sparse gradient, and replicas sum dense ones: make its module with")
+
+
 def in_a_group_of_the_scripts(kind, plan):
     """In a rank: the script has a process group of its own, and keeps it."""
     dist.init_process_group("gloo")
