@@ -514,12 +514,29 @@ def seeded_apart(kind, plan):
     return {name: value.clone() for name, value in pipe.state_dict().items()}
 
 
-def test_replicas_start_alike(workers, captured_profile):
+class Kinds(Chain):
+    """What gloo knows no dtype of, what does not lie in its memory as it is read, and what is empty."""
+
+    def __init__(self):
+        super().__init__()
+        self.turned = nn.Parameter(torch.rand(6, 6).t())
+        self.register_buffer("short", torch.randint(9, (6,), dtype=torch.int16))
+        self.register_buffer("turns", torch.view_as_complex(torch.rand(6, 2)))
+        self.register_buffer("mask", torch.rand(6) > 0.5)
+        self.register_buffer("repeated", torch.rand(6, 1, 1).expand(6, 6, 500))
+        self.register_buffer("none", torch.rand(0, 3))
+
+    def forward(self, x):
+        x = (x @ self.turned + self.short + self.turns.real) * self.mask + self.repeated[:, 0, 0]
+        return self.layers(x) + self.none.sum()
+
+
+@pytest.mark.parametrize(("kind", "stages"), [(Branches, 2), (Kinds, 1)])
+def test_replicas_start_alike(workers, captured_profile, kind, stages):
     """Whatever the ranks' models were made with, weights and buffers are the first replica's."""
-    first, second, *others = on_ranks(
-        workers, 4, seeded_apart, Branches, planned(captured_profile, Branches, 2, replicas=2)
-    )
-    for own, other in zip((first, second), others, strict=True):
+    plan = planned(captured_profile, kind, stages, replicas=2)
+    found = on_ranks(workers, 2 * stages, seeded_apart, kind, plan)
+    for own, other in zip(found[:stages], found[stages:], strict=True):
         assert own.keys() == other.keys()
         assert all(torch.equal(own[name], other[name]) for name in own)
 
