@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import itertools
 import os
 import socket
 import subprocess
@@ -604,6 +605,43 @@ def test_sparse_gradients_are_refused(workers, captured_profile):
     plan = planned(captured_profile, Sparse, 1, replicas=2)
     for line in on_ranks(workers, 2, told, refused_once_made, Sparse, plan, {}, "same"):
         assert line.startswith("embed.weight has a sparse gradient, and replicas sum dense ones: make its module with")
+
+
+class Noisy(Chain):
+    """Dropout in the first layers alone."""
+
+    def __init__(self):
+        super().__init__()
+        noisy = [nn.Linear(6, 6), nn.Dropout(0.5), nn.Linear(6, 6), nn.Dropout(0.5)]
+        self.layers = nn.Sequential(*noisy, *[nn.Linear(6, 6) for _ in range(4)])
+
+
+def noise(plan, seed):
+    """In a rank: what dropout left in two steps, and a number that the script draws after them."""
+    torch.manual_seed(seed)
+    pipe, seen = made_pipe(Noisy, plan), []
+    torch.manual_seed(seed)
+    for module in pipe.module.modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(lambda _module, _args, output: seen.append(output != 0))
+    (x,), _, target = Noisy.batch(0)
+    for _ in range(2):
+        pipe.step(x, target=target)
+    return torch.stack(seen) if seen else None, float(torch.rand(()))
+
+
+def test_ranks_draw_numbers_of_their_own(workers, captured_profile):
+    """Replicas that are seeded alike drop other entries, again the same ones; and the script's numbers go on alike."""
+    plan = planned(captured_profile, Noisy, 2, replicas=2)
+    first, again = (on_ranks(workers, 4, noise, plan, 0) for _ in range(2))
+    torch.manual_seed(0)
+    assert [number for _, number in first] == [float(torch.rand(()))] * 4
+    masks = [mask for mask, _ in first if mask is not None]
+    assert len(masks) in (2, 4)
+    pairs = itertools.combinations([step for mask in masks for step in mask.chunk(2)], 2)
+    assert not any(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+    for (mask, _), (other, _) in zip(first, again, strict=True):
+        assert (mask is None and other is None) or torch.equal(mask, other)
 
 
 def in_a_group_of_the_scripts(kind, plan):
