@@ -708,6 +708,26 @@ def test_batch_statistics_are_each_replicas_own(workers, captured_profile):
         torch.testing.assert_close(state[key], value)
 
 
+def normed_and_evaluated(plan):
+    """In a rank: the result for a batch after some steps, and the whole state."""
+    pipe = made_pipe(Normed, plan)
+    for seed in range(3):
+        (x,), _, target = Normed.batch(seed)
+        pipe.step(x, target=target)
+    return pipe(*Normed.batch(9)[0]), pipe.state_dict(full=True)
+
+
+def test_one_model_is_evaluated(workers, captured_profile):
+    """All replicas evaluate with the first's statistics: the result is that of the model that is saved."""
+    plan = planned(captured_profile, Normed, 1, replicas=2)
+    (found, state), (other, _) = on_ranks(workers, 2, normed_and_evaluated, plan)
+    model = made(Normed)
+    model.load_state_dict(state)
+    expected = model.eval()(*Normed.batch(9)[0])
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(found, other)
+
+
 @pytest.mark.usefixtures("alone")
 def test_a_loss_may_be_a_sum(captured_profile):
     """With reduction="sum" the micro-batches' losses and gradients are added up."""

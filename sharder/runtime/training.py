@@ -126,6 +126,7 @@ class Pipe:
         self._summing = ReplicaGradients(self.module, ranks.alike)
         self._engines: dict[tuple[Division, bool], StageEngine] = {}
         self._seen_a_batch = False
+        self._buffers_differ = False
         self._make_copies_equal()
         self._make_replicas_equal()
 
@@ -158,6 +159,7 @@ class Pipe:
             if not torch.is_grad_enabled():
                 raise ShardwrightError("step() trains, and gradients are disabled here; evaluate() does not train")
             engine, tensors, targets = self._begin(args, kwargs, target, train=True)
+            self._buffers_differ = True
             with self._summing.summed(), self._shared.summed():
                 losses = engine.train(tensors, targets, self._micro_loss)
             return self._ranks.spread(torch.stack(losses).sum() if losses else None)
@@ -306,6 +308,9 @@ class Pipe:
                 "give every rank the same inputs and target, in the same order (seed the sampler alike)",
             )
             self._seen_a_batch = True
+        if self._buffers_differ and not train:  # one model is evaluated, and it is the one that is saved
+            self._ranks.make_alike(self.module.buffers())
+            self._buffers_differ = False
         division = self._form.divided(batch)
         each, replica = division.pieces // self._ranks.replicas, self.replica
         targets = pieces_of(target, batch, division)[replica * each : (replica + 1) * each]
