@@ -251,13 +251,13 @@ class Pipe:
         Raises:
             ShardwrightError: it is not this model's.
         """
-        # Alone, a rank must not count a call: the others would be behind.
-        with self._ranks.failing_together() if full else nullcontext():
-            mine = self._state.scatter(state, self._ranks) if full else state
-            if not full or self.replica == 0:
-                self._state.load(mine)
-            if full:
-                self._make_replicas_equal()
+        if not full:  # alone, a rank must not count a call: the others would be behind
+            self._state.load(state)
+            return
+        with self._ranks.failing_together():
+            # Of other replicas than the first the tensors are their own, until these are made equal.
+            self._state.load(self._state.tensors() | self._state.scatter(state, self._ranks))
+            self._make_replicas_equal()
 
     def optimizer_state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The state of this stage's optimizer by the parameters' names in the model.
