@@ -131,8 +131,9 @@ class Ranks:
         self._board.close()
         if not dist.is_initialized():
             return
-        for group in {self.control, self.data, self.pipe, self.alike} - {None}:
-            dist.destroy_process_group(group)
+        for group in dict.fromkeys((self.control, self.data, self.pipe, self.alike)):  # in one order on all ranks
+            if group is not None:
+                dist.destroy_process_group(group)
         if self.made_group:
             dist.destroy_process_group()
 
