@@ -373,7 +373,8 @@ def test_inference_sums_nothing(chain_profile):
     [
         ({"replicas": 0}, "replicas 0 is no number of pipelines; it is 1 or more, or auto"),
         ({"replicas": 3}, "3 does not divide 4: name 3 with --devices"),
-        ({"replicas": 2, "microbatches": 1}, "2 does not divide 1: profile --microbatches 2, or a multiple of it"),
+        ({"replicas": 2, "microbatches": 1}, "micro-batches each, and 2 does not divide 1: take 2, 4, or auto"),
+        ({"replicas": 4, "schedule": "interleaved"}, "in each replica, and each of 4 has 1: ask for fewer with"),
         ({"replicas": 2, "objective": "memory"}, "and not for the objective memory: leave them out"),
         ({"replicas": 2, "objective": "latency"}, "and not for the objective latency: leave them out"),
         ({"replicas": 2, "contiguous": False}, "and not for a free assignment: leave them out"),
@@ -386,6 +387,37 @@ def test_refusals_say_why(chain_profile, options, message):
         plan(chain_profile(8, speed=FOUR, param_bytes=3_000), **options)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (8, "4 does not divide 1, 2: profile --microbatches 4, or a multiple of it"),
+        (2, "4 replicas take equal parts of a batch, and 4 does not divide 2 samples: profile a batch that it divides"),
+    ],
+)
+def test_micro_batches_that_were_not_profiled(chain_profile, batch, message):
+    """What is to be profiled is said, and that is no number of micro-batches where the batch itself has no parts."""
+    profile = chain_profile(8, speed=FOUR, microbatches=(1, 2)).model_copy(update={"batch": batch})
+    with pytest.raises(ShardwrightError, match=message):
+        plan(profile, replicas=4)
+
+
+def test_interleaved_rounds_are_those_of_each_replica(chain_profile):
+    """Fourteen micro-batches are seven for each of two replicas, which have no equal rounds over three devices."""
+    six = {f"cpu:{d}": 1.0 for d in range(6)}
+    profile = chain_profile(8, speed=six, microbatches=(1, 14))
+    with pytest.raises(ShardwrightError, match=r"14 micro-batches .* the 3 devices of each .* a multiple of 6"):
+        plan(profile, microbatches=14, replicas=2, schedule="interleaved")
+
+
+def test_replicas_on_some_devices_are_not_data_parallel_over_all(chain_profile):
+    """Two replicas of the whole model on two of four devices: a replica on each device is another thing, and told."""
+    found = plan(chain_profile(1, speed=FOUR), microbatches=2, replicas=2)
+    assert (len(found.devices), len(found.stages)) == (2, 1)
+    parallel = next(one for one in found.alternatives if one.name == "data parallel")
+    assert parallel.devices == 4
+    assert "Data parallel over 4 devices" in verdict(found).text
 
 
 def test_auto_with_what_knows_one_only(chain_profile):

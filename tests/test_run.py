@@ -130,13 +130,15 @@ def test_replicas_run_as_one_model(captured_profile):
 
 
 def test_whole_replicas_run(captured_profile):
-    """Data parallel: each of two workers has the model, and half of the micro-batches."""
-    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
-    x = torch.randn(8, 8)
+    """Data parallel: each of two workers has the model, and half of the micro-batches, the other half in no memory."""
+    model = nn.Sequential(nn.Linear(512, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+    x = torch.randn(64, 512)
     plan = sw.plan(captured_profile(model, (x,), microbatches=(1, 4)), microbatches=4, replicas=2)
     run = sw.run(model, plan, (x,), steps=1)
     assert run.devices == ("cpu:0", "cpu:1")
     assert run.equality.tensors == 4 + 2 * len(list(model.parameters()))
+    for weighed in run.memory:
+        assert weighed.measured_bytes == pytest.approx(weighed.predicted_bytes, rel=0.1), weighed
 
 
 class Mixed(nn.Module):

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import itertools
 import os
 import socket
 import subprocess
@@ -336,19 +337,45 @@ def test_a_checkpoint_goes_on_with_another_number_of_stages(workers, captured_pr
     assert close(first[0] + second[-1], expected)
 
 
+class Told(nn.Linear):
+    """A layer that saves a word beside its tensors."""
+
+    word = "as made"
+
+    def get_extra_state(self):
+        return self.word
+
+    def set_extra_state(self, state):
+        self.word = state
+
+
+class Telling(Language):
+    """A language model with such a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers[0] = Told(6, 6)
+
+
 def state_handed_out(kind, plan):
-    """In a rank: load the whole state from rank 0, where all weights are one; the sum of what the stage has then."""
+    """In a rank: load the whole state from rank 0, where all weights are one; whether the stage has that then."""
     pipe = made_pipe(kind, plan)
-    whole = {key: torch.ones_like(value) for key, value in made(kind).state_dict().items()}
+    whole = {
+        key: torch.ones_like(value) if isinstance(value, torch.Tensor) else "handed out"
+        for key, value in made(kind).state_dict().items()
+    }
     pipe.load_state_dict(whole if (pipe.replica, pipe.stage) == (0, 0) else {}, full=True)
-    return all(bool((value == 1).all()) for value in pipe.state_dict().values())
+    return all(
+        bool((value == 1).all()) if isinstance(value, torch.Tensor) else value == "handed out"
+        for value in pipe.state_dict().values()
+    )
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_rank_0_hands_out_a_state(workers, captured_profile, replicas):
     """The counterpart of gathering: only rank 0 need have read the file."""
-    plan = planned(captured_profile, Language, 2, replicas=replicas)
-    assert all(on_ranks(workers, 2 * replicas, state_handed_out, Language, plan))
+    plan = planned(captured_profile, Telling, 2, replicas=replicas)
+    assert all(on_ranks(workers, 2 * replicas, state_handed_out, Telling, plan))
 
 
 @pytest.fixture
@@ -514,14 +541,133 @@ def seeded_apart(kind, plan):
     return {name: value.clone() for name, value in pipe.state_dict().items()}
 
 
-def test_replicas_start_alike(workers, captured_profile):
+class Kinds(Chain):
+    """What gloo knows no dtype of, what does not lie in its memory as it is read, and what is empty."""
+
+    def __init__(self):
+        super().__init__()
+        self.turned = nn.Parameter(torch.rand(6, 6).t())
+        self.register_buffer("short", torch.randint(9, (6,), dtype=torch.int16))
+        self.register_buffer("turns", torch.view_as_complex(torch.rand(6, 2)))
+        self.register_buffer("mask", torch.rand(6) > 0.5)
+        self.register_buffer("repeated", torch.rand(6, 1, 1).expand(6, 6, 500))
+        self.register_buffer("none", torch.rand(0, 3))
+
+    def forward(self, x):
+        x = (x @ self.turned + self.short + self.turns.real) * self.mask + self.repeated[:, 0, 0]
+        return self.layers(x) + self.none.sum()
+
+
+@pytest.mark.parametrize(("kind", "stages"), [(Branches, 2), (Kinds, 1)])
+def test_replicas_start_alike(workers, captured_profile, kind, stages):
     """Whatever the ranks' models were made with, weights and buffers are the first replica's."""
-    first, second, *others = on_ranks(
-        workers, 4, seeded_apart, Branches, planned(captured_profile, Branches, 2, replicas=2)
-    )
-    for own, other in zip((first, second), others, strict=True):
+    plan = planned(captured_profile, kind, stages, replicas=2)
+    found = on_ranks(workers, 2 * stages, seeded_apart, kind, plan)
+    for own, other in zip(found[:stages], found[stages:], strict=True):
         assert own.keys() == other.keys()
         assert all(torch.equal(own[name], other[name]) for name in own)
+
+
+class Way(nn.Module):
+    """Of three layers the one that the samples' sign says; the third is never taken."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.never = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.up(x) if bool(x.sum() > 0) else self.down(x)
+
+
+class Routed(Chain):
+    """A layer whose parameters the first half of a batch reaches otherwise than the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(Way(), nn.Linear(6, 6), nn.Linear(6, 6).requires_grad_(False))
+
+    @staticmethod
+    def batch(seed, size=8):
+        (x,), _, target = Chain.batch(seed, size)
+        return (x.abs() * torch.ones(size, 1).index_fill_(0, torch.arange(size // 2, size), -1.0),), {}, target
+
+
+def gradients_of(kind, plan):
+    """In a rank: the gradients of two batches, of which the second trains what was frozen."""
+    pipe = made_pipe(kind, plan)
+    for seed in range(2):
+        (x,), _, target = kind.batch(seed)
+        pipe.step(x, target=target)
+        for parameter in pipe.parameters():
+            parameter.requires_grad_()
+    return {name: None if p.grad is None else p.grad.clone() for name, p in pipe.named_parameters()}
+
+
+def test_what_the_samples_of_some_replicas_reach_is_summed(workers, captured_profile):
+    """One replica's samples reach other parameters than the other's, and what no sample reaches has no gradient."""
+    model = made(Routed)
+    for seed in range(2):
+        (x,), _, target = Routed.batch(seed)
+        for part, wanted in zip(x.split(2), target.split(2), strict=True):
+            (Routed.loss(model(part), wanted) / 4).backward()
+        model.requires_grad_()
+    for found in on_ranks(workers, 2, gradients_of, Routed, planned(captured_profile, Routed, 1, replicas=2)):
+        for name, parameter in model.named_parameters():
+            assert (found[name] is None) == (parameter.grad is None) == ("never" in name), name
+            if parameter.grad is not None:
+                torch.testing.assert_close(found[name], parameter.grad)
+
+
+class Sparse(Language):
+    """Gradients of the rows that were read alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 6, sparse=True)
+
+
+def test_sparse_gradients_are_refused(workers, captured_profile):
+    """By name, on all ranks; one pipeline of the same model takes them."""
+    plan = planned(captured_profile, Sparse, 1, replicas=2)
+    for line in on_ranks(workers, 2, told, refused_once_made, Sparse, plan, {}, "same"):
+        assert line.startswith("embed.weight has a sparse gradient, and replicas sum dense ones: make its module with")
+
+
+class Noisy(Chain):
+    """Dropout in the first layers alone."""
+
+    def __init__(self):
+        super().__init__()
+        noisy = [nn.Linear(6, 6), nn.Dropout(0.5), nn.Linear(6, 6), nn.Dropout(0.5)]
+        self.layers = nn.Sequential(*noisy, *[nn.Linear(6, 6) for _ in range(4)])
+
+
+def noise(plan, seed):
+    """In a rank: what dropout left in two steps, and a number that the script draws after them."""
+    torch.manual_seed(seed)
+    pipe, seen = made_pipe(Noisy, plan), []
+    torch.manual_seed(seed)
+    for module in pipe.module.modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(lambda _module, _args, output: seen.append(output != 0))
+    (x,), _, target = Noisy.batch(0)
+    for _ in range(2):
+        pipe.step(x, target=target)
+    return torch.stack(seen) if seen else None, float(torch.rand(()))
+
+
+def test_ranks_draw_numbers_of_their_own(workers, captured_profile):
+    """Replicas that are seeded alike drop other entries, again the same ones; and the script's numbers go on alike."""
+    plan = planned(captured_profile, Noisy, 2, replicas=2)
+    first, again = (on_ranks(workers, 4, noise, plan, 0) for _ in range(2))
+    torch.manual_seed(0)
+    assert [number for _, number in first] == [float(torch.rand(()))] * 4
+    masks = [mask for mask, _ in first if mask is not None]
+    assert len(masks) in (2, 4)
+    pairs = itertools.combinations([step for mask in masks for step in mask.chunk(2)], 2)
+    assert not any(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+    for (mask, _), (other, _) in zip(first, again, strict=True):
+        assert (mask is None and other is None) or torch.equal(mask, other)
 
 
 def in_a_group_of_the_scripts(kind, plan):
@@ -586,6 +732,26 @@ def test_batch_statistics_are_each_replicas_own(workers, captured_profile):
         model(piece)
     for key, value in model.named_buffers():
         torch.testing.assert_close(state[key], value)
+
+
+def normed_and_evaluated(plan):
+    """In a rank: the result for a batch after some steps, and the whole state."""
+    pipe = made_pipe(Normed, plan)
+    for seed in range(3):
+        (x,), _, target = Normed.batch(seed)
+        pipe.step(x, target=target)
+    return pipe(*Normed.batch(9)[0]), pipe.state_dict(full=True)
+
+
+def test_one_model_is_evaluated(workers, captured_profile):
+    """All replicas evaluate with the first's statistics: the result is that of the model that is saved."""
+    plan = planned(captured_profile, Normed, 1, replicas=2)
+    (found, state), (other, _) = on_ranks(workers, 2, normed_and_evaluated, plan)
+    model = made(Normed)
+    model.load_state_dict(state)
+    expected = model.eval()(*Normed.batch(9)[0])
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(found, other)
 
 
 @pytest.mark.usefixtures("alone")

@@ -171,7 +171,8 @@ def plan(
         margin_s = noise_s(best, baseline) if alone else 0.0
         if baseline.step_s < best.step_s + margin_s:
             chosen = baseline
-    if chosen.problem.replicas and len(chosen.split.stages) == 1:  # it is data parallel itself
+    if len(chosen.split.stages) == 1 and len(chosen.problem.replicas) == len(problems[0].devices):
+        # It is data parallel itself.
         alternatives = tuple(one for one in alternatives if one.name != "data parallel")
     alternatives += kept_whole(chosen, options, baseline.step_s if baseline else None)
     if asked == 1 and len(problems[0].devices) >= LEAST_DEVICES and not profile.obstacles:

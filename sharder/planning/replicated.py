@@ -26,7 +26,7 @@ MOST_TIMES = 50_000
 Solved = tuple[list[Option], ShardwrightError | None]
 
 
-def _why_not_shared(problems: Sequence[Problem], replicas: int) -> str:
+def _why_not_shared(problems: Sequence[Problem], profile: Profile, replicas: int) -> str:
     """Why the devices or the micro-batches of ``problems`` cannot be shared by ``replicas``; nothing if they can."""
     devices = len(problems[0].devices)
     if devices < replicas:
@@ -38,10 +38,16 @@ def _why_not_shared(problems: Sequence[Problem], replicas: int) -> str:
             f"name {devices // replicas * replicas} with --devices, or ask for another number"
         )
     if all(problem.microbatches % replicas for problem in problems):
+        if profile.batch % replicas:
+            return (
+                f"{replicas} replicas take equal parts of a batch, and {replicas} does not divide {profile.batch} "
+                "samples: profile a batch that it divides, or ask for another number"
+            )
         counts = ", ".join(str(problem.microbatches) for problem in problems)
+        shared = ", ".join(str(count) for count in profile.microbatches if count % replicas == 0)
         return (
             f"{replicas} replicas take equally many micro-batches each, and {replicas} does not divide {counts}: "
-            f"profile --microbatches {replicas}, or a multiple of it"
+            + (f"take {shared}, or auto" if shared else f"profile --microbatches {replicas}, or a multiple of it")
         )
     return ""
 
@@ -58,7 +64,7 @@ def with_replicas(
     Raises:
         ShardwrightError: the devices or the micro-batches cannot be shared, or gradients cannot be summed.
     """
-    why = _why_not_shared(plain, replicas)
+    why = _why_not_shared(plain, profile, replicas)
     if why:
         raise ShardwrightError(why)
     joint = on_meshes(plain, profile, replicas)

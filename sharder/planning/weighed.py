@@ -111,9 +111,14 @@ def _options(problems: Sequence[Problem], profile: Profile, deadline_s: float) -
 
 def _why_not(problems: Sequence[Problem]) -> ShardwrightError:
     """Why no split of ``problems`` has so many stages a device."""
-    v, devices = problems[0].stages_per_device, len(problems[0].devices)
+    v, devices, replicas = problems[0].stages_per_device, len(problems[0].devices), max(1, len(problems[0].replicas))
     units = max(sum(bool(block.units) for block in problem.blocks) for problem in problems)
-    counts = ", ".join(str(problem.microbatches) for problem in problems)
+    counts = ", ".join(str(problem.batch_microbatches) for problem in problems)
+    if devices < 2 and replicas > 1:
+        return ShardwrightError(
+            f"interleaved stages need two devices or more in each replica, and each of {replicas} has {devices}: ask "
+            "for fewer with --replicas, or plan with --schedule 1f1b"
+        )
     if devices < 2:
         return ShardwrightError(f"interleaved stages need two devices or more, and there is {devices}; plan for others")
     if units < 2 * v:
@@ -122,8 +127,9 @@ def _why_not(problems: Sequence[Problem]) -> ShardwrightError:
             "fewer with --stages-per-device, or profile smaller units with --depth"
         )
     if not any(possible_devices(problem) for problem in problems):
+        where = f"{devices} devices" if replicas == 1 else f"the {devices} devices of each of {replicas} replicas"
         return ShardwrightError(
-            f"{counts} micro-batches cannot go around {devices} devices in equal rounds: take a multiple of {devices}"
+            f"{counts} micro-batches cannot go around {where} in equal rounds: take a multiple of {devices * replicas}"
         )
     return ShardwrightError(
         f"no split with {v} stages on each device fits the memory, the pins and the links that may be used, at "

@@ -131,8 +131,9 @@ class Ranks:
         self._board.close()
         if not dist.is_initialized():
             return
-        for group in {self.control, self.data, self.pipe, self.alike} - {None}:
-            dist.destroy_process_group(group)
+        for group in dict.fromkeys((self.control, self.data, self.pipe, self.alike)):  # in one order on all ranks
+            if group is not None:
+                dist.destroy_process_group(group)
         if self.made_group:
             dist.destroy_process_group()
 
@@ -162,7 +163,7 @@ class Ranks:
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Fill ``tensor``, on this rank's device, with that of rank ``source``."""
         if self.size > 1:
-            dist.broadcast(tensor, source, group=self.data)
+            _broadcast(tensor, source, self.data)
 
     def reduce(self, number: Tensor, operation: Any, *, everywhere: bool = False) -> None:
         """Put the numbers of this rank's pipeline together, in place, or those of all ranks."""
@@ -174,7 +175,7 @@ class Ranks:
         if self.alike is None:
             return
         for tensor in tensors:
-            dist.broadcast(tensor, self.position, group=self.alike)
+            _broadcast(tensor, self.position, self.alike)
 
     def carry(self, tensor: Tensor | None, like: Tensor, source: int, target: int) -> Tensor | None:
         """Bring a tensor in the host's memory from one rank of the first replica to another; all others get None.
@@ -252,6 +253,20 @@ class Ranks:
             f"{self.label} lost another stage, which has ended or did not answer within "
             f"{self.timeout_s:.0f} s: {root_of(error)}"
         )
+
+
+def _broadcast(tensor: Tensor, source: int, group: dist.ProcessGroup) -> None:
+    """Fill ``tensor`` with that of rank ``source``, as bytes: gloo does not know every dtype.
+
+    It takes the memory as it lies, and an expanded tensor has less than its values would take: each is sent once.
+    """
+    for dimension, (stride, length) in enumerate(zip(tensor.stride(), tensor.shape, strict=True)):
+        if not stride and length > 1:
+            tensor = tensor.narrow(dimension, 0, 1)
+    values = tensor.contiguous()
+    dist.broadcast(values.reshape(-1).view(torch.uint8), source, group=group)
+    if values is not tensor:
+        tensor.copy_(values)
 
 
 def stage_device(name: str) -> torch.device:

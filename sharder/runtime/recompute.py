@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,35 +26,11 @@ from torch.utils.checkpoint import checkpoint
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.equality import same_values
+from shardwright.sharder.runtime.randomness import RandomState
 
 __all__ = ["Recomputation", "RecomputedStage", "Turns"]
 
 _ONE_AT_A_TIME = threading.RLock()
-
-
-class _RandomState(NamedTuple):
-    """Of the generators that a stage draws from."""
-
-    device: torch.device
-    cpu: Tensor
-    gpu: Tensor | None
-
-    @classmethod
-    def of(cls, device: torch.device) -> _RandomState:
-        """The state now."""
-        return cls(device, torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
-
-    def is_current(self) -> bool:
-        """Whether nothing was drawn since."""
-        now = _RandomState.of(self.device)
-        pairs = ((self.cpu, now.cpu), (self.gpu, now.gpu))
-        return all(one is None or other is None or torch.equal(one, other) for one, other in pairs)
-
-    def restore(self) -> None:
-        """Draw from here on again."""
-        torch.set_rng_state(self.cpu)
-        if self.gpu is not None:
-            torch.cuda.set_rng_state(self.gpu, self.device)
 
 
 class Turns:
@@ -72,13 +48,13 @@ class Turns:
         self._known = not shared
 
     @contextmanager
-    def taken(self) -> Iterator[_RandomState | None]:
+    def taken(self) -> Iterator[RandomState | None]:
         """A turn, with the state in which it begins; None for a stage that draws nothing."""
         if not self.draws:
             yield None
             return
         with _ONE_AT_A_TIME:
-            state = _RandomState.of(self.device)
+            state = RandomState.of(self.device)
             yield state
             if not self._known:
                 self.draws, self._known = not state.is_current(), True
@@ -167,7 +143,7 @@ class Recomputation:
 class _Again:
     """Around the second forward of one micro-batch; it may be entered again for a further backward."""
 
-    def __init__(self, of: Recomputation, state: _RandomState | None) -> None:
+    def __init__(self, of: Recomputation, state: RandomState | None) -> None:
         self.of, self.state = of, state
 
     def __enter__(self) -> None:
@@ -175,7 +151,7 @@ class _Again:
             _ONE_AT_A_TIME.acquire()
         try:
             if self.state is not None:
-                self.before = _RandomState.of(self.state.device)
+                self.before = RandomState.of(self.state.device)
                 self.state.restore()
             self.kept = [(t, t.detach().clone()) for t in self.of.statistics()]
         except BaseException:  # such as out of memory, after which the other stages go on

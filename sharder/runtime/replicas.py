@@ -1,5 +1,8 @@
 """Process groups of replicas, and their gradients: each has those of its part of the batch, summed once a step.
 
+Which parameters a backward reaches may depend on the samples, as in a mixture of experts. So all are summed in every
+replica, with zeros where its own samples reached one not, and what no replica's reached stays without a gradient.
+
 A gradient of COPIED bytes or more is summed where it is, and all of these go on at once, so that their latencies
 overlap. Smaller ones are copied together up to that size, one such sum after another, which is all the memory that it
 takes.
@@ -7,7 +10,7 @@ takes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -15,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.replicas import COPIED
 from shardwright.sharder.runtime.engine import gradients_apart
 
@@ -81,8 +85,7 @@ class ReplicaGradients:
     """
 
     def __init__(self, module: nn.Module, group: dist.ProcessGroup | None) -> None:
-        self.group = group
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.module, self.group = module, group
 
     @contextmanager
     def summed(self, noting: Callable[[], AbstractContextManager[None]] = nullcontext) -> Iterator[None]:
@@ -90,14 +93,35 @@ class ReplicaGradients:
 
         Args:
             noting: called for a block around the sum.
+
+        Raises:
+            ShardwrightError: a gradient is sparse.
         """
         if self.group is None:
             yield
             return
-        with gradients_apart(self.parameters):
+        named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        with gradients_apart(list(named.values())):
             yield
+            _refuse_sparse(named)
             with noting():
-                self._sum([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+                self._sum_all(list(named.values()))
+
+    def _sum_all(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sum the gradients of ``parameters``, which are the same in every replica: so are the messages."""
+        if not parameters:
+            return
+        own = [parameter.grad is not None for parameter in parameters]
+        reached = torch.tensor(own, dtype=torch.uint8, device=parameters[0].device)
+        told = dist.all_reduce(reached, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._sum([parameter.grad for parameter in parameters if parameter.grad is not None])
+        told.wait()
+        if not all(own):  # to look at what was told is to wait for a GPU
+            for parameter, by_any in zip(parameters, reached.tolist(), strict=True):
+                parameter.grad = parameter.grad if by_any else None
 
     def _sum(self, gradients: Sequence[Tensor]) -> None:
         groups = buckets(gradients)
@@ -112,3 +136,13 @@ class ReplicaGradients:
                 gradient.copy_(part.view_as(gradient))
         for work in works:
             work.wait()
+
+
+def _refuse_sparse(named: Mapping[str, nn.Parameter]) -> None:
+    """Refuse gradients that have no place in a sum of dense ones."""
+    for name, parameter in named.items():
+        if parameter.grad is not None and parameter.grad.layout != torch.strided:
+            raise ShardwrightError(
+                f"{name} has a sparse gradient, and replicas sum dense ones: make its module with sparse=False, or "
+                "plan with 1 replica"
+            )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from shardwright.profiler.campaign import START_LIMIT_S
@@ -178,7 +179,7 @@ def job_of(
 
 
 def _part_of(tensor: Tensor, plan: Plan, replica: int) -> Tensor:
-    """The samples of one replica, which are contiguous; what is not divided goes to each whole."""
+    """The samples of one replica, without the memory of the others'; what is not divided goes to each whole."""
     if plan.replicas == 1 or not is_batched(tensor, plan.batch):
         return tensor
-    return tensor.tensor_split(plan.replicas)[replica].contiguous()
+    return tensor.tensor_split(plan.replicas)[replica].clone(memory_format=torch.contiguous_format)

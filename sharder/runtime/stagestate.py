@@ -135,7 +135,7 @@ class StageState:
         return found
 
     def scatter(self, state: Mapping[str, Any], ranks: Ranks) -> dict[str, Any]:
-        """The stage's part of the whole model's state that rank 0 gives; nothing where it is not the first replica's.
+        """The stage's part of the whole model's state that rank 0 gives; the first replica alone gets tensors.
 
         Raises:
             ShardwrightError: rank 0's is not of this model; on every rank.
@@ -149,10 +149,10 @@ class StageState:
             for target in holders or (0,):
                 if key in self.forms:
                     value = state[key].cpu().to(self.forms[key].dtype) if ranks.rank == 0 else None
-                    carried = ranks.carry(value, self.forms[key], 0, target)
+                    carried, here = ranks.carry(value, self.forms[key], 0, target), target == ranks.rank
                 else:
-                    carried = ranks.share(state.get(key), 0)
-                if target == ranks.rank:
+                    carried, here = ranks.share(state.get(key), 0), target == ranks.position
+                if here:
                     mine[key] = carried
         return mine
 

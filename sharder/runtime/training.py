@@ -23,6 +23,7 @@ from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.batches import BatchForm, Division, fingerprint, pieces_of
 from shardwright.sharder.runtime.check import check_can_be_piped, check_inputs, check_model
 from shardwright.sharder.runtime.engine import SharedGradients
+from shardwright.sharder.runtime.randomness import OwnNumbers
 from shardwright.sharder.runtime.ranks import Ranks
 from shardwright.sharder.runtime.replicas import ReplicaGradients
 from shardwright.sharder.runtime.stage_engine import StageEngine
@@ -53,10 +54,10 @@ def pipeline(
     Rank k is the plan's k-th device and holds the weights of its stages alone (stage k, and in an interleaved plan
     further ones): ``model`` is used up, the parameters of other stages lose their values. What several stages use is
     made equal from the first of them. With replicas each is a pipeline of consecutive ranks, which takes an equal part
-    of each batch; gradients are summed over them, weights and buffers made equal from the first. A plan with one
-    stage and no replicas needs no ``torchrun``. The process group is the script's if it has one, else made from the
-    environment and left by :meth:`Pipe.close`. On several nodes (``--nnodes``) the devices of each are counted
-    together, see docs/nodes.md.
+    of each batch; gradients are summed over them, weights and buffers made equal from the first. Ranks that are seeded
+    alike draw random numbers apart, such as dropout's, and none of the script's. A plan with one stage and no replicas
+    needs no ``torchrun``. The process group is the script's if it has one, else made from the environment and left by
+    :meth:`Pipe.close`. On several nodes (``--nnodes``) the devices of each are counted together, see docs/nodes.md.
 
     Args:
         args: a sample batch as the plan was made for, for the capture.
@@ -109,6 +110,7 @@ class Pipe:
         self._ranks, self._loss, self._reduction = ranks, loss, reduction
         self._form = BatchForm.of(args, kwargs, plan.batch, plan.microbatches, plan.replicas)
         self._autocast = _autocast(self.device)
+        self._numbers = OwnNumbers(self.device, ranks.rank) if ranks.size > 1 else None
         _warn_of_batch_norm(model, plan, ranks)
         if plan.train and not model.training:
             model.train()
@@ -124,6 +126,7 @@ class Pipe:
         self._summing = ReplicaGradients(self.module, ranks.alike)
         self._engines: dict[tuple[Division, bool], StageEngine] = {}
         self._seen_a_batch = False
+        self._buffers_differ = False
         self._make_copies_equal()
         self._make_replicas_equal()
 
@@ -156,6 +159,7 @@ class Pipe:
             if not torch.is_grad_enabled():
                 raise ShardwrightError("step() trains, and gradients are disabled here; evaluate() does not train")
             engine, tensors, targets = self._begin(args, kwargs, target, train=True)
+            self._buffers_differ = True
             with self._summing.summed(), self._shared.summed():
                 losses = engine.train(tensors, targets, self._micro_loss)
             return self._ranks.spread(torch.stack(losses).sum() if losses else None)
@@ -247,13 +251,13 @@ class Pipe:
         Raises:
             ShardwrightError: it is not this model's.
         """
-        # Alone, a rank must not count a call: the others would be behind.
-        with self._ranks.failing_together() if full else nullcontext():
-            mine = self._state.scatter(state, self._ranks) if full else state
-            if not full or self.replica == 0:
-                self._state.load(mine)
-            if full:
-                self._make_replicas_equal()
+        if not full:  # alone, a rank must not count a call: the others would be behind
+            self._state.load(state)
+            return
+        with self._ranks.failing_together():
+            # Of other replicas than the first the tensors are their own, until these are made equal.
+            self._state.load(self._state.tensors() | self._state.scatter(state, self._ranks))
+            self._make_replicas_equal()
 
     def optimizer_state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The state of this stage's optimizer by the parameters' names in the model.
@@ -304,6 +308,9 @@ class Pipe:
                 "give every rank the same inputs and target, in the same order (seed the sampler alike)",
             )
             self._seen_a_batch = True
+        if self._buffers_differ and not train:  # one model is evaluated, and it is the one that is saved
+            self._ranks.make_alike(self.module.buffers())
+            self._buffers_differ = False
         division = self._form.divided(batch)
         each, replica = division.pieces // self._ranks.replicas, self.replica
         targets = pieces_of(target, batch, division)[replica * each : (replica + 1) * each]
@@ -333,14 +340,14 @@ class Pipe:
 
     @contextmanager
     def _captured_modes(self) -> Iterator[None]:
-        """The forward with the autocast regions that were captured, and those alone."""
+        """The forward with the autocast regions that were captured, and those alone; and with numbers of its own."""
         if _autocast(self.device) != self._autocast:
             here, there = (str(dtype or "none") for dtype in (_autocast(self.device), self._autocast))
             raise ShardwrightError(
                 f"autocast is {here} here and was {there} where the pipeline was made, which is built in; "
                 "call pipeline() and its methods in the same region"
             )
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), self._numbers.drawn() if self._numbers else nullcontext():
             yield
 
     def _shared_gradients(self) -> SharedGradients:
