@@ -47,6 +47,17 @@ def launched(*counts):
     ]
 
 
+def test_kinds_of_devices_on_unnamed_nodes_are_refused(a_plan):
+    """On one node a device is its name; on several the local rank does not tell which GPU is meant."""
+    plan = over(a_plan, ("cpu:0", "cuda:0"), {})
+    assert [place_of(plan, rank, environment).device for rank, environment in enumerate(launched(2))] == [
+        "cpu:0",
+        "cuda:0",
+    ]
+    with pytest.raises(sw.ShardwrightError, match=r"mixes kinds of devices \(cpu:0, cuda:0\).*cluster file"):
+        place_of(plan, 1, launched(1, 1)[1])
+
+
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=6))
 def test_ranks_are_counted_node_by_node(a_plan, on):
     """Every device is of one rank; each node's are together, in the plan's order; torchrun's counts are accepted."""

@@ -253,6 +253,48 @@ def test_a_pipeline_trains_as_the_model_does(workers, captured_profile, kind, st
         assert values <= state  # of the other stages nothing is kept
 
 
+def hosted(function, *args):
+    """In a rank whose stages exchange through the host's memory, as those of a plan over kinds of devices do."""
+    from shardwright.sharder.runtime import ranks
+
+    before, ranks.is_hosted = ranks.is_hosted, lambda _: True
+    try:
+        return function(*args)
+    finally:
+        ranks.is_hosted = before
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [(Branches, {}), (Language, {"recompute": "always"}), (Chain, {"replicas": 2, "pieces": 2})]
+)
+def test_stages_of_several_kinds_of_devices_train_alike(workers, captured_profile, kind, options):
+    """What the plain model learns, ties and what is computed anew included."""
+    steps = [[0, 1], [2]]
+    expected, model = unsharded(kind, steps, clip=0.5)
+    plan = planned(captured_profile, kind, 2, **options)
+    results = on_ranks(workers, len(plan.devices), hosted, trained, kind, plan, steps, {"clip": 0.5})
+    assert all(close(curve, expected) for curve, *_ in results)
+    for key, value in model.state_dict().items():
+        assert torch.allclose(results[0][1][key], value, rtol=1e-4, atol=1e-5), key
+
+
+def autocast_on_one(kind, plan):
+    """The error of a rank of which only the second computes in bfloat16."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=os.environ["RANK"] == "1"):
+        try:
+            made_pipe(kind, plan)
+        except sw.ShardwrightError as error:
+            return str(error)
+
+
+def test_kinds_of_devices_under_unequal_autocast_are_refused(workers, captured_profile):
+    """A region of one kind would leave the other's stages in another precision than their neighbours send."""
+    plan = planned(captured_profile, Chain, 2)
+    errors = on_ranks(workers, 2, hosted, autocast_on_one, Chain, plan)
+    assert errors == [errors[0]] * 2
+    assert errors[0].startswith("rank 1 has an autocast dtype other than rank 0's; enter torch.autocast for each kind")
+
+
 @pytest.mark.parametrize("options", [{}, {"pieces": 2}, {"replicas": 2}])
 def test_gradients_accumulate_and_are_clipped(workers, captured_profile, options):
     """Two batches a step, a norm over all stages with tied weights once: as the unsharded model's."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.pool import loopback_interface
 from shardwright.sharder.planning.plan import Plan
+from shardwright.sharder.runtime.hosted import is_hosted
 
 __all__ = ["Place", "choose_interface", "device_order", "interface_towards", "place_of"]
 
@@ -52,7 +53,8 @@ def place_of(plan: Plan, rank: int, environment: Mapping[str, str]) -> Place:
     """The device of ``rank``, by what ``torchrun`` says of the nodes in ``environment``.
 
     Raises:
-        ShardwrightError: a node has more or fewer processes than the plan has devices there.
+        ShardwrightError: a node has more or fewer processes than the plan has devices there, or it cannot be told which
+            of a node's devices this is.
     """
     position = device_order(plan)[rank]
     name = plan.devices[position]
@@ -63,6 +65,11 @@ def place_of(plan: Plan, rank: int, environment: Mapping[str, str]) -> Place:
     if (_on_one_node(environment) and not (plan.hosts and on_one)) or (not plan.hosts and local is None):
         return Place(position, name, every)
     if not plan.hosts:
+        if is_hosted(plan):
+            raise ShardwrightError(
+                f"the plan mixes kinds of devices ({', '.join(plan.devices)}) and does not say on which node each is: "
+                "declare the nodes in a cluster file and plan with --cluster, or start all processes on one node"
+            )
         return Place(position, f"{kind}:{local}", every)
     _check_counts(plan, rank, environment)
     beside = tuple(device for device in every if plan.hosts[device] == plan.hosts[name])

@@ -85,6 +85,9 @@ def pipeline(
     with ranks.failing_together():
         ranks.pin()
         ranks.agree("a plan", plan.model_dump_json(), "make the plan once and have each rank load its file")
+        if ranks.hosted:
+            remedy = "enter torch.autocast for each kind of the plan's devices, with one dtype, or for none"
+            ranks.agree("an autocast dtype", str(_autocast(ranks.device)), remedy)
         return Pipe(model, plan, args, kwargs, ranks, loss, reduction)
 
 
