@@ -157,6 +157,30 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def forked_workers() -> Iterator[Callable[..., Any]]:
+    """Workers are copies of a process that has imported PyTorch; gives what starts those of users."""
+    from nursery import Nursery
+
+    from shardwright.profiler import pool
+
+    with pytest.MonkeyPatch.context() as patch:
+        users = pool.launch
+        nursery = Nursery(users)
+        if sys.platform.startswith("linux"):
+            patch.setattr(pool, "launch", nursery)
+        yield users
+        nursery.close()
+
+
+@pytest.fixture
+def new_workers(monkeypatch: pytest.MonkeyPatch, forked_workers: Callable[..., Any]) -> None:
+    """Workers begin as users' do: each imports what it needs itself."""
+    from shardwright.profiler import pool
+
+    monkeypatch.setattr(pool, "launch", forked_workers)
+
+
 @pytest.fixture(scope="session")
 def containers() -> ModuleType:
     """The module examples/containers.py."""
