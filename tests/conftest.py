@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 ProfileMaker = Callable[..., Profile]
 
+# Small models are quicker on one thread, and of two processes on two cores each has one core; before PyTorch is there.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # The same examples in every run; `make test-random` looks at others (--hypothesis-profile=random).
 hypothesis.settings.register_profile("random", deadline=None)
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True)

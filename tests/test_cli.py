@@ -77,7 +77,7 @@ def test_shard_plans_runs_and_reports(profiled, run_cli):
     done = run_cli(
         "shard", "nets.py:Small", "--profile", "small.profile.json", "--out", "small.plan.json", "--microbatches", "4",
         "--run", "--steps", "2", "--run-out", "small.run.json", "--trace", "small.trace.json",
-        cwd=profiled, timeout=120,
+        cwd=profiled, in_process=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "lower bound" in done.stdout

@@ -210,7 +210,7 @@ def largest_load(p, stage_of, order, anew):
     return max(loads)
 
 
-@settings(max_examples=400, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(problems())
 def test_the_split_is_the_best_of_all(problem):
     """On small DAGs the value is that of brute force, proven, and no split is found where none exists."""
