@@ -49,7 +49,7 @@ def profiled(folder, run_cli):
     done = run_cli(
         "profile", "nets.py:Small", "--devices", "cpu:0,cpu:1", "--out", "small.profile.json", "--microbatches", "1,4",
         "--rounds", "2", "--csv", "small.csv", "--parquet", "small.parquet", "--graphml", "small.graphml",
-        cwd=folder, timeout=120,
+        cwd=folder, in_process=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "nets.py:Small" in done.stdout
@@ -102,6 +102,20 @@ def test_shard_plans_runs_and_reports(profiled, run_cli):
     checked = run_cli("verify", "nets.py:Small", "--plan", "small.plan.json", cwd=profiled, in_process=True)
     assert checked.returncode == 0, checked.stderr
     assert "verified" in checked.stdout
+
+
+@pytest.mark.slow
+def test_the_main_job_as_users_start_it(folder, run_cli):
+    """Two commands, each a process of its own with workers that begin as users' do."""
+    made = ("--devices", "cpu:0,cpu:1", "--out", "whole.profile.json", "--microbatches", "1,4", "--rounds", "2")
+    used = ("--profile", "whole.profile.json", "--out", "whole.plan.json", "--microbatches", "4", "--run")
+    for arguments in (
+        ("profile", "nets.py:Small", *made),
+        ("shard", "nets.py:Small", *used, "--steps", "2", "--run-out", "whole.run.json"),
+    ):
+        done = run_cli(*arguments, cwd=folder, timeout=120)
+        assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "whole.run.json").read_text())["equality"]["gradients"] <= 1e-5
 
 
 COSTS = {
