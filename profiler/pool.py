@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import cloudpickle
 
@@ -54,6 +54,19 @@ def loopback_interface() -> str:
     return next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
 
 
+def launch(program: str, descriptor: int, log: IO[bytes], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start Python on ``program``, with the socket ``descriptor``; what it prints goes to ``log``."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", program],
+        pass_fds=[descriptor],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        env=environment,
+        start_new_session=True,  # Ctrl-C is the parent's to handle
+    )
+
+
 class Worker:
     """A process pinned to a device, which runs the functions that it is sent, one after another."""
 
@@ -72,15 +85,7 @@ class Worker:
             environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
             environment |= KEEP_MEMORY
         with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-c", program],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=self.log,
-                stderr=self.log,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is the parent's to handle
-            )
+            self.process = launch(program, theirs.fileno(), self.log, environment)
         # A frozen worker does not empty its socket; without a limit a large message would block us with it.
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(SILENCE_S), 0))
         self.connection = Connection(ours.detach())

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 ProfileMaker = Callable[..., Profile]
 
+# Small models are quicker on one thread, and of two processes on two cores each has one core; before PyTorch is there.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # The same examples in every run; `make test-random` looks at others (--hypothesis-profile=random).
 hypothesis.settings.register_profile("random", deadline=None)
 hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
@@ -155,6 +158,30 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHARDWRIGHT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_workers() -> Iterator[Callable[..., Any]]:
+    """Workers are copies of a process that has imported PyTorch; gives what starts those of users."""
+    from nursery import Nursery
+
+    from shardwright.profiler import pool
+
+    with pytest.MonkeyPatch.context() as patch:
+        users = pool.launch
+        nursery = Nursery(users)
+        if sys.platform.startswith("linux"):
+            patch.setattr(pool, "launch", nursery)
+        yield users
+        nursery.close()
+
+
+@pytest.fixture
+def new_workers(monkeypatch: pytest.MonkeyPatch, forked_workers: Callable[..., Any]) -> None:
+    """Workers begin as users' do: each imports what it needs itself."""
+    from shardwright.profiler import pool
+
+    monkeypatch.setattr(pool, "launch", forked_workers)
 
 
 @pytest.fixture(scope="session")

@@ -81,7 +81,7 @@ def every_value(line, orders):
     return best
 
 
-@settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(small_lines(), st.sampled_from([0.0, 0.5, 2.0]))
 def test_every_order_of_counted_devices(case, share):
     """The value is that of all cuts and all orders of the devices, from whatever bound below it the search starts."""

@@ -49,7 +49,7 @@ def profiled(folder, run_cli):
     done = run_cli(
         "profile", "nets.py:Small", "--devices", "cpu:0,cpu:1", "--out", "small.profile.json", "--microbatches", "1,4",
         "--rounds", "2", "--csv", "small.csv", "--parquet", "small.parquet", "--graphml", "small.graphml",
-        cwd=folder, timeout=120,
+        cwd=folder, in_process=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "nets.py:Small" in done.stdout
@@ -77,7 +77,7 @@ def test_shard_plans_runs_and_reports(profiled, run_cli):
     done = run_cli(
         "shard", "nets.py:Small", "--profile", "small.profile.json", "--out", "small.plan.json", "--microbatches", "4",
         "--run", "--steps", "2", "--run-out", "small.run.json", "--trace", "small.trace.json",
-        cwd=profiled, timeout=120,
+        cwd=profiled, in_process=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "lower bound" in done.stdout
@@ -89,19 +89,33 @@ def test_shard_plans_runs_and_reports(profiled, run_cli):
     trace = json.loads((profiled / "small.trace.json").read_text())
     assert {event["name"] for event in trace["traceEvents"]} >= {"F0", "F3", "B0", "B3", "update"}
     for name in ("small.profile.json", "small.plan.json", "small.run.json"):
-        again = run_cli("report", name, cwd=profiled)
+        again = run_cli("report", name, cwd=profiled, in_process=True)
         assert again.returncode == 0
         assert again.stdout.strip() in done.stdout or name == "small.profile.json"
-    again = run_cli("report", "small.run.json", "--trace", "again.trace.json", cwd=profiled)
+    again = run_cli("report", "small.run.json", "--trace", "again.trace.json", cwd=profiled, in_process=True)
     assert again.returncode == 0, again.stderr
     assert json.loads((profiled / "again.trace.json").read_text()) == trace
     assert "Wrote again.trace.json: open it at https://ui.perfetto.dev." in again.stdout
-    refused = run_cli("report", "small.plan.json", "--trace", "again.trace.json", cwd=profiled)
+    refused = run_cli("report", "small.plan.json", "--trace", "again.trace.json", cwd=profiled, in_process=True)
     assert refused.returncode == 2
     assert "small.plan.json is no run; --trace is for one" in refused.stderr.replace("\n", " ")
-    checked = run_cli("verify", "nets.py:Small", "--plan", "small.plan.json", cwd=profiled)
+    checked = run_cli("verify", "nets.py:Small", "--plan", "small.plan.json", cwd=profiled, in_process=True)
     assert checked.returncode == 0, checked.stderr
     assert "verified" in checked.stdout
+
+
+@pytest.mark.slow
+def test_the_main_job_as_users_start_it(folder, run_cli):
+    """Two commands, each a process of its own with workers that begin as users' do."""
+    made = ("--devices", "cpu:0,cpu:1", "--out", "whole.profile.json", "--microbatches", "1,4", "--rounds", "2")
+    used = ("--profile", "whole.profile.json", "--out", "whole.plan.json", "--microbatches", "4", "--run")
+    for arguments in (
+        ("profile", "nets.py:Small", *made),
+        ("shard", "nets.py:Small", *used, "--steps", "2", "--run-out", "whole.run.json"),
+    ):
+        done = run_cli(*arguments, cwd=folder, timeout=120)
+        assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "whole.run.json").read_text())["equality"]["gradients"] <= 1e-5
 
 
 COSTS = {
@@ -248,7 +262,7 @@ def test_a_mistake_is_one_clear_line(profiled, run_cli, arguments, message):
 
 def test_debug_shows_the_traceback(folder, run_cli):
     """--debug, anywhere on the line, adds the traceback."""
-    done = run_cli("profile", "absent.py:Net", "--debug", cwd=folder)
+    done = run_cli("profile", "absent.py:Net", "--debug", cwd=folder, in_process=True)
     assert done.returncode == 2
     assert "Traceback" in done.stderr
     assert "there is no file absent.py" in done.stderr

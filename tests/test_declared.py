@@ -342,10 +342,11 @@ def test_the_command_line_plans_for_a_cluster(cluster, run_cli, tmp_path):
         "def net(): return nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(4)])\n"
     )
     target, files = "nets.py:net", ("--profile", "net.profile.json")
-    profiled = run_cli("profile", target, "--input", "8x64", "--cluster", str(cluster()), cwd=tmp_path)
+    profiled = run_cli("profile", target, "--input", "8x64", "--cluster", str(cluster()), cwd=tmp_path, in_process=True)
     assert profiled.returncode == 0, profiled.stderr
     assert "all assumed" in profiled.stdout
-    sharded = run_cli("shard", target, *files, "--memory", "cuda:0=60KiB", "--devices", "cuda:0,cuda:1", cwd=tmp_path)
+    options = ("--memory", "cuda:0=60KiB", "--devices", "cuda:0,cuda:1")
+    sharded = run_cli("shard", target, *files, *options, cwd=tmp_path, in_process=True)
     assert sharded.returncode == 0, sharded.stderr
     assert "estimates" in sharded.stdout
     refused = run_cli("profile", target, "--input", "8x64", "--cluster", "no.toml", cwd=tmp_path, in_process=True)

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,9 @@ WITHOUT_TORCH = [
 ]
 
 
+@cache
 def modules():
+    """Each module's syntax tree, by path."""
     paths = [ROOT / "cli.py", *(p for room in ("profiler", "sharder", "reports") for p in (ROOT / room).rglob("*.py"))]
     return {str(path.relative_to(ROOT)): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
 

@@ -147,7 +147,7 @@ def test_chains_are_split_as_by_brute_force(problem):
         assert found.exact == (found.value_s <= least * (1 + 1e-9))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(problems())
 def test_the_bound_of_a_graph_is_below_brute_force(problem):
     """On any graph nothing is promised that is not so: bound <= least <= value, and the split is feasible."""

@@ -117,6 +117,13 @@ def spoil_what_goes_to_rank_1():
     messages._send = spoiling
 
 
+def talk_less():
+    """Send each message twice, not ten times."""
+    from shardwright.profiler import messages
+
+    messages.REPEATS, messages.WARMUP = 2, 1
+
+
 def die_instead_of_talking():
     from shardwright.profiler import messages
 
@@ -149,6 +156,7 @@ def test_three_workers_and_a_link_that_spoils_what_it_carries():
     devices = workers(3)
     with Pool(devices) as pool:
         start(pool, devices)
+        pool.call({device.name: (talk_less, ()) for device in devices}, limit_s=60)
         clean = measure_links(pool, devices)
         engine = measure_engine(pool, devices)
         pool.call({"cpu:2": (spoil_what_goes_to_rank_1, ())}, limit_s=60)

@@ -210,7 +210,7 @@ def largest_load(p, stage_of, order, anew):
     return max(loads)
 
 
-@settings(max_examples=400, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(problems())
 def test_the_split_is_the_best_of_all(problem):
     """On small DAGs the value is that of brute force, proven, and no split is found where none exists."""
@@ -227,7 +227,7 @@ def test_the_split_is_the_best_of_all(problem):
     assert max(loads) == found.value_s
 
 
-@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(problems(), st.integers(0, 12), st.sampled_from([0.0, 3.0, 30.0]))
 def test_a_search_cut_short_is_honest(problem, limit, time_limit_s):
     """Whatever the limits, the bound is at most the optimum, the value at least, and failing to search is no proof."""

@@ -15,6 +15,8 @@ from shardwright.profiler.pool import Pool, Worker, WorkerError
 from shardwright.profiler.profile import Device
 from shardwright.profiler.worker import report
 
+pytestmark = pytest.mark.usefixtures("new_workers")
+
 
 def device(index=0):
     cores = sorted(os.sched_getaffinity(0))

@@ -196,8 +196,9 @@ def test_batch_statistics_between_units(captured_profile):
     assert not model.mean.any()
 
 
+@pytest.mark.usefixtures("new_workers")
 def test_inference_runs_forward_only(captured_profile):
-    """Without training only outputs are compared."""
+    """Without training only outputs are compared. Here the workers begin as users' do."""
     model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)])
     run = piped(captured_profile, model, (torch.randn(8, 8),), 4, train=False)
     assert run.equality.tensors == 4

@@ -16,7 +16,7 @@ from shardwright.profiler.unitgraph import mean_square_loss
 from shardwright.sharder.runtime.sim import SimTensor, Simulated, sim_device
 
 ROWS = 2
-PLANNING_S = 1.0
+PLANNING_S = 0.2
 """Placements have to be right here, not the best: graphs of many orders are searched for as long as one lets them."""
 LIBRARIES = {"diffusers", "monai", "transformers", "x_transformers"}
 
@@ -46,7 +46,12 @@ def plain(tensor):
     return tensor.host if isinstance(tensor, SimTensor) else tensor
 
 
-@pytest.mark.parametrize("name", list(ZOO))
+def names(entries):
+    """Of the models to test; those that another stands for are slow tests."""
+    return [pytest.param(entry.name, marks=[pytest.mark.slow] * entry.slow) for entry in entries]
+
+
+@pytest.mark.parametrize("name", names(ZOO.values()))
 def test_placed_over_four_devices(captured_profile, name):
     """The checked capture gives a plan over four devices that verifies: no device mismatch, equal outputs."""
     model, args, kwargs = make(ZOO[name])
@@ -56,7 +61,7 @@ def test_placed_over_four_devices(captured_profile, name):
     assert sw.verify(model, plan, args, kwargs).ok, str(sw.verify(model, plan, args, kwargs))
 
 
-@pytest.mark.parametrize("name", [name for name, entry in ZOO.items() if entry.trains])
+@pytest.mark.parametrize("name", names(entry for entry in ZOO.values() if entry.trains))
 def test_trained_over_two_devices(captured_profile, name):
     """Placed on (cpu, sim:0), loss and gradients are the model's own."""
     model, args, kwargs = make(ZOO[name])

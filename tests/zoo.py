@@ -30,19 +30,21 @@ class Entry:
     make: Make
     library: str
     trains: bool = True
+    slow: bool = False
+    """Whether a relative that is quicker stands for it, unless one asks for the slow tests."""
 
 
 ZOO: dict[str, Entry] = {}
 
 
-def entry(library: str, *, trains: bool = True) -> Callable[[Make], Make]:
+def entry(library: str, *, trains: bool = True, slow: bool = False) -> Callable[[Make], Make]:
     """Register a maker under its function's name."""
 
     def register(make: Make) -> Make:
         name = make.__name__
         if name in ZOO:
             raise ValueError(f"two entries are named {name}")
-        ZOO[name] = Entry(name, make, library, trains)
+        ZOO[name] = Entry(name, make, library, trains, slow)
         return make
 
     return register
@@ -104,7 +106,7 @@ def bert_pretraining():
     return BertForPreTraining(BertConfig(**_TEXT)), (), kwargs
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def roberta():
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
@@ -112,7 +114,7 @@ def roberta():
     return model, (_ids(),), {"attention_mask": _mask(), "labels": torch.randint(0, 3, (BATCH,))}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def electra():
     from transformers import ElectraConfig, ElectraForTokenClassification
 
@@ -144,14 +146,14 @@ def distilbert():
     return model, (), {"input_ids": ids, "labels": ids}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def mpnet():
     from transformers import MPNetConfig, MPNetModel
 
     return MPNetModel(MPNetConfig(**_TEXT)), (_ids(),), {}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def modernbert():
     from transformers import ModernBertConfig, ModernBertForMaskedLM
 
@@ -185,7 +187,7 @@ def longformer():
     return model, (), {"input_ids": _ids(32), "attention_mask": _mask(32)}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def big_bird():
     from transformers import BigBirdConfig, BigBirdForMaskedLM
 
@@ -202,7 +204,7 @@ def xlnet():
     return model, (), {"input_ids": ids, "labels": ids}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def funnel():
     from transformers import FunnelConfig, FunnelModel
 
@@ -234,7 +236,7 @@ def gpt2():
     return model, (), {"input_ids": ids, "labels": ids}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def gpt2_untied():
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -242,7 +244,7 @@ def gpt2_untied():
     return GPT2LMHeadModel(config), (_ids(),), {"attention_mask": _mask()}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def gpt_neo():
     from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
@@ -260,7 +262,7 @@ def gpt_neox():
     return GPTNeoXForCausalLM(GPTNeoXConfig(**_TEXT)), (), {"input_ids": _ids(), "attention_mask": _mask()}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def gptj():
     from transformers import GPTJConfig, GPTJForCausalLM
 
@@ -269,7 +271,7 @@ def gptj():
     return model, (), {"input_ids": ids, "labels": ids}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def llama():
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -285,7 +287,7 @@ def llama_tied():
     return LlamaForCausalLM(LlamaConfig(**_GROUPED, tie_word_embeddings=True)), (_ids(),), {}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def mistral():
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -301,14 +303,14 @@ def qwen2():
     return Qwen2ForCausalLM(Qwen2Config(**_GROUPED)), (), {"input_ids": ids, "labels": ids}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def qwen3():
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     return Qwen3ForCausalLM(Qwen3Config(**_GROUPED, head_dim=8)), (), {"input_ids": _ids(), "attention_mask": _mask()}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def gemma2():
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -332,7 +334,7 @@ def phi():
     return PhiForCausalLM(PhiConfig(**_TEXT)), (), {"input_ids": _ids()}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def phi3():
     from transformers import Phi3Config, Phi3ForCausalLM
 
@@ -340,7 +342,7 @@ def phi3():
     return model, (), {"input_ids": _ids(), "attention_mask": _mask()}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def opt():
     from transformers import OPTConfig, OPTForCausalLM
 
@@ -359,7 +361,7 @@ def bloom():
     return model, (), {"input_ids": _ids(), "attention_mask": _mask()}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def falcon():
     from transformers import FalconConfig, FalconForCausalLM
 
@@ -370,7 +372,7 @@ def falcon():
     return model, (), {"input_ids": ids, "labels": ids}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def stablelm():
     from transformers import StableLmConfig, StableLmForSequenceClassification
 
@@ -392,7 +394,7 @@ def t5():
     return T5ForConditionalGeneration(config), (), kwargs
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def t5_gated_untied():
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -411,7 +413,7 @@ def bart():
     return BartForConditionalGeneration(BartConfig(**_SEQ2SEQ)), (), kwargs
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def marian():
     from transformers import MarianConfig, MarianMTModel
 
@@ -419,7 +421,7 @@ def marian():
     return MarianMTModel(config), (), {"input_ids": _ids(), "attention_mask": _mask(), "decoder_input_ids": _ids(8)}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def pegasus():
     from transformers import PegasusConfig, PegasusForConditionalGeneration
 
@@ -427,7 +429,7 @@ def pegasus():
     return model, (), {"input_ids": _ids(), "labels": _ids(8)}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def m2m_100():
     from transformers import M2M100Config, M2M100Model
 
@@ -465,7 +467,7 @@ def vit_mae():
     return ViTMAEForPreTraining(config), (_image(),), {}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def deit():
     from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
 
@@ -480,7 +482,7 @@ def beit():
     return BeitForImageClassification(config), (_image(),), {}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def dinov2():
     from transformers import Dinov2Config, Dinov2Model
 
@@ -516,7 +518,7 @@ def resnet():
     return ResNetForImageClassification(config), (_image(64),), {}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def mobilenet_v2():
     from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
@@ -536,7 +538,7 @@ def segformer():
     return model, (), {"pixel_values": _image(64), "labels": torch.randint(0, 5, (BATCH, 64, 64))}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def dpt():
     from transformers import DPTConfig, DPTForDepthEstimation
 
@@ -558,7 +560,7 @@ def detr():
     return model, (), {"pixel_values": _image(64), "pixel_mask": torch.ones(BATCH, 64, 64, dtype=torch.long)}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def yolos():
     from transformers import YolosConfig, YolosForObjectDetection
 
@@ -599,7 +601,7 @@ def wav2vec2():
     return model, (torch.randn(BATCH, 1600),), {"labels": torch.randint(3, 32, (BATCH, 6))}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def hubert():
     from transformers import HubertConfig, HubertModel
 
@@ -615,7 +617,7 @@ def audio_spectrogram():
     return ASTForAudioClassification(config), (torch.randn(BATCH, 32, 32),), {}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def speech_to_text():
     from transformers import Speech2TextConfig, Speech2TextForConditionalGeneration
 
@@ -648,7 +650,7 @@ def clip():
     return CLIPModel(config), (), kwargs
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def siglip():
     from transformers import SiglipConfig, SiglipModel
 
@@ -656,7 +658,7 @@ def siglip():
     return SiglipModel(config), (), {"input_ids": _ids(16), "pixel_values": _image()}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def blip():
     from transformers import BlipConfig, BlipForConditionalGeneration
 
@@ -687,7 +689,7 @@ def llava():
     return LlavaForConditionalGeneration(config), (), kwargs
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def vit_to_gpt2():
     from transformers import GPT2Config, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig
 
@@ -708,7 +710,7 @@ def mixtral():
     return MixtralForCausalLM(MixtralConfig(**_GROUPED, num_local_experts=4)), (), kwargs
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def mixtral_router_loss():
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -717,7 +719,7 @@ def mixtral_router_loss():
     return model, (), {"input_ids": ids, "labels": ids}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def qwen2_moe():
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
@@ -727,7 +729,7 @@ def qwen2_moe():
     return Qwen2MoeForCausalLM(config), (), {"input_ids": _ids(), "attention_mask": _mask()}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def olmoe():
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
@@ -742,7 +744,7 @@ def gpt_oss():
     return GptOssForCausalLM(config), (), {"input_ids": _ids()}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def deepseek_v3():
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
@@ -754,7 +756,7 @@ def deepseek_v3():
     return DeepseekV3ForCausalLM(config), (), {"input_ids": _ids(), "attention_mask": _mask()}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def switch_transformers():
     from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
@@ -768,7 +770,7 @@ def switch_transformers():
 # ---- transformers: state spaces and recurrence ----
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def mamba():
     from transformers import MambaConfig, MambaForCausalLM
 
@@ -788,7 +790,7 @@ def mamba2():
     return Mamba2ForCausalLM(config), (), {"input_ids": _ids(), "attention_mask": _mask()}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def rwkv():
     from transformers import RwkvConfig, RwkvForCausalLM
 
@@ -827,7 +829,7 @@ def patchtsmixer():
     return PatchTSMixerForPrediction(config), (torch.randn(BATCH, 32, 3),), {}
 
 
-@entry("transformers")
+@entry("transformers", slow=True)
 def time_series():
     from transformers import TimeSeriesTransformerConfig, TimeSeriesTransformerForPrediction
 
@@ -850,7 +852,7 @@ def time_series():
 _DOWN_UP = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
 
 
-@entry("diffusers")
+@entry("diffusers", slow=True)
 def unet_2d():
     from diffusers import UNet2DModel
 
@@ -872,7 +874,7 @@ def unet_2d_condition():
     return model, (_image(16, 4), torch.tensor([10, 400]), torch.randn(BATCH, 6, 24)), {}
 
 
-@entry("diffusers")
+@entry("diffusers", slow=True)
 def transformer_2d():
     from diffusers import Transformer2DModel
 
@@ -914,7 +916,7 @@ def dit():
     return model, (_image(8, 4),), {"timestep": torch.tensor([1, 40]), "class_labels": torch.tensor([0, 7])}
 
 
-@entry("diffusers")
+@entry("diffusers", slow=True)
 def pixart():
     from diffusers import PixArtTransformer2DModel
 
@@ -931,7 +933,7 @@ def pixart():
     return model, (_image(8, 4),), kwargs
 
 
-@entry("diffusers")
+@entry("diffusers", slow=True)
 def sd3():
     from diffusers import SD3Transformer2DModel
 
@@ -981,7 +983,7 @@ def monai_unet():
     return model, (_image(32, 1),), {}
 
 
-@entry("monai")
+@entry("monai", slow=True)
 def monai_basic_unet():
     from monai.networks.nets import BasicUNet
 
@@ -1014,7 +1016,7 @@ def monai_dynunet():
     return model, (_image(32, 1),), {}
 
 
-@entry("monai")
+@entry("monai", slow=True)
 def monai_dynunet_deep():
     from monai.networks.nets import DynUNet
 
@@ -1025,7 +1027,7 @@ def monai_dynunet_deep():
     return model, (_image(32, 1),), {}
 
 
-@entry("monai")
+@entry("monai", slow=True)
 def monai_unetr():
     from monai.networks.nets import UNETR
 
@@ -1036,7 +1038,7 @@ def monai_unetr():
     return model, (_image(32, 1),), {}
 
 
-@entry("monai")
+@entry("monai", slow=True)
 def monai_swin_unetr():
     from monai.networks.nets import SwinUNETR
 
@@ -1075,7 +1077,7 @@ def x_decoder():
     return TransformerWrapper(num_tokens=VOCAB, max_seq_len=32, attn_layers=layers), (_ids(),), {}
 
 
-@entry("x-transformers")
+@entry("x-transformers", slow=True)
 def x_decoder_modern():
     from x_transformers import Decoder, TransformerWrapper
 
@@ -1089,7 +1091,7 @@ def x_decoder_modern():
     return model, (_ids(),), {"mask": _mask().bool()}
 
 
-@entry("x-transformers")
+@entry("x-transformers", slow=True)
 def x_autoregressive():
     from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
@@ -1117,7 +1119,7 @@ def x_vit():
     return ViTransformerWrapper(image_size=32, patch_size=8, num_classes=10, attn_layers=layers), (_image(),), {}
 
 
-@entry("x-transformers")
+@entry("x-transformers", slow=True)
 def x_continuous():
     from x_transformers import ContinuousTransformerWrapper, Encoder
 
