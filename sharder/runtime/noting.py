@@ -143,7 +143,6 @@ class Notes:
                 self._wrap(wrapped, stage, "forward_one_chunk", partial(self._in_slot, "forward", piece))
                 if train:  # without it the engine calls a backward that does nothing
                     self._wrap(wrapped, stage, "backward_one_chunk", partial(self._in_slot, "backward", piece))
-                    self._wrap(wrapped, stage, "perform_reduce_grad", self._in_update)
                 for name, what in _MESSAGES.items():
                     self._wrap(wrapped, stage, name, partial(self._labelled, what, piece))
             self._wrap(wrapped, schedules, "_batch_p2p", self._posted)
@@ -160,13 +159,6 @@ class Notes:
         def noted(microbatch: int, *args: Any, **kwargs: Any) -> Any:
             with self.slot(what, microbatch, piece):
                 return call(microbatch, *args, **kwargs)
-
-        return noted
-
-    def _in_update(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            with self.slot("update"):
-                return call(*args, **kwargs)
 
         return noted
 

@@ -174,19 +174,14 @@ def hold_stages(job: Job, programs: Sequence[StageProgram], inputs: tuple[Tensor
     held = _Held(job, device, module, _optimizer(job, module), lambda: None)
     held.shared, held.groups = shared, groups.having(replica, position)
     held.inputs, held.buffers, held.stages, held.group = here, partial(_engine_buffers, stages), stages, groups.all
-    # The engine divides the gradients stage by stage, which is once too often for what several of them share; and it
-    # knows nothing of the other replicas.
-    by_loss = len(stages) > 1 or job.replicas > 1
-    parts = job.microbatches * job.replicas if by_loss else 1
+    parts = job.microbatches * job.replicas
 
     def loss(outputs: Any, _target: Tensor) -> Tensor:
         with held.noting("loss", piece=len(stages) - 1):
             return mean_square_loss(outputs) / parts
 
     batched = job.divided or [is_batched(t, job.batch) for t in inputs]
-    schedule = make_schedule(
-        stages, job.schedule, job.microbatches, loss if job.train else None, batched, scale_grads=not by_loss
-    )
+    schedule = make_schedule(stages, job.schedule, job.microbatches, loss if job.train else None, batched)
     target = torch.zeros(job.batch, device=device)
     first, last = programs[0].index == 0, programs[-1].index == job.stages - 1
 

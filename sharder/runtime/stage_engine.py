@@ -45,9 +45,7 @@ class StageEngine:
         ]
         # With fewer micro-batches than stages 1F1B has nothing to alternate with, and the engine refuses it.
         kind = "gpipe" if plan.schedule == "1f1b" and (not train or division.pieces < count) else plan.schedule
-        self.schedule = make_schedule(
-            self.stages, kind, division.pieces, self._of_chunk if train else None, batched, scale_grads=False
-        )
+        self.schedule = make_schedule(self.stages, kind, division.pieces, self._of_chunk if train else None, batched)
         self._numbers = torch.arange(division.pieces)
 
     def train(self, tensors: list[Tensor], targets: list[Any], loss: Callable[[Any, Any, int], Tensor]) -> list[Tensor]:
