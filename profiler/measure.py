@@ -276,8 +276,8 @@ def round_totals(series: Sequence[Series]) -> list[float]:
 def prepare(device: str, threads: int) -> None:
     """Make this process ready to measure on ``device``: what a worker does first."""
     torch.manual_seed(0)
-    if device.startswith("cpu"):
-        torch.set_num_threads(threads)
-    else:
+    if device.startswith("cuda"):
         torch.cuda.set_device(torch.device(device))
+    else:
+        torch.set_num_threads(threads)
     resident["device"] = torch.device(device if device.startswith("cuda") else "cpu")

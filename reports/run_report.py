@@ -45,7 +45,8 @@ def conclusion(run: Run) -> str:
             step += (
                 f"; predicted {seconds(run.sharded.predicted_s)} ({percent(run.sharded.error_percent, signed=True)})"
             )
-        return f"{step}. No single device holds the model, so there is no speedup to state."
+        why = run.baseline_why or "No single device holds the model"
+        return f"{step}. {why[0].upper()}{why[1:]}, so there is no speedup to state."
     slower = run.speedup < 1
     text = f"measured {ratio(run.speedup)} {'the speed of' if slower else 'over'} {run.baseline_device} alone"
     if run.predicted_speedup is not None:

@@ -14,7 +14,7 @@ from shardwright.profiler import worker
 from shardwright.sharder.runtime import gate
 from shardwright.sharder.runtime import run as run_module
 from shardwright.sharder.runtime.naive import NAIVE_LIMIT_S, as_plan, naive_plans
-from shardwright.sharder.runtime.pipeline import Job, hold_whole, release_whole, step_whole
+from shardwright.sharder.runtime.pipeline import Job, hold_whole, step_whole
 from shardwright.sharder.runtime.run import _lacks_room
 from shardwright.sharder.runtime.session import Session, Split
 
@@ -203,10 +203,10 @@ def other_than(compare, at):
     """The gate's comparison, of which the one numbered ``at`` finds a difference."""
     numbers = itertools.count()
 
-    def compared(*args):
+    def compared(*args, **options):
         if next(numbers) == at:
             raise gate.DifferenceError("output 0 differs")
-        return compare(*args)
+        return compare(*args, **options)
 
     return compared
 
@@ -216,12 +216,13 @@ def test_what_is_let_go_of_is_free_at_once(monkeypatch):
     monkeypatch.setitem(worker.resident, "device", torch.device("cpu"))
     model = nn.Linear(2, 2)
     seen = weakref.ref(model)
-    hold_whole(Job("", 1, 1, 2, True, "adam", (0,)), model, (torch.randn(2, 2),), {})
+    job = Job("", 1, 1, 2, True, "adam", (0,))
+    hold_whole(job, model, (torch.randn(2, 2),), {})
     step_whole()
     del model
-    release_whole()
+    hold_whole(job, nn.Linear(2, 2), (torch.randn(2, 2),), {})
     assert seen() is None
-    assert "whole" not in worker.resident
+    del worker.resident["whole"]
 
 
 def test_a_worker_that_dies_in_a_naive_split_ends_the_run(captured_profile, monkeypatch):

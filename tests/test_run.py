@@ -4,6 +4,7 @@ import itertools
 import os
 import signal
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ import shardwright as sw
 from shardwright.profiler import pool
 from shardwright.profiler.equality import relative_difference
 from shardwright.profiler.profile import Device
+from shardwright.reports.run_report import conclusion
 from shardwright.sharder.planning.schedule import operations
 from shardwright.sharder.runtime import run as run_module
+from shardwright.sharder.runtime import session as session_module
 from shardwright.sharder.runtime.gate import compare
 from shardwright.sharder.runtime.pipeline import Comparison
 
@@ -39,6 +42,62 @@ def test_piped_gradients_equal_the_models(containers, captured_profile, name):
     assert run.equality.tensors == 4 + len(list(model.parameters()))
     assert run.sharded.measured_s > 0
     assert run.speedup == run.baseline.measured_s / run.sharded.measured_s
+
+
+def crowded(captured_profile):
+    """A model, its input, and a plan for two devices of which neither has room for all of it."""
+    model, x = nn.Sequential(*[nn.Linear(64, 64) for _ in range(6)]), torch.randn(8, 64)
+    profile = captured_profile(model, (x,), microbatches=(1, 4), counted=True)
+    whole = sw.plan(profile, microbatches=4, pins={"*": "cpu:0"}).stages[0].memory_bytes
+    tight = [device.model_copy(update={"memory_bytes": int(0.8 * whole)}) for device in profile.devices]
+    plan = sw.plan(profile.model_copy(update={"devices": tuple(tight)}), microbatches=4)
+    assert plan.predicted.baseline_device is None
+    return model, x, plan
+
+
+def test_what_fits_on_no_device_is_compared_on_the_host(captured_profile):
+    """A process of its own computes the whole model; no device alone is timed, and the report says why."""
+    model, x, plan = crowded(captured_profile)
+    run = sw.run(model, plan, (x,), steps=1)
+    assert run.equality.gradients <= run.equality.tolerance == 1e-5
+    assert run.equality.tensors == 4 + 12
+    assert (run.baseline, run.baseline_device, run.speedup) == (None, None, None)
+    assert "No single device holds the model, so there is no speedup" in conclusion(run)
+
+
+def test_a_host_without_room_to_compare_is_named(captured_profile, monkeypatch):
+    """One line with both numbers, before a copy is made."""
+    model, x, plan = crowded(captured_profile)
+    monkeypatch.setattr(session_module, "free_host_bytes", lambda: 1000)
+    needed = 2 * sum(p.nbytes for p in model.parameters())
+    with pytest.raises(sw.ShardwrightError, match=rf"host's memory takes {needed:,} bytes, of which 1,000 are free"):
+        sw.run(model, plan, (x,), steps=1, naive=False)
+
+
+def test_one_device_without_room_beside_the_plan_is_not_timed(captured_profile, monkeypatch):
+    """It would hold the model alone; beside the plan's stage it does not, so the host compares and the run says so."""
+    model, x = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)]), torch.randn(8, 8)
+    plan = sw.plan(captured_profile(model, (x,), microbatches=(1, 4)), microbatches=4)
+    assert plan.predicted.baseline_device is not None
+    monkeypatch.setattr(session_module.Session, "room", lambda _: dict.fromkeys(plan.devices, 10))
+    run = sw.run(model, plan, (x,), steps=1)
+    assert run.baseline is None
+    assert run.baseline_why.endswith("and 10 are free")
+    assert run.baseline_why.removeprefix("t")[1:] in conclusion(run)
+    assert not any(naive.timed for naive in run.naive)
+
+
+@pytest.mark.parametrize(("factor", "equal"), [(1.0, True), (1.0005, True), (1.01, False)])
+def test_other_kernels_round_otherwise(factor, equal):
+    """Between kinds of devices a thousandth passes, a per cent does not, and a gradient of rounding counts little."""
+    torch.manual_seed(0)
+    weight, noise = torch.randn(50, 50), 1e-6 * torch.randn(50)
+    reference = Comparison([torch.ones(3)], {"weight": weight, "bias": noise})
+    found = [Comparison([torch.ones(3)], {"weight": factor * weight, "bias": noise.flip(0)})]
+    with nullcontext() if equal else pytest.raises(sw.ShardwrightError, match="gradient of weight differs"):
+        assert compare(reference, found, other_kernels=True).tolerance == 1e-3
+    with pytest.raises(sw.ShardwrightError, match="differs"):
+        compare(reference, found)
 
 
 def test_predicted_memory_is_held_against_what_a_step_took():

@@ -31,7 +31,7 @@ from shardwright.sharder.runtime.engine import SharedGradients, SharedParameter,
 from shardwright.sharder.runtime.noting import Notes
 from shardwright.sharder.runtime.record import What
 from shardwright.sharder.runtime.replicas import Groups, ReplicaGradients
-from shardwright.sharder.runtime.resting import dropout_resting
+from shardwright.sharder.runtime.resting import dropout_resting, full_precision
 
 __all__ = [
     "Comparison",
@@ -43,7 +43,6 @@ __all__ = [
     "hold_whole",
     "note_stage",
     "release_stages",
-    "release_whole",
     "step_stage",
     "step_whole",
     "weigh_stage",
@@ -350,11 +349,6 @@ def check_whole() -> Comparison:
     return _compared(resident["whole"])
 
 
-def release_whole() -> None:
-    """Let go of the whole model, its gradients and the optimizer's state."""
-    _let_go("whole")
-
-
 def release_stages(name: str = "plan") -> None:
     """Let go of this device's stages likewise, and leave their groups."""
     held = _let_go(_key(name))
@@ -379,7 +373,7 @@ def _compared(held: _Held) -> Comparison:
     held.module.zero_grad()
     held.outputs = []
     units = [held.module.get_submodule(path) for path in held.job.units] or [held.module]
-    with dropout_resting(units):
+    with dropout_resting(units), full_precision(held.device):
         held.step()
     _synchronize(held.device)
     outputs, held.outputs = held.outputs, None

@@ -203,7 +203,9 @@ class Run(Document):
     sharded: Timed
     baseline_device: str | None
     baseline: Timed | None
-    """One device alone; None when the model fits on none."""
+    """One device alone; None when the model fits on none, or not beside the plan."""
+    baseline_why: str = ""
+    """Why it was not timed, where it would fit alone."""
     memory: tuple[Weighed, ...] = ()
     """Of each device."""
     accounts: Accounts | None = None

@@ -1,4 +1,4 @@
-"""Dropout that rests, so that two processes can be compared."""
+"""Dropout that rests and products in full precision, so that two processes can be compared."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from shardwright.profiler.gpu_kernels import without_dropout
 
-__all__ = ["dropout_resting"]
+__all__ = ["dropout_resting", "full_precision"]
 
 
 class _NoDropout(TorchFunctionMode):
@@ -48,3 +49,18 @@ def dropout_resting(units: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for inner in resting:
             inner.training = True
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Have a GPU compute float32 as such, and not as TF32, which another kind of device does not know."""
+    if device.type != "cuda":
+        yield
+        return
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32 = products.allow_tf32 = False
+    try:
+        yield
+    finally:
+        convolutions.allow_tf32, products.allow_tf32 = before

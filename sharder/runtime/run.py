@@ -65,6 +65,8 @@ class _Kept:
     """Naive splits that were compared, and may be timed."""
     refused: dict[str, str] = field(default_factory=dict)
     """Those that may not -> why."""
+    alone_why: str = ""
+    """Why one device alone is not timed beside the plan."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ def run(
         except _SplitFailedError as error:
             del rivals[error.name]
             why[error.name] = str(error)
-    return _record(plan, measured, {name: split.plan for name, split in rivals.items()}, why | kept.refused, steps)
+    run = _record(plan, measured, {name: split.plan for name, split in rivals.items()}, why | kept.refused, steps)
+    return run.model_copy(update={"baseline_why": kept.alone_why})
 
 
 class _Captures:
@@ -180,9 +183,10 @@ def _measured(
         tell("start workers", 0, 1)
         session = Session(pool, model, args, kwargs, splits, STEP_LIMIT_S + 5 * expected)
         session.begin(devices, str(Path(folder) / "store"))
-        gate = Gate(session, plan, baseline or plan.devices[0], stays=bool(baseline and rivals))
+        gate = Gate(session, plan, baseline, stays=bool(rivals))
         tell("compare", 0, len(splits))
         equality = _pass(session, gate, own, kept)
+        baseline = gate.device
         for number, rival in enumerate(rivals, 1):
             tell("compare", number, len(splits))
             if rival.name not in kept.refused:
@@ -194,8 +198,6 @@ def _measured(
             count = plan.predicted.baseline_microbatches
             session.hold_whole(baseline, count, own.output_places, plan)
             contenders[ALONE] = partial(session.step_whole, baseline)
-        else:
-            session.release_whole(gate.device)
         ready = [rival for rival in rivals if rival.name not in kept.refused]
         contenders |= {rival.name: _stepping(session, rival) for rival in ready}
         noted: list[list[Noted]] = []
@@ -222,6 +224,14 @@ def _pass(session: Session, gate: Gate, own: Split, kept: _Kept) -> Equality:
     found = session.check(own) if kept.equality is None else None
     session.step(own)  # the optimizer's state comes with it
     kept.peaks = kept.peaks or session.weigh(own)  # before anything else is held
+    if gate.device is not None:
+        whole, free = sum(own.plan.memory().values()) // own.plan.replicas, session.room()[gate.device]
+        if whole > free:
+            kept.alone_why = (
+                f"the whole model needs some {whole:,} bytes on {gate.device} beside the plan's stage, and {free:,} "
+                "are free"
+            )
+            gate.device = None
     if found is not None:
         try:
             kept.equality = gate.compared(own, found)
@@ -293,7 +303,8 @@ def _devices_of(plan: Plan, needed: set[str]) -> list[Device]:
 
 def _record(plan: Plan, measured: _Measured, rivals: Mapping[str, Plan], why: Mapping[str, str], steps: int) -> Run:
     """What was measured, beside what was predicted."""
-    seconds, baseline = measured.seconds, plan.predicted.baseline_device
+    seconds = measured.seconds
+    baseline = plan.predicted.baseline_device if ALONE in seconds else None
     naive = []
     for alternative in plan.alternatives:
         if alternative.name in why:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardwright.errors import ShardwrightError
 from shardwright.profiler.campaign import START_LIMIT_S
+from shardwright.profiler.devices import available_cores, free_host_bytes
 from shardwright.profiler.inputs import is_batched, outputs_of
 from shardwright.profiler.links import join
 from shardwright.profiler.measure import prepare
@@ -36,13 +38,15 @@ from shardwright.sharder.runtime.pipeline import (
     hold_whole,
     note_stage,
     release_stages,
-    release_whole,
     step_stage,
     step_whole,
     weigh_stage,
 )
 
 __all__ = ["Session", "Split", "job_of"]
+
+HOST_LIMIT_S = 1800.0
+"""What fits on no device is computed on the host once, which may take long."""
 
 
 @dataclass(frozen=True)
@@ -129,14 +133,12 @@ class Session:
         return self._all(split, weigh_stage)
 
     def room(self) -> dict[str, int]:
-        """Free bytes of each device that may have stages; CPU workers share the host's."""
-        return self.pool.call(dict.fromkeys(self.ranks, (free_bytes, ())), limit_s=self.limit_s)
+        """Free bytes of each device; CPU workers share the host's."""
+        return self.pool.call(dict.fromkeys(self.pool.workers, (free_bytes, ())), limit_s=self.limit_s)
 
     def hold_whole(self, device: str, microbatches: int, output_places: tuple[int, ...], plan: Plan) -> None:
         """Give the whole model to one worker, to be run in so many micro-batches."""
-        units = tuple(units_of(plan, self.model))
-        job = Job("", microbatches, 1, plan.batch, plan.train, plan.optimizer, output_places, units=units)
-        whole = hold_whole, (job, self.model, self.args, self.kwargs)
+        whole = hold_whole, (self._whole_job(microbatches, output_places, plan), self.model, self.args, self.kwargs)
         self.pool.call({device: whole}, limit_s=START_LIMIT_S, loading=True)
 
     def check_whole(self, device: str) -> Comparison:
@@ -144,13 +146,35 @@ class Session:
         found: Comparison = self.pool.call({device: (check_whole, ())}, limit_s=self.limit_s)[device]
         return found
 
+    def check_on_host(self, microbatches: int, output_places: tuple[int, ...], plan: Plan) -> Comparison:
+        """One step of the whole model without an update, by all processors in a process of its own that then ends.
+
+        Raises:
+            ShardwrightError: the host has no memory for it.
+        """
+        tensors = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}.values()
+        needed = sum(t.nbytes * (1 + (plan.train and t.requires_grad)) for t in tensors)
+        if needed > (free := free_host_bytes()):
+            raise ShardwrightError(
+                f"no device has room for the whole model, and to compare with it in the host's memory takes {needed:,} "
+                f"bytes, of which {free:,} are free: run where there is more, or use pipeline(), which compares nothing"
+            )
+        cores = tuple(available_cores())
+        host = Device(name="host", kind="cpu", description="all processors", memory_bytes=free, cores=cores)
+        whole = hold_whole, (self._whole_job(microbatches, output_places, plan), self.model, self.args, self.kwargs)
+        with Pool([host]) as pool:
+            pool.call({host.name: (prepare, (host.name, len(cores)))}, limit_s=START_LIMIT_S, loading=True)
+            pool.call({host.name: whole}, limit_s=START_LIMIT_S, loading=True)
+            found: Comparison = pool.call({host.name: (check_whole, ())}, limit_s=HOST_LIMIT_S)[host.name]
+        return found
+
+    def _whole_job(self, microbatches: int, output_places: tuple[int, ...], plan: Plan) -> Job:
+        units = tuple(units_of(plan, self.model))
+        return Job("", microbatches, 1, plan.batch, plan.train, plan.optimizer, output_places, units=units)
+
     def step_whole(self, device: str) -> float:
         """Seconds of one step of it."""
         return float(self.pool.call({device: (step_whole, ())}, limit_s=self.limit_s)[device])
-
-    def release_whole(self, device: str) -> None:
-        """Let go of it."""
-        self.pool.call({device: (release_whole, ())}, limit_s=self.limit_s)
 
     def _all(self, split: Split, function: Any) -> list[Any]:
         """The results of all its devices, in order."""
