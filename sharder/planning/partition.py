@@ -34,14 +34,16 @@ from shardwright.sharder.planning.search import (
 from shardwright.sharder.planning.shifting import shifted
 from shardwright.sharder.planning.stagewise import Stagewise
 from shardwright.sharder.planning.transfers import as_staged, load_s, traffic_of
+from shardwright.sharder.planning.windows import narrowed
 
 __all__ = ["Partition", "largest_load_s", "partition", "stage_loads"]
 
 LONG_SUMS = 1e-9
 """Differences of sums over ten thousand blocks differ from the sums of a few of them by less than this share."""
 
-ORDERS_UNTIL, MOVES_UNTIL = 0.7, 0.95
-"""Shares of the time until which, in a graph with too many closed sets, orders and moves of blocks are tried."""
+ORDERS_UNTIL, MOVES_UNTIL, CUTS_UNTIL = 0.05, 0.3, 0.95
+"""Shares of the time until which, in a graph with too many closed sets, orders, moves of blocks and lists of cuts are
+tried."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ class _Best:
     def offer(self, stages: Stages) -> None:
         """Take ``stages`` if they are feasible and better."""
         loads = stage_loads(self.problem, stages)
-        if loads is not None and max(loads) < self.value_s:
+        if loads and max(loads) < self.value_s:
             self.value_s, self.stages = max(loads), stages
             self.bound_s = min(self.bound_s, self.value_s)  # which rounding may have put above it
 
@@ -238,10 +240,16 @@ class _Best:
         def best() -> tuple[Stages, float]:
             return self.stages, self.value_s
 
-        for stages in best_of_orders(problem, classes, device_orders, best, self.bound_s, partial(spent, ORDERS_UNTIL)):
-            self.offer(stages)
-        for stages in shifted(problem, best, self.bound_s, partial(spent, MOVES_UNTIL)):
-            self.offer(stages)
+        if self.stages:
+            until = partial(spent, ORDERS_UNTIL)
+            for stages in best_of_orders(problem, classes, device_orders, best, self.bound_s, until):
+                self.offer(stages)
+        for start in [self.stages] if self.stages else _even_splits(problem):
+            for stages in shifted(problem, best, self.bound_s, partial(spent, MOVES_UNTIL), start):
+                self.offer(stages)
+        for narrowed_ in narrowed(problem, best, self.bound_s, partial(spent, CUTS_UNTIL)):
+            self.offer(narrowed_.stages)
+            self.bound_s = max(self.bound_s, min(self.value_s, narrowed_.bound_s))
         moved_s = transfer_bound_s(problem, self.value_s, partial(spent, 1.0))
         self.bound_s = max(self.bound_s, min(self.value_s, moved_s))
 
@@ -346,7 +354,7 @@ def _search_all(problem: Problem, best: _Best, limit: int, spent: Callable[[floa
     if spent(1.0):
         raise OutOfTimeError
     lattice = closed_sets(problem.predecessors, limit)
-    if lattice is None and best.stages:
+    if lattice is None:
         best.try_orders(spent)
     if lattice is not None and len(lattice) > len(prefixes):
         family, sums = lattice, sums_of(problem, lattice)
