@@ -10,9 +10,10 @@ The largest load alone says nothing of most moves, so what is made small is the 
 
 by simulated annealing (Kirkpatrick, Gelatt and Vecchi, "Optimization by simulated annealing", Science 1983): a move
 that makes E larger by a factor f is taken with the probability f ** (-1 / (k * t)). The root of E is near the largest
-load, and t says how much of it is risked in a move: it falls. Meanwhile k rises. A block is a few per cent of a stage
-and what it sends a few per mille, so that with a large k the loads would be evened out by whatever moves do it, and
-nothing else be looked at; with a small one the unevenness of loads counts little, and transfers become few first.
+load, and t says how much of it is risked in a move: it falls, from the more the fewer blocks a stage has. Meanwhile k
+rises. Of many blocks one is a few per cent of a stage and what it sends a few per mille, so that with a large k the
+loads would be evened out by whatever moves do it, and nothing else be looked at; with a small one the unevenness of
+loads counts little, and transfers become few first.
 
 For loads that are sums of work and of what is relayed. Ties are left out, and memory is that of the engine's buffers
 and of all that comes with a block, by the share of it that the stages have at first: who takes a split has to look.
@@ -36,6 +37,9 @@ MOST_MOVES = 400_000
 FIRST_POWERS = (4.0, 12.0)
 LAST_POWER = 80.0
 HOT = (5e-5, 1e-2)
+"""A run begins with a heat t between these, drawn anew: a little mends a good split, much of it finds another."""
+HOT_FOR_A_BLOCK = 0.4
+"""Where blocks are few the heat may be so much of a block's even share of a stage: with less none would ever move."""
 COLD = 1 / 20
 FULL = 100.0
 """The power for memory."""
@@ -85,7 +89,10 @@ class Shifts:
         self._weigh(problem, stages)
 
     def _weigh(self, problem: Problem, stages: Stages) -> None:
-        """How many bytes each block and tensor adds to a stage, such that each stage has its exact peak now."""
+        """How many bytes each block and tensor adds to a stage, such that each stage has its exact peak now.
+
+        A stage that keeps nothing for the backward has what stays and the engine's buffers.
+        """
         count, coming = problem.microbatches, problem.ledger.coming()
         self.sent = [[float(count * tensor.backward_bytes)] * len(stages) for tensor in problem.crossings]
         self.received = [[float(count * tensor.forward_bytes)] * len(stages) for tensor in problem.crossings]
@@ -242,7 +249,8 @@ def _anneal(
 ) -> Iterator[Stages]:
     """One run: at the end of each batch the best split in it, where it is better than all before."""
     first_power = random_.uniform(*FIRST_POWERS)
-    hot = HOT[0] * (HOT[1] / HOT[0]) ** random_.random()
+    hottest = max(HOT[1], HOT_FOR_A_BLOCK * len(shifts.devices) / len(shifts.stage))
+    hot = HOT[0] * (hottest / HOT[0]) ** random_.random()
     moves = min(MOVES_A_BLOCK * len(shifts.stage), MOST_MOVES)
     least = below_s * (1 - 1e-9)
     for first in range(0, moves, SMALL_BATCH):
