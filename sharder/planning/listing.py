@@ -56,7 +56,7 @@ class Cuts(NamedTuple):
     def first(self, count: int, order: Floats) -> Cuts:
         """So many of them, those with the least ``order``."""
         which = np.argsort(order)[:count]
-        return Cuts(*(part[which] for part in self))
+        return Cuts(self.masks[which], self.work_s[which], self.moved_s[which], self.origin[which])
 
     def mask(self, index: int) -> int:
         """One of them as bit mask."""
@@ -87,7 +87,14 @@ class _Undecided(NamedTuple):
     origin: npt.NDArray[np.int64]
 
     def take(self, which: slice | Flags | npt.NDArray[np.int64]) -> _Undecided:
-        return _Undecided(*(part[which] for part in self))
+        return _Undecided(
+            self.inside[which],
+            self.outside[which],
+            self.work_s[which],
+            self.left_s[which],
+            self.moved_s[which],
+            self.origin[which],
+        )
 
 
 class _Window(NamedTuple):
@@ -213,6 +220,7 @@ class Listing:
             price for price, maker, s in zip(self.price, self.maker, shut, strict=True) if s and forced[maker]
         )
         window = _Window(low - self.slack_s, high + self.slack_s, most_s + self.slack_s, shut, before)
+        apart: Flags = np.all((inside & outside) == 0, axis=1)
         start = _Undecided(
             inside,
             outside,
@@ -220,7 +228,7 @@ class Listing:
             self.whole_s - self._works_of(outside),
             np.full(count, float(moved_s)),
             np.arange(count),
-        ).take(~(inside & outside).any(axis=1))
+        ).take(apart)
         parts: list[_Undecided] = []
         for number, part in self._decided(start, window, np.flatnonzero(~forced & ~barred).tolist()):
             steps -= number

@@ -34,16 +34,17 @@ from shardwright.sharder.planning.search import (
 from shardwright.sharder.planning.shifting import shifted
 from shardwright.sharder.planning.stagewise import Stagewise
 from shardwright.sharder.planning.transfers import as_staged, load_s, traffic_of
-from shardwright.sharder.planning.windows import narrowed
+from shardwright.sharder.planning.windows import can_list, narrowed
 
 __all__ = ["Partition", "largest_load_s", "partition", "stage_loads"]
 
 LONG_SUMS = 1e-9
 """Differences of sums over ten thousand blocks differ from the sums of a few of them by less than this share."""
 
-ORDERS_UNTIL, MOVES_UNTIL, CUTS_UNTIL = 0.05, 0.3, 0.95
+UNTIL = 0.7, 0.95, 0.95
+UNTIL_LISTED = 0.05, 0.3, 0.95
 """Shares of the time until which, in a graph with too many closed sets, orders, moves of blocks and lists of cuts are
-tried."""
+tried: where there are no lists, and where there are."""
 
 
 @dataclass(frozen=True)
@@ -236,18 +237,19 @@ class _Best:
         """
         problem = self.problem
         classes, device_orders = _classes(problem), _orders(problem)
+        shares = UNTIL_LISTED if can_list(problem) else UNTIL
+        orders_over, moves_over, lists_over = (partial(spent, share) for share in shares)
 
         def best() -> tuple[Stages, float]:
             return self.stages, self.value_s
 
         if self.stages:
-            until = partial(spent, ORDERS_UNTIL)
-            for stages in best_of_orders(problem, classes, device_orders, best, self.bound_s, until):
+            for stages in best_of_orders(problem, classes, device_orders, best, self.bound_s, orders_over):
                 self.offer(stages)
         for start in [self.stages] if self.stages else _even_splits(problem):
-            for stages in shifted(problem, best, self.bound_s, partial(spent, MOVES_UNTIL), start):
+            for stages in shifted(problem, best, self.bound_s, moves_over, start):
                 self.offer(stages)
-        for narrowed_ in narrowed(problem, best, self.bound_s, partial(spent, CUTS_UNTIL)):
+        for narrowed_ in narrowed(problem, best, self.bound_s, lists_over):
             self.offer(narrowed_.stages)
             self.bound_s = max(self.bound_s, min(self.value_s, narrowed_.bound_s))
         moved_s = transfer_bound_s(problem, self.value_s, partial(spent, 1.0))

@@ -35,7 +35,7 @@ from shardwright.sharder.planning.listing import Listing, TooManyError
 from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.search import OutOfTimeError, Stages
 
-__all__ = ["Narrowed", "chain_below", "narrowed"]
+__all__ = ["Narrowed", "can_list", "chain_below", "narrowed"]
 
 QUICK_STEPS = 500_000
 """So many undecided sets are gone through for the least transfers of a cut, at some tenths of a microsecond each."""
@@ -195,6 +195,12 @@ def chain_below(listing: Listing, stages: int, ceiling_s: float, steps: int) -> 
     return _Chain(listing, stages, ceiling_s, steps).found()
 
 
+def can_list(problem: Problem) -> bool:
+    """Whether loads are sums of work, the same on every device, and of what is relayed."""
+    differ = any(len(set(seconds)) > 1 for seconds in problem.seconds)
+    return not differ and problem.transfers == "relayed" and not problem.overlap
+
+
 def narrowed(
     problem: Problem,
     best: Callable[[], tuple[Stages, float]],
@@ -203,14 +209,13 @@ def narrowed(
 ) -> Iterator[Narrowed]:
     """Better splits, were there no memory, ties and pins, and bounds on all splits, until they meet or time is up.
 
-    There are none where transfers are not relayed, or overlap with compute, or devices differ in their times.
+    There are none where the sets cannot be listed.
 
     Args:
         best: the stages of the best split that was taken, and its largest load.
         bound_s: a proven bound.
     """
-    differ = any(len(set(seconds)) > 1 for seconds in problem.seconds)
-    if differ or problem.transfers != "relayed" or problem.overlap or not 0 < best()[1] < math.inf:
+    if not can_list(problem) or not 0 < best()[1] < math.inf:
         return
     listing = Listing(problem, out_of_time)
     for steps in STEPS:
