@@ -20,6 +20,7 @@ from shardwright.sharder.planning.line import is_chain, split_line
 from shardwright.sharder.planning.mincut import transfer_bound_s
 from shardwright.sharder.planning.orders import best_of_orders
 from shardwright.sharder.planning.problem import Problem, bits
+from shardwright.sharder.planning.room import making_room
 from shardwright.sharder.planning.search import (
     ROUNDING,
     Done,
@@ -43,8 +44,9 @@ LONG_SUMS = 1e-9
 
 UNTIL = 0.7, 0.95, 0.95
 UNTIL_LISTED = 0.05, 0.3, 0.95
+UNTIL_FITTED = 0.45, 0.75, 0.95
 """Shares of the time until which, in a graph with too many closed sets, orders, moves of blocks and lists of cuts are
-tried: where there are no lists, and where there are."""
+tried: where there are no lists, where there are, and where a split that fits was to be found first."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,8 @@ class _Best:
         self.stages: Stages = ()
         self.value_s = math.inf
         self.bound_s = simple_bound_s(problem)
+        self.none_fits = False
+        """Whether that is proven."""
 
     @property
     def proven(self) -> bool:
@@ -238,6 +242,11 @@ class _Best:
         problem = self.problem
         classes, device_orders = _classes(problem), _orders(problem)
         shares = UNTIL_LISTED if can_list(problem) else UNTIL
+        start = self.stages
+        if not start:
+            start, shares = self._make_room(spent), UNTIL_FITTED
+        if self.none_fits or not start:
+            return
         orders_over, moves_over, lists_over = (partial(spent, share) for share in shares)
 
         def best() -> tuple[Stages, float]:
@@ -246,14 +255,24 @@ class _Best:
         if self.stages:
             for stages in best_of_orders(problem, classes, device_orders, best, self.bound_s, orders_over):
                 self.offer(stages)
-        for start in [self.stages] if self.stages else _even_splits(problem):
-            for stages in shifted(problem, best, self.bound_s, moves_over, start):
-                self.offer(stages)
+        for stages in shifted(problem, best, self.bound_s, moves_over, start):
+            self.offer(stages)
         for narrowed_ in narrowed(problem, best, self.bound_s, lists_over):
             self.offer(narrowed_.stages)
             self.bound_s = max(self.bound_s, min(self.value_s, narrowed_.bound_s))
         moved_s = transfer_bound_s(problem, self.value_s, partial(spent, 1.0))
         self.bound_s = max(self.bound_s, min(self.value_s, moved_s))
+
+    def _make_room(self, spent: Callable[[float], bool]) -> Stages:
+        """Take the first split that fits, or see that none does; a split that is near to it, if there is one."""
+        stages, problem = self.stages, self.problem
+        for found in making_room(problem, _even_splits(problem), _rooms(problem), _orders(problem), spent):
+            self.none_fits = found.bound_s > max(problem.caps)
+            self.offer(found.stages)
+            if self.none_fits or self.stages:
+                break
+            stages = found.stages or stages
+        return self.stages or stages
 
     def improve(self, search: AnySearch, *, proves: bool) -> None:
         """Take the best split of ``search``; one that ``proves`` knows every split, so its failures raise the bound."""
@@ -324,7 +343,7 @@ def partition(
 
 
 def _search_all(problem: Problem, best: _Best, limit: int, spent: Callable[[float], bool]) -> bool:
-    """Improve ``best`` along one order of the blocks, then over every closed set; whether those were not too many.
+    """Improve ``best`` along one order of the blocks, then over every closed set; whether no split was left out.
 
     Args:
         problem: blocks in a topological order.
@@ -364,4 +383,4 @@ def _search_all(problem: Problem, best: _Best, limit: int, spent: Callable[[floa
     if best.stages:
         last = search_over(problem, family, sums, _classes(problem), partial(spent, 1.0))
         best.improve(last, proves=lattice is not None)
-    return lattice is not None
+    return lattice is not None or best.none_fits

@@ -41,8 +41,8 @@ HOT = (5e-5, 1e-2)
 HOT_FOR_A_BLOCK = 0.4
 """Where blocks are few the heat may be so much of a block's even share of a stage: with less none would ever move."""
 COLD = 1 / 20
-FULL = 100.0
-"""The power for memory."""
+FULL, OVERFULL = 100.0, 1000.0
+"""The power for memory, and the share of a cap above which all are the same to it: greater powers are no numbers."""
 TOO_MUCH = 2.0
 """No load becomes so many times the largest: it would never be taken, and has powers that are no numbers."""
 SMALL_BATCH = 1024
@@ -85,7 +85,7 @@ class Shifts:
                 self.read[v].append(t)
         self.count = [self.stage.count(s) for s in range(len(stages))]
         self.loads = self.summed(self.work_s, self.cut_s, self.cut_s)
-        self.caps = [problem.caps[d] for d in self.devices]
+        self.caps = [max(problem.caps[d], 1) for d in self.devices]
         self._weigh(problem, stages)
 
     def _weigh(self, problem: Problem, stages: Stages) -> None:
@@ -214,6 +214,11 @@ def _most_bytes(problem: Problem) -> int:
     return static + problem.microbatches * crossing + held + problem.ledger.most_at_once()
 
 
+def _fullness(size: float, cap: int) -> float:
+    """What bytes on a device add to E."""
+    return min(size / cap, OVERFULL) ** FULL  # type: ignore[no-any-return]
+
+
 def shifted(
     problem: Problem,
     best: Callable[[], tuple[Stages, float]],
@@ -273,7 +278,7 @@ def _moves(
     tight, caps = shifts.tight, shifts.caps
     powers = [(load / scale) ** power for load in shifts.loads]
     if tight:
-        powers = [p + (size / cap) ** FULL for p, size, cap in zip(powers, shifts.bytes, caps, strict=True)]
+        powers = [p + _fullness(size, cap) for p, size, cap in zip(powers, shifts.bytes, caps, strict=True)]
     whole, blocks = sum(powers), len(shifts.stage)
     of_bytes = (0.0, 0.0)
     for _ in range(SMALL_BATCH):
@@ -289,8 +294,8 @@ def _moves(
         here, there = (here_s / scale) ** power, (there_s / scale) ** power
         if tight:
             of_bytes = shifts.change_of_bytes(block, to)
-            here += ((shifts.bytes[own] + of_bytes[0]) / caps[own]) ** FULL
-            there += ((shifts.bytes[to] + of_bytes[1]) / caps[to]) ** FULL
+            here += _fullness(shifts.bytes[own] + of_bytes[0], caps[own])
+            there += _fullness(shifts.bytes[to] + of_bytes[1], caps[to])
         after = whole - powers[own] - powers[to] + here + there
         if after > whole and random_.random() >= (whole / after) ** (1 / heat):
             continue

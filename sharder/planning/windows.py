@@ -35,7 +35,7 @@ from shardwright.sharder.planning.listing import Listing, TooManyError
 from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.search import OutOfTimeError, Stages
 
-__all__ = ["Narrowed", "can_list", "chain_below", "narrowed"]
+__all__ = ["Narrowed", "can_list", "chain_below", "narrowed", "within"]
 
 QUICK_STEPS = 500_000
 """So many undecided sets are gone through for the least transfers of a cut, at some tenths of a microsecond each."""
@@ -201,6 +201,21 @@ def can_list(problem: Problem) -> bool:
     return not differ and problem.transfers == "relayed" and not problem.overlap
 
 
+def within(problem: Problem, ceiling_s: float, out_of_time: Callable[[], bool]) -> Narrowed | None:
+    """A split with loads of ``ceiling_s`` at most, as :func:`narrowed` has it, or a bound above that where none has.
+
+    Returns:
+        None where this is not decided.
+    """
+    if not can_list(problem):
+        return None
+    try:
+        found = _any_chain(Listing(problem, out_of_time), problem.most_stages, ceiling_s, STEPS[0])
+    except (OutOfTimeError, UndecidedError):
+        return None
+    return Narrowed((), math.nextafter(ceiling_s, math.inf)) if found is None else Narrowed(_stages(found), 0.0)
+
+
 def narrowed(
     problem: Problem,
     best: Callable[[], tuple[Stages, float]],
@@ -234,12 +249,17 @@ def narrowed(
                 bound_s = value_s if ceiling_s >= value_s - 4 * listing.slack_s else ceiling_s
                 yield Narrowed((), bound_s)
                 continue
-            closed = [0, *found]
-            yield Narrowed(tuple((d, b & ~a) for d, (a, b) in enumerate(itertools.pairwise(closed))), bound_s)
+            yield Narrowed(_stages(found), bound_s)
             if best()[1] >= value_s:  # it does not fit, or ties are dear
                 undecided_s = ceiling_s
         if undecided_s == math.inf:
             return
+
+
+def _stages(closed: list[int]) -> Stages:
+    """What lies between closed sets, on one device after another; nothing may."""
+    members = (b & ~a for a, b in itertools.pairwise([0, *closed]))
+    return tuple(enumerate(filter(None, members)))
 
 
 def _next_ceiling_s(bound_s: float, value_s: float, undecided_s: float, slack_s: float) -> float | None:
