@@ -47,6 +47,8 @@ UNTIL_LISTED = 0.05, 0.3, 0.95
 UNTIL_FITTED = 0.45, 0.75, 0.95
 """Shares of the time until which, in a graph with too many closed sets, orders, moves of blocks and lists of cuts are
 tried: where there are no lists, where there are, and where a split that fits was to be found first."""
+MORE_LISTS = 0.2
+"""Lists without an answer in so much of the time have no more of it, and moves have the rest."""
 
 
 @dataclass(frozen=True)
@@ -257,9 +259,18 @@ class _Best:
                 self.offer(stages)
         for stages in shifted(problem, best, self.bound_s, moves_over, start):
             self.offer(stages)
-        for narrowed_ in narrowed(problem, best, self.bound_s, lists_over):
-            self.offer(narrowed_.stages)
-            self.bound_s = max(self.bound_s, min(self.value_s, narrowed_.bound_s))
+        answered = False
+
+        def lists_idle() -> bool:
+            return lists_over() or (not answered and spent(shares[1] + MORE_LISTS))
+
+        for found in narrowed(problem, best, self.bound_s, lists_idle):
+            answered = True
+            self.offer(found.stages)
+            self.bound_s = max(self.bound_s, min(self.value_s, found.bound_s))
+        if can_list(problem) and self.stages:
+            for stages in shifted(problem, best, self.bound_s, lists_over):
+                self.offer(stages)
         moved_s = transfer_bound_s(problem, self.value_s, partial(spent, 1.0))
         self.bound_s = max(self.bound_s, min(self.value_s, moved_s))
 
