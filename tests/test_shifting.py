@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_partition import block, chain, problems
 
+from shardwright.sharder.planning.memory import Ledger
 from shardwright.sharder.planning.partition import partition, stage_loads
 from shardwright.sharder.planning.problem import Crossing, bits
 from shardwright.sharder.planning.shifting import Shifts, shifted
@@ -113,3 +114,51 @@ def test_time_ends_the_moves_and_other_transfers_have_none():
     for other in ({"transfers": "staged"}, {"overlap": True}):
         changed = dataclasses.replace(problem, **other)
         assert list(shifted(changed, lambda: (stages, 1e9), 0.0, lambda: False)) == []
+
+
+@settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(problems(), st.randoms(use_true_random=False))
+def test_bytes_are_those_of_the_problem(problem, random_):
+    """At first the peak of each stage where its blocks keep something; where none does, after any moves, what stays
+    and the engine's buffers, to the byte."""
+    problem = plain(problem)
+    count = min(len(problem.devices), len(problem.blocks))
+    assume(count > 1)
+    ends = [len(problem.blocks) * s // count for s in range(count + 1)]
+    first = tuple((s, (1 << ends[s + 1]) - (1 << ends[s])) for s in range(count))
+    shifts, coming, anew = Shifts(problem, first), problem.ledger.coming(), problem.recompute != "never"
+    for s, (device, members) in enumerate(first):
+        if any(coming.get(v) for v in bits(members)):
+            start, end = (1 << ends[s]) - 1, (1 << ends[s + 1]) - 1
+            peak = problem.memory_bytes(start, end, device, count - 1 - s, recomputed=anew)
+            assert shifts.bytes[s] == pytest.approx(peak)
+    problem = dataclasses.replace(problem, ledger=Ledger((), (), ()))
+    shifts = Shifts(problem, first)
+    for _ in range(20):
+        v = random_.randrange(len(problem.blocks))
+        to = shifts.stage[v] + random_.choice((-1, 1))
+        if shifts.may(v, to):
+            shifts.move(v, to, (0.0, 0.0), shifts.change_of_bytes(v, to))
+    closed = 0
+    for s, (_, members) in enumerate(shifts.stages(shifts.stage)):
+        received, sent = problem.received(closed, members), problem.sent(closed | members, members)
+        buffers = sum(c.forward_bytes for c in received) + sum(c.backward_bytes for c in sent)
+        static = sum(problem.blocks[v].static_bytes for v in bits(members))
+        assert shifts.bytes[s] == static + problem.microbatches * buffers
+        closed |= members
+
+
+def test_moves_find_a_split_that_fits_where_none_was_known():
+    """Where the halves by number do not fit, blocks are moved until each device holds what it has room for."""
+    sizes = [9, 9, 9, 9, 1, 1, 1, 1]
+    whole = chain([1.0] * 8, cap=30)
+    blocks = tuple(dataclasses.replace(b, static_bytes=s) for b, s in zip(whole.blocks, sizes, strict=True))
+    problem = dataclasses.replace(whole, blocks=blocks, crossings=(), caps=(30, 30))
+    halves = ((0, 0b1111), (1, 0b11110000))
+    assert stage_loads(problem, halves) is None
+    best = [((), math.inf)]
+    for stages in shifted(problem, lambda: best[-1], 20.0, lambda: False, halves):
+        loads = stage_loads(problem, stages)
+        assert loads is not None
+        best.append((stages, max(loads)))
+    assert best[-1][1] == 4 * 5.0

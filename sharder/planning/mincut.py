@@ -28,7 +28,7 @@ import numpy.typing as npt
 from shardwright.sharder.planning.problem import Crossing, Problem, bits
 from shardwright.sharder.planning.transfers import seconds_of
 
-__all__ = ["transfer_bound_s"]
+__all__ = ["least_transfer_s", "transfer_bound_s"]
 
 GRAIN = 10**9
 """So many parts of the ceiling a flow is counted in: whole numbers, rounded down, keep the bound a bound."""
@@ -45,7 +45,7 @@ def transfer_bound_s(problem: Problem, ceiling_s: float, out_of_time: Callable[[
     work = np.array([seconds[0] for seconds in problem.seconds])
     needed, behind = _work_around(problem, work)
     most_without = work.sum() - behind
-    price = [_least_transfer_s(problem, tensor) for tensor in problem.crossings]
+    price = [least_transfer_s(problem, tensor) for tensor in problem.crossings]
     together: Callable[[list[float]], float] = sum if problem.transfers == "relayed" else max
     bounds = [ceiling_s]
     for stages in range(1, problem.most_stages + 1):
@@ -76,7 +76,7 @@ def _work_around(
     return np.array([work[row].sum() for row in before]), behind
 
 
-def _least_transfer_s(problem: Problem, tensor: Crossing) -> float:
+def least_transfer_s(problem: Problem, tensor: Crossing) -> float:
     """Seconds of a step that crossing a cut makes ``tensor`` cost all its ends at least; if overlapped, the senders."""
     devices = range(len(problem.devices))
     forward, backward = tensor.forward_bytes, tensor.backward_bytes

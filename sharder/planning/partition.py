@@ -20,6 +20,7 @@ from shardwright.sharder.planning.line import is_chain, split_line
 from shardwright.sharder.planning.mincut import transfer_bound_s
 from shardwright.sharder.planning.orders import best_of_orders
 from shardwright.sharder.planning.problem import Problem, bits
+from shardwright.sharder.planning.room import making_room
 from shardwright.sharder.planning.search import (
     ROUNDING,
     Done,
@@ -34,14 +35,20 @@ from shardwright.sharder.planning.search import (
 from shardwright.sharder.planning.shifting import shifted
 from shardwright.sharder.planning.stagewise import Stagewise
 from shardwright.sharder.planning.transfers import as_staged, load_s, traffic_of
+from shardwright.sharder.planning.windows import can_list, narrowed
 
 __all__ = ["Partition", "largest_load_s", "partition", "stage_loads"]
 
 LONG_SUMS = 1e-9
 """Differences of sums over ten thousand blocks differ from the sums of a few of them by less than this share."""
 
-ORDERS_UNTIL, MOVES_UNTIL = 0.7, 0.95
-"""Shares of the time until which, in a graph with too many closed sets, orders and moves of blocks are tried."""
+UNTIL = 0.7, 0.95, 0.95
+UNTIL_LISTED = 0.05, 0.3, 0.95
+UNTIL_FITTED = 0.45, 0.75, 0.95
+"""Shares of the time until which, in a graph with too many closed sets, orders, moves of blocks and lists of cuts are
+tried: where there are no lists, where there are, and where a split that fits was to be found first."""
+MORE_LISTS = 0.2
+"""Lists without an answer in so much of the time have no more of it, and moves have the rest."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +201,8 @@ class _Best:
         self.stages: Stages = ()
         self.value_s = math.inf
         self.bound_s = simple_bound_s(problem)
+        self.none_fits = False
+        """Whether that is proven."""
 
     @property
     def proven(self) -> bool:
@@ -203,7 +212,7 @@ class _Best:
     def offer(self, stages: Stages) -> None:
         """Take ``stages`` if they are feasible and better."""
         loads = stage_loads(self.problem, stages)
-        if loads is not None and max(loads) < self.value_s:
+        if loads and max(loads) < self.value_s:
             self.value_s, self.stages = max(loads), stages
             self.bound_s = min(self.bound_s, self.value_s)  # which rounding may have put above it
 
@@ -234,16 +243,47 @@ class _Best:
         """
         problem = self.problem
         classes, device_orders = _classes(problem), _orders(problem)
+        shares = UNTIL_LISTED if can_list(problem) else UNTIL
+        start = self.stages
+        if not start:
+            start, shares = self._make_room(spent), UNTIL_FITTED
+        if self.none_fits or not start:
+            return
+        orders_over, moves_over, lists_over = (partial(spent, share) for share in shares)
 
         def best() -> tuple[Stages, float]:
             return self.stages, self.value_s
 
-        for stages in best_of_orders(problem, classes, device_orders, best, self.bound_s, partial(spent, ORDERS_UNTIL)):
+        if self.stages:
+            for stages in best_of_orders(problem, classes, device_orders, best, self.bound_s, orders_over):
+                self.offer(stages)
+        for stages in shifted(problem, best, self.bound_s, moves_over, start):
             self.offer(stages)
-        for stages in shifted(problem, best, self.bound_s, partial(spent, MOVES_UNTIL)):
-            self.offer(stages)
+        answered = False
+
+        def lists_idle() -> bool:
+            return lists_over() or (not answered and spent(shares[1] + MORE_LISTS))
+
+        for found in narrowed(problem, best, self.bound_s, lists_idle):
+            answered = True
+            self.offer(found.stages)
+            self.bound_s = max(self.bound_s, min(self.value_s, found.bound_s))
+        if can_list(problem) and self.stages:
+            for stages in shifted(problem, best, self.bound_s, lists_over):
+                self.offer(stages)
         moved_s = transfer_bound_s(problem, self.value_s, partial(spent, 1.0))
         self.bound_s = max(self.bound_s, min(self.value_s, moved_s))
+
+    def _make_room(self, spent: Callable[[float], bool]) -> Stages:
+        """Take the first split that fits, or see that none does; a split that is near to it, if there is one."""
+        stages, problem = self.stages, self.problem
+        for found in making_room(problem, _even_splits(problem), _rooms(problem), _orders(problem), spent):
+            self.none_fits = found.bound_s > max(problem.caps)
+            self.offer(found.stages)
+            if self.none_fits or self.stages:
+                break
+            stages = found.stages or stages
+        return self.stages or stages
 
     def improve(self, search: AnySearch, *, proves: bool) -> None:
         """Take the best split of ``search``; one that ``proves`` knows every split, so its failures raise the bound."""
@@ -314,7 +354,7 @@ def partition(
 
 
 def _search_all(problem: Problem, best: _Best, limit: int, spent: Callable[[float], bool]) -> bool:
-    """Improve ``best`` along one order of the blocks, then over every closed set; whether those were not too many.
+    """Improve ``best`` along one order of the blocks, then over every closed set; whether no split was left out.
 
     Args:
         problem: blocks in a topological order.
@@ -346,7 +386,7 @@ def _search_all(problem: Problem, best: _Best, limit: int, spent: Callable[[floa
     if spent(1.0):
         raise OutOfTimeError
     lattice = closed_sets(problem.predecessors, limit)
-    if lattice is None and best.stages:
+    if lattice is None:
         best.try_orders(spent)
     if lattice is not None and len(lattice) > len(prefixes):
         family, sums = lattice, sums_of(problem, lattice)
@@ -354,4 +394,4 @@ def _search_all(problem: Problem, best: _Best, limit: int, spent: Callable[[floa
     if best.stages:
         last = search_over(problem, family, sums, _classes(problem), partial(spent, 1.0))
         best.improve(last, proves=lattice is not None)
-    return lattice is not None
+    return lattice is not None or best.none_fits

@@ -1,0 +1,300 @@
+r"""Predecessor-closed sets listed by what a cut behind them may cost, without going through all that there are.
+
+Of a closed set I, work(I) is the compute of its blocks and X(I) the transfer seconds of what crosses the cut behind it,
+each for one end of the transfers. Listed are all I with
+
+    work(I) - X(I) >= low        work(I) + X(I) <= high        X(I) <= most
+
+or those that may come next after a set of a family, or before one, with a load of T at most in the stage between:
+
+    I < J        load = work(J) - work(I) + X(I) + X(J) <= T
+
+Blocks are decided one by one in a topological order, inside or outside, for all undecided sets at once. What is decided
+bounds all three: work and transfers only grow, a tensor crosses once its maker is inside and a reader outside, and of
+the work that may still come what is behind a block outside is lost. Between a low and a high that are near each
+other the blocks that must be inside, or outside, whatever the set, are known from the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from shardwright.sharder.planning.mincut import least_transfer_s
+from shardwright.sharder.planning.problem import Problem, bits
+from shardwright.sharder.planning.search import OutOfTimeError
+
+__all__ = ["Cuts", "Listing", "TooManyError"]
+
+Floats = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+Masks = npt.NDArray[np.uint64]
+"""By set and word of 64 blocks."""
+Words = list[tuple[int, np.uint64]]
+"""Some blocks: number of the word, and the bits of it."""
+
+AT_ONCE = 200_000
+"""So many words of undecided sets are gone through together; the rest waits."""
+MOST_LISTED = 1_000_000
+ROUNDING = 1e-12
+"""Of the whole work: two sums of the same differ by less."""
+
+
+class Cuts(NamedTuple):
+    """Some closed sets."""
+
+    masks: Masks
+    work_s: Floats
+    moved_s: Floats
+    """X of each."""
+    origin: npt.NDArray[np.int64]
+    """By set: the index of the one that it comes after, or before, in the family that it was listed from."""
+
+    def first(self, count: int, order: Floats) -> Cuts:
+        """So many of them, those with the least ``order``."""
+        which = np.argsort(order)[:count]
+        return Cuts(self.masks[which], self.work_s[which], self.moved_s[which], self.origin[which])
+
+    def mask(self, index: int) -> int:
+        """One of them as bit mask."""
+        return sum(int(word) << 64 * k for k, word in enumerate(self.masks[index]))
+
+    def __bool__(self) -> bool:
+        return bool(len(self.work_s))
+
+
+class TooManyError(Exception):
+    """More steps than were allowed, or more sets; ``some`` of these."""
+
+    def __init__(self, some: Cuts) -> None:
+        super().__init__()
+        self.some = some
+
+
+class _Undecided(NamedTuple):
+    """Sets of which the first so many blocks are decided."""
+
+    inside: Masks
+    outside: Masks
+    """What is outside, with all that is behind it."""
+    work_s: Floats
+    left_s: Floats
+    """The work of all that is not outside."""
+    moved_s: Floats
+    origin: npt.NDArray[np.int64]
+
+    def take(self, which: slice | Flags | npt.NDArray[np.int64]) -> _Undecided:
+        return _Undecided(
+            self.inside[which],
+            self.outside[which],
+            self.work_s[which],
+            self.left_s[which],
+            self.moved_s[which],
+            self.origin[which],
+        )
+
+
+class _Window(NamedTuple):
+    """What is asked for; ``low`` and ``high`` by origin."""
+
+    low: Floats
+    high: Floats
+    most: float
+    shut: list[bool]
+    """By tensor: whether some reader is outside whatever the set."""
+    before: Cuts | None
+
+    def keeps(self, work_s: Floats, left_s: Floats, moved_s: Floats, origin: npt.NDArray[np.int64]) -> Flags:
+        """Whether sets with so much or more may still be what is asked for."""
+        return (moved_s <= self.most) & (left_s - moved_s >= self.low[origin]) & (work_s + moved_s <= self.high[origin])
+
+
+def words_of(blocks: Iterable[int]) -> Words:
+    """Some blocks by words."""
+    words: dict[int, int] = {}
+    for v in map(int, blocks):
+        words[v >> 6] = words.get(v >> 6, 0) | 1 << (v & 63)
+    return [(k, np.uint64(word)) for k, word in words.items()]
+
+
+class Listing:
+    """The blocks of a problem whose devices are alike, and what listing has to know of them.
+
+    Args:
+        problem: transfers relayed and not overlapped; over each pair of devices a tensor counts as over the best.
+        out_of_time: asked at each block.
+    """
+
+    def __init__(self, problem: Problem, out_of_time: Callable[[], bool] = lambda: False) -> None:
+        count = len(problem.blocks)
+        self.out_of_time = out_of_time
+        self.words = (count + 63) // 64
+        self.work = np.array([seconds[0] for seconds in problem.seconds])
+        self.whole_s = float(self.work.sum())
+        self.slack_s = ROUNDING * self.whole_s
+        dear = 2 * self.whole_s + 1  # no set may have it cut, and it is a number
+        self.price = [min(least_transfer_s(problem, tensor) / 2, dear) for tensor in problem.crossings]
+        self.maker = [tensor.producer for tensor in problem.crossings]
+        self.readers = [list(bits(tensor.readers)) for tensor in problem.crossings]
+        self.made: list[list[int]] = [[] for _ in problem.blocks]
+        self.read: list[list[int]] = [[] for _ in problem.blocks]
+        for t, maker in enumerate(self.maker):
+            self.made[maker].append(t)
+            for v in self.readers[t]:
+                self.read[v].append(t)
+        before = np.eye(count, dtype=bool)
+        for v, direct in enumerate(problem.predecessors):
+            for u in bits(direct):
+                before[v] |= before[u]
+        self.needed_s, self.behind_s = before @ self.work, self.work @ before
+        self.behind = [words_of(np.flatnonzero(before[:, v])) for v in range(count)]
+        padded = np.zeros(64 * self.words)
+        padded[:count] = self.work
+        bits_of_byte = (np.arange(256)[:, None] >> np.arange(8) & 1).astype(float)
+        self.of_byte = padded.reshape(self.words, 8, 8) @ bits_of_byte.T
+
+    @property
+    def nothing(self) -> Cuts:
+        """The empty set alone, as what is before the first stage."""
+        return Cuts(np.zeros((1, self.words), np.uint64), np.zeros(1), np.zeros(1), np.zeros(1, np.int64))
+
+    @property
+    def everything(self) -> Cuts:
+        """The set of all blocks alone."""
+        whole = self._mask(range(len(self.work)))
+        return Cuts(whole[None, :], np.full(1, self.whole_s), np.zeros(1), np.zeros(1, np.int64))
+
+    def _mask(self, blocks: Iterable[int]) -> Masks:
+        mask = np.zeros(self.words, np.uint64)
+        for k, word in words_of(blocks):
+            mask[k] = word
+        return mask
+
+    def _work_of(self, words: Masks, k: int) -> Floats:
+        """The work of the blocks in some masks' word number ``k``."""
+        eighths = range(8)
+        return sum(
+            (self.of_byte[k][b][(words >> np.uint64(8 * b)).astype(np.uint8)] for b in eighths), np.zeros(len(words))
+        )
+
+    def _works_of(self, masks: Masks) -> Floats:
+        return sum((self._work_of(masks[:, k], k) for k in range(self.words)), np.zeros(len(masks)))
+
+    def sets(
+        self,
+        low_s: float,
+        high_s: float,
+        most_s: float,
+        steps: int,
+        *,
+        before: Cuts | None = None,
+        behind: Cuts | None = None,
+        ceiling_s: float = 0.0,
+    ) -> Cuts:
+        """All sets between ``low_s`` and ``high_s``; after one of ``before``, or before one of ``behind``, if given.
+
+        Raises:
+            TooManyError: it took more than ``steps`` undecided sets, or there are too many; it has ``some`` of them.
+            OutOfTimeError: the time has passed.
+        """
+        forced = self.whole_s - self.behind_s < low_s - self.slack_s
+        barred = self.needed_s > high_s + self.slack_s
+        if (forced & barred).any():
+            return self._cuts([])
+        family = before or behind
+        count = 1 if family is None else len(family.work_s)
+        low, high = np.full(count, low_s), np.full(count, high_s)
+        inside = np.repeat(self._mask(np.flatnonzero(forced))[None, :], count, axis=0)
+        outside = np.repeat(self._mask(np.flatnonzero(barred))[None, :], count, axis=0)
+        if before is not None:
+            high = np.minimum(high, before.work_s - before.moved_s + ceiling_s)
+            inside |= before.masks
+        if behind is not None:
+            low = np.maximum(low, behind.work_s + behind.moved_s - ceiling_s)
+            outside |= ~behind.masks & self._mask(range(len(self.work)))
+        shut = [bool(barred[readers].any()) for readers in self.readers]
+        moved_s = sum(
+            price for price, maker, s in zip(self.price, self.maker, shut, strict=True) if s and forced[maker]
+        )
+        window = _Window(low - self.slack_s, high + self.slack_s, most_s + self.slack_s, shut, before)
+        apart: Flags = np.all((inside & outside) == 0, axis=1)
+        start = _Undecided(
+            inside,
+            outside,
+            self._works_of(inside),
+            self.whole_s - self._works_of(outside),
+            np.full(count, float(moved_s)),
+            np.arange(count),
+        ).take(apart)
+        parts: list[_Undecided] = []
+        for number, part in self._decided(start, window, np.flatnonzero(~forced & ~barred).tolist()):
+            steps -= number
+            parts.append(part)
+            if steps < 0 or sum(len(sets.work_s) for sets in parts) > MOST_LISTED:
+                raise TooManyError(self._cuts(parts))
+        return self._cuts(parts)
+
+    def _cuts(self, parts: list[_Undecided]) -> Cuts:
+        """The sets of all parts, each once."""
+        if not any(len(part.work_s) for part in parts):
+            none = np.zeros(0)
+            return Cuts(np.zeros((0, self.words), np.uint64), none, none, np.zeros(0, np.int64))
+        masks, _, work_s, _, moved_s, origin = (np.concatenate(each) for each in zip(*parts, strict=True))
+        _, first = np.unique(masks, axis=0, return_index=True)
+        return Cuts(masks[first], work_s[first], moved_s[first], origin[first])
+
+    def _decided(self, start: _Undecided, window: _Window, free: list[int]) -> Iterator[tuple[int, _Undecided]]:
+        """All that becomes of ``start`` once the ``free`` blocks are decided, some at a time, and the steps it took."""
+        waiting, steps = [(0, start)], 0
+        most = max(2, AT_ONCE // self.words)
+        while waiting:
+            at, sets = waiting.pop()
+            while at < len(free) and len(sets.work_s):
+                if len(sets.work_s) > most:
+                    waiting.append((at, sets.take(slice(most // 2, None))))
+                    sets = sets.take(slice(0, most // 2))
+                sets = self._decide(sets, window, free[at])
+                at += 1
+                steps += len(sets.work_s)
+                if self.out_of_time():
+                    raise OutOfTimeError
+            yield steps, sets.take(window.keeps(sets.work_s, sets.work_s, sets.moved_s, sets.origin))
+            steps = 0
+
+    def _decide(self, sets: _Undecided, window: _Window, v: int) -> _Undecided:
+        """Each set with block ``v`` outside and, where nothing before it is outside, with it inside."""
+        k, bit = v >> 6, np.uint64(1 << (v & 63))
+        lost = (sets.outside[:, k] & bit) != 0
+        there = (sets.inside[:, k] & bit) != 0
+        work_in = np.where(there, sets.work_s, sets.work_s + self.work[v])
+        moved_in = sets.moved_s + sum(self.price[t] for t in self.made[v] if window.shut[t])
+        moved_out = sets.moved_s.copy()
+        for t in self.read[v]:
+            if not window.shut[t]:  # it crosses for this reader if its maker and all readers so far are inside
+                moved_out += self.price[t] * self._all_inside(
+                    sets, [self.maker[t], *(r for r in self.readers[t] if r < v)]
+                )
+        enter = sets.take(~lost & window.keeps(work_in, sets.left_s, moved_in, sets.origin))
+        enter.inside[:, k] |= bit
+        kept = ~lost & window.keeps(work_in, sets.left_s, moved_in, sets.origin)
+        enter = enter._replace(work_s=work_in[kept], moved_s=moved_in[kept])
+        out = ~there & window.keeps(sets.work_s, sets.left_s, moved_out, sets.origin)
+        stay = sets._replace(moved_s=moved_out).take(out & lost)
+        leave = sets._replace(moved_s=moved_out).take(out & ~lost)
+        left_s = leave.left_s
+        for word, behind in self.behind[v]:
+            left_s = left_s - self._work_of(behind & ~leave.outside[:, word], word)
+            leave.outside[:, word] |= behind
+        leave = leave._replace(left_s=left_s)
+        leave = leave.take(window.keeps(leave.work_s, leave.left_s, leave.moved_s, leave.origin))
+        return _Undecided(*(np.concatenate(parts) for parts in zip(stay, leave, enter, strict=True)))
+
+    def _all_inside(self, sets: _Undecided, blocks: Iterable[int]) -> Flags:
+        """By set: whether ``blocks`` are all inside."""
+        all_ = np.ones(len(sets.work_s), dtype=bool)
+        for k, word in words_of(blocks):
+            all_ &= (sets.inside[:, k] & word) == word
+        return all_

@@ -1,0 +1,208 @@
+"""Lists of cuts: all that may be, no chain of them where no split is, and bounds that no split is below."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from test_mincut import alike
+from test_partition import brute_force, problems
+from test_shifting import plain, tangled
+
+from shardwright.sharder.planning import listing as listing_module
+from shardwright.sharder.planning import shifting
+from shardwright.sharder.planning.listing import Listing, TooManyError
+from shardwright.sharder.planning.partition import partition, stage_loads
+from shardwright.sharder.planning.problem import bits
+from shardwright.sharder.planning.search import OutOfTimeError, closed_sets
+from shardwright.sharder.planning.windows import NEAR, UndecidedError, _next_ceiling_s, chain_below, narrowed
+
+MANY = 10**6
+often = settings(max_examples=12, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def one_link(problem):
+    """The problem with room for all, no ties or pins, devices alike, and the same link between any two."""
+    problem = alike(plain(problem))
+    count = len(problem.devices)
+    link = next(row[-1] for row in problem.links)
+    blocks = tuple(dataclasses.replace(b, allowed=(True,) * count) for b in problem.blocks)
+    return dataclasses.replace(
+        problem, blocks=blocks, links=((link if math.isfinite(link[0]) else (1.0, 2.0),) * count,) * count
+    )
+
+
+def weights(problem, closed):
+    """Work of a closed set, and the transfers of the cut behind it."""
+    work_s = sum(problem.seconds[v][0] for v in bits(closed))
+    if closed == (1 << len(problem.blocks)) - 1 or len(problem.devices) == 1:
+        return work_s, 0.0
+    return work_s, problem.microbatches * sum(problem.transfer_s(problem.crossing(closed), 0, 1))
+
+
+def masks_of(cuts):
+    """All that are listed, as integers."""
+    return sorted(cuts.mask(i) for i in range(len(cuts.work_s)))
+
+
+@often
+@given(problems(), st.tuples(*[st.integers(1, 999).map(lambda n: n / 997.3)] * 3))
+def test_every_closed_set_that_is_asked_for_is_listed(problem, shares):
+    """And no other, held against all closed sets; their work and transfers are those of the problem."""
+    problem = one_link(problem)
+    listing = Listing(problem)
+    low, high, most = (share * listing.whole_s for share in shares)  # which sums rarely hit, and are left out if so
+    sets = listing.sets(low, high, most, MANY)
+    expected = []
+    for closed in closed_sets(problem.predecessors, MANY):
+        work_s, moved_s = weights(problem, closed)
+        near = 1e-9 * (1 + listing.whole_s)
+        assume(min(abs(work_s - moved_s - low), abs(work_s + moved_s - high), abs(moved_s - most)) > near)
+        if work_s - moved_s >= low and work_s + moved_s <= high and moved_s <= most:
+            expected.append(closed)
+    assert masks_of(sets) == sorted(expected)
+    for i, (work_s, moved_s) in enumerate(zip(sets.work_s, sets.moved_s, strict=True)):
+        assert (work_s, moved_s) == pytest.approx(weights(problem, sets.mask(i)))
+
+
+@often
+@given(problems(), st.floats(0.2, 1.2), st.booleans(), st.integers(2, 6))
+def test_sets_next_to_a_family_are_a_stage_away(problem, share, forwards, at_once):
+    """Those behind some set of the family, or before one, with a load below the ceiling, also where they are gone
+    through a few at a time."""
+    problem = one_link(problem)
+    listing = Listing(problem)
+    listing_module_at_once, listing_module.AT_ONCE = listing_module.AT_ONCE, at_once
+    try:
+        ceiling_s = share * listing.whole_s
+        family = listing.sets(0.3 * listing.whole_s, 0.7 * listing.whole_s, math.inf, MANY)
+        assume(family)
+        kind = "before" if forwards else "behind"
+        sets = listing.sets(-math.inf, math.inf, math.inf, MANY, **{kind: family}, ceiling_s=ceiling_s)
+    finally:
+        listing_module.AT_ONCE = listing_module_at_once
+    expected = set()
+    for closed, other in itertools.product(closed_sets(problem.predecessors, MANY), masks_of(family)):
+        first, last = (other, closed) if forwards else (closed, other)
+        (begin_s, in_s), (end_s, out_s) = weights(problem, first), weights(problem, last)
+        load = end_s - begin_s + in_s + out_s
+        assume(first & ~last or abs(load - ceiling_s) > 1e-9 * (1 + load))
+        if not first & ~last and load <= ceiling_s:
+            expected.add(closed)
+    assert masks_of(sets) == sorted(expected)
+    for i, origin in enumerate(sets.origin):
+        first, last = (family.mask(origin), sets.mask(i)) if forwards else (sets.mask(i), family.mask(origin))
+        assert not first & ~last
+
+
+@often
+@given(problems())
+def test_there_is_a_chain_just_where_there_is_a_split(problem):
+    """Below the optimum of all splits there is none, with any number of stages; at it there is one with such loads."""
+    problem = one_link(problem)
+    exact = partition(problem)  # which is held against brute force in its own tests
+    assume(exact is not None and exact.exact and exact.value_s > 0)
+    optimum = exact.value_s
+    listing = Listing(problem)
+    counts = range(1, problem.most_stages + 1)
+    assert all(chain_below(listing, count, optimum * (1 - 1e-6), MANY) is None for count in counts)
+    chains = [chain_below(listing, count, optimum, MANY) for count in counts]
+    closed = next(chain for chain in chains if chain is not None)
+    stages = [(d, b & ~a) for d, (a, b) in enumerate(itertools.pairwise([0, *closed])) if b & ~a]
+    assert max(stage_loads(problem, stages)) <= optimum * (1 + 1e-9)
+
+
+@often
+@given(problems(), st.sampled_from([1.0, 1.05, 1.5]), st.sampled_from([3, MANY]))
+def test_bounds_are_never_above_the_optimum(problem, share, most_listed):
+    """Whatever links, ties, caps and pins there are, and whether sets are too many or not."""
+    problem = dataclasses.replace(alike(problem), transfers="relayed", overlap=False)
+    expected = brute_force(problem)
+    assume(0 < expected < math.inf)
+    kept, listing_module.MOST_LISTED = listing_module.MOST_LISTED, most_listed
+    ticks = itertools.count()
+    try:
+        best = ((0, 1),), share * expected
+        for narrow in narrowed(problem, lambda: best, 0.0, lambda: next(ticks) > 300):
+            assert narrow.bound_s <= expected * (1 + 1e-9)
+    finally:
+        listing_module.MOST_LISTED = kept
+
+
+def test_too_few_steps_and_no_time_leave_it_open():
+    """It is not said that there is no chain where not all sets were looked at."""
+    problem = tangled(0, units=24)
+    optimum = partition(problem)
+    assert optimum.exact
+    below = optimum.value_s * 0.999
+    assert chain_below(Listing(problem), 3, below, MANY) is None
+    with pytest.raises(UndecidedError):
+        chain_below(Listing(problem), 3, below, 5)
+    with pytest.raises(OutOfTimeError):
+        chain_below(Listing(problem, lambda: True), 3, below, MANY)
+    with pytest.raises(TooManyError) as error:
+        Listing(problem).sets(0.0, math.inf, math.inf, 5)
+    closed = closed_sets(problem.predecessors, MANY)
+    assert all(mask in closed for mask in masks_of(error.value.some))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_wide_graphs_beyond_the_limit_are_split_exactly(seed, monkeypatch):
+    """With far fewer closed sets allowed than there are, the value is that of the search through all, and proven."""
+    monkeypatch.setattr(shifting, "PATIENCE", 2)  # few moves: lists have to do it
+    problem = tangled(seed, units=16)
+    exact, cut = partition(problem), partition(problem, limit=30)
+    assert (cut.exact, exact.exact) == (True, True)
+    assert cut.value_s == pytest.approx(exact.value_s, rel=1e-9)
+    assert cut.bound_s == pytest.approx(exact.bound_s, rel=1e-9)
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(
+    st.floats(0.001, 1000.0),
+    st.floats(0.0, 1.0),
+    st.lists(st.sampled_from(["bound", "undecided", "split"]), min_size=40, max_size=40),
+    st.floats(0.1, 0.999),
+)
+def test_ceilings_lie_between_what_is_known_and_come_to_an_end(value_s, share, answers, better):
+    """Whatever is answered to each: a ceiling is a bound from then on, or undecided, or there is a better split.
+
+    None is above the best or below the bound, or falls towards 0 where that is the bound; and each answer but a better
+    split leaves less to ask for, so that after few of them there is none.
+    """
+    slack_s = 1e-12 * value_s
+    bound_s, undecided_s, asked = share * value_s, math.inf, 0
+    for answer in answers:
+        ceiling_s = _next_ceiling_s(bound_s, value_s, undecided_s, slack_s)
+        if ceiling_s is None:
+            break
+        asked += 1
+        assert bound_s < ceiling_s < min(value_s, undecided_s)
+        assert ceiling_s >= max(min(value_s, undecided_s), NEAR * value_s) / 2
+        if answer == "bound":
+            bound_s = ceiling_s
+        elif answer == "undecided":
+            undecided_s = ceiling_s
+        else:  # found by a chain below the ceiling; or, should ties be dear, this is undecided
+            value_s, undecided_s = max(bound_s, better * ceiling_s), math.inf
+            slack_s = 1e-12 * value_s
+    else:
+        ceiling_s = _next_ceiling_s(bound_s, value_s, undecided_s, slack_s)
+        assert ceiling_s is None or answers.count("split") > 5
+    if "split" not in answers[:asked]:
+        # Halved from at most the whole to NEAR of it, above what is undecided and below.
+        assert asked <= 2 + 2 * math.ceil(math.log2(1 / NEAR))
+
+
+def test_other_transfers_and_devices_that_differ_have_none():
+    """Nothing comes where loads are no sums of one work and of relayed transfers."""
+    problem = tangled(0)
+    best = ((0, 1), (1, (1 << 12) - 2)), 1e3
+    slow = tuple(dataclasses.replace(b, forward_s=(*b.forward_s[:-1], 9.0)) for b in problem.blocks)
+    for other in ({"transfers": "staged"}, {"overlap": True}, {"blocks": slow}):
+        changed = dataclasses.replace(problem, **other)
+        assert list(narrowed(changed, lambda: best, 0.0, lambda: False)) == []
