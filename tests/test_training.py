@@ -634,6 +634,28 @@ class Routed(Chain):
         return (x.abs() * torch.ones(size, 1).index_fill_(0, torch.arange(size // 2, size), -1.0),), {}, target
 
 
+class Repeated(Chain):
+    """Beside its result, whole numbers and a part of the input that repeat their memory."""
+
+    def forward(self, x):
+        return {"found": self.layers(x), "places": torch.arange(6).expand(3, 6), "wide": x[:, :1].expand(-1, 6)}
+
+
+def result(kind, plan):
+    """In a rank: the model's result for a batch."""
+    return made_pipe(kind, plan)(*kind.batch(1)[0])
+
+
+@pytest.mark.parametrize(("stages", "replicas"), [(2, 1), (1, 2)])
+def test_results_may_repeat_their_memory(workers, captured_profile, stages, replicas):
+    """Every rank has their values."""
+    expected = made(Repeated)(*Repeated.batch(1)[0])
+    plan = planned(captured_profile, Repeated, stages, replicas=replicas)
+    for found in on_ranks(workers, 2, result, Repeated, plan):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value)
+
+
 def gradients_of(kind, plan):
     """In a rank: the gradients of two batches, of which the second trains what was frozen."""
     pipe = made_pipe(kind, plan)

@@ -154,14 +154,15 @@ class OutputForm:
         """The tensors of the whole batch from those of its micro-batches.
 
         What does not grow with the batch is averaged if it is floating, as a loss is, and else that of the last.
+        Their memory is as those make room that receive them.
         """
         made = []
         for divided, *parts in zip(self.batched, *micro, strict=True):
             if divided:
-                made.append(torch.cat(parts).contiguous())  # as those make room that receive it
+                made.append(torch.cat(parts))
             else:
                 made.append(torch.stack(parts).mean(0) if parts[0].is_floating_point() else parts[-1])
-        return made
+        return [tensor.contiguous() for tensor in made]
 
 
 def fingerprint(*values: Any) -> list[tuple[str, int]]:
