@@ -610,6 +610,51 @@ def test_replicas_start_alike(workers, captured_profile, kind, stages):
         assert all(torch.equal(own[name], other[name]) for name in own)
 
 
+class Graph(Chain):
+    """A sparse matrix, which the first and the last stage multiply by."""
+
+    layout = torch.sparse_coo
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("edges", torch.diag(torch.rand(6) + 0.5).to_sparse(layout=self.layout))
+
+    def forward(self, x):
+        return (self.edges @ self.layers((self.edges @ x.t()).t()).t()).t()
+
+
+class Rows(Graph):
+    """The same in compressed rows."""
+
+    layout = torch.sparse_csr
+
+
+def sparse_states(kind, plan):
+    """In a rank whose model was made with numbers of its own: its matrix, the loss, and the matrix twice as large."""
+    torch.manual_seed(int(os.environ["RANK"]))
+    (x,), _, target = kind.batch(0)
+    pipe = sw.pipeline(kind(), plan, (x,), loss=kind.loss, timeout_s=20.0)
+    own, loss = pipe.state_dict()["edges"].to_dense(), float(pipe.step(x, target=target))
+    whole = pipe.state_dict(full=True)
+    pipe.load_state_dict({key: value * 2 for key, value in whole.items()}, full=True)
+    return own, loss, pipe.state_dict()["edges"].to_dense()
+
+
+@pytest.mark.parametrize("kind", [Graph, Rows])
+@pytest.mark.parametrize(("stages", "replicas"), [(2, 1), (1, 2)])
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_sparse_buffers_are_the_first_ones(workers, captured_profile, kind, stages, replicas):
+    """In all stages and replicas that have one, from the beginning and where a state is handed out."""
+    plan = planned(captured_profile, kind, stages, replicas=replicas)
+    (first, loss, twice), (other, same, again) = on_ranks(workers, 2, sparse_states, kind, plan)
+    torch.manual_seed(0)
+    assert torch.equal(first, kind().edges.to_dense())
+    assert torch.equal(first, other)
+    assert loss == same
+    assert torch.equal(twice, 2 * first)
+    assert torch.equal(again, 2 * first)
+
+
 class Way(nn.Module):
     """Of three layers the one that the samples' sign says; the third is never taken."""
 

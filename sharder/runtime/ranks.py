@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -186,10 +186,18 @@ class Ranks:
         """
         if source == target:
             return tensor if self.rank == target else None
+        is_sparse = like.layout != torch.strided
         if self.rank == source:
             assert tensor is not None  # it is the source's
+            if is_sparse:
+                dist.send_object_list([tensor], target, group=self.control)
+                return None
             dist.send(tensor.contiguous(), target, group=self.control)
         if self.rank == target:
+            if is_sparse:
+                box: list[Any] = [None]
+                dist.recv_object_list(box, source, group=self.control)
+                return cast("Tensor", box[0])
             found = torch.empty(like.shape, dtype=like.dtype)
             dist.recv(found, source, group=self.control)
             return found
@@ -258,8 +266,14 @@ class Ranks:
 def _broadcast(tensor: Tensor, source: int, group: dist.ProcessGroup) -> None:
     """Fill ``tensor`` with that of rank ``source``, as bytes: gloo does not know every dtype.
 
-    It takes the memory as it lies, and an expanded tensor has less than its values would take: each is sent once.
+    It takes the memory as it lies, and an expanded tensor, which has to be so on every rank, has less than its values
+    would take: each is sent once. A sparse tensor is an object.
     """
+    if tensor.layout != torch.strided:
+        box = [tensor.cpu()]
+        dist.broadcast_object_list(box, source, group=group, device=tensor.device)
+        tensor.copy_(box[0])
+        return
     for dimension, (stride, length) in enumerate(zip(tensor.stride(), tensor.shape, strict=True)):
         if not stride and length > 1:
             tensor = tensor.narrow(dimension, 0, 1)

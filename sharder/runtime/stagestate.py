@@ -79,9 +79,9 @@ class StageState:
         )
         self.copies = {key: holders for key, holders in self.holders.items() if len(holders) > 1 and key in self.forms}
 
-    def tensors(self) -> dict[str, Any]:
-        """The stage's part: the tensors themselves."""
-        present = self.module.state_dict()
+    def tensors(self, *, themselves: bool = False) -> dict[str, Any]:
+        """The stage's part: detached tensors, or ``themselves``, as sparse ones have to be written."""
+        present = self.module.state_dict(keep_vars=themselves)
         return {key: present[name] for key, name in self._own.items()} | self.unused
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

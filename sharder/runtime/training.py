@@ -370,13 +370,15 @@ class Pipe:
         ]
         return found[ranks.replica]
 
+    @torch.no_grad()
     def _make_replicas_equal(self) -> None:
         """Give this rank's parameters and buffers the values of the first replica's."""
-        self._ranks.make_alike(t.detach() for t in (*self.module.parameters(), *self.module.buffers()))
+        self._ranks.make_alike((*self.module.parameters(), *self.module.buffers()))
 
+    @torch.no_grad()
     def _make_copies_equal(self) -> None:
         """Give all copies of a tensor the values of the first, should the ranks' models have been made apart."""
-        mine = self._state.tensors()
+        mine = self._state.tensors(themselves=True)
         for key, holders in self._state.copies.items():
             value = mine[key].detach().clone() if self.stage in holders else None
             if value is None:
