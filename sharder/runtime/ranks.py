@@ -213,9 +213,9 @@ class Ranks:
     @contextmanager
     def messages(self) -> Iterator[None]:
         """Send and receive in this block: what fails in it leaves messages behind, and no call can follow."""
-        self._midway = True
+        before, self._midway = self._midway, True
         yield
-        self._midway = False
+        self._midway = before
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:

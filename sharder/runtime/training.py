@@ -163,7 +163,7 @@ class Pipe:
                 raise ShardwrightError("step() trains, and gradients are disabled here; evaluate() does not train")
             engine, tensors, targets = self._begin(args, kwargs, target, train=True)
             self._buffers_differ = True
-            with self._summing.summed(), self._shared.summed():
+            with self._ranks.messages(), self._summing.summed(), self._shared.summed():  # sums are messages too
                 losses = engine.train(tensors, targets, self._micro_loss)
             return self._ranks.spread(torch.stack(losses).sum() if losses else None)
 
