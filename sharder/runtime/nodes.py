@@ -68,7 +68,7 @@ def place_of(plan: Plan, rank: int, environment: Mapping[str, str]) -> Place:
         if is_hosted(plan):
             raise ShardwrightError(
                 f"the plan mixes kinds of devices ({', '.join(plan.devices)}) and does not say on which node each is: "
-                "declare the nodes in a cluster file and plan with --cluster, or start all processes on one node"
+                "declare the nodes in a cluster file and plan with --cluster, or have torchrun start all on one node"
             )
         return Place(position, f"{kind}:{local}", every)
     _check_counts(plan, rank, environment)
