@@ -991,7 +991,7 @@ class Residual(nn.Module):
 
     def __init__(self, *, scaled):
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(6)])
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(6)])
         self.scaled = scaled
 
     def forward(self, x):
@@ -1007,7 +1007,7 @@ class Residual(nn.Module):
 @pytest.mark.parametrize("homes", [("sim:0", "cpu"), ("cpu", "sim:0"), ("sim:0", "sim:1")])
 def test_only_sums_at_the_cut_are_aligned(captured_profile, homes, scaled):
     """Behind the cut operands are known to be together, on the CPU too; a number there may have come from anywhere."""
-    model, x = Residual(scaled=scaled), torch.randn(8, 4)
+    model, x = Residual(scaled=scaled), torch.randn(8, 8)
     pins = {f"layers.{index}": f"cpu:{index // 3}" for index in range(6)}
     plan = sw.plan(captured_profile(model, (x,)), microbatches=1, pins=pins)
     with torch.no_grad():
@@ -1017,3 +1017,29 @@ def test_only_sums_at_the_cut_are_aligned(captured_profile, homes, scaled):
     windows = [hooks[key] for _, hooks, key in placement_hooks(model) if isinstance(hooks[key], Window)]
     if not scaled:
         assert len([window for window in windows if window.opens]) == 1
+
+
+class Squeezed(nn.Module):
+    """A weight for each sample, which of a single one has no dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.weigh = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        y = self.second(x)
+        return x.sum(1) * self.weigh(y).squeeze() + y.sum(1)
+
+
+@pytest.mark.parametrize("homes", [("sim:0", "cpu"), ("cpu", "sim:0")])
+def test_of_one_sample_a_result_may_have_no_dimension(captured_profile, homes):
+    """What is planned for a batch takes one sample as well, and leaves it where a number does."""
+    model, x = Squeezed(), torch.randn(8, 8)
+    pins = {"first": "cpu:0", "second": "cpu:1", "weigh": "cpu:1"}
+    plan = sw.plan(captured_profile(model, (x,)), microbatches=1, pins=pins)
+    with torch.no_grad():
+        expected = model(x), model(x[:1])
+        sw.place(model, plan, devices=dict(zip(plan.devices, homes, strict=True)))
+        assert torch.allclose(on_host(model(x)), expected[0])
+        assert torch.allclose(on_host(model(x[:1])), expected[1])

@@ -49,7 +49,8 @@ class Placement(Record):
     inputs: tuple[str, ...]
     """The nodes that it reads from."""
     numbers: bool = True
-    """Whether it may make a tensor without dimensions, which on the CPU meets tensors of any device."""
+    """Whether it may make a tensor without dimensions, of one sample if not of more; on the CPU such a tensor meets
+    those of any device."""
     weights: Literal["device", "cpu", "disk"] = "device"
     """Where its weights are between calls."""
 

@@ -21,8 +21,12 @@ NUMBER_BYTES = 16
 
 
 def makers_of_numbers(profile: Profile) -> set[str]:
-    """The nodes that may make a tensor without dimensions: one of more bytes than a number takes has some."""
-    return {tensor.producer for tensor in profile.tensors if max(tensor.bytes.values()) <= NUMBER_BYTES}
+    """The nodes that may make a tensor without dimensions: one of more bytes a sample than a number takes has some.
+
+    Of one sample, for ``squeeze`` takes from a batch of one also the dimension that others have.
+    """
+    most = NUMBER_BYTES * profile.batch
+    return {tensor.producer for tensor in profile.tensors if max(m * size for m, size in tensor.bytes.items()) <= most}
 
 
 def stage_of_nodes(option: Option) -> dict[str, int]:
