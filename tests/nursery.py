@@ -67,6 +67,8 @@ class Nursery:
             said = [self._ours.recv(64) for _ in range(2)]  # by the copy, and when it is our child
         finally:
             adopt(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        if not all(said):
+            raise RuntimeError("the process that workers are copied from has ended; its last words are above")
         return Forked(max(map(int, said)), program)
 
     def _begin(self) -> socket.socket:
