@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -13,7 +14,9 @@ from test_partition import brute_force, chain, problems
 from test_shifting import plain, tangled
 
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.planning import shifting
+from shardwright.sharder.planning import least_memory, shifting
+from shardwright.sharder.planning.assignment import Budget
+from shardwright.sharder.planning.least_memory import least_share
 from shardwright.sharder.planning.partition import partition, stage_loads
 from shardwright.sharder.planning.room import in_bytes, making_room
 from shardwright.sharder.planning.search import closed_sets
@@ -83,6 +86,19 @@ def test_near_the_least_caps_all_is_known_without_all_closed_sets(seed, monkeypa
     assert stage_loads(roomy, found.stages) is not None
     assert found.bound_s <= exact.value_s * (1 + 1e-9)
     assert found.value_s >= exact.value_s * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_least_memory_is_asked_for_without_all_closed_sets(seed, monkeypatch):
+    """Without times no load is more than another: what is found and what is proven hold for the exact search too."""
+    monkeypatch.setattr(shifting, "PATIENCE", 2)
+    problem = in_need(200, seed)
+    exact = least_share(problem, Budget(60))
+    monkeypatch.setattr(least_memory, "partition", functools.partial(partition, limit=30))
+    found = least_share(problem, Budget(60))
+    assert exact.exact
+    assert found.bound <= exact.value * (1 + 1e-9)
+    assert exact.value * (1 - 1e-9) <= found.value < 1.0
 
 
 def test_other_transfers_are_left_to_the_search():

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_partition import block, chain, problems
 
+from shardwright.sharder.planning import shifting
 from shardwright.sharder.planning.memory import Ledger
 from shardwright.sharder.planning.partition import partition, stage_loads
 from shardwright.sharder.planning.problem import Crossing, bits
@@ -162,3 +163,35 @@ def test_moves_find_a_split_that_fits_where_none_was_known():
         assert loads is not None
         best.append((stages, max(loads)))
     assert best[-1][1] == 4 * 5.0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_moves_go_on_from_a_stage_that_is_far_too_full(seed, monkeypatch):
+    """Its power is so large that nothing else counts beside it; once it is gone the others' have to be known again."""
+    monkeypatch.setattr(shifting, "PATIENCE", 1)
+    random_, units = random.Random(seed), 60
+    problem = tangled(seed, units, devices=4)
+    sizes = [random_.randint(1, 1000) for _ in range(units)]
+    blocks = tuple(dataclasses.replace(b, static_bytes=s) for b, s in zip(problem.blocks, sizes, strict=True))
+    problem = dataclasses.replace(problem, blocks=blocks, caps=(sum(sizes) * 3 // 10,) * 4)
+    first = ((0, 1), (1, 2), (2, 4), (3, (1 << units) - 8))
+    found = list(shifted(problem, lambda: ((), math.inf), 0.0, lambda: False, first))
+    assert found
+    assert all(is_split(problem, stages) and stage_loads(problem, stages) is not None for stages in found)
+
+
+@pytest.mark.parametrize("seed", [2, 3, 5, 7])
+def test_a_stage_may_be_left_with_no_work(seed, monkeypatch):
+    """Where what moved away leaves a load of nothing but rounding, above nothing or below."""
+    monkeypatch.setattr(shifting, "PATIENCE", 1)
+    random_ = random.Random(seed)
+    times = [random_.choice([0.0, 0.0, random_.random()]) for _ in range(12)]
+    problem = dataclasses.replace(plain(tangled(seed)), crossings=(), predecessors=(0,) * 12)
+    blocks = (dataclasses.replace(b, forward_s=(t, t * 1.1, t / 3)) for b, t in zip(problem.blocks, times, strict=True))
+    problem = dataclasses.replace(problem, blocks=tuple(blocks))
+    first = ((0, 0b1111), (1, 0b1111 << 4), (2, 0b1111 << 8))
+    values = [max(stage_loads(problem, first))]
+    for stages in shifted(problem, lambda: (first, values[-1]), 0.0, lambda: False):
+        assert is_split(problem, stages)
+        values.append(max(stage_loads(problem, stages)))
+    assert values[-1] < values[0]

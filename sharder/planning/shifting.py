@@ -274,7 +274,7 @@ def _moves(
     shifts: Shifts, random_: random.Random, power: float, heat: float, least: float
 ) -> Iterator[tuple[list[int], float]]:
     """Try a batch of moves; the stage of each block, and the largest load, whenever that is less than ever before."""
-    scale = max(shifts.loads)
+    scale = max(shifts.loads) or 1.0  # without times memory is all there is
     tight, caps = shifts.tight, shifts.caps
     powers = [(load / scale) ** power for load in shifts.loads]
     if tight:
@@ -291,7 +291,8 @@ def _moves(
         here_s, there_s = shifts.loads[own] + change[0], shifts.loads[to] + change[1]
         if not (here_s <= TOO_MUCH * scale and there_s <= TOO_MUCH * scale):  # over an unusable link not even a number
             continue
-        here, there = (here_s / scale) ** power, (there_s / scale) ** power
+        # Of a stage without work rounding may leave less than nothing, which has no real power.
+        here, there = (max(here_s, 0.0) / scale) ** power, (max(there_s, 0.0) / scale) ** power
         if tight:
             of_bytes = shifts.change_of_bytes(block, to)
             here += _fullness(shifts.bytes[own] + of_bytes[0], caps[own])
@@ -300,7 +301,8 @@ def _moves(
         if after > whole and random_.random() >= (whole / after) ** (1 / heat):
             continue
         shifts.move(block, to, change, of_bytes)
-        powers[own], powers[to], whole = here, there, after
+        powers[own], powers[to] = here, there
+        whole = sum(powers)  # the difference has lost what is small beside a power that is gone
         if here_s < least and there_s < least and max(shifts.loads) < least and shifts.fits:
             least = max(shifts.loads)
             yield list(shifts.stage), least
