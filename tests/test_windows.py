@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import tracemalloc
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_mincut import alike
-from test_partition import brute_force, problems
+from test_partition import antichain, brute_force, problems
 from test_shifting import plain, tangled
 
 from shardwright.sharder.planning import listing as listing_module
@@ -148,6 +149,21 @@ def test_too_few_steps_and_no_time_leave_it_open():
         Listing(problem).sets(0.0, math.inf, math.inf, 5)
     closed = closed_sets(problem.predecessors, MANY)
     assert all(mask in closed for mask in masks_of(error.value.some))
+
+
+def test_what_waits_stays_small_where_each_block_parts_all_sets(monkeypatch):
+    """Sixty blocks side by side: what is undecided after each is set aside, and must not pile up."""
+    monkeypatch.setattr(listing_module, "MOST_WAITING", 60 * 50)
+    problem = antichain(60)
+    tracemalloc.start()
+    try:
+        with pytest.raises(TooManyError) as error:
+            Listing(problem).sets(-math.inf, math.inf, math.inf, 20_000)
+        _, most_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert error.value.some
+    assert most_bytes < 2 * 10**6
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -38,7 +38,11 @@ Words = list[tuple[int, np.uint64]]
 
 AT_ONCE = 200_000
 """So many words of undecided sets are gone through together; the rest waits."""
+MOST_WAITING = 60_000_000
+"""Hardly more words wait, even if each block parts all sets in two: of many blocks fewer are gone through together."""
 MOST_LISTED = 1_000_000
+MOST_WORDS = 10_000_000
+"""Of the sets that are listed."""
 ROUNDING = 1e-12
 """Of the whole work: two sums of the same differ by less."""
 
@@ -105,7 +109,6 @@ class _Window(NamedTuple):
     most: float
     shut: list[bool]
     """By tensor: whether some reader is outside whatever the set."""
-    before: Cuts | None
 
     def keeps(self, work_s: Floats, left_s: Floats, moved_s: Floats, origin: npt.NDArray[np.int64]) -> Flags:
         """Whether sets with so much or more may still be what is asked for."""
@@ -219,7 +222,7 @@ class Listing:
         moved_s = sum(
             price for price, maker, s in zip(self.price, self.maker, shut, strict=True) if s and forced[maker]
         )
-        window = _Window(low - self.slack_s, high + self.slack_s, most_s + self.slack_s, shut, before)
+        window = _Window(low - self.slack_s, high + self.slack_s, most_s + self.slack_s, shut)
         apart: Flags = np.all((inside & outside) == 0, axis=1)
         start = _Undecided(
             inside,
@@ -229,27 +232,30 @@ class Listing:
             np.full(count, float(moved_s)),
             np.arange(count),
         ).take(apart)
-        parts: list[_Undecided] = []
+        parts: list[Cuts] = []
+        left = min(MOST_LISTED, MOST_WORDS // self.words)
         for number, part in self._decided(start, window, np.flatnonzero(~forced & ~barred).tolist()):
             steps -= number
-            parts.append(part)
-            if steps < 0 or sum(len(sets.work_s) for sets in parts) > MOST_LISTED:
+            if part:
+                parts.append(part)
+                left -= len(part.work_s)
+            if steps < 0 or left < 0:
                 raise TooManyError(self._cuts(parts))
         return self._cuts(parts)
 
-    def _cuts(self, parts: list[_Undecided]) -> Cuts:
+    def _cuts(self, parts: list[Cuts]) -> Cuts:
         """The sets of all parts, each once."""
-        if not any(len(part.work_s) for part in parts):
+        if not parts:
             none = np.zeros(0)
             return Cuts(np.zeros((0, self.words), np.uint64), none, none, np.zeros(0, np.int64))
-        masks, _, work_s, _, moved_s, origin = (np.concatenate(each) for each in zip(*parts, strict=True))
+        masks, work_s, moved_s, origin = (np.concatenate(each) for each in zip(*parts, strict=True))
         _, first = np.unique(masks, axis=0, return_index=True)
         return Cuts(masks[first], work_s[first], moved_s[first], origin[first])
 
-    def _decided(self, start: _Undecided, window: _Window, free: list[int]) -> Iterator[tuple[int, _Undecided]]:
+    def _decided(self, start: _Undecided, window: _Window, free: list[int]) -> Iterator[tuple[int, Cuts]]:
         """All that becomes of ``start`` once the ``free`` blocks are decided, some at a time, and the steps it took."""
         waiting, steps = [(0, start)], 0
-        most = max(2, AT_ONCE // self.words)
+        most = max(2, min(AT_ONCE, MOST_WAITING // max(1, len(free))) // self.words)
         while waiting:
             at, sets = waiting.pop()
             while at < len(free) and len(sets.work_s):
@@ -261,7 +267,8 @@ class Listing:
                 steps += len(sets.work_s)
                 if self.out_of_time():
                     raise OutOfTimeError
-            yield steps, sets.take(window.keeps(sets.work_s, sets.work_s, sets.moved_s, sets.origin))
+            done = sets.take(window.keeps(sets.work_s, sets.work_s, sets.moved_s, sets.origin))
+            yield steps, Cuts(done.inside, done.work_s, done.moved_s, done.origin)
             steps = 0
 
     def _decide(self, sets: _Undecided, window: _Window, v: int) -> _Undecided:
