@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import tracemalloc
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -243,6 +244,20 @@ def test_a_search_cut_short_is_honest(problem, limit, time_limit_s):
     assert found.value_s >= expected * (1 - 1e-9)
     assert found.bound_s <= found.value_s
     assert not found.exact or found.bound_s == found.value_s
+
+
+def test_closed_sets_of_wide_graphs_are_too_many_at_once():
+    """Seen from the blocks that may come next, of which any may be in, without listing as many sets as are allowed."""
+    side_by_side = 10
+    assert len(closed_sets(antichain(side_by_side).predecessors, 2**side_by_side + 2)) == 2**side_by_side + 2
+    assert closed_sets(antichain(side_by_side).predecessors, 2**side_by_side + 1) is None
+    tracemalloc.start()
+    try:
+        assert closed_sets(antichain(400).predecessors, 50_000) is None
+        _, most_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most_bytes < 10**6
 
 
 @pytest.mark.parametrize(

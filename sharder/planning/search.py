@@ -67,6 +67,8 @@ def closed_sets(predecessors: tuple[int, ...], limit: int) -> Lattice | None:
     while layer:
         grown: list[int] = []
         for closed in layer:
+            if 1 << len(ready[closed]) > limit:  # any of those that are ready may come next, together
+                return None
             lattice[closed] = [(v, closed | 1 << v) for v in ready[closed]]
             for v, larger in lattice[closed]:
                 if larger in ready:
