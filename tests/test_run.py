@@ -44,6 +44,34 @@ def test_piped_gradients_equal_the_models(containers, captured_profile, name):
     assert run.speedup == run.baseline.measured_s / run.sharded.measured_s
 
 
+class ThreeNames(nn.Module):
+    """A weight with three names, of which no unit that is called has the first, as in T5."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Embedding(9, 6)
+        self.embed = nn.Embedding(9, 6)
+        self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(4)])
+        self.head = nn.Linear(6, 9, bias=False)
+        self.embed.weight = self.head.weight = self.shared.weight
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.head(x)
+
+
+def test_a_name_that_no_unit_has_is_no_missing_gradient(captured_profile):
+    """It is the gradient of the same weight under its other names; one that no stage gives is still missed."""
+    run = piped(captured_profile, ThreeNames(), (torch.randint(0, 9, (8, 5)),), 4)
+    assert run.equality.gradients <= 1e-5
+    weight, other = torch.ones(2), torch.ones(2)
+    reference = Comparison([], {"shared": weight, "embed": weight, "other": other})
+    with pytest.raises(sw.ShardwrightError, match="no gradient for other"):
+        compare(reference, [Comparison([], {"embed": weight.clone()})])
+
+
 def crowded(captured_profile):
     """A model, its input, and a plan for two devices of which neither has room for all of it."""
     model, x = nn.Sequential(*[nn.Linear(64, 64) for _ in range(6)]), torch.randn(8, 64)

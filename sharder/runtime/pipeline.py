@@ -86,6 +86,7 @@ class Comparison:
 
     outputs: list[Tensor]
     gradients: dict[str, Tensor]
+    """Of a parameter with several names one tensor."""
 
 
 @dataclass
@@ -377,6 +378,8 @@ def _compared(held: _Held) -> Comparison:
         held.step()
     _synchronize(held.device)
     outputs, held.outputs = held.outputs, None
-    gradients = {name: p.grad.cpu().clone() for name, p in trainable(held.module).items() if p.grad is not None}
+    named = {name: p for name, p in trainable(held.module).items() if p.grad is not None}
+    copies = {id(p): p.grad.cpu().clone() for p in named.values() if p.grad is not None}
+    gradients = {name: copies[id(p)] for name, p in named.items()}
     held.module.zero_grad()
     return Comparison(outputs, gradients)
