@@ -483,7 +483,7 @@ def test_a_placement_that_fails_leaves_the_last_one(captured_profile, device):
     before, places = len(list(placement_hooks(model))), [p.device for p in model.parameters()]
     with pytest.raises(sw.ShardwrightError):
         sw.place(model, plan, devices={"cpu:1": device})
-    with pytest.raises(sw.ShardwrightError, match="there is no such file|needs safetensors"):
+    with pytest.raises(sw.ShardwrightError, match=r"there is no such file|needs safetensors"):
         sw.place(model, plan, devices=PAIR, checkpoint="nowhere")
     assert len(list(placement_hooks(model))) == before
     assert [p.device for p in model.parameters()] == places
