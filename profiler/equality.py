@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from shardwright.profiler.structure import dense_parts
 
-__all__ = ["relative_difference", "same_values", "tolerance"]
+__all__ = ["largest_value", "relative_difference", "same_values", "tolerance"]
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """By dtype, relative to the tensor's largest value; others must be equal exactly."""
@@ -43,6 +43,12 @@ def _canonical(tensor: Tensor) -> Tensor:
     return tensor.coalesce() if tensor.layout == torch.sparse_coo else tensor
 
 
+def largest_value(tensor: Tensor) -> float:
+    """The largest finite magnitude in a tensor, dense or sparse: an infinity would hide every difference."""
+    values = tensor if tensor.layout == torch.strided else dense_parts(_canonical(tensor))[-1]
+    return float(values.masked_fill(~values.isfinite(), 0).abs().max()) if values.numel() else 0.0
+
+
 def relative_difference(expected: Tensor, found: Tensor, *, beside: float = 0.0) -> float:
     """Largest difference over the largest value of ``expected``; infinite when shapes differ or one has NaN alone.
 
@@ -65,5 +71,4 @@ def relative_difference(expected: Tensor, found: Tensor, *, beside: float = 0.0)
         return float("inf")
     same = nans | (one == other)  # infinities that agree have no difference
     difference = float((one - other).masked_fill(same, 0).abs().max())
-    scale = float(one.masked_fill(~one.isfinite(), 0).abs().max())  # an infinity would hide every difference
-    return difference / max(scale + beside, torch.finfo(torch.float32).tiny)
+    return difference / max(largest_value(one) + beside, torch.finfo(torch.float32).tiny)

@@ -207,7 +207,7 @@ class Listing:
         barred = self.needed_s > high_s + self.slack_s
         if (forced & barred).any():
             return self._cuts([])
-        family = before or behind
+        family = before if before is not None else behind
         count = 1 if family is None else len(family.work_s)
         low, high = np.full(count, low_s), np.full(count, high_s)
         inside = np.repeat(self._mask(np.flatnonzero(forced))[None, :], count, axis=0)
@@ -284,9 +284,9 @@ class Listing:
                 moved_out += self.price[t] * self._all_inside(
                     sets, [self.maker[t], *(r for r in self.readers[t] if r < v)]
                 )
-        enter = sets.take(~lost & window.keeps(work_in, sets.left_s, moved_in, sets.origin))
-        enter.inside[:, k] |= bit
         kept = ~lost & window.keeps(work_in, sets.left_s, moved_in, sets.origin)
+        enter = sets.take(kept)
+        enter.inside[:, k] |= bit
         enter = enter._replace(work_s=work_in[kept], moved_s=moved_in[kept])
         out = ~there & window.keeps(sets.work_s, sets.left_s, moved_out, sets.origin)
         stay = sets._replace(moved_s=moved_out).take(out & lost)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.equality import relative_difference, tolerance
+from shardwright.profiler.equality import largest_value, relative_difference, tolerance
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.pipeline import Comparison
 from shardwright.sharder.runtime.record import Equality
@@ -84,7 +81,7 @@ def compare(reference: Comparison, stages: list[Comparison], *, other_kernels: b
         if name in reference.gradients
     ]
     errors, largest = [], 0.0
-    beside = OF_LARGEST * max(map(_largest, reference.gradients.values()), default=0.0) if other_kernels else 0.0
+    beside = OF_LARGEST * max(map(largest_value, reference.gradients.values()), default=0.0) if other_kernels else 0.0
     for number, (name, expected, found) in enumerate(pairs):
         error = relative_difference(expected, found, beside=beside if number >= count else 0.0)
         allowed = tolerance(expected.dtype, other_kernels=other_kernels)
@@ -101,8 +98,3 @@ def compare(reference: Comparison, stages: list[Comparison], *, other_kernels: b
         tolerance=largest,
         tensors=len(pairs),
     )
-
-
-def _largest(tensor: Tensor) -> float:
-    values = tensor if tensor.layout == torch.strided else tensor.coalesce().values()
-    return float(values.abs().max()) if values.numel() else 0.0

@@ -224,14 +224,8 @@ def _pass(session: Session, gate: Gate, own: Split, kept: _Kept) -> Equality:
     found = session.check(own) if kept.equality is None else None
     session.step(own)  # the optimizer's state comes with it
     kept.peaks = kept.peaks or session.weigh(own)  # before anything else is held
-    if gate.device is not None:
-        whole, free = sum(own.plan.memory().values()) // own.plan.replicas, session.room()[gate.device]
-        if whole > free:
-            kept.alone_why = (
-                f"the whole model needs some {whole:,} bytes on {gate.device} beside the plan's stage, and {free:,} "
-                "are free"
-            )
-            gate.device = None
+    if gate.device is not None and (why := _no_room_alone(own.plan, gate.device, session.room())):
+        kept.alone_why, gate.device = why, None
     if found is not None:
         try:
             kept.equality = gate.compared(own, found)
@@ -259,6 +253,15 @@ def _admit(session: Session, gate: Gate, rival: Split, kept: _Kept) -> None:
     except DifferenceError as error:
         kept.refused[rival.name] = str(error)
         session.release(rival)
+
+
+def _no_room_alone(plan: Plan, device: str, free: Mapping[str, int]) -> str:
+    """Why the whole model cannot be held on ``device`` beside what is there, by what the stages take together."""
+    needed = sum(plan.memory().values()) // plan.replicas
+    if needed <= free[device]:
+        return ""
+    there = free[device]
+    return f"the whole model needs some {needed:,} bytes on {device} beside the plan's stage, and {there:,} are free"
 
 
 def _lacks_room(rival: Split, free: Mapping[str, int]) -> str:
