@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from shardwright.profiler.cache import Cache
 from shardwright.profiler.capture import Progress
 from shardwright.profiler.measure import Goal, Pass, is_out_of_memory, measure, prepare
+from shardwright.profiler.pace import Pace
 from shardwright.profiler.pool import Pool
 from shardwright.profiler.profile import Clocked, Device, Misfit, Variation
 from shardwright.profiler.signature import device_key, step_key
@@ -32,7 +33,7 @@ from shardwright.profiler.stand_ins import filled, sendable
 from shardwright.profiler.stopwatch import CudaStopwatch, HostStopwatch, Stopwatch
 from shardwright.profiler.structure import nbytes, tensors_in
 from shardwright.profiler.subject import Subject
-from shardwright.profiler.timing import Series, summarise
+from shardwright.profiler.timing import Series, at_pace, summarise
 from shardwright.profiler.unitgraph import Call, Step, UnitGraph
 from shardwright.profiler.worker import report, resident
 
@@ -101,6 +102,19 @@ class Findings:
     """By device, number of micro-batches and step."""
     misfits: list[Misfit] = field(default_factory=list)
     variations: list[Variation] = field(default_factory=list)
+    paces: dict[str, float] = field(default_factory=dict)
+    """By device, the pace at which the times are told."""
+
+    def level(self) -> None:
+        """Tell all times of a device at one pace: those of the cache may have been taken at another."""
+        taken: dict[str, list[float]] = {}
+        for (device, _, _), timing in self.timings.items():
+            if timing.pace_s is not None:
+                taken.setdefault(device, []).append(timing.pace_s)
+        self.paces = {device: statistics.median(each) for device, each in taken.items()}
+        for place, timing in self.timings.items():
+            if timing.pace_s is not None:
+                self.timings[place] = at_pace(timing, self.paces[place[0]])
 
 
 @dataclass(frozen=True)
@@ -169,6 +183,7 @@ def investigate(
         variation = cache.get(whole.key(device.name), Variation)
         if variation is not None:
             found.variations.append(variation.model_copy(update={"device": device.name}))
+    found.level()
     return found
 
 
@@ -444,6 +459,7 @@ def measure_held(goal: Goal, elsewhere_bytes: int, folder: str, devices: int) ->
         on_refused=refuse,
         on_round=lambda _: report(None),
         before=_Eviction(elsewhere_bytes) if device.type == "cpu" else lambda _: None,
+        pace=Pace() if device.type == "cpu" else None,
     )
     (Path(folder) / str(os.getpid())).touch()
     _keep_busy(passes, stopwatch, lambda: len(os.listdir(folder)) >= devices)

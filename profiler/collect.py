@@ -158,7 +158,10 @@ def profile(
         master_weights=master_weights and train,
         torch_version=torch.__version__,
         microbatches=tuple(captures),
-        devices=tuple(d if d.declared else d.model_copy(update=around.of_device(d.name)) for d in site.devices),
+        devices=tuple(
+            d if d.declared else d.model_copy(update=around.of_device(d.name) | {"pace_s": findings.paces.get(d.name)})
+            for d in site.devices
+        ),
         links=site.links(around.links),
         nodes=nodes_of(captures, weighed, counted),
         tensors=tensors_of(captures),
@@ -181,7 +184,7 @@ def profile(
 def _as_of_now(profile: Profile, devices: Sequence[Device]) -> Profile:
     """``profile`` with what is free on the devices and on the host today."""
     warn_of_corrupt(profile.links)
-    measured = [device.model_dump(include={"fetch_bytes_per_s", "engine_s"}) for device in profile.devices]
+    measured = [device.model_dump(include={"fetch_bytes_per_s", "engine_s", "pace_s"}) for device in profile.devices]
     now = [device.model_copy(update=known) for device, known in zip(devices, measured, strict=True)]
     host_bytes = 0 if profile.train else spare_host_bytes(devices)
     return profile.model_copy(update={"devices": tuple(now), "host_bytes": host_bytes})

@@ -68,6 +68,8 @@ class Pass(Generic[Key]):
         self.whole_update: Reading | None = None
         self.excess: dict[str, dict[str, list[float]]] = {}
         """By clock and phase."""
+        self.pace_s: float | None = None
+        """The device's pace during the last run, where it is taken."""
         self.pacers = {"backward": Pacer(), "update": Pacer()}
 
     def run(
@@ -162,7 +164,8 @@ class Pass(Generic[Key]):
                 updates = [seconds for phases in found.values() for seconds in phases.get("update", ())]
                 excess["update"].append(excess_s(updates, seconds_of(self.whole_update)))
         for key, phases in found.items():
-            series[key].add(**{f"{phase}_s": statistics.fmean(each) for phase, each in phases.items()}, first=first)
+            means = {f"{phase}_s": statistics.fmean(each) for phase, each in phases.items()}
+            series[key].add(**means, pace_s=self.pace_s if clock == "device" else None, first=first)
             for phase, each in excess.items():
                 series[key].excess_s[phase] = statistics.median(each) if each else 0.0
 
@@ -212,6 +215,7 @@ def measure(
     on_refused: Callable[[Key, Exception], None] | None = None,
     on_round: Callable[[int], None] = lambda _: None,
     before: Callable[[Iterable[Subject]], None] = lambda _: None,
+    pace: Callable[[], float] | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[float]:
     """Time the steps of all passes in turn until each is settled, after one round to warm up.
@@ -224,6 +228,7 @@ def measure(
         on_refused: told the steps that there is no memory for, and the error, which is raised without it.
         on_round: told the number of each round that is done, 0 for the warm-up.
         before: called with the steps before all their forwards and before all their backwards, its time not counted.
+        pace: gives the device's pace; it is taken before and after each pass.
 
     Returns:
         The seconds of each round over all steps, the warm-up apart; see :func:`round_totals`.
@@ -240,8 +245,12 @@ def measure(
     start = clock()
     for round_ in range(max(1, goal.repeats) + 1):
         running = [steps for steps in passes if not open_.keys().isdisjoint(steps.named.values())]
+        begin_s = pace() if pace else None
         for steps in running:
             steps.run(stopwatch, before=before, on_refused=refuse if on_refused is not None else None)
+            if pace and begin_s is not None:
+                end_s = pace()
+                steps.pace_s, begin_s = (begin_s + end_s) / 2, end_s
         stopwatch.finish()
         for steps in running:
             steps.note(series, first=round_ == 0)
@@ -263,7 +272,8 @@ def round_totals(series: Sequence[Series]) -> list[float]:
 
     For those the round's other steps speak: they take as many times their medians as what did run took of its own.
     """
-    medians, totals = [each.median_s() for each in series], [each.totals() for each in series]
+    totals = [each.observed() for each in series]
+    medians = [statistics.median(each) if each else 0.0 for each in totals]
     found = []
     for round_ in range(max(map(len, totals), default=0)):
         ran = [number for number, each in enumerate(totals) if len(each) > round_]

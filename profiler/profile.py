@@ -58,6 +58,9 @@ class Device(Record):
     engine_s: NonNegativeFloat = 0.0
     """What the pipeline engine takes there for each forward and each backward of a micro-batch, beside the stage's own
     work; measured between CPU workers."""
+    pace_s: PositiveFloat | None = None
+    """CPU workers only: what a fixed piece of work took there when times were as they are told
+    (:mod:`shardwright.profiler.pace`)."""
     node: str = ""
     """The host, where a cluster was declared that has several."""
     model: str = ""
@@ -207,6 +210,8 @@ class Clocked(Timing):
 
     host: Timing | None = None
     """What the host takes to enqueue it."""
+    pace_s: PositiveFloat | None = None
+    """CPU workers only: the device's pace at which the times are told (:mod:`shardwright.profiler.pace`)."""
 
 
 class Estimate(Record):

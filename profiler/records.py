@@ -156,7 +156,7 @@ def measurements_of(names: Sequence[str], timings: Mapping[tuple[str, int, str],
     for device, count, step in keys:
         own = timings[device, count, step]
         whole = timings.get((device, 1, step))
-        times = own.model_dump(exclude={"host"})
+        times = own.model_dump(exclude={"host", "pace_s"})
         if bound[device, count] and own.host is not None:
             times |= own.host.model_dump(exclude={"peak_bytes", "source"})
             whole_update_s = whole.host.update_s if whole is not None and whole.host is not None else 0.0

@@ -11,7 +11,7 @@ import numpy as np
 
 from shardwright.profiler.profile import Clocked, Timing
 
-__all__ = ["LEAST_REPEATS", "Series", "median_error", "median_ranks", "summarise"]
+__all__ = ["LEAST_REPEATS", "Series", "at_pace", "median_error", "median_ranks", "summarise"]
 
 CONFIDENCE = 0.95
 LEAST_REPEATS = 6
@@ -53,6 +53,9 @@ class Series:
         self.backward_s: list[float] = []
         self.recompute_s: list[float] = []
         self.update_s: list[float] = []
+        self.pace_s: list[float] = []
+        """The device's pace while each repeat was timed (:mod:`shardwright.profiler.pace`); empty where none is taken.
+        Times are told as they would have been at the median of it."""
         self.peak_bytes: int | None = None
         self.excess_s: dict[str, float] = {}
         """By phase, what a repeat takes too long because the step was called by itself."""
@@ -66,9 +69,10 @@ class Series:
         backward_s: float = 0.0,
         update_s: float = 0.0,
         recompute_s: float | None = None,
+        pace_s: float | None = None,
         first: bool = False,
     ) -> None:
-        """Add what one repeat took."""
+        """Add what one repeat took, and the device's pace meanwhile."""
         assert math.isfinite(forward_s)
         if first:
             self.first_call_s = forward_s + backward_s
@@ -78,23 +82,51 @@ class Series:
         self.update_s.append(update_s)
         if recompute_s is not None:
             self.recompute_s.append(recompute_s)
+        if pace_s is not None:
+            self.pace_s.append(pace_s)
 
     @property
     def repeats(self) -> int:
         """How often it was timed after the first call."""
         return len(self.forward_s)
 
+    def median_pace_s(self) -> float | None:
+        """The pace at which the times are told."""
+        return float(np.median(self.pace_s)) if self.pace_s else None
+
+    def observed(self) -> list[float]:
+        """Forward and backward of each repeat together, at whatever pace they were."""
+        return [a + b for a, b in zip(self.forward_s, self._without("backward", self.backward_s), strict=True)]
+
     def totals(self) -> list[float]:
         """Forward and backward of each repeat together."""
-        return [a + b for a, b in zip(self.forward_s, self.backwards(), strict=True)]
+        return self._levelled(self.observed())
+
+    def forwards(self) -> list[float]:
+        """The forward of each repeat."""
+        return self._levelled(self.forward_s)
 
     def backwards(self) -> list[float]:
         """The backward of each repeat, as a part of a longer one."""
-        return [max(0.0, seconds - self.excess_s.get("backward", 0.0)) for seconds in self.backward_s]
+        return self._levelled(self._without("backward", self.backward_s))
+
+    def recomputes(self) -> list[float]:
+        """The recomputed forward of each repeat."""
+        return self._levelled(self.recompute_s)
 
     def updates(self) -> list[float]:
         """The update of each repeat, as a part of a larger one."""
-        return [max(0.0, seconds - self.excess_s.get("update", 0.0)) for seconds in self.update_s]
+        return self._levelled(self._without("update", self.update_s))
+
+    def _without(self, phase: str, seconds: Sequence[float]) -> list[float]:
+        return [max(0.0, each - self.excess_s.get(phase, 0.0)) for each in seconds]
+
+    def _levelled(self, seconds: Sequence[float]) -> list[float]:
+        """As they would have been at the median pace."""
+        level = self.median_pace_s()
+        if level is None:
+            return list(seconds)
+        return [each * level / pace for each, pace in zip(seconds, self.pace_s, strict=True)]
 
     @property
     def slower(self) -> Series:
@@ -114,7 +146,21 @@ class Series:
 def summarise(series: Series) -> Clocked:
     """Medians, spreads, and how far they can be trusted."""
     host = Timing(**_figures(series.host)) if series.host is not None else None
-    return Clocked(**_figures(series), peak_bytes=series.peak_bytes, host=host)
+    return Clocked(**_figures(series), peak_bytes=series.peak_bytes, host=host, pace_s=series.median_pace_s())
+
+
+def at_pace(timing: Clocked, pace_s: float) -> Clocked:
+    """``timing`` as it would have been at another pace of its device; what was tuned in the first call stays."""
+    if timing.pace_s is None:
+        return timing
+    factor = pace_s / timing.pace_s
+    told = {name: getattr(timing, name) for name in _PACED}
+    return timing.model_copy(
+        update={name: factor * seconds for name, seconds in told.items() if seconds is not None} | {"pace_s": pace_s}
+    )
+
+
+_PACED = ("forward_s", "forward_spread_s", "backward_s", "backward_spread_s", "recompute_s", "update_s")
 
 
 def _figures(series: Series) -> dict[str, Any]:
@@ -124,11 +170,11 @@ def _figures(series: Series) -> dict[str, Any]:
     error, median = median_error(totals), series.median_s()
     return {
         "repeats": series.repeats,
-        "forward_s": _median(series.forward_s),
-        "forward_spread_s": _spread(series.forward_s),
+        "forward_s": _median(series.forwards()),
+        "forward_spread_s": _spread(series.forwards()),
         "backward_s": _median(series.backwards()),
         "backward_spread_s": _spread(series.backwards()),
-        "recompute_s": _median(series.recompute_s) if series.recompute_s else None,
+        "recompute_s": _median(series.recomputes()) if series.recompute_s else None,
         "update_s": _median(series.updates()),
         "first_call_s": series.first_call_s,
         "median_error": error / median if math.isfinite(error) and median else None,

@@ -14,7 +14,7 @@ from shardwright.reports.naive_report import NaiveReport, beside_naive
 from shardwright.reports.quantities import count, number_of_bytes, per_second, percent, ratio, seconds, spread
 from shardwright.sharder.runtime.record import Run, Timed
 
-__all__ = ["RunReport", "conclusion", "equality"]
+__all__ = ["RunReport", "conclusion", "equality", "paces"]
 
 
 def equality(run: Run) -> tuple[bool, str]:
@@ -57,6 +57,20 @@ def conclusion(run: Run) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
+def paces(run: Run) -> str:
+    """How fast the devices were, beside how fast they were when the step was predicted."""
+    each = ", ".join(f"{paced.device} {ratio(paced.slower)}" for paced in run.paces)
+    text = f"The same work took so many times as long as in the profile, beside these steps: {each}."
+    at_pace_s, error = run.sharded.at_pace_s, run.sharded.error_at_pace_percent
+    if at_pace_s is not None and error is not None:
+        text += f" At that pace the step is predicted to take {seconds(at_pace_s)} ({percent(error, signed=True)})"
+        if run.speedup is not None and run.speedup_at_pace is not None:
+            gain = 100 * (run.speedup_at_pace / run.speedup - 1)
+            text += f", the speedup to be {ratio(run.speedup_at_pace)} ({percent(gain, signed=True)})"
+        text += "."
+    return text
+
+
 class RunReport:
     """A run as a rich renderable, from about 60 columns up."""
 
@@ -74,6 +88,8 @@ class RunReport:
         note = f"{how}, batch {run.batch}; median of {count(run.steps, 'step')} of each, in turn"
         yield section("Run", note)
         yield from self._steps(options, glyphs)
+        if run.paces:
+            yield Text(paces(run), style="dim")
         if run.accounts is not None:
             yield AccountsReport(run, run.accounts)
         yield from self._memory(options)

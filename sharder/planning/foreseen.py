@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.planning.simulate import StageCost, simulate
 from shardwright.sharder.planning.timeline import Timeline
 
-__all__ = ["costs_of", "timeline_of"]
+__all__ = ["at_pace", "costs_of", "timeline_of"]
 
 
 def costs_of(plan: Plan) -> tuple[StageCost, ...]:
@@ -44,4 +45,31 @@ def timeline_of(plan: Plan, costs: Sequence[StageCost] | None = None) -> Timelin
         stages_per_device=plan.stages_per_device,
         transfers="overlapped" if plan.overlap else "serial",
         staged=plan.transfers == "staged",
+    )
+
+
+def at_pace(plan: Plan, slower: Mapping[str, float]) -> float:
+    """Seconds of the step that is predicted for devices that compute so many times as slowly as they were profiled.
+
+    Transfers are taken to be as fast as they were. What the step is longer than that of its
+    median times, since the devices' speeds vary, stays the same part of it.
+
+    Args:
+        slower: device -> 1.2 for one that takes 1.2 times as long; those that are not named are as they were.
+    """
+    costs = costs_of(plan)
+    scaled = [
+        _slowed(cost, max(slower.get(device, 1.0) for device in (stage.device, *stage.replica_devices)))
+        for cost, stage in zip(costs, plan.stages, strict=True)
+    ]
+    return plan.predicted.step_s * timeline_of(plan, scaled).step_s / timeline_of(plan, costs).step_s
+
+
+def _slowed(cost: StageCost, factor: float) -> StageCost:
+    return dataclasses.replace(
+        cost,
+        forward_s=factor * cost.forward_s,
+        backward_s=factor * cost.backward_s,
+        update_s=factor * cost.update_s,
+        engine_s=factor * cost.engine_s,
     )

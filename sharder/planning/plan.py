@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from shardwright.files import Document, Record
 from shardwright.profiler.profile import NodeKind, TensorSpec
@@ -307,6 +307,8 @@ class Plan(Document):
     """All devices of the profile: CPU workers share the cores among as many in a run."""
     declared_devices: tuple[str, ...] = ()
     """Those of them that nothing was measured on: the predictions rest on estimates there."""
+    paces: dict[str, PositiveFloat] = Field(default_factory=dict)
+    """Device -> the pace at which the predictions hold, as the profile says of CPU workers."""
     hosts: dict[str, str] = Field(default_factory=dict)
     """The node of each of them, where a cluster file names several; empty for the devices of one machine."""
     objective: Objective

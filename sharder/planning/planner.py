@@ -276,6 +276,7 @@ def _write(
         optimizer=profile.optimizer,
         profiled_devices=tuple(device.name for device in profile.devices),
         declared_devices=tuple(device.name for device in profile.devices if device.declared),
+        paces={device.name: device.pace_s for device in profile.devices if device.pace_s is not None},
         hosts=profile.hosts,
         objective="throughput",
         transfers=problem.transfers,

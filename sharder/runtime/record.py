@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from shardwright.errors import ShardwrightError
 from shardwright.files import Document, Record
@@ -16,6 +16,7 @@ __all__ = [
     "Equality",
     "Naive",
     "Off",
+    "Paced",
     "Run",
     "Slot",
     "StageAccounts",
@@ -57,13 +58,36 @@ class Timed(Record):
     predicted_s: NonNegativeFloat | None
     measured_s: NonNegativeFloat
     spread_s: NonNegativeFloat
+    at_pace_s: NonNegativeFloat | None = None
+    """Predicted for devices as fast as they were in these steps, where that was measured."""
 
     @property
     def error_percent(self) -> float | None:
         """How far the prediction was from the measurement; positive when it promised too long a step."""
-        if self.predicted_s is None:
-            return None
-        return 100.0 * (self.predicted_s / self.measured_s - 1.0)
+        return self._error_percent(self.predicted_s)
+
+    @property
+    def error_at_pace_percent(self) -> float | None:
+        """How far it was when the devices are taken to be as fast as they were in these steps."""
+        return self._error_percent(self.at_pace_s)
+
+    def _error_percent(self, predicted_s: float | None) -> float | None:
+        return None if predicted_s is None else 100.0 * (predicted_s / self.measured_s - 1.0)
+
+
+class Paced(Record):
+    """The pace of a device: what a fixed piece of work takes there (:mod:`shardwright.profiler.pace`)."""
+
+    device: str
+    profiled_s: PositiveFloat
+    """When the predictions were made for it."""
+    measured_s: PositiveFloat
+    """Beside the plan's steps: the median."""
+
+    @property
+    def slower(self) -> float:
+        """How many times as long as then the same work took; below 1 if it was faster."""
+        return self.measured_s / self.profiled_s
 
 
 class Weighed(Record):
@@ -206,6 +230,8 @@ class Run(Document):
     """One device alone; None when the model fits on none, or not beside the plan."""
     baseline_why: str = ""
     """Why it was not timed, where it would fit alone."""
+    paces: tuple[Paced, ...] = ()
+    """Of the CPU workers among the devices."""
     memory: tuple[Weighed, ...] = ()
     """Of each device."""
     accounts: Accounts | None = None
@@ -251,6 +277,13 @@ class Run(Document):
         if self.accounts is None:
             raise ShardwrightError("this run kept no timeline: run the plan again, with `shard --run --trace FILE`")
         write_trace(self, self.accounts, path)
+
+    @property
+    def speedup_at_pace(self) -> float | None:
+        """Predicted for devices as fast as they were in the steps of both."""
+        if self.baseline is None or self.baseline.at_pace_s is None or not self.sharded.at_pace_s:
+            return None
+        return self.baseline.at_pace_s / self.sharded.at_pace_s
 
     @property
     def speedup(self) -> float | None:

@@ -27,6 +27,7 @@ from shardwright.profiler.profile import Device
 from shardwright.profiler.target import load_target
 from shardwright.profiler.trace import trace
 from shardwright.profiler.unitgraph import UnitGraph
+from shardwright.sharder.planning.foreseen import at_pace
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.accounts import Noted, accounts_of
 from shardwright.sharder.runtime.check import check_can_be_piped, check_inputs, check_model, units_of
@@ -34,9 +35,9 @@ from shardwright.sharder.runtime.cut import cut
 from shardwright.sharder.runtime.engine import sendable
 from shardwright.sharder.runtime.gate import DifferenceError, Gate
 from shardwright.sharder.runtime.naive import NAIVE_LIMIT_S, naive_plans, not_measured
-from shardwright.sharder.runtime.record import Equality, Naive, Run, Timed, Weighed
+from shardwright.sharder.runtime.record import Equality, Naive, Paced, Run, Timed, Weighed
 from shardwright.sharder.runtime.session import Session, Split
-from shardwright.sharder.runtime.turns import WARMUP_STEPS, in_turn, spread_over
+from shardwright.sharder.runtime.turns import WARMUP_STEPS, Pacing, in_turn, spread_over
 
 __all__ = ["run"]
 
@@ -77,6 +78,8 @@ class _Measured:
     peaks: list[int]
     seconds: dict[str, list[float]]
     noted: list[list[Noted]]
+    slower: dict[str, dict[str, float]]
+    """Contender -> by device, how many times as long the same work took beside its steps as in the profile."""
 
 
 def run(
@@ -193,6 +196,7 @@ def _measured(
                 with _named(rival):
                     _admit(session, gate, rival, kept)
         tell("compare", len(splits), len(splits))
+        pacing = Pacing(partial(session.paces, plan.paces))
         contenders: dict[str, Callable[[], float]] = {PLAN: partial(session.step, own)}
         if baseline:
             count = plan.predicted.baseline_microbatches
@@ -200,6 +204,7 @@ def _measured(
             contenders[ALONE] = partial(session.step_whole, baseline)
         ready = [rival for rival in rivals if rival.name not in kept.refused]
         contenders |= {rival.name: _stepping(session, rival) for rival in ready}
+        contenders = {name: pacing.beside(name, step) for name, step in contenders.items()}
         noted: list[list[Noted]] = []
         after = spread_over(steps, NOTED_STEPS)
 
@@ -211,7 +216,8 @@ def _measured(
         tell("time", 0, WARMUP_STEPS + steps)
         bounded = [rival.name for rival in ready]
         seconds = in_turn(contenders, steps, bounded=bounded, limit_s=NAIVE_LIMIT_S, between=between)
-    return _Measured(equality, kept.peaks, seconds, noted)
+    slower = {name: {d: s / plan.paces[d] for d, s in pacing.of(name).items()} for name in contenders}
+    return _Measured(equality, kept.peaks, seconds, noted, slower)
 
 
 def _pass(session: Session, gate: Gate, own: Split, kept: _Kept) -> Equality:
@@ -314,7 +320,7 @@ def _record(plan: Plan, measured: _Measured, rivals: Mapping[str, Plan], why: Ma
             naive.append(not_measured(alternative, why[alternative.name]))
         elif alternative.name in rivals:
             own, rival = seconds[alternative.name], rivals[alternative.name]
-            timed = _timed(own, rival.predicted.step_s)
+            timed = _timed_as(own, rival, measured.slower[alternative.name])
             naive.append(
                 Naive(
                     name=alternative.name,  # type: ignore[arg-type]  # data parallel is no rival
@@ -334,9 +340,14 @@ def _record(plan: Plan, measured: _Measured, rivals: Mapping[str, Plan], why: Ma
         microbatches=plan.microbatches,
         steps=steps,
         equality=measured.equality,
-        sharded=_timed(seconds[PLAN], plan.predicted.step_s),
+        sharded=_timed_as(seconds[PLAN], plan, measured.slower[PLAN]),
         baseline_device=baseline,
-        baseline=_timed(seconds[ALONE], plan.predicted.baseline_s) if baseline else None,
+        baseline=_timed_alone(plan, measured) if baseline else None,
+        paces=tuple(
+            Paced(device=device, profiled_s=plan.paces[device], measured_s=plan.paces[device] * slower)
+            for device, slower in measured.slower[PLAN].items()
+            if device in plan.devices
+        ),
         memory=tuple(
             Weighed(device=device, predicted_bytes=predicted, measured_bytes=peak)
             for (device, predicted), peak in zip(plan.memory().items(), measured.peaks, strict=True)
@@ -344,6 +355,20 @@ def _record(plan: Plan, measured: _Measured, rivals: Mapping[str, Plan], why: Ma
         accounts=accounts_of(plan, measured.noted),
         naive=tuple(naive),
     )
+
+
+def _timed_as(seconds: list[float], plan: Plan, slower: Mapping[str, float]) -> Timed:
+    """The steps of ``plan``, whose devices computed so many times as slowly as in the profile."""
+    foreseen_s = at_pace(plan, slower) if slower.keys() & set(plan.devices) else None
+    return _timed(seconds, plan.predicted.step_s, foreseen_s)
+
+
+def _timed_alone(plan: Plan, measured: _Measured) -> Timed:
+    """Those of the baseline, on one device."""
+    predicted_s, slower = plan.predicted.baseline_s, measured.slower[ALONE]
+    factor = slower.get(plan.predicted.baseline_device or "")
+    foreseen_s = factor * predicted_s if factor is not None and predicted_s is not None else None
+    return _timed(measured.seconds[ALONE], predicted_s, foreseen_s)
 
 
 def _found(plan: Plan, names: Sequence[str]) -> tuple[Device, ...]:
@@ -359,6 +384,6 @@ def _found(plan: Plan, names: Sequence[str]) -> tuple[Device, ...]:
         ) from error
 
 
-def _timed(seconds: list[float], predicted_s: float | None) -> Timed:
+def _timed(seconds: list[float], predicted_s: float | None, at_pace_s: float | None) -> Timed:
     low, median, high = np.percentile(seconds, [25, 50, 75])
-    return Timed(predicted_s=predicted_s, measured_s=float(median), spread_s=float(high - low))
+    return Timed(predicted_s=predicted_s, measured_s=float(median), spread_s=float(high - low), at_pace_s=at_pace_s)

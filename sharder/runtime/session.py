@@ -6,7 +6,7 @@ pipelines of other plans, over other devices or in another order, stand beside e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from shardwright.profiler.devices import available_cores, free_host_bytes
 from shardwright.profiler.inputs import is_batched, outputs_of
 from shardwright.profiler.links import join
 from shardwright.profiler.measure import prepare
+from shardwright.profiler.pace import pace_here
 from shardwright.profiler.pool import Pool
 from shardwright.profiler.profile import Device
 from shardwright.sharder.planning.plan import Plan
@@ -131,6 +132,11 @@ class Session:
     def weigh(self, split: Split) -> list[int]:
         """One step, and the peak bytes of each device in it."""
         return self._all(split, weigh_stage)
+
+    def paces(self, devices: Collection[str]) -> dict[str, float]:
+        """The pace of each of ``devices`` that a worker has, all at once as they compute."""
+        calls: dict[str, Any] = {d: (pace_here, ()) for d in devices if d in self.pool.workers}
+        return self.pool.call(calls, limit_s=self.limit_s) if calls else {}
 
     def room(self) -> dict[str, int]:
         """Free bytes of each device; CPU workers share the host's."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Collection, Mapping
 
-__all__ = ["WARMUP_STEPS", "in_turn", "spread_over"]
+__all__ = ["WARMUP_STEPS", "Pacing", "in_turn", "spread_over"]
 
 WARMUP_STEPS = 2
 
@@ -46,3 +47,34 @@ def spread_over(steps: int, most: int) -> list[int]:
     """At most so many of the rounds of ``steps`` after the warm-up, evenly: what slows the machine slows both alike."""
     count = min(most, steps)
     return [WARMUP_STEPS + steps * position // count for position in range(count)]
+
+
+class Pacing:
+    """Takes the devices' paces before and after each contender's steps.
+
+    Args:
+        paces: gives the pace of each device, in s; none for devices that have none.
+    """
+
+    def __init__(self, paces: Callable[[], Mapping[str, float]]) -> None:
+        self.paces = paces
+        self.found: dict[str, list[dict[str, float]]] = {}
+        """Contender -> for each of its steps the devices' paces, the mean of before and after."""
+
+    def beside(self, name: str, step: Callable[[], float]) -> Callable[[], float]:
+        """``step``, for the contender ``name``, with the paces taken."""
+        taken = self.found.setdefault(name, [])
+
+        def paced() -> float:
+            before = self.paces()
+            seconds = step()
+            after = self.paces()
+            taken.append({device: (before[device] + pace_s) / 2 for device, pace_s in after.items()})
+            return seconds
+
+        return paced
+
+    def of(self, name: str) -> dict[str, float]:
+        """The median pace of each device beside that contender's steps, those of the warm-up apart."""
+        steps = self.found[name][WARMUP_STEPS:]
+        return {device: statistics.median(step[device] for step in steps) for device in steps[0]} if steps else {}
