@@ -2,9 +2,11 @@
 
 Each model is profiled on one device as ``sw.profile`` does it, and planned for that device alone. Held against the
 plan is the plain model, trained in this process: steps enqueued one after another, as in a training loop, each timed
-from its begin to the next one's by events, and the allocator's peak of one of them. The estimates of units (forward and
-backward) are the roofline's with the catalogue's peaks: with the efficiencies that are assumed where nothing was
-measured, and with those fitted to the units of the other models of the same run, never of the model itself.
+from its begin to the next one's by events, and the allocator's peak of one of them. Where the processor sets the times,
+its pace in the loop is told, as a multiple of that in the profile, and how far the step is off at that pace. The
+estimates of units (forward and backward) are the roofline's with the catalogue's peaks: with the efficiencies that are
+assumed where nothing was measured, and with those fitted to the units of the other models of the same run, never of
+the model itself.
 
     python benchmarks/gpu.py                       # needs transformers and diffusers: make zoo
     python benchmarks/gpu.py --device cpu:0 --models tiny_gpt2,tiny_resnet,NetList    # without a GPU: no memory
@@ -32,6 +34,7 @@ from shardwright.profiler.catalogue import model_of
 from shardwright.profiler.estimate import ASSUMED, NOMINAL, demand_of, fit, roofline_s
 from shardwright.profiler.inputs import outputs_of
 from shardwright.profiler.optimizers import make_optimizer
+from shardwright.profiler.pace import pace_of
 from shardwright.profiler.structure import map_tensors
 from shardwright.profiler.target import load_target
 from shardwright.profiler.unitgraph import mean_square_loss
@@ -179,7 +182,7 @@ def clock(device):
 
 
 def trained(model, args, kwargs, places, device, steps):
-    """Seconds of each of so many steps of the plain model, and its peak memory in bytes, None on a CPU."""
+    """Seconds of each of so many steps of the plain model, its peak memory in bytes, None on a CPU, and the pace."""
     mark, between = clock(device)
     is_gpu = device.type == "cuda"
     if is_gpu:  # libraries take their workspaces, which a plan leaves room for apart
@@ -201,18 +204,20 @@ def trained(model, args, kwargs, places, device, steps):
 
     for _ in range(3):
         zeroed()
-    marks = [mark()]
+    pace = pace_of(device)
+    paces, marks = [pace()], [mark()]
     for _ in range(steps):
         zeroed()
         marks.append(mark())
     peak = None
+    paces.append(pace())
     if is_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         step()  # with gradients from before, as the second of several micro-batches has them
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
-    return [between(first, second) for first, second in itertools.pairwise(marks)], peak
+    return [between(first, second) for first, second in itertools.pairwise(marks)], peak, statistics.fmean(paces)
 
 
 def unit_times(capture, profile):
@@ -242,16 +247,19 @@ def one(name, make, device, options):
     profile = sw.profile(model, args, kwargs, devices=[options.device], microbatches=[1], rounds=options.rounds)
     took = time.perf_counter() - began
     captures, _ = captures_of(model, args, kwargs, [1], devices=2, train=True)
-    stage = sw.plan(profile, microbatches=1).stages[0]
+    plan = sw.plan(profile, microbatches=1)
+    stage = plan.stages[0]
     predicted = stage.forward_s + stage.backward_s + stage.update_s
-    times, peak = trained(model, args, kwargs, captures[1].output_places, device, options.steps)
+    times, peak, pace_s = trained(model, args, kwargs, captures[1].output_places, device, options.steps)
     low, step, high = statistics.quantiles(times, n=4)
-    errors = [100 * (predicted / step - 1), 100 * (stage.memory_bytes / peak - 1) if peak else 0.0]
+    slower = pace_s / plan.paces[options.device] if options.device in plan.paces else 1.0
+    memory_error = 100 * (stage.memory_bytes / peak - 1) if peak else 0.0
+    errors = [100 * (predicted / step - 1), memory_error, 100 * (slower * predicted / step - 1)]
     memory = f"{stage.memory_bytes / 2**20:.0f} MiB | {peak / 2**20:.0f} MiB ({errors[1]:+.1f}%)" if peak else "| "
     units = sum(node.kind == "unit" for node in profile.nodes)
     print(
         f"| {name} | {units} | {1e3 * predicted:.2f} ms | {1e3 * step:.2f} ms, {1e3 * low:.2f} to {1e3 * high:.2f} "
-        f"({errors[0]:+.1f}%) | {memory} | {took:.1f} s |",
+        f"({errors[0]:+.1f}%) | {slower:.3f}, {errors[2]:+.1f}% | {memory} | {took:.1f} s |",
         flush=True,
     )
     return unit_times(captures[1], profile), errors
@@ -306,7 +314,9 @@ def main():
     found = model_of(torch.cuda.get_device_name(device)) if is_gpu else None
     rates = found or NOMINAL
     print(
-        "| model | units | step predicted | measured | peak predicted | measured | profiled in |\n" + "|---" * 7 + "|"
+        "| model | units | step predicted | measured | pace, off then | peak predicted | measured | profiled in |\n"
+        + "|---" * 8
+        + "|"
     )
     rows, errors = {}, []
     known = makers()
@@ -315,11 +325,11 @@ def main():
             rows[name], error = one(name, known[name], device, options)
             errors.append(error)
         except (ImportError, sw.ShardwrightError) as refused:
-            print(f"| {name} | | {refused} | | | | |", flush=True)
+            print(f"| {name} | | {refused} | | | | | |", flush=True)
         gc.collect()
         if is_gpu:
             torch.cuda.empty_cache()
-    for what, column in (("step", 0), ("peak memory", 1)):
+    for what, column in (("step", 0), ("step at the pace of the loop", 2), ("peak memory", 1)):
         off = [abs(error[column]) for error in errors]
         if any(off):
             print(

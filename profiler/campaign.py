@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from shardwright.profiler.cache import Cache
 from shardwright.profiler.capture import Progress
 from shardwright.profiler.measure import Goal, Pass, is_out_of_memory, measure, prepare
-from shardwright.profiler.pace import Pace
+from shardwright.profiler.pace import pace_of
 from shardwright.profiler.pool import Pool
 from shardwright.profiler.profile import Clocked, Device, Misfit, Variation
 from shardwright.profiler.signature import device_key, step_key
@@ -459,7 +459,7 @@ def measure_held(goal: Goal, elsewhere_bytes: int, folder: str, devices: int) ->
         on_refused=refuse,
         on_round=lambda _: report(None),
         before=_Eviction(elsewhere_bytes) if device.type == "cpu" else lambda _: None,
-        pace=Pace() if device.type == "cpu" else None,
+        pace=pace_of(device),
     )
     (Path(folder) / str(os.getpid())).touch()
     _keep_busy(passes, stopwatch, lambda: len(os.listdir(folder)) >= devices)

@@ -69,7 +69,7 @@ class Pass(Generic[Key]):
         self.excess: dict[str, dict[str, list[float]]] = {}
         """By clock and phase."""
         self.pace_s: float | None = None
-        """The device's pace during the last run, where it is taken."""
+        """The pace during the last run, where it is taken: the host's, where work is enqueued."""
         self.pacers = {"backward": Pacer(), "update": Pacer()}
 
     def run(
@@ -143,7 +143,7 @@ class Pass(Generic[Key]):
         self._note("device", series, lambda reading: reading(), first=first)
         for key in self.readings:
             series[self.named[key]].peak_bytes = self.subjects[key].peak.bytes
-        if any(isinstance(reading, Enqueued) for phases in self.readings.values() for reading in phases.values()):
+        if self._paced() == "host":
             hosts = {}
             for key in self.readings:
                 own = series[self.named[key]]
@@ -165,9 +165,16 @@ class Pass(Generic[Key]):
                 excess["update"].append(excess_s(updates, seconds_of(self.whole_update)))
         for key, phases in found.items():
             means = {f"{phase}_s": statistics.fmean(each) for phase, each in phases.items()}
-            series[key].add(**means, pace_s=self.pace_s if clock == "device" else None, first=first)
+            series[key].add(**means, pace_s=self.pace_s if clock == self._paced() else None, first=first)
             for phase, each in excess.items():
                 series[key].excess_s[phase] = statistics.median(each) if each else 0.0
+
+    def _paced(self) -> str:
+        """The clock whose times go by the pace."""
+        enqueued = any(
+            isinstance(reading, Enqueued) for phases in self.readings.values() for reading in phases.values()
+        )
+        return "host" if enqueued else "device"
 
     def _empty_backward(self, stopwatch: Stopwatch) -> Reading:
         """Time the backward of a step that hands on what it gets: one number."""
@@ -228,7 +235,7 @@ def measure(
         on_refused: told the steps that there is no memory for, and the error, which is raised without it.
         on_round: told the number of each round that is done, 0 for the warm-up.
         before: called with the steps before all their forwards and before all their backwards, its time not counted.
-        pace: gives the device's pace; it is taken before and after each pass.
+        pace: gives the pace that times go by (:mod:`shardwright.profiler.pace`), before and after each pass.
 
     Returns:
         The seconds of each round over all steps, the warm-up apart; see :func:`round_totals`.

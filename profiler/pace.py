@@ -1,10 +1,13 @@
-"""The pace of a CPU worker: what a fixed piece of work takes there at the moment.
+"""The pace of a device's processor: what a fixed piece of work takes there at the moment.
 
 A core of a shared machine computes at one speed now and at another a few seconds later: others use what it shares with
 them, and its clock goes up and down. That is not the model's doing, and it is the same for all work: on two cores of a
 virtual machine the steps of four models followed the pace with a correlation of 0.8 to 0.9, and in proportion to it
 (docs/accuracy.md). So the pace is taken along with every round of measuring and with every step of a run: times are
 compared at one pace, and a run can say whether the machine or the prediction was off.
+
+A CPU worker computes, so its pace is that of products of matrices. A GPU's clock is steady, while the processor that
+enqueues its work is not: the pace there is that of calling small operations, and it is the host's times that go by it.
 """
 
 from __future__ import annotations
@@ -14,35 +17,44 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["Pace", "pace_here"]
+__all__ = ["Pace", "pace_here", "pace_of"]
 
 SIZE = 256
-"""Rows and columns: three such matrices stay in the caches next to a core, so that what else is in memory is no
-matter."""
+"""Rows and columns: such matrices stay in the caches next to a core, so that what else is in memory is no matter."""
 PRODUCTS = 20
+CALLS = 2000
 
 
 class Pace:
-    """Seconds of a fixed number of products of small matrices, on this process's cores.
+    """Seconds that a number of calls of ``work`` take in this process.
 
     Args:
         clock: seconds.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.clock = clock
-        self.factor = torch.full((SIZE, SIZE), 1.0 / SIZE)
-        self.product = torch.empty(SIZE, SIZE)
+    def __init__(self, work: Callable[[], object], calls: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.work, self.calls, self.clock = work, calls, clock
 
     def __call__(self) -> float:
         """Seconds, now."""
         with torch.no_grad():
             start = self.clock()
-            for _ in range(PRODUCTS):
-                torch.mm(self.factor, self.factor, out=self.product)
+            for _ in range(self.calls):
+                self.work()
             return self.clock() - start
 
 
+def pace_of(device: torch.device) -> Pace:
+    """The pace that times on ``device`` go by: of its own products, or of the host that enqueues its work."""
+    if device.type == "cpu":
+        factor, product = torch.full((SIZE, SIZE), 1.0 / SIZE), torch.empty(SIZE, SIZE)
+        return Pace(lambda: torch.mm(factor, factor, out=product), PRODUCTS)
+    small = torch.zeros(4)
+    return Pace(lambda: small + 1, CALLS)
+
+
 def pace_here() -> float:
-    """The pace of this process: what a worker is asked for between steps."""
-    return Pace()()
+    """The pace of this worker's device."""
+    from shardwright.profiler.worker import resident
+
+    return pace_of(resident["device"])()

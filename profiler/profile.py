@@ -59,8 +59,8 @@ class Device(Record):
     """What the pipeline engine takes there for each forward and each backward of a micro-batch, beside the stage's own
     work; measured between CPU workers."""
     pace_s: PositiveFloat | None = None
-    """CPU workers only: what a fixed piece of work took there when times were as they are told
-    (:mod:`shardwright.profiler.pace`)."""
+    """What a fixed piece of work took when times were as they are told: on a CPU worker, or, for a GPU, on the host
+    that enqueues (:mod:`shardwright.profiler.pace`)."""
     node: str = ""
     """The host, where a cluster was declared that has several."""
     model: str = ""
@@ -211,7 +211,7 @@ class Clocked(Timing):
     host: Timing | None = None
     """What the host takes to enqueue it."""
     pace_s: PositiveFloat | None = None
-    """CPU workers only: the device's pace at which the times are told (:mod:`shardwright.profiler.pace`)."""
+    """The pace at which the times are told, those of the host where it enqueues (:mod:`shardwright.profiler.pace`)."""
 
 
 class Estimate(Record):

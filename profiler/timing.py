@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from shardwright.profiler.profile import Clocked, Timing
 
 __all__ = ["LEAST_REPEATS", "Series", "at_pace", "median_error", "median_ranks", "summarise"]
+
+_Timing = TypeVar("_Timing", bound=Timing)
 
 CONFIDENCE = 0.95
 LEAST_REPEATS = 6
@@ -54,8 +56,8 @@ class Series:
         self.recompute_s: list[float] = []
         self.update_s: list[float] = []
         self.pace_s: list[float] = []
-        """The device's pace while each repeat was timed (:mod:`shardwright.profiler.pace`); empty where none is taken.
-        Times are told as they would have been at the median of it."""
+        """The pace while each repeat was timed (:mod:`shardwright.profiler.pace`); empty where none is taken. Times are
+        told as they would have been at the median of it."""
         self.peak_bytes: int | None = None
         self.excess_s: dict[str, float] = {}
         """By phase, what a repeat takes too long because the step was called by itself."""
@@ -146,18 +148,23 @@ class Series:
 def summarise(series: Series) -> Clocked:
     """Medians, spreads, and how far they can be trusted."""
     host = Timing(**_figures(series.host)) if series.host is not None else None
-    return Clocked(**_figures(series), peak_bytes=series.peak_bytes, host=host, pace_s=series.median_pace_s())
+    paced = series.host or series
+    return Clocked(**_figures(series), peak_bytes=series.peak_bytes, host=host, pace_s=paced.median_pace_s())
 
 
 def at_pace(timing: Clocked, pace_s: float) -> Clocked:
-    """``timing`` as it would have been at another pace of its device; what was tuned in the first call stays."""
+    """``timing`` as it would have been at another pace; what was tuned in the first call stays as it was."""
     if timing.pace_s is None:
         return timing
     factor = pace_s / timing.pace_s
+    if timing.host is not None:
+        return timing.model_copy(update={"host": _scaled(timing.host, factor), "pace_s": pace_s})
+    return _scaled(timing, factor).model_copy(update={"pace_s": pace_s})
+
+
+def _scaled(timing: _Timing, factor: float) -> _Timing:
     told = {name: getattr(timing, name) for name in _PACED}
-    return timing.model_copy(
-        update={name: factor * seconds for name, seconds in told.items() if seconds is not None} | {"pace_s": pace_s}
-    )
+    return timing.model_copy(update={name: factor * s for name, s in told.items() if s is not None})
 
 
 _PACED = ("forward_s", "forward_spread_s", "backward_s", "backward_spread_s", "recompute_s", "update_s")

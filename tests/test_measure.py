@@ -427,7 +427,9 @@ def test_work_that_is_enqueued_is_timed_on_both_clocks():
         "small": subject(Launches(queue, 2 / 1024, 1 / 1024), x),
     }
     settled = {}
-    measure([Pass(subjects)], queue, Goal(repeats=6), on_settled=settled.__setitem__)
+    measure([Pass(subjects)], queue, Goal(repeats=6), on_settled=settled.__setitem__, pace=lambda: 1.0)
+    assert settled["large"].pace_s == []
+    assert settled["large"].host.pace_s == [1.0] * 6
     for name, launch_s, run_s in (("large", 1 / 1024, 4 / 1024), ("small", 2 / 1024, 1 / 1024)):
         timing = summarise(settled[name])
         assert (timing.forward_s, timing.backward_s) == pytest.approx((run_s, run_s))

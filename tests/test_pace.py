@@ -14,7 +14,7 @@ import shardwright as sw
 from shardwright.profiler.campaign import Findings
 from shardwright.profiler.costs import Costs
 from shardwright.profiler.measure import Goal, Pass, measure
-from shardwright.profiler.pace import Pace
+from shardwright.profiler.pace import Pace, pace_of
 from shardwright.profiler.stopwatch import HostStopwatch
 from shardwright.profiler.timing import LEAST_REPEATS, Series, at_pace, summarise
 from shardwright.reports.run_report import paces as paces_told
@@ -103,6 +103,15 @@ def test_what_follows_the_pace_is_told_at_any_pace(paces, other):
     assert at_pace(timing, other).pace_s == other
 
 
+def test_where_work_is_enqueued_the_host_goes_by_the_pace():
+    """The device's own times stay; those of the host are told at another pace."""
+    both = Series()
+    both.add(forward_s=5.0, backward_s=5.0)
+    both.host = paced([7.0, 14.0], [1.0, 2.0])
+    timing = at_pace(summarise(both), 3.0)
+    assert (timing.forward_s, timing.host.forward_s, timing.pace_s) == (5.0, 21.0, 3.0)
+
+
 def test_times_of_two_campaigns_are_told_at_one_pace():
     """What the cache knows from a slower day is brought to the pace of the others; another device has its own."""
     findings, unpaced = Findings(), Series()
@@ -162,10 +171,15 @@ def test_each_contender_has_the_paces_beside_its_own_steps():
 
 def test_the_pace_is_that_of_work():
     """What is timed is the products themselves, by the clock that is given."""
-    readings = iter([5.0, 7.5])
-    pace = Pace(lambda: next(readings))
-    assert pace() == 2.5
-    assert torch.allclose(pace.product, pace.factor)  # (1/n of n ones) @ the same
+    clock = Clock()
+
+    def work():
+        clock.now += 0.5
+
+    assert Pace(work, 5, clock)() == 2.5
+    product = pace_of(torch.device("cpu")).work()
+    assert torch.allclose(product, torch.full_like(product, 1 / len(product)))  # (1/n of n ones) @ the same
+    assert torch.equal(pace_of(torch.device("meta")).work(), torch.ones(4))  # what stands for a GPU has a host
 
 
 class Twice(nn.Module):

@@ -308,7 +308,8 @@ class Plan(Document):
     declared_devices: tuple[str, ...] = ()
     """Those of them that nothing was measured on: the predictions rest on estimates there."""
     paces: dict[str, PositiveFloat] = Field(default_factory=dict)
-    """Device -> the pace at which the predictions hold, as the profile says of CPU workers."""
+    """Device -> the pace at which the predictions hold, as the profile has it; of a GPU where its host, which enqueues
+    the work, is what sets the times."""
     hosts: dict[str, str] = Field(default_factory=dict)
     """The node of each of them, where a cluster file names several; empty for the devices of one machine."""
     objective: Objective

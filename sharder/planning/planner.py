@@ -252,6 +252,16 @@ def _for_memory(profile: Profile, problems: list[Problem], every: list[Problem],
     return for_memory(written, option, problem, share)
 
 
+def _paces(profile: Profile, microbatches: int) -> dict[str, float]:
+    """By device, the pace that its times go by: a GPU's do where they are its host's."""
+    by_host = {m.device for m in profile.measurements if m.microbatches == microbatches and m.host_bound}
+    return {
+        device.name: device.pace_s
+        for device in profile.devices
+        if device.pace_s is not None and (device.kind != "cuda" or device.name in by_host)
+    }
+
+
 def _write(
     profile: Profile,
     chosen: Option,
@@ -276,7 +286,7 @@ def _write(
         optimizer=profile.optimizer,
         profiled_devices=tuple(device.name for device in profile.devices),
         declared_devices=tuple(device.name for device in profile.devices if device.declared),
-        paces={device.name: device.pace_s for device in profile.devices if device.pace_s is not None},
+        paces=_paces(profile, problem.batch_microbatches),
         hosts=profile.hosts,
         objective="throughput",
         transfers=problem.transfers,

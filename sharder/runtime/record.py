@@ -231,7 +231,7 @@ class Run(Document):
     baseline_why: str = ""
     """Why it was not timed, where it would fit alone."""
     paces: tuple[Paced, ...] = ()
-    """Of the CPU workers among the devices."""
+    """Of the devices whose times go by it: CPU workers, and GPUs whose host sets the times."""
     memory: tuple[Weighed, ...] = ()
     """Of each device."""
     accounts: Accounts | None = None
