@@ -12,7 +12,7 @@ from pathlib import Path
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Device
 
-__all__ = ["available_cores", "find_devices", "free_host_bytes", "parse_devices", "spare_host_bytes"]
+__all__ = ["available_cores", "find_devices", "free_host_bytes", "parse_devices", "share_cores", "spare_host_bytes"]
 
 CUDA_CONTEXT_BYTES = 512 * 2**20
 """What the context of one more process takes of a GPU, kernels loaded; free memory is read where one is already."""
@@ -22,8 +22,11 @@ CPU_SHARE = 0.9
 """Share of the host's memory that the CPU workers divide among themselves."""
 
 
-def find_devices(names: Sequence[str] | str | None = None) -> tuple[Device, ...]:
+def find_devices(names: Sequence[str] | str | None = None, *, beside: Sequence[str] = ()) -> tuple[Device, ...]:
     """Describe the named devices; by default all CUDA devices, or two CPU workers where there is none.
+
+    Args:
+        beside: devices with which they share the cores, as they did when they were profiled; by default each other.
 
     Raises:
         ShardwrightError: a device does not exist, or there are fewer cores than CPU workers.
@@ -37,12 +40,13 @@ def find_devices(names: Sequence[str] | str | None = None) -> tuple[Device, ...]
     if isinstance(names, str):
         names = names.split(",")
     kinds = parse_devices(names)
-    workers = [name for name in names if name.startswith("cpu")]
+    sharing = [*beside, *(name for name in names if name not in beside)]
+    workers = [name for name in sharing if name.startswith("cpu")]
     if len(workers) > len(cores):
         raise ShardwrightError(
             f"{len(workers)} CPU workers need a core each; this process may use {len(cores)}: name fewer devices"
         )
-    share = len(cores) // len(workers) if workers else 0
+    shares = share_cores(sharing, cores)
     devices = []
     for name, kind in zip(names, kinds, strict=True):
         if kind == "cuda":
@@ -56,8 +60,7 @@ def find_devices(names: Sequence[str] | str | None = None) -> tuple[Device, ...]
             memory = max(1, int((free - CUDA_CONTEXT_BYTES) * (1 - CUDA_RESERVE)))
             devices.append(Device(name=name, kind="cuda", description=description, memory_bytes=memory))
         else:
-            position = workers.index(name)
-            mine = tuple(cores[position * share : (position + 1) * share])
+            mine = shares[name]
             devices.append(
                 Device(
                     name=name,
@@ -68,6 +71,23 @@ def find_devices(names: Sequence[str] | str | None = None) -> tuple[Device, ...]
                 )
             )
     return tuple(devices)
+
+
+def share_cores(names: Sequence[str], cores: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Equal shares of the cores, by CPU worker; where there are fewer cores than workers, some have one in common.
+
+    A core is left to each GPU as long as there is one for each worker: its host thread enqueues all the time, and a
+    worker whose threads are more than its cores waits for the scheduler at the end of every operation. On a machine of
+    8 cores a worker of 8 threads beside a GPU took over 100 times as long for a product of matrices.
+    """
+    workers = [name for name in names if name.startswith("cpu")]
+    left = min(len(names) - len(workers), max(0, len(cores) - len(workers)))
+    own = cores[left:]
+    share = max(1, len(own) // max(1, len(workers)))
+    return {
+        name: tuple(sorted({own[(position * share + i) % len(own)] for i in range(share)}))
+        for position, name in enumerate(workers)
+    }
 
 
 def parse_devices(names: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Generic, TypeVar
 
 import torch
+from torch import nn
 
 from shardwright.profiler.optimizers import make_optimizer
 from shardwright.profiler.stopwatch import Enqueued, Pacer, Reading, Stopwatch
@@ -291,10 +292,15 @@ def round_totals(series: Sequence[Series]) -> list[float]:
 
 
 def prepare(device: str, threads: int) -> None:
-    """Make this process ready to measure on ``device``: what a worker does first."""
+    """Make this process ready to measure on ``device``: what a worker does first.
+
+    A GPU's libraries take their workspaces then, which are no model's; how many bytes is ``resident``.
+    """
     torch.manual_seed(0)
     if device.startswith("cuda"):
         torch.cuda.set_device(torch.device(device))
+        nn.Linear(64, 64, device=device)(torch.randn(64, 64, device=device)).sum().backward()
+        resident["workspace_bytes"] = torch.cuda.memory_allocated(device)
     else:
         torch.set_num_threads(threads)
     resident["device"] = torch.device(device if device.startswith("cuda") else "cpu")

@@ -13,7 +13,6 @@ import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 
 import pytest
 import torch
@@ -28,7 +27,7 @@ import shardwright as sw
 from shardwright.profiler.placed import placement_hooks
 from shardwright.sharder.runtime import place as place_module
 from shardwright.sharder.runtime.sim import sim_device
-from shardwright.sharder.runtime.threads import Seat, StageThreads, share_cores
+from shardwright.sharder.runtime.threads import Seat, StageThreads
 
 WIDTH, BATCH = 6, 12
 
@@ -854,15 +853,3 @@ def test_threads_are_pinned_and_the_caller_is_not():
     thread.start()
     thread.join()
     assert later == [before[0]]
-
-
-@given(count=st.integers(1, 9), cores=st.sets(st.integers(0, 63), min_size=1, max_size=16))
-def test_cores_are_shared_equally(count, cores):
-    """Each worker has as many; none is in two shares where there are enough."""
-    workers = [f"cpu:{i}" for i in range(count)]
-    shares = share_cores(workers, sorted(cores))
-    assert [*shares] == workers
-    assert {len(share) for share in shares.values()} == {max(1, len(cores) // count)}
-    assert set().union(*shares.values()) <= cores
-    if len(cores) >= count:
-        assert all(not {*a} & {*b} for a, b in pairwise(shares.values()))

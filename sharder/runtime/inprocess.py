@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.devices import available_cores
+from shardwright.profiler.devices import available_cores, share_cores
 from shardwright.profiler.inputs import is_batched
 from shardwright.profiler.placed import placement_hooks
 from shardwright.profiler.structure import filled, tensors_in
@@ -34,7 +34,7 @@ from shardwright.sharder.runtime.flight import Flight, through
 from shardwright.sharder.runtime.forwards import InstanceForward
 from shardwright.sharder.runtime.prepare import Program, prepared
 from shardwright.sharder.runtime.relocate import relocate, tensors_of
-from shardwright.sharder.runtime.threads import Seat, StageThreads, share_cores
+from shardwright.sharder.runtime.threads import Seat, StageThreads
 
 __all__ = ["PipelinedForward", "check_threads", "pipe"]
 
@@ -235,8 +235,7 @@ def _under_modes() -> bool:
 
 def _seats(plan: Plan, homes: Mapping[str, torch.device]) -> list[Seat]:
     """A seat a stage; the cores are shared out as they were for the profile. Stages of one device share its cores."""
-    workers = [name for name in plan.profiled_devices or plan.devices if name.startswith("cpu")]
-    cores = share_cores(workers, available_cores())
+    cores = share_cores(plan.profiled_devices or plan.devices, available_cores())
     return [
         Seat(name, homes[name], cores.get(name, ()) if homes[name].type == "cpu" else ())
         for name in (stage.device for stage in plan.stages)

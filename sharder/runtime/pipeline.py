@@ -313,7 +313,7 @@ def note_stage(name: str = "plan") -> Noted:
 def weigh_stage(name: str = "plan") -> int:
     """One more step of this device's stages, together with the others; its peak in bytes.
 
-    A GPU's allocator says it, so nothing else may be held there. On the CPU storages are counted: those that are there
+    A GPU's allocator says it, less the libraries' workspaces, so nothing else may be held there. On the CPU storages are counted: those that are there
     before the step, the engine's buffers among them, and those that come and go in it.
     """
     held: _Held = resident[_key(name)]
@@ -323,7 +323,7 @@ def weigh_stage(name: str = "plan") -> int:
     if held.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(held.device)
         _timed_step(held)
-        return torch.cuda.max_memory_allocated(held.device)
+        return torch.cuda.max_memory_allocated(held.device) - int(resident.get("workspace_bytes", 0))
     states = [t for _, t in tensors_in(list(held.optimizer.state.values()))] if held.optimizer is not None else []
     there = [*held.module.parameters(), *held.module.buffers(), *states, *held.inputs, *held.buffers()]
     counter = MemoryCounter()

@@ -27,7 +27,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.devices import available_cores
+from shardwright.profiler.devices import available_cores, share_cores
 from shardwright.profiler.worker import root_of
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.board import Board
@@ -116,15 +116,14 @@ class Ranks:
 
     def pin(self) -> None:
         """Give a CPU stage its share of the cores, as when it was profiled, if there is one for each."""
-        workers = [name for name in self._place.beside if name.startswith("cpu")]
         cores = available_cores()
-        share = len(cores) // len(workers) if self.name in workers else 0
-        if self.size == 1 or not share:
+        workers = sum(name.startswith("cpu") for name in self._place.beside)
+        mine = share_cores(self._place.beside, cores).get(self.name)
+        if self.size == 1 or mine is None or workers > len(cores):
             return
-        position = workers.index(self.name)
-        torch.set_num_threads(share)
+        torch.set_num_threads(len(mine))
         if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, cores[position * share : (position + 1) * share])
+            os.sched_setaffinity(0, mine)
 
     def close(self) -> None:
         """Leave the groups, and the process group if the pipeline made it."""

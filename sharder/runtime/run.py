@@ -305,9 +305,9 @@ def _devices_of(plan: Plan, needed: set[str]) -> list[Device]:
     """The devices of a run, that of the baseline with them."""
     if plan.predicted.baseline_device:
         needed = needed | {plan.predicted.baseline_device}
+    named = [name for name in plan.profiled_devices if name in needed] or list(plan.devices)
     # The cores are shared out as they were for the profile, or its times would not hold.
-    others = [name for name in plan.profiled_devices if name in needed or name.startswith("cpu")]
-    return [device for device in _found(plan, others or list(plan.devices)) if device.name in needed]
+    return list(_found(plan, named, beside=plan.profiled_devices))
 
 
 def _record(plan: Plan, measured: _Measured, rivals: Mapping[str, Plan], why: Mapping[str, str], steps: int) -> Run:
@@ -371,10 +371,10 @@ def _timed_alone(plan: Plan, measured: _Measured) -> Timed:
     return _timed(measured.seconds[ALONE], predicted_s, foreseen_s)
 
 
-def _found(plan: Plan, names: Sequence[str]) -> tuple[Device, ...]:
+def _found(plan: Plan, names: Sequence[str], *, beside: Sequence[str] = ()) -> tuple[Device, ...]:
     """The devices to run on; a plan for a cluster is run where the cluster is."""
     try:
-        return find_devices(names)
+        return find_devices(names, beside=beside)
     except ShardwrightError as error:
         if not plan.declared_devices:
             raise

@@ -18,7 +18,7 @@ import torch
 
 from shardwright.errors import ShardwrightError
 
-__all__ = ["Seat", "StageThreads", "share_cores"]
+__all__ = ["Seat", "StageThreads"]
 
 Step = Callable[[int, int, Any], Any]
 """Called with the stage, the micro-batch and what the stage before has sent; returns what the next one gets."""
@@ -35,15 +35,6 @@ class Seat(NamedTuple):
     device: torch.device
     cores: tuple[int, ...] = ()
     """Of a CPU worker; as many threads compute within an operator."""
-
-
-def share_cores(workers: Sequence[str], cores: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Equal shares of the cores, by worker; where there are fewer cores than workers, some have one in common."""
-    share = max(1, len(cores) // max(1, len(workers)))
-    return {
-        name: tuple(sorted({cores[(position * share + i) % len(cores)] for i in range(share)}))
-        for position, name in enumerate(workers)
-    }
 
 
 class StageThreads:

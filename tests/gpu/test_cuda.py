@@ -92,6 +92,8 @@ def test_one_gpu_runs_and_is_compared():
     account = run.accounts.stages[0].measured
     assert min(account.forward_s, account.backward_s, account.update_s) > 0
     assert account.step_s == pytest.approx(run.accounts.measured_s)
+    (weighed,) = run.memory  # without the libraries' workspaces, which no plan counts
+    assert weighed.measured_bytes == pytest.approx(weighed.predicted_bytes, rel=0.05, abs=2**20)
 
 
 def test_verifying_leaves_cuda_training_alone(containers, captured_profile):
