@@ -186,7 +186,7 @@ def test_a_run_notes_what_each_stage_was_at(captured_profile, schedule, train):
 def few_cores(monkeypatch):
     """Any number of workers, which share what cores there are."""
 
-    def found(names):
+    def found(names, beside=()):  # noqa: ARG001
         return tuple(Device(name=n, kind="cpu", description="", memory_bytes=10**10, cores=(core,)) for n in names)
 
     core = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0

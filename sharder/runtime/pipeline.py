@@ -313,8 +313,9 @@ def note_stage(name: str = "plan") -> Noted:
 def weigh_stage(name: str = "plan") -> int:
     """One more step of this device's stages, together with the others; its peak in bytes.
 
-    A GPU's allocator says it, less the libraries' workspaces, so nothing else may be held there. On the CPU storages are counted: those that are there
-    before the step, the engine's buffers among them, and those that come and go in it.
+    A GPU's allocator says it, less the libraries' workspaces, so nothing else may be held there. On the CPU storages
+    are counted: those that are there before the step, the engine's buffers among them, and those that come and go in
+    it.
     """
     held: _Held = resident[_key(name)]
     _meet(held)
