@@ -35,7 +35,7 @@ __all__ = ["count_shapes", "is_worth_it"]
 FLOPS_A_BYTE = 15
 """So much arithmetic takes about as long as moving a byte."""
 BYTES_AN_OPERATOR = 8_000_000
-"""Fake tensors take about 2 ms of a core for each operator, with its backward: not more than real ones of this size."""
+"""Fake tensors take about 3 ms of a core for each operator, with its backward; real ones of this size as long."""
 OPERATORS_A_STEP = 5
 """A copy of the step without values takes as long as so many operators."""
 
