@@ -28,6 +28,10 @@ CUDA_BLOCK_BYTES = 512
 """PyTorch's CUDA allocator rounds each request up to a multiple of it (``kMinBlockSize``, CUDACachingAllocator)."""
 
 
+_LIFTS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)
+"""What they give is what ``torch.tensor`` and ``torch.from_numpy`` have made, first seen there; or a fake of it."""
+
+
 def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
     """The storages that hold ``tensor``'s numbers: one, those of its parts if it is sparse or a wrapper, or none."""
     if is_traceable_wrapper_subclass(tensor):
@@ -83,11 +87,13 @@ class MemoryCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # What ``torch.tensor`` and ``torch.from_numpy`` make is first seen here.
-        existing = self._count_existing or func in (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)
+        if getattr(func, "namespace", "") == "prim":  # a query, of which fake tensors make many
+            return func(*args, **kwargs)
         taken = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if func in _LIFTS:
+            taken = []
         for tensor in taken:
-            self._see(tensor, counts=existing)
+            self._see(tensor, counts=self._count_existing)
         result = func(*args, **kwargs)
         for tensor in (*taken, *(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))):
             self._see(tensor, counts=True)
@@ -129,7 +135,13 @@ class StepMemory(Record):
     """Storages of the gradients that the backward leaves for the inputs; some of them may be those of the outputs."""
 
 
-def count_step(call: Call, *, train: bool, called_again: bool = False) -> StepMemory:
+def count_step(
+    call: Call,
+    *,
+    train: bool,
+    called_again: bool = False,
+    followed: tuple[AbstractContextManager[Any], AbstractContextManager[Any]] = (nullcontext(), nullcontext()),
+) -> StepMemory:
     """Run a step once, forward and backward, and count what it takes.
 
     It runs where its tensors are, on fake tensors too. Gradients of the parameters are there from before, as they are
@@ -139,6 +151,7 @@ def count_step(call: Call, *, train: bool, called_again: bool = False) -> StepMe
         call: the step.
         train: whether it runs backward too.
         called_again: whether a later call uses the same parameters, so that autograd adds up two gradients of each.
+        followed: modes that the forward and the backward run under.
     """
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     gradients: list[Tensor] = []
@@ -147,7 +160,7 @@ def count_step(call: Call, *, train: bool, called_again: bool = False) -> StepMe
     with _modes_of(call, leaves), _gradients_present(parameters), adding, torch.set_grad_enabled(train):
         given = [map_tensors(lambda t: _Given.apply(t, gradients.append), leaf) for leaf in leaves]  # type: ignore[no-untyped-call]
         counter = MemoryCounter()
-        with counter:
+        with counter, followed[0]:
             output = _run(call, *pytree.tree_unflatten(given, spec))
         forward_peak = counter.peak_bytes - counter.live_bytes
         apart = {storage._cdata for _, tensor in tensors_in(given) for storage in storages_of(tensor)}
@@ -162,7 +175,7 @@ def count_step(call: Call, *, train: bool, called_again: bool = False) -> StepMe
         saved = counter.live_bytes
         counter.mark()
         gradient = torch.ones_like(end)
-        with counter:
+        with counter, followed[1]:
             torch.autograd.backward(end, gradient)
     return StepMemory(
         output_bytes=output_bytes,

@@ -128,6 +128,9 @@ def test_meta_and_fake_tensors_count_like_real_ones():
     with FakeTensorMode(), MemoryCounter() as counter:
         kept = floats() * 2
         assert (counter.live_bytes, counter.peak_bytes) == (KB, 2 * KB)
+    with FakeTensorMode(), MemoryCounter() as counter:
+        kept = torch.tensor([1.0, 2.0])
+        assert (counter.live_bytes, counter.peak_bytes) == (8, 8)
     del kept
 
 
