@@ -78,6 +78,9 @@ REFUSED = """
 
 A cache that units fill (a key-value cache) is new for every call of a pipeline and does not come out of it; a placed model
 returns it as ever. The entries of such a cache lie on the devices of their units.
+
+Devices in a pipeline: one that a tensor told (`device=x.device`) is that of its stage, and so is any other on which the forward
+makes new tensors. A move to the CPU that the forward names itself (`x.cpu()`, `x.to("cpu")`, `x.to(torch.device("cpu"))`) is one.
 """
 
 
