@@ -16,7 +16,7 @@ from shardwright.profiler.capture import captures_of
 ROOT = Path(__file__).parents[1]
 HEAD = """# Models that were tried
 
-Written by `python docs/models.py` (torch {torch}, {date}). Each model of [tests/zoo.py](../tests/zoo.py) is a small random
+Written by `python docs/models.py` (torch {torch}, {date}). Each model of [tests/zoo](../tests/zoo) is a small random
 configuration, called as its library's users call it, with no change. `tests/test_zoo.py` holds that each one's capture,
 replayed on a second input with other values, is the model; that a plan over four devices places it with equal outputs on
 simulated devices; and that, where it trains, loss and gradients placed over two devices are its own.
