@@ -1,6 +1,6 @@
 """How well memory is predicted: the peak that the plan states for one device, and the peak counted in a real step.
 
-The models are those of tests/zoo.py whose libraries are installed. The step is the unplaced model's own: forward, loss,
+The models are those of tests/zoo whose libraries are installed. The step is the unplaced model's own: forward, loss,
 backward of each micro-batch, then the optimizer, with gradients present from a step before. What is live before the
 step (weights, gradients, optimizer state, inputs) is counted by storage, the rest by a MemoryCounter.
 
@@ -31,11 +31,11 @@ WITHIN_PERCENT = 3.0
 
 
 def load_zoo(batch):
-    """The registry in tests/zoo.py, with batches of so many samples."""
+    """The registry in tests/zoo, with batches of so many samples."""
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
     import zoo
 
-    zoo.BATCH = batch
+    zoo.resize(batch)
     cloudpickle.register_pickle_by_value(zoo)  # the worker cannot import it
     return zoo.ZOO
 
@@ -76,7 +76,7 @@ def predicted_peak(model, args, kwargs, microbatches, optimizer):
 def main() -> None:
     """Print one row a model and number of micro-batches, and how many are within the aim."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--models", default="", help="names in tests/zoo.py; all that can be trained by default")
+    parser.add_argument("--models", default="", help="names in tests/zoo; all that can be trained by default")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--microbatches", default="1,4")
     parser.add_argument("--optimizer", default="adam")

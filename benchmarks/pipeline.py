@@ -53,14 +53,8 @@ def made(name: str, samples: int = SAMPLES) -> tuple[nn.Module, tuple[Any, ...],
     import zoo
 
     cloudpickle.register_pickle_by_value(zoo)  # the workers cannot import it
-    zoo.BATCH = samples
-    zoo._SIZE.update(hidden_size=WIDTH, intermediate_size=4 * WIDTH)
-    for sizes in (zoo._TEXT, zoo._GROUPED, zoo._VISION):
-        sizes.update(zoo._SIZE)
-    zoo._SEQ2SEQ.update(d_model=WIDTH, encoder_ffn_dim=4 * WIDTH, decoder_ffn_dim=4 * WIDTH)
-    zoo._ids.__defaults__ = (TOKENS,)
     # Each sample is padded: where a micro-batch has no padding, forwards go another way than with the whole batch.
-    zoo._mask = lambda length=TOKENS: (torch.arange(length) < length - 1).long().expand(samples, length).clone()
+    zoo.resize(samples, width=WIDTH, tokens=TOKENS, padded="each")
     torch.manual_seed(0)
     return zoo.ZOO[name].make()
 

@@ -16,7 +16,7 @@ from shardwright.profiler.capture import captures_of
 ROOT = Path(__file__).parents[1]
 HEAD = """# Models that were tried
 
-Written by `python docs/models.py` (torch {torch}, {date}). Each model of [tests/zoo.py](../tests/zoo.py) is a small random
+Written by `python docs/models.py` (torch {torch}, {date}). Each model of [tests/zoo](../tests/zoo) is a small random
 configuration, called as its library's users call it, with no change. `tests/test_zoo.py` holds that each one's capture,
 replayed on a second input with other values, is the model; that a plan over four devices places it with equal outputs on
 simulated devices; and that, where it trains, loss and gradients placed over two devices are its own.
@@ -78,6 +78,9 @@ REFUSED = """
 
 A cache that units fill (a key-value cache) is new for every call of a pipeline and does not come out of it; a placed model
 returns it as ever. The entries of such a cache lie on the devices of their units.
+
+Devices in a pipeline: one that a tensor told (`device=x.device`) is that of its stage, and so is any other on which the forward
+makes new tensors. A move to the CPU that the forward names itself (`x.cpu()`, `x.to("cpu")`, `x.to(torch.device("cpu"))`) is one.
 """
 
 

@@ -244,9 +244,21 @@ def _other_path(captures: Mapping[int, UnitGraph]) -> str:
             whole, part = next((a, b) for a, b in pairs if a != b)
             return (
                 f"the forward takes another path at {count} micro-batches: {part[0]} where the whole batch has "
-                f"{whole[0]}; profile with --microbatches 1"
+                f"{whole[0]}; {_remedy(captures[1].guards, captures[count].guards)}profile with --microbatches 1"
             )
     return ""
+
+
+def _remedy(whole: Sequence[str], part: Sequence[str]) -> str:
+    """What to do where the two paths part at a number that is read from a mask or from indices; else nothing."""
+    differing = next(((a, b) for a, b in zip(whole, part, strict=False) if a != b), None)
+    if differing is None:
+        return ""
+    before, now = differing[0].rpartition(" gives ")[2], differing[1]
+    return (
+        f"{now} for the first of them, and {before} for all samples together: give sample inputs that decide "
+        "this alike in every sample, such as a mask with padding in each of them or in none, or "
+    )
 
 
 def _path(capture: UnitGraph) -> list[tuple[str, str]]:

@@ -30,6 +30,7 @@ from shardwright.profiler.inside import READS_BACK, UnitWatcher, follows
 from shardwright.profiler.memory import storages_of
 from shardwright.profiler.operations import Operation, OperationRecorder, decides_by_values
 from shardwright.profiler.structure import tensors_in
+from shardwright.profiler.told_devices import ToldDevices
 from shardwright.profiler.unitgraph import (
     ApplyFunction,
     Call,
@@ -103,6 +104,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
         self.saved_storages: dict[int, torch.UntypedStorage] = {}
         self.savers: dict[int, Step] = {}
         self.versions: list[tuple[Tensor, int | Tensor]] = []
+        self.devices = ToldDevices()
 
     # Running
 
@@ -159,6 +161,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
         kwargs = kwargs or {}
         if self.depth:
             result = func(*args, **kwargs)
+            self.devices.note(func, args, result)
             self._called_inside(func, args, kwargs, result)
             return result
         if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -191,7 +194,10 @@ class Recorder(UnitWatcher, TorchFunctionMode):
             if getattr(func, "__name__", "") in READS_BACK:
                 self.reads_numbers = True
                 self._read_back(func, args, kwargs, read, result)
+            self.devices.note(func, args, result)
             return result  # a query: a size, a dtype, a number
+        here = itertools.chain(self.model.parameters(), self.model.buffers(), self.tensors.values())
+        made_by, kwargs = self.devices.meant(func, made_by, kwargs, here)
         context = self._context()
         step.call = Call(target, self._snapshot(made_by), self._snapshot(kwargs), context)
         step.node = self._node(target, made_by, kwargs, step, context)

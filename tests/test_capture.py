@@ -1,5 +1,6 @@
 """Captures at several numbers of micro-batches: where arithmetic of one form may be computed once, and where not."""
 
+import re
 from itertools import pairwise
 from typing import ClassVar
 
@@ -153,3 +154,49 @@ def test_tables_that_a_model_keeps_are_right(echoes):
     assert echoes == [(4, True), (8, True)]
     assert len(Tabled.tables) == 3 * len(COUNTS)
     assert all(bool((table == factor).all()) for (factor, _), table in Tabled.tables.items())
+
+
+class Masked(Stack):
+    """Skips a mask that has no holes, as most libraries do."""
+
+    def forward(self, x, mask):
+        """Every layer, of what the mask leaves."""
+        for layer in self.layers:
+            x = layer(x) if mask.all() else layer(x) * mask
+        return x
+
+
+def test_padding_in_some_samples_is_told_with_its_remedy():
+    """A micro-batch without padding goes another way than the whole batch; padding in each sample is one path."""
+    model, x = Masked(lambda: nn.Linear(WIDTH, WIDTH)), torch.randn(8, WIDTH)
+    mask = torch.ones(8, WIDTH, dtype=torch.bool)
+    mask[-1, -1] = False
+    captures, why = captures_of(model, (x, mask), {}, COUNTS, devices=2, train=True, strict=False)
+    assert list(captures) == [1]
+    where = r"__bool__ at test_capture.py:\d+:\d+ gives "
+    assert re.search(
+        rf"another path at \d micro-batches: .*; {where}True for the first of them, and False for all", why
+    )
+    assert "such as a mask with padding in each of them or in none, or profile with --microbatches 1" in why
+    mask[:, -1] = False
+    assert [*captures_of(model, (x, mask), {}, COUNTS, devices=2, train=True, strict=False)[0]] == [*COUNTS]
+
+
+def test_another_path_for_another_reason_is_told_without_it():
+    """Where the number of samples decides, no mask would help."""
+
+    class BySize(Stack):
+        def forward(self, x):
+            x = super().forward(x)
+            return x * 2 if len(x) > 4 else x
+
+    _, why = captures_of(
+        BySize(lambda: nn.Linear(WIDTH, WIDTH)),
+        (torch.randn(8, WIDTH),),
+        {},
+        COUNTS,
+        devices=2,
+        train=True,
+        strict=False,
+    )
+    assert re.fullmatch(r"the forward takes another path at \d micro-batches: .* has mul\w*; profile with .*", why)

@@ -7,8 +7,10 @@ from torch import nn
 
 import shardwright as sw
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.shapes import shapes_only
 from shardwright.profiler.trace import trace
 from shardwright.sharder.runtime.cut import cut
+from shardwright.sharder.runtime.sim import Simulated, on_host, parameters_may_move, sim_device
 
 
 class Skips(nn.Module):
@@ -82,6 +84,51 @@ def test_a_strided_tensor_is_sent_dense(captured_profile):
     first, second = cut(trace(model, (x,)), plan)
     assert all(value.is_contiguous() for value in first.module()(x))
     assert torch.equal(through([first, second], (x,))[0], model(x))
+
+
+class Named(nn.Module):
+    """Lengths that have to be on the CPU, in every way to say it, and tensors that are to be beside others."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+    def forward(self, x):
+        x = self.layer(x)
+        cpu = torch.device("cpu")
+        meant = [x.to(cpu), x.to(device=torch.device("cpu", 0), dtype=torch.float64), x.to("cpu"), x.cpu()]
+        beside = [
+            (x + 1).to(x.device),
+            x.to(device=self.device),
+            x.to(torch.device(x.device)),
+            torch.arange(4, device=x.device) + x,
+            torch.zeros(4, device=cpu) + x,
+        ]
+        return meant, beside
+
+
+@pytest.mark.parametrize("on_shapes", [False, True])
+def test_a_cpu_that_is_meant_stays_the_cpu(captured_profile, on_shapes):
+    """A stage on another device moves there what the forward moves there; what its tensors told is its own device."""
+    model, x = Named(), torch.randn(4, 4)
+    plan = sw.plan(captured_profile(model, (x,)), microbatches=1)
+    if on_shapes:
+        with shapes_only(model, (x,), {}) as (args, kwargs):
+            capture = trace(model, args, kwargs)
+        (program,) = cut(capture, plan)
+        program = program.calling({"layer": model.layer})
+    else:
+        (program,) = cut(trace(model, (x,)), plan)
+    expected = [t for made in model(x) for t in made]
+    with Simulated(), parameters_may_move(), torch.no_grad():
+        device = sim_device(0)
+        found = program.module(device).to(device)(x.to(device))
+        assert [t.device.type for t in found] == ["cpu"] * 4 + ["sim"] * 5
+        assert all(torch.equal(on_host(a), b) for a, b in zip(found, expected, strict=True))
 
 
 def test_a_capture_with_other_steps_is_refused(captured_profile):

@@ -1,6 +1,7 @@
 """Stages computed anew in the backward: the model's gradients, the same random numbers, statistics updated once."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -128,6 +129,65 @@ def test_masks_are_those_of_a_dropout_that_begins_later(piped):
         torch.testing.assert_close(placed[3][0].bias.grad, kept.sum(0))
 
 
+BEGUN, DREW = threading.Event(), threading.Event()
+MEETING_S = 0.1
+"""Two stages that compute at the same time have met by then; where one waits for its turn this passes by."""
+
+
+class Early(nn.Module):
+    """Drops nothing at first; later it does, while the next stage draws if it can."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.rate = nn.Linear(WIDTH, WIDTH), 0.0
+
+    def forward(self, x):
+        if self.rate:
+            BEGUN.wait(MEETING_S)
+        x = F.dropout(self.layer(x), self.rate, self.training)
+        DREW.set()
+        return x
+
+
+class Halves(nn.Module):
+    """Draws one half of a mask, and the other when the stage before has drawn."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.waits = nn.Parameter(torch.rand(WIDTH) + 0.5), False
+
+    def forward(self, x):
+        DREW.clear()
+        first = torch.rand(len(x), WIDTH // 2)
+        BEGUN.set()
+        if self.waits:
+            DREW.wait(MEETING_S)
+        mask = torch.cat([first, torch.rand(len(x), WIDTH // 2)], dim=1)
+        BEGUN.clear()
+        return torch.ones_like(x) * self.weight * mask + 0 * x
+
+
+def test_a_stage_that_begins_to_draw_takes_turns_from_then_on(captured_profile):
+    """One that keeps its activations, and drew nothing in the first step, leaves the other's numbers alone later."""
+    model, x = nn.Sequential(Early(), Halves()), torch.rand(BATCH, WIDTH)
+    plan = sw.plan(
+        captured_profile(model, (x,), microbatches=(1, 4)),
+        microbatches=4,
+        recompute="always",
+        pins={"0": "cpu:0", "1": "cpu:1"},
+    )
+    stages = [plan.stages[0].model_copy(update={"recompute": False}), plan.stages[1]]
+    placed = sw.place(model, plan.model_copy(update={"stages": tuple(stages)}), microbatches=4)
+    placed(x).sum().backward()
+    placed[0].rate, placed[1].waits = 0.5, True
+    for _ in range(2):
+        placed.zero_grad()
+        output = placed(x)
+        output.sum().backward()
+        expected = (output.sum(0) / placed[1].weight).detach()
+        torch.testing.assert_close(placed[1].weight.grad, expected)
+
+
 class Normalised(nn.Module):
     """Batch statistics of a module, and of the forward itself."""
 
@@ -166,6 +226,40 @@ def test_a_buffer_that_the_forward_changes_is_refused_by_name():
     stage = RecomputedStage(nn.Sequential(nn.Linear(WIDTH, WIDTH), Counted()), 1, torch.device("cpu"))
     with pytest.raises(ShardwrightError, match=r"stage 1 on cpu changes its buffer 1\.calls .*recompute='never'"):
         stage(torch.randn(2, WIDTH))
+
+
+class Codes(nn.Module):
+    """Changes a buffer past autograd's counter, after it was read or without ever reading it."""
+
+    def __init__(self, *, reads):
+        super().__init__()
+        self.layer, self.reads = nn.Linear(WIDTH, WIDTH), reads
+        self.register_buffer("codes", torch.ones(WIDTH))
+
+    def forward(self, x):
+        made = self.layer(x) * (self.codes.clone() if self.reads else 1)
+        self.codes.data.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        return made
+
+
+def test_a_buffer_that_changes_unseen_is_refused_where_it_is_read():
+    """As the codes of a quantisation that follow their means: the second forward would read later ones."""
+    stage = RecomputedStage(Codes(reads=True), 1, torch.device("cpu"))
+    with pytest.raises(ShardwrightError, match=r"stage 1 on cpu changes its buffer codes .*recompute='never'"):
+        stage(torch.randn(2, WIDTH))
+
+
+def test_a_buffer_that_changes_unseen_and_is_not_read_is_updated_once(piped):
+    """Of each micro-batch, and the gradients are the model's."""
+    model, x = nn.Sequential(*[Codes(reads=False) for _ in range(4)]), torch.randn(BATCH, WIDTH)
+    placed = piped(model, x)
+    for _ in range(2):
+        placed(x).pow(2).sum().backward()
+        for piece in x.split(BATCH // 4):
+            model(piece).pow(2).sum().backward()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(placed.state_dict()[key], value)
+    torch.testing.assert_close(*[[p.grad for p in one.parameters()] for one in (placed, model)], rtol=1e-4, atol=1e-4)
 
 
 def test_an_input_that_the_forward_changes_is_refused():

@@ -209,6 +209,7 @@ def test_the_record(chain_profile):
     assert Plan.model_validate_json(found.model_dump_json()) == found
     first = found.first_replica
     assert (first.devices, first.microbatches, first.replicas) == (("cpu:0", "cpu:1"), 2, 1)
+    assert (first.batch, found.batch) == (found.batch // 2, profile.batch)
     assert found.placement()["net.u7"] == "cpu:1"
 
 

@@ -253,6 +253,31 @@ def test_a_pipeline_trains_as_the_model_does(workers, captured_profile, kind, st
         assert values <= state  # of the other stages nothing is kept
 
 
+def interfaces(kind, plan, given):
+    """In a rank: ``GLOO_SOCKET_IFNAME`` where the engine's groups are made, after it, and after a refusal."""
+    name, seen, made_by_us = "GLOO_SOCKET_IFNAME", [], dist.new_group
+    os.environ.pop(name, None)
+    os.environ |= {name: given} if given else {}
+    dist.new_group = lambda *args, **options: (seen.append(os.environ.get(name)), made_by_us(*args, **options))[1]
+    try:
+        made_pipe(kind, plan).close()
+    finally:
+        dist.new_group = made_by_us
+    after = os.environ.get(name)
+    with pytest.raises(sw.ShardwrightError):
+        made_pipe(Chain, plan)
+    return {*seen}, after, os.environ.get(name)
+
+
+@pytest.mark.parametrize("given", ["lo", None])
+def test_the_interface_is_the_script_s_again(workers, captured_profile, given):
+    """All groups, those of tied weights too, are made over the chosen one; then the variable is as it was."""
+    if sys.platform != "linux":
+        pytest.skip("other systems call loopback otherwise")
+    plan = planned(captured_profile, Language, 2)
+    assert on_ranks(workers, 2, interfaces, Language, plan, given) == [({"lo"}, given, given)] * 2
+
+
 def hosted(function, *args):
     """In a rank whose stages exchange through the host's memory, as those of a plan over kinds of devices do."""
     from shardwright.sharder.runtime import ranks

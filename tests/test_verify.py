@@ -136,3 +136,28 @@ def test_what_a_forward_changes_is_put_back(captured_profile):
     assert sw.verify(model, plan, (x,))
     assert torch.equal(model.calls, before)
     assert torch.equal(x, torch.ones(2, 2))
+
+
+def test_of_replicas_the_first_is_replayed_with_its_part(captured_profile):
+    """Half of the samples cross, and half of them reach the model, in which all that is not divided is whole."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
+
+        def forward(self, x, *, scale):
+            seen.append((len(x), len(scale)))
+            return self.layers(x) * scale
+
+    seen = []
+    model, x, scale = Scaled(), torch.randn(8, 4), torch.rand(4)
+    devices = [f"cpu:{i}" for i in range(4)]
+    profile = captured_profile(model, (x,), {"scale": scale}, devices=devices, microbatches=(1, 4))
+    plan = sw.plan(profile, microbatches=4, replicas=2)
+    assert (plan.replicas, plan.depth) == (2, 2)
+    seen.clear()
+    check = sw.verify(model, plan, (x,), {"scale": scale})
+    assert check
+    assert set(seen) == {(4, 4)}
+    assert check.transfer_bytes == 4 * 4 * 4 + 4 * 4  # one activation of four samples and the scale, in float32

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from shardwright.files import Document, Record
 from shardwright.profiler.profile import NodeKind, TensorSpec
+from shardwright.sharder.planning.consistency import fault_of
 
 __all__ = [
     "WORTHWHILE",
@@ -359,6 +368,21 @@ class Plan(Document):
     sensitivity: Sensitivity | None = None
     """None where the profile does not say how sure its times are."""
 
+    @model_validator(mode="after")
+    def _holds_together(self) -> Self:
+        fault = fault_of(self)
+        if fault is not None:
+            raise ValueError(fault)
+        return self
+
+    @classmethod
+    def fault(cls, error: ValidationError, content: Any) -> str:
+        """The first thing that is wrong with a file: a damaged field, or what :func:`fault_of` finds."""
+        first = error.errors()[0]
+        if first["type"] == "value_error" and not first["loc"]:
+            return f"contradicts itself: {first['ctx']['error']}, or make the plan again"
+        return super().fault(error, content)
+
     @property
     def of_model(self) -> bool:
         """Whether it is the plan of a model, which can be placed, and not of costs from elsewhere."""
@@ -399,11 +423,22 @@ class Plan(Document):
     def first_replica(self) -> Plan:
         """The pipeline of the first replica with its micro-batches: the others differ from it in their devices only.
 
-        Predictions stay those of the whole.
+        Its batch is that replica's part. Predictions stay those of the whole.
         """
+        part = self.batch // self.replicas
         stages = tuple(stage.model_copy(update={"replica_devices": ()}) for stage in self.stages)
+        inputs = tuple(
+            spec.model_copy(update={"shape": (part, *spec.shape[1:])}) if spec.shape[:1] == (self.batch,) else spec
+            for spec in self.inputs
+        )
         return self.model_copy(
-            update={"stages": stages, "replicas": 1, "microbatches": self.microbatches // self.replicas}
+            update={
+                "stages": stages,
+                "replicas": 1,
+                "microbatches": self.pipeline_microbatches,
+                "batch": part,
+                "inputs": inputs,
+            }
         )
 
     def memory(self) -> dict[str, int]:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import ipaddress
 import socket
 import struct
-from collections.abc import Mapping, MutableMapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from shardwright.errors import ShardwrightError
@@ -23,7 +23,10 @@ from shardwright.profiler.pool import loopback_interface
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.hosted import is_hosted
 
-__all__ = ["Place", "choose_interface", "device_order", "interface_towards", "place_of"]
+__all__ = ["Place", "choose_interface", "device_order", "interface_put_back", "interface_towards", "place_of"]
+
+_INTERFACE = "GLOO_SOCKET_IFNAME"
+"""gloo reads it whenever a process group is made."""
 
 _ADDRESS_OF = 0x8915
 """SIOCGIFADDR, see netdevice(7)."""
@@ -154,7 +157,7 @@ def choose_interface(environment: MutableMapping[str, str]) -> None:
             address is that of loopback, as a machine's own name often is.
     """
     address = environment.get("MASTER_ADDR", "")
-    if named := environment.get("GLOO_SOCKET_IFNAME", ""):
+    if named := environment.get(_INTERFACE, ""):
         here = [name for _, name in socket.if_nameindex()]
         absent = [name for name in named.split(",") if name not in here]
         if absent:
@@ -170,7 +173,23 @@ def choose_interface(environment: MutableMapping[str, str]) -> None:
                 f"{address} is a name of loopback on {socket.gethostname()}, which other nodes cannot reach: give "
                 "--master-addr as the address that they use, or name the interface in GLOO_SOCKET_IFNAME"
             )
-        environment["GLOO_SOCKET_IFNAME"] = found
+        environment[_INTERFACE] = found
+
+
+@contextmanager
+def interface_put_back(environment: MutableMapping[str, str]) -> Iterator[None]:
+    """Make process groups in this block over the interface that is chosen there; the variable is the script's again.
+
+    What the script makes later, or the processes that it starts, take the interface that they would have taken.
+    """
+    before = environment.get(_INTERFACE)
+    try:
+        yield
+    finally:
+        if before is None:
+            environment.pop(_INTERFACE, None)
+        else:
+            environment[_INTERFACE] = before
 
 
 def _is_loopback(address: str) -> bool:

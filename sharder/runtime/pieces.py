@@ -57,21 +57,21 @@ class Stage:
         graph.lint()
         units = {name: held for name, held in program.attributes.items() if not isinstance(held, Tensor)}
         self._run = fx.GraphModule(units, graph).forward  # called as a module it would cut off tracebacks
-        self._turns = Turns(device, shared=True) if in_turn else None
+        modules = {name: module for name, module in units.items() if isinstance(module, nn.Module)}
+        self._turns = Turns(device, shared=True, modules=modules.values()) if in_turn else None
         self._anew: Recomputation | None = None
         if program.recompute:
             named = {str(i.target): get for i, get in zip(read, self._attributes, strict=True)}
             named = {name: get for name, get in named.items() if not isinstance(get(), nn.Parameter)}
             self._anew = Recomputation(
                 f"stage {program.index} on {device}",
-                {name: module for name, module in units.items() if isinstance(module, nn.Module)},
+                modules,
                 Turns(device, shared=False),
                 lambda: {name: get() for name, get in named.items()},
             )
         self._holders = [
             (inner._parameters, name)
-            for module in units.values()
-            if isinstance(module, nn.Module)
+            for module in modules.values()
             for inner in module.modules()
             for name in inner._parameters
         ]

@@ -22,6 +22,7 @@ from shardwright.sharder.runtime.calls import settle
 from shardwright.sharder.runtime.check import check_model
 from shardwright.sharder.runtime.checkpoint import Checkpoint
 from shardwright.sharder.runtime.forwards import InstanceForward
+from shardwright.sharder.runtime.graph_copies import forget_copies, keep_in_copies
 from shardwright.sharder.runtime.hooks import MoveInputs, UnitForward, has_hooks
 from shardwright.sharder.runtime.inprocess import check_threads, pipe
 from shardwright.sharder.runtime.lending import Borrow, Return
@@ -46,7 +47,8 @@ def place(
     on the device of the inputs. Beside inputs on an accelerator, whole numbers in one dimension stay on the CPU, where
     PyTorch wants the lengths of sequences. A parameter that units on several devices share stays one tensor, on the
     device of the first of them, and is brought to the others for their calls. :func:`unplace` undoes it all. A model
-    that was placed already is placed anew.
+    that was placed already is placed anew. Deep copies and pickles are placed too, but an ``fx.GraphModule`` cannot be
+    pickled while it is placed.
 
     Hooks on the model see the tensors that the caller gives and gets. Hooks on a unit see its arguments beside its
     parameters, also hooks that are added later: from the next call of the model on, or of the part that was placed.
@@ -81,6 +83,7 @@ def place(
     elsewhere = any(origin != homes[plan.stages[0].device] for origin in origins.values())
     if set(homes.values()) != {cpu} or plan.offloaded or elsewhere:  # else one torch device: nothing can cross
         _hook(model, plan, homes, origins)
+    keep_in_copies(model)
     return model
 
 
@@ -150,6 +153,7 @@ def _hook(model: nn.Module, plan: Plan, homes: dict[str, torch.device], origins:
 def unplace(model: nn.Module) -> nn.Module:
     """Remove everything that :func:`place` added, and move the model back to where it came from."""
     settle()  # a call that was broken off may still hold copies of parameters
+    forget_copies(model)
     origins: dict[int, torch.device] = {}
     for module, hooks, key in list(placement_hooks(model)):
         hook = hooks.pop(key)

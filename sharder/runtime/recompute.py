@@ -8,7 +8,8 @@
   state knows no such turns.
 - Batch statistics are updated by the first forward alone: what the second one does to them is undone.
 - A stage that changes anything else that it reads, an input or a buffer, would compute something else the second time:
-  it is refused by name in the first forward.
+  it is refused by name in the first forward. What changes without autograd's knowledge is found there too, by values;
+  whether the stage reads it is found by computing once more. What begins to change so later is not found.
 
 Without gradients nothing is kept anyway, and the stage computes as it is.
 """
@@ -16,7 +17,7 @@ Without gradients nothing is kept anyway, and the stage computes as it is.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.equality import same_values
+from shardwright.profiler.equality import relative_difference, same_values, tolerance
+from shardwright.profiler.structure import tensors_in
 from shardwright.sharder.runtime.randomness import RandomState
 
 __all__ = ["Recomputation", "RecomputedStage", "Turns"]
@@ -39,17 +41,24 @@ class Turns:
     Args:
         device: whose generator the stage draws from, beside the CPU's.
         shared: whether other stages compute in this process. The first turn then tells whether the stage draws at all;
-            one that does not needs no turn any more.
+            one that does not needs no turn any more, until a number that its modules hold has changed, such as a
+            dropout's rate. What it draws for other reasons, and not in that turn, is not foreseen.
+        modules: that compute in it.
     """
 
-    def __init__(self, device: torch.device, *, shared: bool) -> None:
+    def __init__(self, device: torch.device, *, shared: bool, modules: Iterable[nn.Module] = ()) -> None:
         self.device = device
         self.draws = True
         self._known = not shared
+        self._held = [vars(inner) for module in modules for inner in module.modules()]
+        self._numbers: list[float] = []
 
     @contextmanager
     def taken(self) -> Iterator[RandomState | None]:
         """A turn, with the state in which it begins; None for a stage that draws nothing."""
+        numbers = [value for held in self._held for value in held.values() if type(value) in (int, float)]
+        if numbers != self._numbers:
+            self.draws, self._known, self._numbers = True, False, numbers
         if not self.draws:
             yield None
             return
@@ -103,9 +112,10 @@ class Recomputation:
                 preserve_rng_state=False,
                 context_fn=lambda: (nullcontext(), again),
             )
-        self._refuse_changes(inputs, buffers, *versions)
-        if self._silent is None:
-            self._silent = {name for name, t in buffers.items() if not same_values(before[name], t)}
+            self._refuse_changes(inputs, buffers, *versions)
+            if self._silent is None:
+                self._silent = {name for name, t in buffers.items() if not same_values(before[name], t)}
+                self._refuse_read(run, inputs, made, again)
         return made
 
     def _buffers(self) -> dict[str, Tensor]:
@@ -134,10 +144,23 @@ class Recomputation:
             *(f"buffer {name}" for name, t in buffers.items() if t._version != held[name]),
         ]
         if changed:
-            raise ShardwrightError(
-                f"{self.name} changes its {changed[0]} in its forward, so that computing it anew in the backward would "
-                "give something else: plan with recompute='never' (--recompute never)"
-            )
+            raise self._refusal(changed[0])
+
+    def _refuse_read(self, run: Callable[..., Any], inputs: Sequence[Tensor], made: Any, again: _Again) -> None:
+        """Refuse what changes silently where the results show that it is read, unlike the statistics of a norm."""
+        if not self._silent:
+            return
+        with again, torch.no_grad():
+            repeated = run(*inputs)
+        pairs = zip(tensors_in(made), tensors_in(repeated), strict=True)
+        if any(relative_difference(one, other) > tolerance(one.dtype) for (_, one), (_, other) in pairs):
+            raise self._refusal(f"buffer {min(self._silent)}")
+
+    def _refusal(self, what: str) -> ShardwrightError:
+        return ShardwrightError(
+            f"{self.name} changes its {what} in its forward, so that computing it anew in the backward would give "
+            "something else: plan with recompute='never' (--recompute never)"
+        )
 
 
 class _Again:

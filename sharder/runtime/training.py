@@ -6,6 +6,7 @@ the loss, the optimizer and the loop are the user's.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,7 @@ from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.batches import BatchForm, Division, fingerprint, pieces_of
 from shardwright.sharder.runtime.check import check_can_be_piped, check_inputs, check_model
 from shardwright.sharder.runtime.engine import SharedGradients
+from shardwright.sharder.runtime.nodes import interface_put_back
 from shardwright.sharder.runtime.randomness import OwnNumbers
 from shardwright.sharder.runtime.ranks import Ranks
 from shardwright.sharder.runtime.replicas import ReplicaGradients
@@ -81,14 +83,15 @@ def pipeline(
         check_inputs(plan, args, kwargs)
         check_can_be_piped(plan, model)
 
-    ranks = Ranks(plan, timeout_s, ready)
-    with ranks.failing_together():
-        ranks.pin()
-        ranks.agree("a plan", plan.model_dump_json(), "make the plan once and have each rank load its file")
-        if ranks.hosted:
-            remedy = "enter torch.autocast for each kind of the plan's devices, with one dtype, or for none"
-            ranks.agree("an autocast dtype", str(_autocast(ranks.device)), remedy)
-        return Pipe(model, plan, args, kwargs, ranks, loss, reduction)
+    with interface_put_back(os.environ):
+        ranks = Ranks(plan, timeout_s, ready)
+        with ranks.failing_together():
+            ranks.pin()
+            ranks.agree("a plan", plan.model_dump_json(), "make the plan once and have each rank load its file")
+            if ranks.hosted:
+                remedy = "enter torch.autocast for each kind of the plan's devices, with one dtype, or for none"
+                ranks.agree("an autocast dtype", str(_autocast(ranks.device)), remedy)
+            return Pipe(model, plan, args, kwargs, ranks, loss, reduction)
 
 
 class Pipe:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.devices import find_devices
 from shardwright.profiler.equality import relative_difference, tolerance
-from shardwright.profiler.inputs import outputs_of
+from shardwright.profiler.inputs import is_batched, outputs_of
 from shardwright.profiler.placed import placement_hooks
 from shardwright.profiler.pool import Pool
 from shardwright.profiler.structure import map_tensors, tensors_in
@@ -91,7 +91,7 @@ def verify(model: nn.Module, plan: Plan, args: tuple[Any, ...] = (), kwargs: Map
 
     A model that is not placed is placed for the replay; one that :func:`place` has placed is replayed with the hooks it
     has now. Either way the model is put back as it was afterwards. The replay is of inference; no GPU is needed. Of a
-    plan with replicas the first is replayed, which the others equal.
+    plan with replicas the first is replayed with its part of the batch, which the others equal.
 
     Raises:
         ShardwrightError: the plan is for another model or other inputs, or the forward itself fails.
@@ -102,7 +102,18 @@ def verify(model: nn.Module, plan: Plan, args: tuple[Any, ...] = (), kwargs: Map
     check_values(model)
     _check_dense(model, args, kwargs)
     replay = _verified_apart if torch.cuda.is_available() else _verified
-    return replay(model, plan.first_replica, args, kwargs)
+    return replay(model, plan.first_replica, *_first_part(plan, args, kwargs))
+
+
+def _first_part(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The inputs of the first replica, as views: its samples, and all that is not divided."""
+    if plan.replicas == 1:
+        return args, kwargs
+    rows = plan.first_replica.batch
+    part: tuple[Any, dict[str, Any]] = map_tensors(
+        lambda tensor: tensor[:rows] if is_batched(tensor, plan.batch) else tensor, (args, kwargs)
+    )
+    return part
 
 
 def _check_dense(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
