@@ -48,10 +48,13 @@ from shardwright.sharder.runtime.pipeline import (
     weigh_stage,
 )
 
-__all__ = ["Session", "Split", "job_of"]
+__all__ = ["COPIES", "Session", "Split", "job_of"]
 
 HOST_LIMIT_S = 1800.0
 """What fits on no device is computed on the host once, which may take long."""
+
+COPIES = 3
+"""Of what goes to another process: as it is sent, as it arrives, and at work."""
 
 
 @dataclass(frozen=True)
@@ -165,9 +168,10 @@ class Session:
         return found
 
     def host_bytes(self, plan: Plan) -> tuple[int, int]:
-        """What a copy of the whole model takes in the host's memory, with its gradients in training; what is free."""
+        """What it takes to compute the whole model in a process of its own, in training with its gradients; what the
+        host has free."""
         tensors = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}.values()
-        needed = sum(t.nbytes * (1 + (plan.train and t.requires_grad)) for t in tensors)
+        needed = COPIES * sum(t.nbytes * (1 + (plan.train and t.requires_grad)) for t in tensors)
         return needed, free_host_bytes()
 
     def check_on_host(self, microbatches: int, output_places: tuple[int, ...], plan: Plan) -> Comparison:

@@ -24,7 +24,7 @@ from shardwright.sharder.runtime.cut import Instruction, whole_program
 from shardwright.sharder.runtime.engine import names_by_tensor
 from shardwright.sharder.runtime.pipeline import Comparison
 from shardwright.sharder.runtime.record import Equality
-from shardwright.sharder.runtime.session import Session, Split
+from shardwright.sharder.runtime.session import COPIES, Session, Split
 from shardwright.sharder.runtime.streaming import (
     begin_stream,
     end_stream,
@@ -40,8 +40,6 @@ __all__ = ["UnitByUnit"]
 
 OBSERVED_BYTES = 1 << 30
 """So much of what the stages make is looked at in one step, or one unit's."""
-COPIES = 3
-"""Of what passes between units, and of a unit beside its gradients: as it is sent, as it arrives, and at work."""
 
 
 class _Segment(NamedTuple):
