@@ -2,24 +2,29 @@
 
 import itertools
 import os
+from types import SimpleNamespace
 
+import cloudpickle
 import pytest
 import torch
 from torch import nn
+from zoo import ZOO
 
 import shardwright as sw
-from shardwright.profiler.inputs import outputs_of
+from shardwright.profiler.inputs import all_microbatches, outputs_of
 from shardwright.profiler.profile import Device
 from shardwright.profiler.trace import trace
+from shardwright.profiler.unitgraph import mean_square_loss
 from shardwright.profiler.worker import resident
 from shardwright.reports.run_report import equality
 from shardwright.sharder.runtime import run as run_module
 from shardwright.sharder.runtime import session as session_module
 from shardwright.sharder.runtime import unitwise
 from shardwright.sharder.runtime.check import units_of
-from shardwright.sharder.runtime.cut import cut
+from shardwright.sharder.runtime.cut import cut, whole_program
 from shardwright.sharder.runtime.gate import DifferenceError
 from shardwright.sharder.runtime.pipeline import Comparison
+from shardwright.sharder.runtime.resting import dropout_resting
 from shardwright.sharder.runtime.session import Session, Split
 from shardwright.sharder.runtime.unitwise import UnitByUnit
 
@@ -85,7 +90,7 @@ def plant(what, kind):
 def few_cores(monkeypatch):
     """Any number of workers, which share what cores there are."""
 
-    def found(names):
+    def found(names, beside=()):  # noqa: ARG001
         return tuple(Device(name=n, kind="cpu", description="", memory_bytes=10**10, cores=(core,)) for n in names)
 
     core = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
@@ -144,8 +149,9 @@ FAULTS = [
 @pytest.mark.parametrize(("fault", "told"), FAULTS, ids=[f"{what}-{kind}" for (_, what, kind), _ in FAULTS])
 def test_the_first_unit_that_differs_is_named(planted, fault, told):
     """With its stage, its device and both numbers, and after what the gate found; nothing is timed."""
-    numbers = r"differs from the unsharded model's by \d.* of its largest value; 1e-05 is allowed for torch.float32"
-    with pytest.raises(sw.ShardwrightError, match=rf"{numbers}; the first to differ is {told} {numbers}; nothing was"):
+    numbers = r"differs from the unsharded model's by \d.* of its largest value; {} is allowed for torch.float32"
+    gate, unit = numbers.format("1e-05"), numbers.format("(1e-05|0.001)")
+    with pytest.raises(sw.ShardwrightError, match=f"{gate}; the first to differ is {told} {unit}; nothing was timed"):
         planted(*fault)
 
 
@@ -207,7 +213,8 @@ def test_what_fits_nowhere_is_compared_unit_by_unit(captured_profile, monkeypatc
     run = sw.run(model, plan, (x,), steps=1, naive=False)
     assert run.equality.how == "unit by unit"
     assert run.equality.tensors == 4 + 12
-    assert run.equality.gradients <= run.equality.tolerance == 1e-5
+    assert run.equality.outputs <= 1e-5
+    assert run.equality.gradients <= run.equality.tolerance == 1e-3
     assert "compared a unit at a time" in equality(run)[1]
     checking = Session.check
 
@@ -233,15 +240,20 @@ class Here:
 
 def in_this_process(function, *args):
     """Call as a worker would, which has tensors and modules of its own."""
-    import cloudpickle
-
     resident["device"] = torch.device("cpu")
     return function(*cloudpickle.loads(cloudpickle.dumps(args)))
 
 
+class Decoder(nn.Module):
+    """Decodes by another module's weight."""
+
+    def forward(self, x, embedding):
+        return x @ embedding.weight.T
+
+
 class Tied(nn.Module):
-    """An embedding that is the head too and is read by glue, a frozen layer, a unit with two outputs, one of which is
-    kept for later, a layer that is called twice, batch statistics, and results that are changed in place."""
+    """An embedding that is the head too, is read by glue and handed to a unit, a frozen layer, a unit with two outputs,
+    a layer that is called twice, one under autocast, batch statistics, and results that are changed in place."""
 
     def __init__(self):
         super().__init__()
@@ -252,6 +264,8 @@ class Tied(nn.Module):
         self.norm = nn.BatchNorm1d(5)
         self.relu = nn.ReLU(inplace=True)
         self.drop = nn.Dropout(0.5)
+        self.cast = nn.Linear(8, 8)
+        self.decoder = Decoder()
         self.head = nn.Linear(8, 20, bias=False)
         self.head.weight = self.embed.weight
 
@@ -264,15 +278,15 @@ class Tied(nn.Module):
         z += y
         with torch.no_grad():
             scale = self.twice(x).abs().mean()
-        return self.head(z) + (y @ self.embed.weight.T).mean() * scale, last.transpose(0, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            z = z + self.cast(y)
+        return self.head(z) + self.decoder(z, self.embed) + (y @ self.embed.weight.T).mean() * scale, last.transpose(
+            0, 1
+        )
 
 
 def whole(model, args, count):
     """Outputs and gradients by PyTorch itself, dropout at rest."""
-    from shardwright.profiler.inputs import all_microbatches
-    from shardwright.profiler.unitgraph import mean_square_loss
-    from shardwright.sharder.runtime.resting import dropout_resting
-
     model.zero_grad()
     outputs = []
     with dropout_resting([model]):
@@ -286,7 +300,7 @@ def whole(model, args, count):
     return Comparison(outputs, gradients)
 
 
-@pytest.mark.parametrize("name", ["Tied", "NetList", "NetDict"])
+@pytest.mark.parametrize("name", ["Tied", "NetDict"])
 def test_a_unit_at_a_time_is_the_model(captured_profile, containers, name):
     """Outputs and every gradient are PyTorch's own of the whole model; and of each gradient that is another, and of
     each that is missing, the name is told."""
@@ -309,10 +323,10 @@ def test_a_unit_at_a_time_is_the_model(captured_profile, containers, name):
     found = compared(expected)
     assert max(found.outputs, found.gradients) <= 1e-5
     assert found.tensors == len(expected.outputs) + len(expected.gradients)
-    for wrong in itertools.islice(expected.gradients, 8):
+    for wrong in itertools.islice(expected.gradients, 3):
         names = dict(model.named_parameters(remove_duplicate=False))
         given = dict(expected.gradients)
-        given[wrong] = given[wrong] * 1.01 + 1e-4
+        given[wrong] = given[wrong] * 1.1 + 1e-3 * max(t.abs().max() for t in given.values())
         with pytest.raises(DifferenceError, match=rf"the gradient of {wrong} differs"):
             compared(Comparison(expected.outputs, given))
         given = {each: t for each, t in expected.gradients.items() if names[each] is not names[wrong]}
@@ -321,3 +335,24 @@ def test_a_unit_at_a_time_is_the_model(captured_profile, containers, name):
     other = [t + (number == 3) for number, t in enumerate(expected.outputs)]
     with pytest.raises(DifferenceError, match="output 3 differs"):
         compared(Comparison(other, expected.gradients))
+
+
+@pytest.mark.parametrize("name", ["bart", "perceiver", "t5", "swin", "monai_dynunet_deep"])
+def test_models_that_nobody_adapted(name):
+    """A unit at a time they are PyTorch's own too: encoders that every decoder layer reads, modules handed on."""
+    pytest.importorskip(ZOO[name].library.replace("-", "_"))
+    torch.manual_seed(0)
+    model, args, kwargs = ZOO[name].make()
+    capture = trace(model.train(), args, kwargs, train=True)
+    assert not capture.obstacles
+    with dropout_resting(list(capture.units.values())):
+        made = outputs_of(model(*args, **kwargs))
+    made = [made[place] for place in capture.output_places]
+    mean_square_loss(made).backward()
+    named = model.named_parameters(remove_duplicate=False)
+    gradients = {each: p.grad.clone() for each, p in named if p.grad is not None}
+    plan = SimpleNamespace(train=True, microbatches=1, pipelines=(("cpu:0",),), pipeline_microbatches=1)
+    split = SimpleNamespace(capture=capture, plan=plan, programs=[whole_program(capture)])
+    found = Comparison([t.detach() for t in made], gradients)
+    units = UnitByUnit(Here(model, args, kwargs), split, [found], other_kernels=False)
+    assert units.compared(in_this_process, observing=False).tensors == len(made) + len(gradients)

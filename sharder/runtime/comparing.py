@@ -20,15 +20,26 @@ class DifferenceError(ShardwrightError):
 
 
 def differing(
-    what: str, expected: Tensor, found: Tensor, *, other_kernels: bool, beside: float = 0.0
+    what: str,
+    expected: Tensor,
+    found: Tensor,
+    *,
+    other_kernels: bool,
+    other_order: bool = False,
+    beside: float = 0.0,
 ) -> tuple[float, float]:
     """The relative difference of ``found`` from what the unsharded model gives, and the one that is allowed.
+
+    Args:
+        other_order: whether gradients of several readers were added up in another order all along the backward: the
+            roundings, one upon another, are then as large as those of other kernels.
+        beside: is added to the largest value of ``expected``.
 
     Raises:
         DifferenceError: it is larger; ``what`` it is comes with both numbers.
     """
     error = relative_difference(expected, found, beside=beside)
-    allowed = tolerance(expected.dtype, other_kernels=other_kernels)
+    allowed = tolerance(expected.dtype, other_kernels=other_kernels or other_order)
     if not error <= allowed:
         raise DifferenceError(
             f"{what} differs from the unsharded model's by {error:.2g} of its largest value; "
@@ -49,7 +60,8 @@ def compare(
     Args:
         other_kernels: whether some of them were computed on another kind of device. A gradient that is nothing but
             rounding, as of a bias before a normalisation, is then measured by the largest of all beside its own.
-        largest_gradient: the largest value of all gradients, where ``reference`` has not all of them.
+        largest_gradient: the largest value of all that there are, where ``reference`` has a part of them, added up in
+            another order: they are then measured likewise.
 
     Raises:
         DifferenceError: one differs by more than its dtype explains, or is missing; the worst is named.
@@ -73,13 +85,16 @@ def compare(
         if name in reference.gradients
     ]
     errors, largest, beside = [], 0.0, 0.0
-    if other_kernels:
-        if largest_gradient is None:
-            largest_gradient = max(map(largest_value, reference.gradients.values()), default=0.0)
+    if largest_gradient is not None:
         beside = OF_LARGEST * largest_gradient
+    elif other_kernels:
+        beside = OF_LARGEST * max(map(largest_value, reference.gradients.values()), default=0.0)
     for number, (name, expected, found) in enumerate(pairs):
+        by_order = largest_gradient is not None and number >= count
         more = beside if number >= count else 0.0
-        error, allowed = differing(name, expected, found, other_kernels=other_kernels, beside=more)
+        error, allowed = differing(
+            name, expected, found, other_kernels=other_kernels, other_order=by_order, beside=more
+        )
         errors.append(error)
         largest = max(largest, allowed)
     return Equality(

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.inputs import all_microbatches, outputs_of
@@ -57,8 +58,9 @@ class _Call:
     """Its results, whose gradients come together there."""
 
 
-class _Module(NamedTuple):
-    """Stands for a module that is handed to a function."""
+@dataclass(frozen=True)
+class _Module:
+    """Stands for a module that is handed to a function, or to another."""
 
     path: str
 
@@ -130,7 +132,7 @@ class _Stream:
             target = str(instruction.target)
             piece[instruction.name] = self.attributes.get(target, _Module(target))
             return
-        arguments = self._arguments(instruction, piece, modules)
+        arguments = self._arguments(instruction, piece)
         if modules:
             made = self._call_apart(position, instruction, arguments, modules, piece)
         else:
@@ -141,12 +143,9 @@ class _Stream:
                 if tensor.requires_grad:
                     tensor.register_hook(partial(self._sum, instruction.name, number, index))
 
-    def _arguments(self, instruction: Instruction, piece: dict[str, Any], modules: Modules) -> Any:
+    def _arguments(self, instruction: Instruction, piece: dict[str, Any]) -> Any:
         def resolve(leaf: Any) -> Any:
-            if not isinstance(leaf, Reference):
-                return on_device(leaf, self.device)
-            value = piece[leaf.name]
-            return modules[value.path] if isinstance(value, _Module) else value
+            return piece[leaf.name] if isinstance(leaf, Reference) else on_device(leaf, self.device)
 
         return mapped_arguments(instruction.args, resolve), mapped_arguments(instruction.kwargs, resolve)
 
@@ -204,12 +203,12 @@ class _Stream:
         with self.computing(modules) as here:
             for call in self.calls.pop(position, ()):
                 self._call_back(self.program.instructions[position], call, here)
-        return {
-            (path, name): parameter.grad.cpu()
-            for path, module in here.items()
-            for name, parameter in module.named_parameters()
-            if parameter.grad is not None
-        }
+        found: dict[int, tuple[tuple[str, str], Tensor]] = {}  # once, where one module holds another
+        for path, module in here.items():
+            for name, parameter in module.named_parameters():
+                if parameter.grad is not None:
+                    found.setdefault(id(parameter), ((path, name), parameter.grad.cpu()))
+        return dict(found.values())
 
     def _call_back(self, instruction: Instruction, call: _Call, modules: Modules) -> None:
         if all(t.grad is None for t in call.made):
@@ -224,7 +223,7 @@ class _Stream:
 
 
 def _called(instruction: Instruction, arguments: Any, modules: Modules) -> Any:
-    args, kwargs = arguments
+    args, kwargs = pytree.tree_map(lambda it: modules[it.path] if isinstance(it, _Module) else it, arguments)
     if instruction.op == "call_module":
         return modules[str(instruction.target)](*args, **kwargs)
     if instruction.op == "call_method":

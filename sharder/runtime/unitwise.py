@@ -87,10 +87,9 @@ class UnitByUnit:
         attributes = {i.name: str(i.target) for i in self.program.instructions if i.op == "get_attr"}
         held = {name: target for name, target in attributes.items() if target in self.modules}
         for position, instruction in enumerate(self.program.instructions):
+            called = tuple(held[name] for name in references(instruction) if name in held)
             if instruction.op == "call_module":
-                called: tuple[str, ...] = (str(instruction.target),)
-            else:
-                called = tuple(held[name] for name in references(instruction) if name in held)
+                called = tuple(dict.fromkeys((str(instruction.target), *called)))
             if called and instruction.op != "output":
                 yield _Segment(start, position + 1, called)
                 start = position + 1
@@ -266,7 +265,7 @@ class UnitByUnit:
                 what = f"the gradient that comes to {self.places.of(name, number)} for micro-batch {number}"
                 for index in sorted(tensors.keys() & known.keys()) if who else ():
                     with self._blamed(f"{who} in the backward"):
-                        self._differing(what, known[index], tensors[index])
+                        self._differing(what, known[index], tensors[index], other_order=True)
 
     def _who_brings(self, name: str, stage: int, number: int) -> str:
         """Who brings the gradient that ``stage`` has of what ``name`` made: those that read it, where that is all of
@@ -280,8 +279,8 @@ class UnitByUnit:
             return ""
         return " or ".join(self.places.of(reader, number) for reader in readers)
 
-    def _differing(self, what: str, expected: Tensor, found: Tensor) -> None:
-        differing(what, expected, found, other_kernels=self.other_kernels)
+    def _differing(self, what: str, expected: Tensor, found: Tensor, *, other_order: bool = False) -> None:
+        differing(what, expected, found, other_kernels=self.other_kernels, other_order=other_order)
 
     @contextmanager
     def _blamed(self, who: str, observing: bool = True) -> Iterator[None]:
