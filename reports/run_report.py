@@ -16,6 +16,12 @@ from shardwright.sharder.runtime.record import Run, Timed
 
 __all__ = ["RunReport", "conclusion", "equality", "paces"]
 
+HOW = {
+    "on the host": "compared with the model in the host's memory",
+    "unit by unit": "compared a unit at a time, since nothing here has room for the whole model",
+}
+"""What is said of a comparison that no device made."""
+
 
 def equality(run: Run) -> tuple[bool, str]:
     """Whether the sharded model computes what the unsharded one does, in a sentence."""
@@ -25,7 +31,8 @@ def equality(run: Run) -> tuple[bool, str]:
     largest = _tiny(found.outputs)
     if run.train:
         largest = f"outputs {largest}, gradients {_tiny(found.gradients)}"
-    differences = f"largest relative difference: {largest}; tolerance {_tiny(found.tolerance)}"
+    how = f"; {HOW[found.how]}" if found.how in HOW else ""
+    differences = f"largest relative difference: {largest}; tolerance {_tiny(found.tolerance)}{how}"
     equal = max(found.outputs, found.gradients) <= found.tolerance
     if equal:
         return True, f"Equal to the unsharded model: {what} ({differences})."

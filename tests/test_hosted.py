@@ -19,6 +19,7 @@ from shardwright.sharder.runtime.gate import compare
 from shardwright.sharder.runtime.hosted import HostedStage, is_hosted
 from shardwright.sharder.runtime.session import Session, Split
 from shardwright.sharder.runtime.sim import parameters_may_move, sim_device
+from shardwright.sharder.runtime.unitwise import UnitByUnit
 
 
 class Positions(nn.Module):
@@ -52,7 +53,8 @@ def become_simulated():
 @pytest.mark.parametrize("simulated", ["cpu:0", "cpu:1"])
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 def test_mixed_stages_are_the_model(monkeypatch, tmp_path, captured_profile, simulated, schedule):
-    """On PyTorch's engine, with either stage elsewhere: outputs and gradients of the plain model, ties among them."""
+    """On PyTorch's engine, with either stage elsewhere: outputs and gradients of the plain model, ties among them; and
+    what every step makes, and its gradients."""
     torch.manual_seed(0)
     model, tokens = Positions(), torch.randint(0, 12, (8, 5))
     profile = captured_profile(model, (tokens,), microbatches=(1, 4))
@@ -61,7 +63,7 @@ def test_mixed_stages_are_the_model(monkeypatch, tmp_path, captured_profile, sim
     assert len(plan.stages) == 2
     assert plan.ties
     capture = trace(model, (tokens[:2],), {}, train=True, units=units_of(plan, model))
-    split = Split("plan", plan, cut(capture, plan), capture.output_places)
+    split = Split("plan", plan, cut(capture, plan), capture.output_places, capture)
     core = sorted(os.sched_getaffinity(0))[0]
     devices = [Device(name=d, kind="cpu", description="", memory_bytes=1, cores=(core,)) for d in plan.devices]
     monkeypatch.setattr(session_module, "is_hosted", lambda _: True)
@@ -76,6 +78,12 @@ def test_mixed_stages_are_the_model(monkeypatch, tmp_path, captured_profile, sim
         found = session.check(split)
         session.hold_whole(other, 4, split.output_places, plan)
         equality = compare(session.check_whole(other), found)
+        steps = frozenset(value.node.name for value in capture.values.values())
+        seen = [*session.observe(split, steps, gradients=False), *session.observe(split, steps, gradients=True)]
+        assert [{key.stage for key in each} for each in seen] == [{0}, {1}] * 2
+        with session.reference(other) as call:
+            by_units = UnitByUnit(session, split, found, other_kernels=False).compared(call, observing=True)
+        assert (by_units.tensors, by_units.how) == (equality.tensors, "unit by unit")
         assert session.step(split) > 0
     assert equality.gradients < 1e-5
     assert "embed.weight" in found[0].gradients

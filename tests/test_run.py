@@ -87,6 +87,7 @@ def test_what_fits_on_no_device_is_compared_on_the_host(captured_profile):
     """A process of its own computes the whole model; no device alone is timed, and the report says why."""
     model, x, plan = crowded(captured_profile)
     run = sw.run(model, plan, (x,), steps=1)
+    assert run.equality.how == "on the host"
     assert run.equality.gradients <= run.equality.tolerance == 1e-5
     assert run.equality.tensors == 4 + 12
     assert (run.baseline, run.baseline_device, run.speedup) == (None, None, None)
@@ -94,10 +95,11 @@ def test_what_fits_on_no_device_is_compared_on_the_host(captured_profile):
 
 
 def test_a_host_without_room_to_compare_is_named(captured_profile, monkeypatch):
-    """One line with both numbers, before a copy is made."""
+    """One line with both numbers, where not even a unit at a time has room: three copies of the largest with its
+    gradients, and of what passes between them."""
     model, x, plan = crowded(captured_profile)
     monkeypatch.setattr(session_module, "free_host_bytes", lambda: 1000)
-    needed = 2 * sum(p.nbytes for p in model.parameters())
+    needed = 3 * (2 * sum(p.nbytes for p in model[0].parameters()) + 7 * x.nbytes)
     with pytest.raises(sw.ShardwrightError, match=rf"host's memory takes {needed:,} bytes, of which 1,000 are free"):
         sw.run(model, plan, (x,), steps=1, naive=False)
 

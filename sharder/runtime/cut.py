@@ -18,7 +18,7 @@ from shardwright.errors import ShardwrightError
 from shardwright.profiler.unitgraph import Step, UnitGraph, Value, graph_root
 from shardwright.sharder.planning.plan import Plan
 
-__all__ = ["Share", "StageProgram", "TensorShape", "cut", "mapped_arguments", "on_device"]
+__all__ = ["Share", "StageProgram", "TensorShape", "cut", "mapped_arguments", "on_device", "whole_program"]
 
 
 class TensorShape(NamedTuple):
@@ -170,6 +170,14 @@ def cut(capture: UnitGraph, plan: Plan) -> list[StageProgram]:
         for index in range(count)
     ]
     return [replace(p, recompute=stage.recompute) for p, stage in zip(programs, plan.stages, strict=True)]
+
+
+def whole_program(capture: UnitGraph) -> StageProgram:
+    """All of ``capture`` as one stage, which follows no plan."""
+    inputs = tuple(capture.values[name] for name in capture.input_names)
+    outputs = tuple(capture.values[name] for name in capture.outputs)
+    stage_of = {step.name: 0 for step in capture.steps}
+    return _stage(capture, 0, inputs, outputs, capture.step_of(), stage_of, last=True)
 
 
 def _check_order(capture: UnitGraph, stage_of: dict[str, int]) -> None:

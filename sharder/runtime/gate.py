@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.equality import largest_value, relative_difference, tolerance
 from shardwright.sharder.planning.plan import Plan
+from shardwright.sharder.runtime.comparing import DifferenceError, compare
 from shardwright.sharder.runtime.pipeline import Comparison
 from shardwright.sharder.runtime.record import Equality
 from shardwright.sharder.runtime.session import Session, Split
+from shardwright.sharder.runtime.unitwise import UnitByUnit
 
 __all__ = ["DifferenceError", "Gate", "compare"]
-
-OF_LARGEST = 1e-2
-"""The part of the largest gradient by which others are measured too, where kernels differ."""
-
-
-class DifferenceError(ShardwrightError):
-    """A pipeline gives other outputs or gradients than the unsharded model."""
 
 
 class Gate:
     """Compares pipelines with the whole model, which is run once for each number of micro-batches.
 
     Args:
-        device: that holds it; None: the host's memory does, where its processors compute.
+        device: that holds it; None: the host's memory does, where its processors compute; or a unit at a time, where it
+            does not.
         stays: whether the model will be timed beside others that are let in by the room that is left.
     """
 
@@ -32,11 +29,37 @@ class Gate:
         self.references: dict[int, Comparison] = {}
 
     def compared(self, split: Split, found: list[Comparison]) -> Equality:
-        """Hold what the stages of ``split`` ``found`` against the sum over the same micro-batches."""
+        """Hold what the stages of ``split`` ``found`` against the sum over the same micro-batches.
+
+        Raises:
+            DifferenceError: something differs.
+            ShardwrightError: nothing has room to compare.
+        """
+        if self.device is None and not self._fits_on_host:
+            return self._unit_by_unit(split, found, observing=False)
         self.prepare(split)
-        kind = (self.device or "cpu").partition(":")[0]
-        other_kernels = any(not device.startswith(kind) for device in split.plan.devices)
-        return compare(self.references[split.plan.microbatches], found, other_kernels=other_kernels)
+        equality = compare(
+            self.references[split.plan.microbatches], found, other_kernels=self._has_other_kernels(split)
+        )
+        return equality if self.device else equality.model_copy(update={"how": "on the host"})
+
+    def first_difference(self, split: Split, found: list[Comparison]) -> str:
+        """Say which unit of ``split``, which was not let through, is the first to differ from the unsharded model.
+
+        Its stages are held anew, as they were before any update, and each of their steps is observed.
+        """
+        try:
+            self.session.release(split)
+            self.session.hold(split)
+            self._unit_by_unit(split, found, observing=True)
+        except DifferenceError as error:
+            return str(error)
+        except ShardwrightError as error:
+            return f"which unit is the first to differ could not be found: {error}"
+        return (
+            "in further steps, unit by unit, nothing differs: either it does at times only, or the forward was not "
+            "captured as it is"
+        )
 
     def prepare(self, split: Split) -> None:
         """Have the model held and run as ``split`` is divided, unless it was."""
@@ -51,50 +74,20 @@ class Gate:
         if self.stays:
             self.session.step_whole(self.device)  # the optimizer's state takes its room before others are let in
 
+    @cached_property
+    def _fits_on_host(self) -> bool:
+        """Whether the whole model can be held by the host once more, asked before anything else is let in there."""
+        needed, free = self.session.host_bytes(self.plan)
+        return needed <= free
 
-def compare(reference: Comparison, stages: list[Comparison], *, other_kernels: bool = False) -> Equality:
-    """Hold the stages' outputs and gradients against the whole model's.
+    def _has_other_kernels(self, split: Split) -> bool:
+        kind = (self.device or "cpu").partition(":")[0]
+        return any(not device.startswith(kind) for device in split.plan.devices)
 
-    Args:
-        other_kernels: whether some of them were computed on another kind of device. A gradient that is nothing but
-            rounding, as of a bias before a normalisation, is then measured by the largest of all beside its own.
-
-    Raises:
-        DifferenceError: one differs by more than its dtype explains, or is missing; the worst is named.
-    """
-    outputs = [t for stage in stages for t in stage.outputs]
-    gradients = {name for stage in stages for name in stage.gradients}
-    if len(outputs) != len(reference.outputs):
-        raise DifferenceError(f"the pipeline gave {len(outputs)} outputs, the model {len(reference.outputs)}")
-    # A parameter that the loss does not reach has no gradient, or zeros, depending on who asks.
-    given = {id(t) for name, t in reference.gradients.items() if name in gradients}  # maybe by another of its names
-    absent = [n for n, t in reference.gradients.items() if id(t) not in given and bool(t.count_nonzero())]
-    if absent:
-        raise DifferenceError(f"the pipeline gave no gradient for {absent[0]}, the model did")
-    pairs = [(f"output {i}", a, b) for i, (a, b) in enumerate(zip(reference.outputs, outputs, strict=True))]
-    count = len(pairs)
-    # Every copy, those of replicas and of ties.
-    pairs += [
-        (f"the gradient of {name}", reference.gradients[name], t)
-        for stage in stages
-        for name, t in stage.gradients.items()
-        if name in reference.gradients
-    ]
-    errors, largest = [], 0.0
-    beside = OF_LARGEST * max(map(largest_value, reference.gradients.values()), default=0.0) if other_kernels else 0.0
-    for number, (name, expected, found) in enumerate(pairs):
-        error = relative_difference(expected, found, beside=beside if number >= count else 0.0)
-        allowed = tolerance(expected.dtype, other_kernels=other_kernels)
-        if not error <= allowed:
-            raise DifferenceError(
-                f"{name} differs from the unsharded model's by {error:.2g} of its largest value; "
-                f"{allowed:.2g} is allowed for {expected.dtype}"
-            )
-        errors.append(error)
-        largest = max(largest, allowed)
-    return Equality(
-        outputs=max(errors[:count], default=0.0),
-        gradients=max(errors[count:], default=0.0),
-        tolerance=largest,
-        tensors=len(pairs),
-    )
+    def _unit_by_unit(self, split: Split, found: list[Comparison], *, observing: bool) -> Equality:
+        units = UnitByUnit(self.session, split, found, other_kernels=self._has_other_kernels(split))
+        if self.device is None:
+            _, free = self.session.host_bytes(self.plan)
+            units.check_room(free)
+        with self.session.reference(self.device) as call:
+            return units.compared(call, observing=observing)

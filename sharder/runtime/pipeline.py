@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from shardwright.sharder.runtime.accounts import Noted
 from shardwright.sharder.runtime.cut import Share, StageProgram, trainable
 from shardwright.sharder.runtime.engine import SharedGradients, SharedParameter, make_schedule, make_stage
 from shardwright.sharder.runtime.noting import Notes
+from shardwright.sharder.runtime.observing import Seen, observed
 from shardwright.sharder.runtime.record import What
 from shardwright.sharder.runtime.replicas import Groups, ReplicaGradients
 from shardwright.sharder.runtime.resting import dropout_resting, full_precision
@@ -42,7 +43,9 @@ __all__ = [
     "hold_stages",
     "hold_whole",
     "note_stage",
+    "observe_stage",
     "release_stages",
+    "release_whole",
     "step_stage",
     "step_whole",
     "weigh_stage",
@@ -351,6 +354,24 @@ def check_whole() -> Comparison:
     return _compared(resident["whole"])
 
 
+def observe_stage(name: str, wanted: frozenset[str], gradients: bool) -> Seen:
+    """One step of this device's stages without an update; what the ``wanted`` steps of the forward make in it, or the
+    gradients of that."""
+    held: _Held = resident[_key(name)]
+    seen: Seen = {}
+    with ExitStack() as watched:
+        for stage in held.stages:
+            watched.enter_context(observed(stage, wanted, seen, gradients=gradients))
+        _step_at_rest(held)
+    held.module.zero_grad()
+    return seen
+
+
+def release_whole() -> None:
+    """Let go of the whole model, if it is held."""
+    _let_go("whole")
+
+
 def release_stages(name: str = "plan") -> None:
     """Let go of this device's stages likewise, and leave their groups."""
     held = _let_go(_key(name))
@@ -371,13 +392,18 @@ def free_bytes() -> int:
     return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
-def _compared(held: _Held) -> Comparison:
+def _step_at_rest(held: _Held) -> None:
+    """One step that can be compared, from no gradients on."""
     held.module.zero_grad()
-    held.outputs = []
     units = [held.module.get_submodule(path) for path in held.job.units] or [held.module]
     with dropout_resting(units), full_precision(held.device):
         held.step()
     _synchronize(held.device)
+
+
+def _compared(held: _Held) -> Comparison:
+    held.outputs = []
+    _step_at_rest(held)
     outputs, held.outputs = held.outputs, None
     named = {name: p for name, p in trainable(held.module).items() if p.grad is not None}
     copies = {id(p): p.grad.cpu().clone() for p in named.values() if p.grad is not None}

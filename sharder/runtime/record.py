@@ -50,6 +50,9 @@ class Equality(Record):
     tolerance: NonNegativeFloat
     tensors: NonNegativeInt
     """How many outputs and gradients were compared."""
+    how: Literal["whole", "on the host", "unit by unit"] = "whole"
+    """Whether the unsharded model was held by one device, or by the host's memory, or computed a unit at a time since
+    there was no room for it in either."""
 
 
 class Timed(Record):

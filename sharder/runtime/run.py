@@ -161,7 +161,7 @@ class _Captures:
             inputs = microbatch(self.args, self.kwargs, count)
             self.found[count] = trace(self.model, *inputs, train=plan.train, units=units_of(plan, self.model))
         capture = self.found[count]
-        return Split(name, plan, sendable(cut(capture, plan), train=plan.train), capture.output_places)
+        return Split(name, plan, sendable(cut(capture, plan), train=plan.train), capture.output_places, capture)
 
 
 def _measured(
@@ -236,7 +236,7 @@ def _pass(session: Session, gate: Gate, own: Split, kept: _Kept) -> Equality:
         try:
             kept.equality = gate.compared(own, found)
         except DifferenceError as error:
-            raise ShardwrightError(f"{error}; nothing was timed") from error
+            raise ShardwrightError(f"{error}; {gate.first_difference(own, found)}; nothing was timed") from error
     elif gate.stays:
         gate.prepare(own)
     assert kept.equality is not None

@@ -6,7 +6,8 @@ pipelines of other plans, over other devices or in another order, stand beside e
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardwright.errors import ShardwrightError
 from shardwright.profiler.campaign import START_LIMIT_S
 from shardwright.profiler.devices import available_cores, free_host_bytes
 from shardwright.profiler.inputs import is_batched, outputs_of
@@ -23,12 +23,14 @@ from shardwright.profiler.measure import prepare
 from shardwright.profiler.pace import pace_here
 from shardwright.profiler.pool import Pool
 from shardwright.profiler.profile import Device
+from shardwright.profiler.unitgraph import UnitGraph
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.accounts import Noted
 from shardwright.sharder.runtime.check import units_of
 from shardwright.sharder.runtime.cut import StageProgram
 from shardwright.sharder.runtime.engine import shared_parameters
 from shardwright.sharder.runtime.hosted import GPUS_BACKEND, is_hosted
+from shardwright.sharder.runtime.observing import Seen
 from shardwright.sharder.runtime.pipeline import (
     Comparison,
     Job,
@@ -38,16 +40,21 @@ from shardwright.sharder.runtime.pipeline import (
     hold_stages,
     hold_whole,
     note_stage,
+    observe_stage,
     release_stages,
+    release_whole,
     step_stage,
     step_whole,
     weigh_stage,
 )
 
-__all__ = ["Session", "Split", "job_of"]
+__all__ = ["COPIES", "Session", "Split", "job_of"]
 
 HOST_LIMIT_S = 1800.0
 """What fits on no device is computed on the host once, which may take long."""
+
+COPIES = 3
+"""Of what goes to another process: as it is sent, as it arrives, and at work."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ class Split:
     programs: Sequence[StageProgram]
     """Of its stages."""
     output_places: tuple[int, ...]
+    capture: UnitGraph | None = None
+    """What the programs were cut from; None where nothing is to be compared unit by unit."""
 
 
 class Session:
@@ -121,6 +130,12 @@ class Session:
         """One step without an update: what each device's stages gave, in order."""
         return self._all(split, check_stage)
 
+    def observe(self, split: Split, wanted: frozenset[str], *, gradients: bool) -> list[Seen]:
+        """Another such step: what the ``wanted`` steps of the forward make on each device, or the gradients of that."""
+        calls = dict.fromkeys(split.plan.devices, (observe_stage, (split.name, wanted, gradients)))
+        found = self.pool.call(calls, limit_s=HOST_LIMIT_S)
+        return [found[device] for device in split.plan.devices]
+
     def step(self, split: Split) -> float:
         """Seconds of one step, until the last device has done it."""
         return float(max(self._all(split, step_stage)))
@@ -152,27 +167,36 @@ class Session:
         found: Comparison = self.pool.call({device: (check_whole, ())}, limit_s=self.limit_s)[device]
         return found
 
-    def check_on_host(self, microbatches: int, output_places: tuple[int, ...], plan: Plan) -> Comparison:
-        """One step of the whole model without an update, by all processors in a process of its own that then ends.
-
-        Raises:
-            ShardwrightError: the host has no memory for it.
-        """
+    def host_bytes(self, plan: Plan) -> tuple[int, int]:
+        """What it takes to compute the whole model in a process of its own, in training with its gradients; what the
+        host has free."""
         tensors = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}.values()
-        needed = sum(t.nbytes * (1 + (plan.train and t.requires_grad)) for t in tensors)
-        if needed > (free := free_host_bytes()):
-            raise ShardwrightError(
-                f"no device has room for the whole model, and to compare with it in the host's memory takes {needed:,} "
-                f"bytes, of which {free:,} are free: run where there is more, or use pipeline(), which compares nothing"
-            )
+        needed = COPIES * sum(t.nbytes * (1 + (plan.train and t.requires_grad)) for t in tensors)
+        return needed, free_host_bytes()
+
+    def check_on_host(self, microbatches: int, output_places: tuple[int, ...], plan: Plan) -> Comparison:
+        """One step of the whole model without an update, by all processors in a process of its own that then ends."""
+        job = self._whole_job(microbatches, output_places, plan)
+        with self.reference(None) as call:
+            call(hold_whole, job, self.model, self.args, self.kwargs)
+            found: Comparison = call(check_whole)
+        return found
+
+    @contextmanager
+    def reference(self, device: str | None) -> Iterator[Callable[..., Any]]:
+        """What calls a function where the unsharded model is computed: in the worker of ``device``, which lets go of
+        the whole model, or by all processors in a process of its own that then ends."""
+        if device is not None:
+            self.pool.call({device: (release_whole, ())}, limit_s=self.limit_s)
+            yield _calling(self.pool, device)
+            return
         cores = tuple(available_cores())
-        host = Device(name="host", kind="cpu", description="all processors", memory_bytes=free, cores=cores)
-        whole = hold_whole, (self._whole_job(microbatches, output_places, plan), self.model, self.args, self.kwargs)
+        host = Device(
+            name="host", kind="cpu", description="all processors", memory_bytes=free_host_bytes(), cores=cores
+        )
         with Pool([host]) as pool:
             pool.call({host.name: (prepare, (host.name, len(cores)))}, limit_s=START_LIMIT_S, loading=True)
-            pool.call({host.name: whole}, limit_s=START_LIMIT_S, loading=True)
-            found: Comparison = pool.call({host.name: (check_whole, ())}, limit_s=HOST_LIMIT_S)[host.name]
-        return found
+            yield _calling(pool, host.name)
 
     def _whole_job(self, microbatches: int, output_places: tuple[int, ...], plan: Plan) -> Job:
         units = tuple(units_of(plan, self.model))
@@ -187,6 +211,13 @@ class Session:
         devices = split.plan.devices
         found = self.pool.call({d: (partial(function, split.name), ()) for d in devices}, limit_s=self.limit_s)
         return [found[device] for device in devices]
+
+
+def _calling(pool: Pool, device: str) -> Callable[..., Any]:
+    def call(function: Callable[..., Any], *args: Any) -> Any:
+        return pool.call({device: (function, args)}, limit_s=HOST_LIMIT_S, loading=True)[device]
+
+    return call
 
 
 def job_of(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import shardwright as sw
+from shardwright.sharder.runtime import session as session_module
 
 pytestmark = [
     pytest.mark.gpu,
@@ -114,6 +115,39 @@ def test_a_run_is_the_model(captured_profile, first, last, options):
     for stage in run.accounts.stages:
         assert min(stage.measured.forward_s, stage.measured.backward_s, stage.measured.update_s) > 0
     assert all(weighed.measured_bytes > 0 for weighed in run.memory)
+
+
+class OtherOnGPU(nn.Module):
+    """A layer that a GPU computes otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.linear(x) * (1.1 if x.is_cuda else 1.0)
+
+
+@pytest.mark.parametrize("free", [10**12, 10**6], ids=["on the host", "unit by unit"])
+def test_the_host_compares_and_names_the_first_unit(captured_profile, monkeypatch, free):
+    """Whole, or a unit at a time where it has no room: alike within what other kernels explain, and a unit that the GPU
+    computes otherwise is named."""
+    monkeypatch.setattr(session_module, "free_host_bytes", lambda: free)
+    monkeypatch.setattr(session_module.Session, "room", lambda _: dict.fromkeys(("cpu:0", "cuda:0"), 10))
+    x = torch.randn(64, 64)
+    for other in (False, True):
+        model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(12)])
+        if other:
+            model[9] = OtherOnGPU()
+        profile = captured_profile(model, (x,), devices=["cpu:0", "cuda:0"], microbatches=(1, 4))
+        plan = two_stages(profile, 4, "cpu:0", "cuda:0")
+        if other:
+            told = r"first to differ is 9 \(stage 1 on cuda:0\) in the forward: its output for micro-batch 0 differs"
+            with pytest.raises(sw.ShardwrightError, match=told):
+                sw.run(model, plan, (x,), steps=1, naive=False)
+        else:
+            run = sw.run(model, plan, (x,), steps=1, naive=False)
+            assert run.equality.how == ("on the host" if free > 10**6 else "unit by unit")
 
 
 def test_a_measured_profile_is_run():

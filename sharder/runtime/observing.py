@@ -1,0 +1,93 @@
+"""Observing a stage: what each of its steps makes in one step of the pipeline, and the gradients of that.
+
+While a stage is observed its graph is interpreted node by node; what computes is the same modules and functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor, fx, nn
+from torch.distributed.pipelining import PipelineStage
+
+from shardwright.profiler.inputs import outputs_of
+
+__all__ = ["Key", "Seen", "observed"]
+
+
+class Key(NamedTuple):
+    """Whose tensors: what a stage makes in a step, or receives of that step, in one micro-batch."""
+
+    stage: int
+    step: str
+    microbatch: int
+    """Of its replica."""
+
+
+Seen = dict[Key, dict[int, Tensor]]
+"""By which of the tensors it is, on the CPU."""
+
+
+class _Observer(fx.Interpreter):
+    """Runs a stage's graph and shows what each node makes."""
+
+    def __init__(self, module: fx.GraphModule, watch: _Watch) -> None:
+        super().__init__(module)
+        self.watch = watch
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        result = super().run_node(n)
+        if n.op not in ("get_attr", "output"):
+            self.watch.saw(n.name, result)
+        return result
+
+
+class _Watch:
+    """The tensors of the ``wanted`` steps of one stage, or their gradients."""
+
+    def __init__(self, stage: int, wanted: frozenset[str], seen: Seen, *, gradients: bool) -> None:
+        self.stage, self.wanted, self.seen, self.gradients = stage, wanted, seen, gradients
+        self.number, self.open = -1, False
+
+    def enter(self, *_: Any) -> None:
+        """Begin the next micro-batch: the engine has them in order."""
+        self.number, self.open = self.number + 1, True
+
+    def leave(self, *_: Any) -> None:
+        """End it: what is computed anew in the backward is not looked at."""
+        self.open = False
+
+    def saw(self, name: str, result: Any) -> None:
+        """Take what a step made, or wait for its gradients."""
+        if not self.open or name not in self.wanted:
+            return
+        key = Key(self.stage, name, self.number)
+        for index, tensor in enumerate(outputs_of(result)):
+            if not self.gradients:
+                self.keep(key, index, tensor)
+            elif tensor.requires_grad:
+                tensor.register_hook(partial(self.keep, key, index))
+
+    def keep(self, key: Key, index: int, tensor: Tensor) -> None:
+        """Copy it, for it may be changed in place."""
+        self.seen.setdefault(key, {})[index] = tensor.detach().cpu().clone()
+
+
+@contextmanager
+def observed(stage: PipelineStage, wanted: frozenset[str], seen: Seen, *, gradients: bool) -> Iterator[None]:
+    """Have ``seen`` filled in this block with what the ``wanted`` steps of ``stage`` make, or with its gradients."""
+    module: nn.Module = stage.submod
+    graph = next(inner for inner in module.modules() if isinstance(inner, fx.GraphModule))
+    watch = _Watch(stage.stage_index, wanted, seen, gradients=gradients)
+    hooks = [module.register_forward_pre_hook(watch.enter), module.register_forward_hook(watch.leave)]
+    graph.forward = lambda *received: _Observer(graph, watch).run(*received)  # of this one module, not of its class
+    try:
+        yield
+    finally:
+        del graph.forward
+        for hook in hooks:
+            hook.remove()
