@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from shardwright.sharder.planning.chain import (
+from shardwright.sharder.planning.chain import least_load
+from shardwright.sharder.planning.chain_line import (
     Cut,
     Floats,
     Integers,
@@ -24,7 +25,6 @@ from shardwright.sharder.planning.chain import (
     State,
     counted,
     in_order,
-    least_load,
     states_needed,
 )
 from shardwright.sharder.planning.chain_overlapped import Exchange, OverlappedLine, least_load_overlapped
