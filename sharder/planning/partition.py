@@ -267,7 +267,7 @@ class _Best:
         for found in narrowed(problem, best, self.bound_s, lists_idle):
             answered = True
             self.offer(found.stages)
-            self.bound_s = max(self.bound_s, min(self.value_s, found.bound_s))
+            self.bound_s = max(self.bound_s, min(self.value_s, found.bound))
         if can_list(problem) and self.stages:
             for stages in shifted(problem, best, self.bound_s, lists_over):
                 self.offer(stages)
@@ -278,7 +278,7 @@ class _Best:
         """Take the first split that fits, or see that none does; a split that is near to it, if there is one."""
         stages, problem = self.stages, self.problem
         for found in making_room(problem, _even_splits(problem), _rooms(problem), _orders(problem), spent):
-            self.none_fits = found.bound_s > max(problem.caps)
+            self.none_fits = found.bound > max(problem.caps)
             self.offer(found.stages)
             if self.none_fits or self.stages:
                 break

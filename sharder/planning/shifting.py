@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from shardwright.sharder.planning.problem import Problem, bits, in_flight
 from shardwright.sharder.planning.search import Stages, most_held
+from shardwright.sharder.planning.transfers import by_block
 
 __all__ = ["Shifts", "shifted"]
 
@@ -71,18 +72,11 @@ class Shifts:
         self.allowed = [[block.allowed[d] for d in self.devices] for block in problem.blocks]
         self.work_s = [[problem.work_s(v, d) for d in self.devices] for v in range(len(problem.blocks))]
         pairs = list(zip(self.devices, self.devices[1:], strict=False))
-        self.maker = [tensor.producer for tensor in problem.crossings]
-        self.readers = [list(bits(tensor.readers)) for tensor in problem.crossings]
+        self.maker, self.readers, self.made, self.read = by_block(problem)
         self.cut_s = [
             [problem.microbatches * sum(problem.transfer_s([tensor], a, b)) for a, b in pairs]
             for tensor in problem.crossings
         ]
-        self.made: list[list[int]] = [[] for _ in problem.blocks]
-        self.read: list[list[int]] = [[] for _ in problem.blocks]
-        for t, maker in enumerate(self.maker):
-            self.made[maker].append(t)
-            for v in self.readers[t]:
-                self.read[v].append(t)
         self.count = [self.stage.count(s) for s in range(len(stages))]
         self.loads = self.summed(self.work_s, self.cut_s, self.cut_s)
         self.caps = [max(problem.caps[d], 1) for d in self.devices]
