@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from shardwright.errors import ShardwrightError
+from shardwright.sharder.planning.afresh import begun_afresh
 from shardwright.sharder.planning.direct import Direct
 from shardwright.sharder.planning.interleave import device_loads, interleaved, piece_loads
 from shardwright.sharder.planning.line import is_chain, split_line
@@ -258,6 +259,8 @@ class _Best:
             for stages in best_of_orders(problem, classes, device_orders, best, self.bound_s, orders_over):
                 self.offer(stages)
         for stages in shifted(problem, best, self.bound_s, moves_over, start):
+            self.offer(stages)
+        for stages in begun_afresh(problem, classes, device_orders, best, self.bound_s, moves_over):
             self.offer(stages)
         answered = False
 
