@@ -15,6 +15,7 @@ from functools import partial
 
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.afresh import begun_afresh
+from shardwright.sharder.planning.differing import differing_bound_s
 from shardwright.sharder.planning.direct import Direct
 from shardwright.sharder.planning.interleave import device_loads, interleaved, piece_loads
 from shardwright.sharder.planning.line import is_chain, split_line
@@ -260,6 +261,8 @@ class _Best:
                 self.offer(stages)
         for stages in shifted(problem, best, self.bound_s, moves_over, start):
             self.offer(stages)
+        if not can_list(problem):
+            self.bound_s = max(self.bound_s, differing_bound_s(problem, self.bound_s, self.value_s, moves_over))
         for stages in begun_afresh(problem, classes, device_orders, best, self.bound_s, moves_over):
             self.offer(stages)
         answered = False
