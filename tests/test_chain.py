@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from test_partition import brute_force, problems
 
 from shardwright.sharder.planning import line as lines
-from shardwright.sharder.planning.chain import Line, counted, in_order, least_load, solve
+from shardwright.sharder.planning.chain import least_load, solve
+from shardwright.sharder.planning.chain_line import Line, counted, in_order
 from shardwright.sharder.planning.line import is_chain, split_line
 from shardwright.sharder.planning.partition import partition, stage_loads
 from shardwright.sharder.planning.problem import Block, Crossing, Problem

@@ -16,7 +16,7 @@ from test_shifting import plain, tangled
 
 from shardwright.sharder.planning import listing as listing_module
 from shardwright.sharder.planning import shifting
-from shardwright.sharder.planning.listing import Listing, TooManyError
+from shardwright.sharder.planning.listing import Family, Listing, TooManyError
 from shardwright.sharder.planning.partition import partition, stage_loads
 from shardwright.sharder.planning.problem import bits
 from shardwright.sharder.planning.search import OutOfTimeError, closed_sets
@@ -83,7 +83,7 @@ def test_sets_next_to_a_family_are_a_stage_away(problem, share, forwards, at_onc
         family = listing.sets(0.3 * listing.whole_s, 0.7 * listing.whole_s, math.inf, MANY)
         assume(family)
         kind = "before" if forwards else "behind"
-        sets = listing.sets(-math.inf, math.inf, math.inf, MANY, **{kind: family}, ceiling_s=ceiling_s)
+        sets = listing.sets(-math.inf, math.inf, math.inf, MANY, Family(family, kind, ceiling_s))
     finally:
         listing_module.AT_ONCE = listing_module_at_once
     expected = set()
@@ -129,7 +129,7 @@ def test_bounds_are_never_above_the_optimum(problem, share, most_listed):
     try:
         best = ((0, 1),), share * expected
         for narrow in narrowed(problem, lambda: best, 0.0, lambda: next(ticks) > 300):
-            assert narrow.bound_s <= expected * (1 + 1e-9)
+            assert narrow.bound <= expected * (1 + 1e-9)
     finally:
         listing_module.MOST_LISTED = kept
 
@@ -149,6 +149,31 @@ def test_too_few_steps_and_no_time_leave_it_open():
         Listing(problem).sets(0.0, math.inf, math.inf, 5)
     closed = closed_sets(problem.predecessors, MANY)
     assert all(mask in closed for mask in masks_of(error.value.some))
+
+
+@pytest.mark.parametrize("steps", [500, 20_000])
+def test_steps_are_kept_to_where_each_block_parts_all_sets(monkeypatch, steps):
+    """Sixty blocks side by side have more undecided sets than there is time for: twice the steps are the most."""
+    taken = []
+    decide = Listing._decide
+
+    def counting(*arguments):
+        sets = decide(*arguments)
+        taken.append(len(sets.work_s))
+        return sets
+
+    monkeypatch.setattr(Listing, "_decide", counting)
+    with pytest.raises(TooManyError) as error:
+        Listing(antichain(60)).sets(-math.inf, math.inf, math.inf, steps)
+    assert steps < sum(taken) <= 2 * steps
+    assert error.value.some
+
+
+def test_making_a_listing_looks_at_the_clock():
+    """Closing the sets of many blocks takes long enough for the time to pass meanwhile."""
+    left = iter(range(30))
+    with pytest.raises(OutOfTimeError):
+        Listing(antichain(60), lambda: next(left, None) is None)
 
 
 def test_what_waits_stays_small_where_each_block_parts_all_sets(monkeypatch):

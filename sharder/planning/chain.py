@@ -32,142 +32,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Cut", "Line", "State", "counted", "in_order", "least_load", "solve", "states_needed"]
+from shardwright.sharder.planning.chain_line import Cut, Floats, Integers, Line, State, counted
 
-Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
+__all__ = ["least_load", "solve"]
 
 ROUNDING = 1e-9
 """A share by which windows are widened, so that no rounding closes them to a position that counts."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """Blocks in a row, by the positions between them: arrays have n + 1 entries, and 0 costs nothing to cut."""
-
-    work: tuple[Floats, ...]
-    """W: by kind, the seconds of all blocks before a position."""
-    cuts: tuple[tuple[Floats, ...], ...]
-    """X: ``cuts[d][e]``, the seconds of a cut for the device of kind d before it, with one of kind e behind it."""
-    units: Integers
-    """How many blocks before a position have a unit."""
-    barred: tuple[Integers, ...] = ()
-    """By kind: how many blocks before a position may not be on it; nothing = none on any."""
-    openings: tuple[tuple[Floats, ...], ...] = ()
-    """Y: the seconds of the same cuts for the device of kind e; nothing = as many."""
-
-    @property
-    def blocks(self) -> int:
-        """How many there are."""
-        return len(self.units) - 1
-
-    @cached_property
-    def first_end(self) -> Integers:
-        """By position: the first where a stage from there may end, as it has a unit then; n + 1 where there is none."""
-        return np.searchsorted(self.units, self.units, side="right")
-
-    def end(self, kind: int, behind: int, at: slice) -> Floats:
-        """W + X at some positions: what the end of a stage before one of the kind ``behind`` adds to its load."""
-        return self.work[kind][at] + self.cuts[kind][behind][at]
-
-    def start(self, kind: int, before: int, at: slice) -> Floats:
-        """W - Y at some positions: what the start of a stage behind one of the kind ``before`` takes from its load."""
-        return self.work[kind][at] - (self.openings or self.cuts)[before][kind][at]
-
-    @cached_property
-    def speed(self) -> list[float]:
-        """By kind: a weight for bounds, which may be any; 1 / its time for all blocks makes them sharp."""
-        return [1 / whole[-1] if whole[-1] > 0 else 0.0 for whole in self.work]
-
-    @cached_property
-    def even(self) -> Floats:
-        """By position: what the blocks before it add to the weighted sum of all loads, wherever they are.
-
-        Blocks with so much of it on devices whose weights have the sum s leave one of them a load of even / s or more.
-        """
-        weighted = []
-        for d, work in enumerate(self.work):
-            seconds = self.speed[d] * np.diff(work)
-            weighted.append(np.where(np.diff(self.barred[d]) > 0, np.inf, seconds) if self.barred else seconds)
-        least = np.min(weighted, axis=0)
-        return np.concatenate([[0.0], np.cumsum(np.where(np.isfinite(least), least, 0.0))])
-
-
-class State(NamedTuple):
-    """A stage that ends somewhere, on a device of some kind, with certain devices used behind it."""
-
-    kind: int
-    behind: float
-    """Weight of the devices used behind it."""
-    ahead: float
-    """Weight of all that may still be used, its own device included."""
-    before: tuple[int, ...]
-    """The states that a stage just before it may be in; they come later in the list."""
-    last: bool
-    """Whether it may be the last stage of the line, with nothing behind it."""
-
-
-class Cut(NamedTuple):
-    """The positions where stages begin, but for the first, and the kinds of all stages in order."""
-
-    positions: tuple[int, ...]
-    kinds: tuple[int, ...]
-    value: float
-    """The largest load."""
-    bound: float
-    """No cut of the line over the same states has a smaller one."""
-
-
-def states_needed(counts: Sequence[int]) -> int:
-    """How many pairs of states :func:`counted` makes at most, in proportion to which the time is that they take."""
-    return math.prod(count + 1 for count in counts) * len(counts) ** 2
-
-
-def counted(line: Line, counts: Sequence[int], most_stages: int) -> list[State]:
-    """The states of every order of ``counts[d]`` devices of each kind d, with ``most_stages`` stages at most."""
-    used = sorted(itertools.product(*(range(count + 1) for count in counts)), key=sum)
-    kinds = range(len(counts))
-    index: dict[tuple[tuple[int, ...], int], int] = {}
-    for u, d in itertools.product(used, kinds):
-        if sum(u) < most_stages and u[d] < counts[d]:
-            index[u, d] = len(index)
-    states = []
-    for u, d in index:
-        further = tuple(count + (c == d) for c, count in enumerate(u))
-        left = sorted((line.speed[c] for c in kinds for _ in range(counts[c] - u[c])), reverse=True)
-        states.append(
-            State(
-                kind=d,
-                behind=sum(line.speed[c] * u[c] for c in kinds),
-                ahead=sum(left[: most_stages - sum(u)]),
-                before=tuple(index[further, c] for c in kinds if (further, c) in index),
-                last=not any(u),
-            )
-        )
-    return states
-
-
-def in_order(line: Line, order: Sequence[int]) -> list[State]:
-    """The states of the one order of devices whose kinds are ``order``; devices may be left out."""
-    speeds = [line.speed[d] for d in order]
-    last = len(order) - 1
-    return [
-        State(
-            kind=order[last - x],
-            behind=sum(speeds[last - x + 1 :]),
-            ahead=sum(speeds[: last - x + 1]),
-            before=tuple(range(x + 1, len(order))),
-            last=True,
-        )
-        for x in range(len(order))
-    ]
 
 
 def solve(times: Sequence[float], stages: int, cuts: Sequence[float] | None = None) -> list[int]:
@@ -231,101 +106,156 @@ def _dearest(line: Line) -> float:
     return 2.0 * float(max(work[-1] for work in line.work) + 2 * max(finite))
 
 
+AT_ONCE = 1 << 17
+"""So many positions of states are gone through together; more would only fill the memory."""
+
+
+class _Moves(NamedTuple):
+    """The pairs of a state of one level, and one of a later level that may be before it; by pair unless said."""
+
+    level: int
+    """That of the states behind."""
+    behind: Integers
+    """The state behind, by its place in its level."""
+    before: Integers
+    """The state before it, likewise; those with the same follow each other."""
+    first: Integers
+    """By state before: its first pair."""
+    cut: Integers
+    """The row of the tables of starts and ends."""
+
+
 class _Probe:
-    """Whether the line can be cut below a ceiling, by going through the states from the end of the line."""
+    """Whether the line can be cut below a ceiling, by going through the states from the end of the line.
+
+    States that follow each other and lead to none of each other make a level, and are gone through together: of a
+    hundred blocks few positions are in the window of a state, and there are a thousand states.
+    """
 
     def __init__(self, line: Line, states: Sequence[State]) -> None:
         self.line = line
         self.states = states
-        self.behind: list[list[int]] = [[] for _ in states]
-        for number, state in enumerate(states):
-            for other in state.before:
-                self.behind[other].append(number)
         self.weights = np.array([(state.behind, state.ahead) for state in states]).reshape(-1, 2).T
-        self.windows: list[tuple[int, int]] = []
-        self.edges: dict[tuple[int, int], tuple[Floats, Floats]] = {}
-        self.values: list[Floats | None] = []
+        self.kinds = np.array([state.kind for state in states], dtype=np.int64)
+        self.barred = np.stack(line.barred) if line.barred else None
+        self.levels = _levels(states)
+        self.level_of = np.repeat(np.arange(len(self.levels)), [last - first for first, last in self.levels])
+        self._pair_up()
+        none = np.zeros(len(states), dtype=np.int64)
+        self.lows, self.highs, self.widths = none, none, [0] * len(self.levels)
+        self.values: list[Floats] = []
+        """By level: row by state, column by position in its window; infinite behind it."""
+        self.smallest: list[Floats] = []
+        self.reached: list[npt.NDArray[np.bool_]] = []
+
+    def _pair_up(self) -> None:
+        """The moves by the level of the states before, and the tables of what starts and ends add to loads."""
+        befores = [np.array(state.before, dtype=np.int64) for state in self.states]
+        before = np.concatenate([np.zeros(0, np.int64), *befores])
+        behind = np.repeat(np.arange(len(self.states)), [len(some) for some in befores])
+        order = np.lexsort((before, self.level_of[behind], self.level_of[before]))
+        self.before, self.behind = before, behind = before[order], behind[order]
+        # Of the tables only those rows are made whose kinds do follow each other.
+        count = len(self.line.work)
+        cuts, rows = np.unique(self.kinds[before] * count + self.kinds[behind], return_inverse=True)
+        kinds, whole = [divmod(int(cut), count) for cut in cuts], slice(None)
+        none = np.zeros((0, self.line.blocks + 1))
+        self.starts = np.stack([self.line.start(b, d, whole) for d, b in kinds]) if kinds else none
+        self.ends = np.stack([self.line.end(d, b, whole) for d, b in kinds]) if kinds else none
+        self.moves: list[list[_Moves]] = [[] for _ in self.levels]
+        firsts = np.array([first for first, _ in self.levels])
+        both = self.level_of[before] * len(self.levels) + self.level_of[behind]
+        for part in np.split(np.arange(len(both)), np.flatnonzero(np.diff(both)) + 1) if len(both) else []:
+            level, behind_level = divmod(int(both[part[0]]), len(self.levels))
+            here = before[part] - firsts[level]
+            first = np.flatnonzero(np.diff(here, prepend=-1))
+            moves = _Moves(behind_level, behind[part] - firsts[behind_level], here, first, rows[part])
+            self.moves[level].append(moves)
 
     def open(self, ceiling: float) -> None:
         """Look only at positions that can be in a cut with no load above ``ceiling``."""
         even, most = self.line.even, ceiling * (1 + ROUNDING)
         behind, ahead = most * self.weights
-        lows = np.searchsorted(even, even[-1] * (1 - ROUNDING) - behind)
-        highs = np.searchsorted(even, ahead + even[-1] * ROUNDING, side="right")
-        self.windows = list(zip(lows.tolist(), highs.tolist(), strict=True))
-        self.edges.clear()
-
-    def _edges_before(self, number: int, behind: int) -> tuple[Floats, Floats]:
-        """In the window of a state, with one of the kind ``behind`` next: starts of that, and ends of its own stage."""
-        if (number, behind) not in self.edges:
-            kind, at = self.states[number].kind, slice(*self.windows[number])
-            self.edges[number, behind] = self.line.start(behind, kind, at), self.line.end(kind, behind, at)
-        return self.edges[number, behind]
+        self.lows = np.searchsorted(even, even[-1] * (1 - ROUNDING) - behind)
+        self.highs = np.searchsorted(even, ahead + even[-1] * ROUNDING, side="right")
+        widths = self.highs - self.lows
+        self.widths = [max(0, int(widths[first:last].max())) for first, last in self.levels]
 
     def below(self, ceiling: float) -> tuple[Cut | None, float]:
         """A cut with no load above ``ceiling``, or None and the smallest ceiling at which that might change."""
-        line = self.line
-        self.values = [None] * len(self.states)
         too_large = math.inf
-        for number, state in enumerate(self.states):
-            if state.last:
-                self._offer(number, line.blocks, line.work[state.kind][-1:])
-            if self.values[number] is None:
-                continue
-            smallest = self._smallest(number)
-            whole = float(self._ends(number, smallest, slice(0, 1))[0])
-            if whole <= ceiling:
-                return self._cut(number, ceiling), ceiling
-            too_large = min(too_large, whole)
-            for other in state.before:
-                first, last = self.windows[other]
-                if first >= last:
-                    continue
-                starts, ends = self._edges_before(other, state.kind)
-                loads = self._ends(number, smallest, slice(first, last)) - starts
-                low = loads <= ceiling
-                most = np.count_nonzero(low)
-                if most < len(low):
-                    too_large = min(too_large, float(loads[~low].min()))
-                if most:
-                    self._offer(other, first, ends if most == len(low) else np.where(low, ends, np.inf))
+        self.values, self.smallest, self.reached = [], [], []
+        for level, (first, last) in enumerate(self.levels):
+            values = np.full((last - first, self.widths[level] + 1), np.inf)
+            for moves in self.moves[level] if self.widths[level] else []:
+                too_large = min(too_large, self._move(values, level, moves, ceiling))
+            self._close(values, level)
+            self.values.append(values)
+            self.reached.append(np.isfinite(values).any(axis=1))
+            self.smallest.append(self._smallest_of(level))
+            wholes = self._ends_of(level, np.arange(last - first), np.zeros(last - first, np.int64))
+            low = np.flatnonzero(wholes <= ceiling)
+            if len(low):
+                return self._cut(first + int(low[0]), ceiling), ceiling
+            too_large = min(too_large, float(wholes.min()))
         return None, too_large
 
-    def _offer(self, number: int, first: int, values: Floats) -> None:
-        """Take the smaller values for a state, from position ``first`` on."""
-        low, high = self.windows[number]
-        if first < low or first + len(values) > high:
-            return
-        known = self.values[number]
-        if known is None:
-            known = self.values[number] = np.full(high - low, np.inf)
-        part = known[first - low : first - low + len(values)]
-        np.minimum(part, values, out=part)
+    def _move(self, values: Floats, level: int, moves: _Moves, ceiling: float) -> float:
+        """Take what states before some others can have at most ``ceiling`` with; the least load above that."""
+        too_large = math.inf
+        ends = [*moves.first.tolist(), len(moves.before)]
+        together = max(1, AT_ONCE // self.widths[level] * (len(ends) - 1) // ends[-1])
+        for at in range(0, len(ends) - 1, together):
+            begin, end = ends[at], ends[min(at + together, len(ends) - 1)]
+            some = slice(begin, end)
+            if not self.reached[moves.level][moves.behind[some]].any():
+                continue
+            states = self.levels[level][0] + moves.before[some, None]
+            positions = self.lows[states] + np.arange(self.widths[level])
+            inside = positions < self.highs[states]
+            np.minimum(positions, self.line.blocks, out=positions)
+            loads = self._ends_of(moves.level, moves.behind[some, None], positions)
+            loads -= self.starts[moves.cut[some, None], positions]
+            low = inside & (loads <= ceiling)
+            too_large = min(too_large, float(loads.min(initial=np.inf, where=inside & ~low)))
+            taken = np.where(low, self.ends[moves.cut[some, None], positions], np.inf)
+            least = np.minimum.reduceat(taken, moves.first[at : at + together] - begin, axis=0)
+            rows = moves.before[moves.first[at : at + together]]
+            values[rows, :-1] = np.minimum(values[rows, :-1], least)
+        return too_large
 
-    def _smallest(self, number: int) -> Floats:
-        """By position in the window of a state: the smallest value from there to the next barred block."""
-        values = self.values[number]
-        assert values is not None, "only states that can be reached are gone through"
-        smallest = np.empty(len(values) + 1)
-        smallest[:-1], smallest[-1] = values, np.inf  # behind the window is nothing
-        edges = [0, len(values)]
-        if self.line.barred:
-            low, high = self.windows[number]
-            edges[1:1] = (np.flatnonzero(np.diff(self.line.barred[self.states[number].kind][low:high])) + 1).tolist()
-        for begin, end in itertools.pairwise(edges):
-            part = smallest[begin:end]
-            part[:] = np.minimum.accumulate(part[::-1])[::-1]
+    def _close(self, values: Floats, level: int) -> None:
+        """Let stages of ``level`` end with the line where they may."""
+        blocks = self.line.blocks
+        first, last = self.levels[level]
+        for number in range(first, last):
+            if self.states[number].last and self.lows[number] <= blocks < self.highs[number]:
+                end = (number - first, blocks - int(self.lows[number]))
+                values[end] = min(values[end], self.line.work[self.states[number].kind][-1])
+
+    def _smallest_of(self, level: int) -> Floats:
+        """By state and position in its window: the smallest value from there to the next barred block."""
+        values = self.values[level]
+        smallest = np.minimum.accumulate(values[:, ::-1], axis=1)[:, ::-1]
+        if self.barred is None:
+            return smallest
+        first, last = self.levels[level]
+        for row, number in enumerate(range(first, last)):
+            barred = self.barred[self.kinds[number], self.lows[number] : self.highs[number]]
+            edges = (np.flatnonzero(np.diff(barred)) + 1).tolist()
+            for begin, end in itertools.pairwise([0, *edges, values.shape[1]]) if edges else []:
+                smallest[row, begin:end] = np.minimum.accumulate(values[row, begin:end][::-1])[::-1]
         return smallest
 
-    def _ends(self, number: int, smallest: Floats, starts: slice) -> Floats:
-        """By position among ``starts``: the smallest value of the ends that a stage from there may have."""
-        low, _ = self.windows[number]
-        at = np.minimum(np.maximum(self.line.first_end[starts] - low, 0), len(smallest) - 1)
-        found = smallest[at]
-        if self.line.barred:
-            barred = self.line.barred[self.states[number].kind]
-            apart = barred[np.minimum(at + low, self.line.blocks)] != barred[starts]
-            found = np.where(apart, np.inf, found)
+    def _ends_of(self, level: int, rows: Integers, starts: Integers) -> Floats:
+        """For some states of a level, by position among ``starts``: the smallest value of the ends that may be."""
+        lows = self.lows[self.levels[level][0] + rows]
+        at = np.minimum(np.maximum(self.line.first_end[starts] - lows, 0), self.widths[level])
+        found: Floats = self.smallest[level][rows, at]
+        if self.barred is not None:
+            kinds = self.kinds[self.levels[level][0] + rows]
+            apart = self.barred[kinds, np.minimum(at + lows, self.line.blocks)] != self.barred[kinds, starts]
+            found[apart] = np.inf
         return found
 
     def _cut(self, number: int, ceiling: float) -> Cut:
@@ -348,12 +278,12 @@ class _Probe:
 
     def _closest_end(self, number: int, start: int) -> tuple[int, float]:
         """Where a stage from ``start`` ends with the smallest value, which follows."""
-        values = self.values[number]
-        assert values is not None, "the state was reached"
-        low, high = self.windows[number]
+        level = int(self.level_of[number])
+        values = self.values[level][number - self.levels[level][0]]
+        low, high = int(self.lows[number]), int(self.highs[number])
         first = max(int(self.line.first_end[start]), low)
-        if self.line.barred:
-            barred = self.line.barred[self.states[number].kind]
+        if self.barred is not None:
+            barred = self.barred[self.kinds[number]]
             high = min(high, int(np.searchsorted(barred, barred[start], side="right")))
         end = first + int(values[first - low : high - low].argmin())
         return end, float(values[end - low])
@@ -361,11 +291,23 @@ class _Probe:
     def _following(self, number: int, start: int, closing: float, ceiling: float) -> int:
         """The state of the stage from ``start`` behind one in the state ``number`` that closes with such a value."""
         kind, at = self.states[number].kind, slice(start, start + 1)
-        for other in self.behind[number]:
-            following = self.states[other].kind
-            if self.values[other] is None or self.line.end(kind, following, at)[0] != closing:
+        for other in map(int, self.behind[self.before == number]):
+            following, level = self.states[other].kind, int(self.level_of[other])
+            if self.line.end(kind, following, at)[0] != closing:
                 continue
-            ends = self._ends(other, self._smallest(other), at)
+            row = np.array([other - self.levels[level][0]])
+            ends = self._ends_of(level, row, np.array([start]))
             if ends[0] - self.line.start(following, kind, at)[0] <= ceiling:
                 return other
         raise AssertionError("a value comes from a state behind")
+
+
+def _levels(states: Sequence[State]) -> list[tuple[int, int]]:
+    """Where levels begin and end."""
+    edges, nearest = [0], len(states)
+    for number, state in enumerate(states):
+        if number == nearest:
+            edges.append(number)
+            nearest = len(states)
+        nearest = min([nearest, *state.before])
+    return list(itertools.pairwise([*edges, len(states)]))

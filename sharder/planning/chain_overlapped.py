@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from shardwright.sharder.planning.chain import Cut, Floats, Integers, Line, State
+from shardwright.sharder.planning.chain_line import Cut, Floats, Integers, Line, State
 
 __all__ = ["Exchange", "OverlappedLine", "least_load_overlapped"]
 

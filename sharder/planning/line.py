@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from shardwright.sharder.planning.chain import (
+from shardwright.sharder.planning.chain import least_load
+from shardwright.sharder.planning.chain_line import (
     Cut,
     Floats,
     Integers,
@@ -24,7 +25,6 @@ from shardwright.sharder.planning.chain import (
     State,
     counted,
     in_order,
-    least_load,
     states_needed,
 )
 from shardwright.sharder.planning.chain_overlapped import Exchange, OverlappedLine, least_load_overlapped
@@ -32,7 +32,7 @@ from shardwright.sharder.planning.problem import Crossing, Link, Problem, bits
 from shardwright.sharder.planning.search import Stages
 from shardwright.sharder.planning.transfers import as_staged, is_next_only
 
-__all__ = ["Split", "is_chain", "line_of", "split_line"]
+__all__ = ["Split", "is_chain", "line_of", "split_in_order", "split_line"]
 
 MOST_STATES = 20_000
 """Of the pairs of states that are gone through at each ceiling, at some ten microseconds each."""
@@ -90,6 +90,20 @@ def split_line(
         if cut is not None and (best is None or cut.value < best.value_s):
             best = _split(order, cut._replace(bound=min(bound_s, cut.value)), classes)
     return best
+
+
+def split_in_order(
+    problem: Problem, order: Sequence[int], devices: Sequence[int], out_of_time: Callable[[], bool] = lambda: False
+) -> Split | None:
+    """Cut the blocks in ``order`` for devices in one order of theirs, of which some may be left out.
+
+    Returns:
+        None when no cut of finite load was found. The bound is that of such cuts.
+    """
+    groups = [[device] for device in devices]
+    line = _Cutting.of(problem, order, groups)
+    cut = line.cut(in_order(line.line, range(len(groups))), 0.0, math.inf, out_of_time)
+    return None if cut is None else _split(order, cut, groups)
 
 
 class _Cutting(NamedTuple):

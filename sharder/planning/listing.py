@@ -18,7 +18,7 @@ other the blocks that must be inside, or outside, whatever the set, are known fr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,9 @@ import numpy.typing as npt
 from shardwright.sharder.planning.mincut import least_transfer_s
 from shardwright.sharder.planning.problem import Problem, bits
 from shardwright.sharder.planning.search import OutOfTimeError
+from shardwright.sharder.planning.transfers import by_block
 
-__all__ = ["Cuts", "Listing", "TooManyError"]
+__all__ = ["Cuts", "Family", "Listing", "TooManyError"]
 
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -68,6 +69,16 @@ class Cuts(NamedTuple):
 
     def __bool__(self) -> bool:
         return bool(len(self.work_s))
+
+
+class Family(NamedTuple):
+    """Sets beside those that are asked for, with a stage in between."""
+
+    cuts: Cuts
+    come: Literal["before", "behind"]
+    """Whether the stage comes behind them, or before."""
+    ceiling_s: float
+    """What its load is not above."""
 
 
 class TooManyError(Exception):
@@ -129,6 +140,9 @@ class Listing:
     Args:
         problem: transfers relayed and not overlapped; over each pair of devices a tensor counts as over the best.
         out_of_time: asked at each block.
+
+    Raises:
+        OutOfTimeError: the time has passed.
     """
 
     def __init__(self, problem: Problem, out_of_time: Callable[[], bool] = lambda: False) -> None:
@@ -140,16 +154,10 @@ class Listing:
         self.slack_s = ROUNDING * self.whole_s
         dear = 2 * self.whole_s + 1  # no set may have it cut, and it is a number
         self.price = [min(least_transfer_s(problem, tensor) / 2, dear) for tensor in problem.crossings]
-        self.maker = [tensor.producer for tensor in problem.crossings]
-        self.readers = [list(bits(tensor.readers)) for tensor in problem.crossings]
-        self.made: list[list[int]] = [[] for _ in problem.blocks]
-        self.read: list[list[int]] = [[] for _ in problem.blocks]
-        for t, maker in enumerate(self.maker):
-            self.made[maker].append(t)
-            for v in self.readers[t]:
-                self.read[v].append(t)
+        self.maker, self.readers, self.made, self.read = by_block(problem)
         before = np.eye(count, dtype=bool)
         for v, direct in enumerate(problem.predecessors):
+            self._check_time()
             for u in bits(direct):
                 before[v] |= before[u]
         self.needed_s, self.behind_s = before @ self.work, self.work @ before
@@ -158,6 +166,10 @@ class Listing:
         padded[:count] = self.work
         bits_of_byte = (np.arange(256)[:, None] >> np.arange(8) & 1).astype(float)
         self.of_byte = padded.reshape(self.words, 8, 8) @ bits_of_byte.T
+
+    def _check_time(self) -> None:
+        if self.out_of_time():
+            raise OutOfTimeError
 
     @property
     def nothing(self) -> Cuts:
@@ -192,32 +204,29 @@ class Listing:
         high_s: float,
         most_s: float,
         steps: int,
-        *,
-        before: Cuts | None = None,
-        behind: Cuts | None = None,
-        ceiling_s: float = 0.0,
+        beside: Family | None = None,
     ) -> Cuts:
-        """All sets between ``low_s`` and ``high_s``; after one of ``before``, or before one of ``behind``, if given.
+        """All sets between ``low_s`` and ``high_s``; a stage away from one of ``beside``, if given.
 
         Raises:
             TooManyError: it took more than ``steps`` undecided sets, or there are too many; it has ``some`` of them.
+                No more than twice the ``steps`` are taken, but for some two a block.
             OutOfTimeError: the time has passed.
         """
         forced = self.whole_s - self.behind_s < low_s - self.slack_s
         barred = self.needed_s > high_s + self.slack_s
         if (forced & barred).any():
             return self._cuts([])
-        family = before if before is not None else behind
-        count = 1 if family is None else len(family.work_s)
+        count = 1 if beside is None else len(beside.cuts.work_s)
         low, high = np.full(count, low_s), np.full(count, high_s)
         inside = np.repeat(self._mask(np.flatnonzero(forced))[None, :], count, axis=0)
         outside = np.repeat(self._mask(np.flatnonzero(barred))[None, :], count, axis=0)
-        if before is not None:
-            high = np.minimum(high, before.work_s - before.moved_s + ceiling_s)
-            inside |= before.masks
-        if behind is not None:
-            low = np.maximum(low, behind.work_s + behind.moved_s - ceiling_s)
-            outside |= ~behind.masks & self._mask(range(len(self.work)))
+        if beside is not None and beside.come == "before":
+            high = np.minimum(high, beside.cuts.work_s - beside.cuts.moved_s + beside.ceiling_s)
+            inside |= beside.cuts.masks
+        elif beside is not None:
+            low = np.maximum(low, beside.cuts.work_s + beside.cuts.moved_s - beside.ceiling_s)
+            outside |= ~beside.cuts.masks & self._mask(range(len(self.work)))
         shut = [bool(barred[readers].any()) for readers in self.readers]
         moved_s = sum(
             price for price, maker, s in zip(self.price, self.maker, shut, strict=True) if s and forced[maker]
@@ -234,7 +243,7 @@ class Listing:
         ).take(apart)
         parts: list[Cuts] = []
         left = min(MOST_LISTED, MOST_WORDS // self.words)
-        for number, part in self._decided(start, window, np.flatnonzero(~forced & ~barred).tolist()):
+        for number, part in self._decided(start, window, np.flatnonzero(~forced & ~barred).tolist(), steps):
             steps -= number
             if part:
                 parts.append(part)
@@ -248,14 +257,21 @@ class Listing:
         if not parts:
             none = np.zeros(0)
             return Cuts(np.zeros((0, self.words), np.uint64), none, none, np.zeros(0, np.int64))
+        self._check_time()
         masks, work_s, moved_s, origin = (np.concatenate(each) for each in zip(*parts, strict=True))
         _, first = np.unique(masks, axis=0, return_index=True)
         return Cuts(masks[first], work_s[first], moved_s[first], origin[first])
 
-    def _decided(self, start: _Undecided, window: _Window, free: list[int]) -> Iterator[tuple[int, Cuts]]:
-        """All that becomes of ``start`` once the ``free`` blocks are decided, some at a time, and the steps it took."""
-        waiting, steps = [(0, start)], 0
-        most = max(2, min(AT_ONCE, MOST_WAITING // max(1, len(free))) // self.words)
+    def _decided(
+        self, start: _Undecided, window: _Window, free: list[int], allowed: int
+    ) -> Iterator[tuple[int, Cuts | None]]:
+        """All that becomes of ``start`` once the ``free`` blocks are decided, some at a time, and the steps it took.
+
+        So few go through together that some are decided before the steps that are ``allowed`` are over.
+        """
+        waiting = [(0, start)]
+        blocks = max(1, len(free))
+        most = max(2, min(min(AT_ONCE, MOST_WAITING // blocks) // self.words, allowed // (2 * blocks)))
         while waiting:
             at, sets = waiting.pop()
             while at < len(free) and len(sets.work_s):
@@ -264,12 +280,10 @@ class Listing:
                     sets = sets.take(slice(0, most // 2))
                 sets = self._decide(sets, window, free[at])
                 at += 1
-                steps += len(sets.work_s)
-                if self.out_of_time():
-                    raise OutOfTimeError
+                self._check_time()
+                yield len(sets.work_s), None
             done = sets.take(window.keeps(sets.work_s, sets.work_s, sets.moved_s, sets.origin))
-            yield steps, Cuts(done.inside, done.work_s, done.moved_s, done.origin)
-            steps = 0
+            yield 0, Cuts(done.inside, done.work_s, done.moved_s, done.origin)
 
     def _decide(self, sets: _Undecided, window: _Window, v: int) -> _Undecided:
         """Each set with block ``v`` outside and, where nothing before it is outside, with it inside."""

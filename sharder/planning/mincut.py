@@ -21,10 +21,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
+from shardwright.sharder.planning.flow import Network
 from shardwright.sharder.planning.problem import Crossing, Problem, bits
 from shardwright.sharder.planning.transfers import seconds_of
 
@@ -37,8 +37,8 @@ GRAIN = 10**9
 def transfer_bound_s(problem: Problem, ceiling_s: float, out_of_time: Callable[[], bool] = lambda: False) -> float:
     """What no largest load is below; ``ceiling_s``, some split's largest load, where none is better.
 
-    0 where the devices differ, as the work before a cut then depends on their order. Once it is ``out_of_time`` the
-    cuts that are left count as free.
+    0 where the devices differ, as the work before a cut then depends on their order. Once it is ``out_of_time`` cuts
+    count as what was found of them, and those that are left as free.
     """
     if any(len(set(seconds)) > 1 for seconds in problem.seconds) or not 0 < ceiling_s < math.inf:
         return 0.0
@@ -56,8 +56,7 @@ def transfer_bound_s(problem: Problem, ceiling_s: float, out_of_time: Callable[[
         for cut in range(1, stages):
             inside = most_without < (work.sum() - (stages - cut) * ceiling_s) * (1 - 1e-9)
             outside = needed > cut * ceiling_s * (1 + 1e-9)
-            if not out_of_time():
-                moved.append(_least_cut_s(problem, price, inside, outside, ceiling_s))
+            moved.append(_least_cut_s(problem, price, inside, outside, ceiling_s, out_of_time))
         moved_s = together(moved)
         bounds.append((max(whole, moved_s) if problem.overlap else whole + moved_s) / stages)
     return min(bounds) * (1 - 1e-12)
@@ -98,22 +97,25 @@ def _least_cut_s(
     inside: npt.NDArray[np.bool_],
     outside: npt.NDArray[np.bool_],
     ceiling_s: float,
+    out_of_time: Callable[[], bool],
 ) -> float:
-    """The least transfer seconds of a cut with some blocks before it for sure, and some behind it."""
+    """The least transfer seconds of a cut with some blocks before it for sure, and some behind it; or less, in time."""
     if not inside.any() or not outside.any():
         return 0.0
-    graph: nx.DiGraph[object] = nx.DiGraph()
-    node = ["inside" if i else "outside" if o else v for v, (i, o) in enumerate(zip(inside, outside, strict=True))]
+    count = len(inside)
+    node = [count if i else count + 1 if o else v for v, (i, o) in enumerate(zip(inside, outside, strict=True))]
+    network = Network(count + 2 + len(problem.crossings))
+    capacities = [int(s / ceiling_s * GRAIN) if math.isfinite(s) else 0 for s in price]
+    unbounded = sum(capacities) + 1
     for v, before in enumerate(problem.predecessors):
         for u in bits(before):
-            if node[v] != node[u] and node[u] != "inside":
-                graph.add_edge(node[v], node[u])
-    for number, (tensor, seconds) in enumerate(zip(problem.crossings, price, strict=True)):
-        readers = {node[v] for v in bits(tensor.readers)} - {"inside"}
-        if node[tensor.producer] == "outside" or not readers or not math.isfinite(seconds):
+            if node[v] != node[u] != count:
+                network.join(node[v], node[u], unbounded)
+    for number, (tensor, capacity) in enumerate(zip(problem.crossings, capacities, strict=True)):
+        readers = {node[v] for v in bits(tensor.readers)} - {count}
+        if node[tensor.producer] == count + 1 or not readers or not capacity:
             continue
-        graph.add_edge(node[tensor.producer], ("tensor", number), capacity=int(seconds / ceiling_s * GRAIN))
-        graph.add_edges_from((("tensor", number), reader) for reader in readers)
-    if "inside" not in graph or "outside" not in graph:
-        return 0.0
-    return float(nx.minimum_cut_value(graph, "inside", "outside")) / GRAIN * ceiling_s
+        network.join(node[tensor.producer], count + 2 + number, capacity)
+        for reader in readers:
+            network.join(count + 2 + number, reader, unbounded)
+    return network.largest_flow(count, count + 1, out_of_time) / GRAIN * ceiling_s

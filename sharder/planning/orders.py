@@ -18,7 +18,7 @@ from shardwright.sharder.planning.line import split_line
 from shardwright.sharder.planning.problem import Problem, bits
 from shardwright.sharder.planning.search import Stages
 
-__all__ = ["best_of_orders", "topological"]
+__all__ = ["best_of_orders", "keys_of", "topological"]
 
 PATIENCE = 200
 """Orders in a row without an improvement, after which no more are tried."""
@@ -61,7 +61,7 @@ def best_of_orders(
     failures = 0
     while failures < PATIENCE and best()[1] > bound_s and not out_of_time():
         stages, value_s = best()
-        order = topological(problem, _keys(problem, stages, random_))
+        order = topological(problem, keys_of(problem, stages, random_))
         split = split_line(
             problem, order, classes, device_orders, bound_s=bound_s, below_s=value_s, out_of_time=out_of_time
         )
@@ -72,7 +72,7 @@ def best_of_orders(
                 failures = 0
 
 
-def _keys(problem: Problem, stages: Stages, random_: random.Random) -> list[float]:
+def keys_of(problem: Problem, stages: Stages, random_: random.Random) -> list[float]:
     """By block: its stage, and a place within it that is partly drawn; a few blocks are moved across the borders."""
     drawn = random_.choice((0.2, 1.0))
     keys = [0.0] * len(problem.blocks)

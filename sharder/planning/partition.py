@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from shardwright.errors import ShardwrightError
+from shardwright.sharder.planning.afresh import begun_afresh
+from shardwright.sharder.planning.differing import differing_bound_s
 from shardwright.sharder.planning.direct import Direct
 from shardwright.sharder.planning.interleave import device_loads, interleaved, piece_loads
 from shardwright.sharder.planning.line import is_chain, split_line
@@ -259,6 +261,10 @@ class _Best:
                 self.offer(stages)
         for stages in shifted(problem, best, self.bound_s, moves_over, start):
             self.offer(stages)
+        if not can_list(problem):
+            self.bound_s = max(self.bound_s, differing_bound_s(problem, self.bound_s, self.value_s, moves_over))
+        for stages in begun_afresh(problem, classes, device_orders, best, self.bound_s, moves_over):
+            self.offer(stages)
         answered = False
 
         def lists_idle() -> bool:
@@ -267,7 +273,7 @@ class _Best:
         for found in narrowed(problem, best, self.bound_s, lists_idle):
             answered = True
             self.offer(found.stages)
-            self.bound_s = max(self.bound_s, min(self.value_s, found.bound_s))
+            self.bound_s = max(self.bound_s, min(self.value_s, found.bound))
         if can_list(problem) and self.stages:
             for stages in shifted(problem, best, self.bound_s, lists_over):
                 self.offer(stages)
@@ -278,7 +284,7 @@ class _Best:
         """Take the first split that fits, or see that none does; a split that is near to it, if there is one."""
         stages, problem = self.stages, self.problem
         for found in making_room(problem, _even_splits(problem), _rooms(problem), _orders(problem), spent):
-            self.none_fits = found.bound_s > max(problem.caps)
+            self.none_fits = found.bound > max(problem.caps)
             self.offer(found.stages)
             if self.none_fits or self.stages:
                 break

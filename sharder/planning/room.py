@@ -94,10 +94,10 @@ def making_room(
         yield asked
         starts = [*starts, asked.stages]
 
-    def fullest(stages: Stages) -> float:
+    def most_bytes(stages: Stages) -> float:
         return max(Shifts(crowded, stages).loads)
 
-    known = min(((start, fullest(start)) for start in starts if start), key=lambda pair: pair[1])
+    known = min(((start, most_bytes(start)) for start in starts if start), key=lambda pair: pair[1])
 
     def best() -> tuple[Stages, float]:
         return known
@@ -107,7 +107,7 @@ def making_room(
         shifted(crowded, best, 0.0, partial(spent, MOVES_UNTIL)),
     ):
         for stages in ways:
-            known = min(known, (stages, fullest(stages)), key=lambda pair: pair[1])
+            known = min(known, (stages, most_bytes(stages)), key=lambda pair: pair[1])
             yield Narrowed(stages, 0.0)
     asked = within(crowded, room, partial(spent, LISTS_UNTIL))
     if asked is not None:

@@ -26,8 +26,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from shardwright.sharder.planning.problem import Problem, bits, in_flight
 from shardwright.sharder.planning.search import Stages, most_held
+from shardwright.sharder.planning.transfers import by_block
 
-__all__ = ["Shifts", "shifted"]
+__all__ = ["Shifts", "annealed", "can_shift", "shifted"]
 
 PATIENCE = 20
 """Runs in succession without an improvement, after which there are no more."""
@@ -71,18 +72,11 @@ class Shifts:
         self.allowed = [[block.allowed[d] for d in self.devices] for block in problem.blocks]
         self.work_s = [[problem.work_s(v, d) for d in self.devices] for v in range(len(problem.blocks))]
         pairs = list(zip(self.devices, self.devices[1:], strict=False))
-        self.maker = [tensor.producer for tensor in problem.crossings]
-        self.readers = [list(bits(tensor.readers)) for tensor in problem.crossings]
+        self.maker, self.readers, self.made, self.read = by_block(problem)
         self.cut_s = [
             [problem.microbatches * sum(problem.transfer_s([tensor], a, b)) for a, b in pairs]
             for tensor in problem.crossings
         ]
-        self.made: list[list[int]] = [[] for _ in problem.blocks]
-        self.read: list[list[int]] = [[] for _ in problem.blocks]
-        for t, maker in enumerate(self.maker):
-            self.made[maker].append(t)
-            for v in self.readers[t]:
-                self.read[v].append(t)
         self.count = [self.stage.count(s) for s in range(len(stages))]
         self.loads = self.summed(self.work_s, self.cut_s, self.cut_s)
         self.caps = [max(problem.caps[d], 1) for d in self.devices]
@@ -219,6 +213,11 @@ def _fullness(size: float, cap: int) -> float:
     return min(size / cap, OVERFULL) ** FULL  # type: ignore[no-any-return]
 
 
+def can_shift(problem: Problem) -> bool:
+    """Whether loads are sums of work and of what is relayed."""
+    return problem.transfers == "relayed" and not problem.overlap
+
+
 def shifted(
     problem: Problem,
     best: Callable[[], tuple[Stages, float]],
@@ -239,20 +238,27 @@ def shifted(
     """
     random_ = random.Random(0)
     failures = 0
-    if problem.transfers != "relayed" or problem.overlap or len(best()[0] or start) < 2:
+    if not can_shift(problem) or len(best()[0] or start) < 2:
         return
     while failures < PATIENCE and best()[1] > bound_s and not out_of_time():
         stages, value_s = best()
         failures += 1
-        yield from _anneal(Shifts(problem, stages or start), random_, value_s, out_of_time)
+        yield from annealed(Shifts(problem, stages or start), random_, value_s, out_of_time)
         if best()[1] < value_s * (1 - 1e-5):
             failures = 0
 
 
-def _anneal(
+def annealed(
     shifts: Shifts, random_: random.Random, below_s: float, out_of_time: Callable[[], bool]
 ) -> Iterator[Stages]:
-    """One run: at the end of each batch the best split in it, where it is better than all before."""
+    """One run of moves: at the end of each batch the best split in it, where it is better than all before.
+
+    Args:
+        shifts: a split; it is changed.
+        random_: what moves are drawn with.
+        below_s: a largest load that splits are to be below.
+        out_of_time: asked between batches.
+    """
     first_power = random_.uniform(*FIRST_POWERS)
     hottest = max(HOT[1], HOT_FOR_A_BLOCK * len(shifts.devices) / len(shifts.stage))
     hot = HOT[0] * (hottest / HOT[0]) ** random_.random()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from shardwright.sharder.planning.problem import Crossing, Link, Problem, bits
 
-__all__ = ["Traffic", "as_staged", "is_next_only", "load_s", "seconds_of", "traffic_of"]
+__all__ = ["Traffic", "as_staged", "by_block", "is_next_only", "load_s", "seconds_of", "traffic_of"]
 
 Stages = Sequence[tuple[int, int]]
 """In order: a device index and a bit mask of blocks each."""
@@ -50,6 +50,32 @@ def load_s(problem: Problem, compute_s: float, traffic: Traffic) -> float:
 def seconds_of(size: int, link: Link) -> float:
     """Seconds of a tensor of ``size`` bytes over ``link``."""
     return link[0] + size / link[1]
+
+
+class ByBlock(NamedTuple):
+    """The crossing tensors of a problem by number, and by the blocks that make and read them."""
+
+    maker: list[int]
+    """By tensor: a block."""
+    readers: list[list[int]]
+    """By tensor: blocks, in their order."""
+    made: list[list[int]]
+    """By block: tensors."""
+    read: list[list[int]]
+    """By block: tensors."""
+
+
+def by_block(problem: Problem) -> ByBlock:
+    """Who makes and reads each tensor, and what each block makes and reads."""
+    maker = [tensor.producer for tensor in problem.crossings]
+    readers = [list(bits(tensor.readers)) for tensor in problem.crossings]
+    made: list[list[int]] = [[] for _ in problem.blocks]
+    read: list[list[int]] = [[] for _ in problem.blocks]
+    for t, block in enumerate(maker):
+        made[block].append(t)
+        for v in readers[t]:
+            read[v].append(t)
+    return ByBlock(maker, readers, made, read)
 
 
 def traffic_of(problem: Problem, stages: Stages) -> list[Traffic]:

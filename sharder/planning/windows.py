@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shardwright.sharder.planning.listing import Listing, TooManyError
+from shardwright.sharder.planning.listing import Family, Listing, TooManyError
 from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.search import OutOfTimeError, Stages
 
@@ -54,7 +54,8 @@ class Narrowed(NamedTuple):
     """One answer: a split to be looked at, or a bound."""
 
     stages: Stages
-    bound_s: float
+    bound: float
+    """No largest load is below: seconds, or whatever the loads of the problem are."""
 
 
 class UndecidedError(Exception):
@@ -135,9 +136,9 @@ class _Chain:
         from_left = len(before.work_s) <= len(behind.work_s)
         cut = self.left + 1 if from_left else self.right - 1
         low, high = self._range(cut)
-        family = {"before": before} if from_left else {"behind": behind}
+        beside = Family(before, "before", self.ceiling_s) if from_left else Family(behind, "behind", self.ceiling_s)
         try:
-            sets = self.listing.sets(low, high, (high - low) / 2, self.steps, **family, ceiling_s=self.ceiling_s)
+            sets = self.listing.sets(low, high, (high - low) / 2, self.steps, beside)
         except TooManyError as error:
             self.complete = False
             # Those that leave least to the other stages.
@@ -232,7 +233,10 @@ def narrowed(
     """
     if not can_list(problem) or not 0 < best()[1] < math.inf:
         return
-    listing = Listing(problem, out_of_time)
+    try:
+        listing = Listing(problem, out_of_time)
+    except OutOfTimeError:
+        return
     for steps in STEPS:
         undecided_s = math.inf
         while (ceiling_s := _next_ceiling_s(bound_s, best()[1], undecided_s, 4 * listing.slack_s)) is not None:
