@@ -177,6 +177,7 @@ def test_the_pace_is_that_of_work():
         clock.now += 0.5
 
     assert Pace(work, 5, clock)() == 2.5
+    assert clock.now == 3.5  # two before, to be at it
     product = pace_of(torch.device("cpu")).work()
     assert torch.allclose(product, torch.full_like(product, 1 / len(product)))  # (1/n of n ones) @ the same
     assert torch.equal(pace_of(torch.device("meta")).work(), torch.ones(4))  # what stands for a GPU has a host
