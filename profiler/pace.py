@@ -17,7 +17,9 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["Pace", "pace_here", "pace_of"]
+from shardwright.profiler.worker import resident
+
+__all__ = ["Pace", "last_pace", "pace_of", "take_pace"]
 
 SIZE = 256
 """Rows and columns: such matrices stay in the caches next to a core, so that what else is in memory is no matter."""
@@ -26,10 +28,10 @@ CALLS = 2000
 
 
 class Pace:
-    """Seconds that a number of calls of ``work`` take in this process, which has been at it for half as many.
+    """Seconds that a number of calls of ``work`` take in this process.
 
-    Of a core that was idle for a tenth of a second the first milliseconds take twice as long as those that follow: a
-    worker that waits between steps is not slower in them.
+    It is to be asked while the core is at work: of one that was idle for a tenth of a second, the first milliseconds
+    take twice as long, and the next ones a quarter longer.
 
     Args:
         clock: seconds.
@@ -41,8 +43,6 @@ class Pace:
     def __call__(self) -> float:
         """Seconds, now."""
         with torch.no_grad():
-            for _ in range(self.calls // 2):
-                self.work()
             start = self.clock()
             for _ in range(self.calls):
                 self.work()
@@ -58,8 +58,14 @@ def pace_of(device: torch.device) -> Pace:
     return Pace(lambda: small + 1, CALLS)
 
 
-def pace_here() -> float:
-    """The pace of this worker's device."""
-    from shardwright.profiler.worker import resident
+def take_pace() -> None:
+    """Take the pace of this worker, which has just been at work, and keep it."""
+    if "pace" not in resident:
+        resident["pace"] = pace_of(resident["device"])
+    resident["pace_s"] = resident["pace"]()
 
-    return pace_of(resident["device"])()
+
+def last_pace() -> float | None:
+    """What was taken last; None if nothing was."""
+    pace_s: float | None = resident.get("pace_s")
+    return pace_s

@@ -22,6 +22,7 @@ from shardwright.profiler.devices import free_host_bytes
 from shardwright.profiler.inputs import all_microbatches, is_batched, outputs_of
 from shardwright.profiler.memory import MemoryCounter, total_bytes
 from shardwright.profiler.optimizers import make_optimizer
+from shardwright.profiler.pace import take_pace
 from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.unitgraph import mean_square_loss
 from shardwright.profiler.worker import advance, resident
@@ -272,12 +273,19 @@ def step_stage(name: str = "plan") -> float:
     """One step of this device's stages, begun together with the others; seconds."""
     held: _Held = resident[_key(name)]
     _meet(held)
-    return _timed_step(held)
+    return _paced_step(held)
 
 
 def step_whole() -> float:
     """One step of the whole model; seconds."""
-    return _timed_step(resident["whole"])
+    return _paced_step(resident["whole"])
+
+
+def _paced_step(held: _Held) -> float:
+    """Seconds of a step; the pace is taken when it is over."""
+    seconds = _timed_step(held)
+    take_pace()
+    return seconds
 
 
 def _timed_step(held: _Held) -> float:

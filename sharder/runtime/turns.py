@@ -50,31 +50,29 @@ def spread_over(steps: int, most: int) -> list[int]:
 
 
 class Pacing:
-    """Takes the devices' paces before and after each contender's steps.
+    """Notes the devices' paces at each contender's steps.
 
     Args:
-        paces: gives the pace of each device, in s; none for devices that have none.
+        paces: gives the pace of each device at its last step, in s; none for devices that have none.
     """
 
     def __init__(self, paces: Callable[[], Mapping[str, float]]) -> None:
         self.paces = paces
         self.found: dict[str, list[dict[str, float]]] = {}
-        """Contender -> for each of its steps the devices' paces, the mean of before and after."""
+        """Contender -> for each of its steps the devices' paces."""
 
     def beside(self, name: str, step: Callable[[], float]) -> Callable[[], float]:
-        """``step``, for the contender ``name``, with the paces taken."""
+        """``step``, for the contender ``name``, with the paces noted."""
         taken = self.found.setdefault(name, [])
 
         def paced() -> float:
-            before = self.paces()
             seconds = step()
-            after = self.paces()
-            taken.append({device: (before[device] + pace_s) / 2 for device, pace_s in after.items()})
+            taken.append(dict(self.paces()))
             return seconds
 
         return paced
 
     def of(self, name: str) -> dict[str, float]:
-        """The median pace of each device beside that contender's steps, those of the warm-up apart."""
+        """The median pace of each device at that contender's steps, those of the warm-up apart."""
         steps = self.found[name][WARMUP_STEPS:]
         return {device: statistics.median(step[device] for step in steps) for device in steps[0]} if steps else {}
