@@ -161,9 +161,9 @@ def told(monkeypatch):
     """What the workers of pipelines are told from now on, in order: (function, split)."""
     calls, ask = [], Session._all
 
-    def noted(self, split, function):
+    def noted(self, split, function, *args):
         calls.append((function.__name__, split.name))
-        return ask(self, split, function)
+        return ask(self, split, function, *args)
 
     monkeypatch.setattr(Session, "_all", noted)
     return calls

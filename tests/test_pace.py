@@ -21,7 +21,7 @@ from shardwright.reports.run_report import paces as paces_told
 from shardwright.sharder.planning.foreseen import at_pace as step_at_pace
 from shardwright.sharder.planning.foreseen import timeline_of
 from shardwright.sharder.runtime import session
-from shardwright.sharder.runtime.turns import WARMUP_STEPS, Pacing, in_turn
+from shardwright.sharder.runtime.turns import Pacing, in_turn
 
 COSTS = Path(__file__).parents[1] / "examples" / "costs.json"
 PACES = st.floats(0.1, 10.0)
@@ -220,3 +220,33 @@ def test_the_workers_tell_their_own_pace(captured_profile):
     run = sw.run(model, plan, (x,), steps=1, naive=False)
     assert {each.device for each in run.paces} == set(plan.devices)
     assert all(0 < each.measured_s < 60 for each in run.paces)
+
+
+@given(st.floats(1e-6, 10.0))
+def test_short_steps_are_timed_in_a_row(expected_s):
+    """A long one alone; of short ones a few, one of them to get the core to work."""
+    count = session.steps_in_row(expected_s)
+    assert count == 1 if expected_s >= session.LONG_S else 2 <= count <= session.MOST_IN_ROW
+    assert session.steps_in_row(expected_s / 2) >= count
+
+
+def test_the_first_of_a_row_does_not_count(captured_profile, monkeypatch):
+    """Each device's seconds of each step: the longest of a step, and the mean of the steps behind the first."""
+    model, x = Twice(), torch.randn(8, 16)
+    profile = captured_profile(model, (x,), microbatches=(1, 2))
+    plan = sw.plan(profile, microbatches=2)
+    devices, asked = plan.devices, []
+
+    def call(calls, *, limit_s):
+        asked.append((limit_s, {device: args for device, (_, args) in calls.items()}))
+        return {device: [9.0, 1.0 + number, 3.0] for number, device in enumerate(calls)}
+
+    held = session.Session(None, model, (x,), {}, [], 5.0)
+    monkeypatch.setattr(held, "pool", type("Pool", (), {"call": staticmethod(call)}))
+    split = session.Split("plan", plan, (), (0,))
+    assert held.step(split) == (max(1.0, len(devices)) + 3.0) / 2
+    assert held.step_whole(devices[0], 0.1) == 2.0
+    assert held.step_whole(devices[0]) == 2.0
+    counts = [*(args for _, each in asked for args in each.values())]
+    assert counts[-2:] == [(session.steps_in_row(0.1),), (1,)]
+    assert {*counts[:-2]} == {(session.steps_in_row(plan.predicted.step_s),)}

@@ -269,21 +269,20 @@ def _meet(held: _Held) -> None:
     dist.all_reduce(torch.zeros(1), group=held.group)  # a barrier that never waits for a GPU's stream
 
 
-def step_stage(name: str = "plan") -> float:
-    """One step of this device's stages, begun together with the others; seconds."""
+def step_stage(name: str = "plan", count: int = 1) -> list[float]:
+    """Steps of this device's stages in a row, each begun together with the others; seconds of each."""
     held: _Held = resident[_key(name)]
-    _meet(held)
-    return _paced_step(held)
+    seconds = []
+    for _ in range(count):
+        _meet(held)
+        seconds.append(_timed_step(held))
+    take_pace()
+    return seconds
 
 
-def step_whole() -> float:
-    """One step of the whole model; seconds."""
-    return _paced_step(resident["whole"])
-
-
-def _paced_step(held: _Held) -> float:
-    """Seconds of a step; the pace is taken when it is over."""
-    seconds = _timed_step(held)
+def step_whole(count: int = 1) -> list[float]:
+    """Steps of the whole model in a row; seconds of each."""
+    seconds = [_timed_step(resident["whole"]) for _ in range(count)]
     take_pace()
     return seconds
 
@@ -306,9 +305,16 @@ def _whole_step(held: _Held) -> None:
             held.optimizer.step()
 
 
-def note_stage(name: str = "plan") -> Noted:
-    """One more step of this device's stages, begun together with the others; what it was at when."""
+def note_stage(name: str = "plan", warm: bool = False) -> Noted:
+    """One more step of this device's stages, begun together with the others; what it was at when.
+
+    Args:
+        warm: whether another comes right before.
+    """
     held: _Held = resident[_key(name)]
+    if warm:
+        _meet(held)
+        _timed_step(held)
     held.notes = notes = Notes(held.device)
     try:
         with notes.engine(held.stages, train=held.job.train):

@@ -201,7 +201,7 @@ def _measured(
         if baseline:
             count = plan.predicted.baseline_microbatches
             session.hold_whole(baseline, count, own.output_places, plan)
-            contenders[ALONE] = partial(session.step_whole, baseline)
+            contenders[ALONE] = partial(session.step_whole, baseline, plan.predicted.baseline_s)
         ready = [rival for rival in rivals if rival.name not in kept.refused]
         contenders |= {rival.name: _stepping(session, rival) for rival in ready}
         contenders = {name: pacing.beside(name, step) for name, step in contenders.items()}
