@@ -8,9 +8,10 @@ turn. Models are the zoo's, wider and with more samples, so that a step takes lo
     python benchmarks/pipeline.py --models bert,resnet --microbatches 4,8
     python benchmarks/pipeline.py --one-stage                   # what the machinery costs: one stage on one worker
 
-Columns: the step as predicted and measured (the machine may have another speed in a run than in the profile before);
-the speedup over one device likewise, and the measured one's share of the schedule's bound, which is S M / (M + S - 1)
-for S stages and M micro-batches; the step of each naive split as a multiple of the plan's, where it is another split.
+Columns: the step as predicted and measured; how far it is off as predicted, and as predicted for devices as fast as they
+were in the run (the machine may have had another speed when it was profiled), and the same of one device alone; the
+speedup over one device likewise, and the measured one's share of the schedule's bound, which is S M / (M + S - 1) for S
+stages and M micro-batches; the step of each naive split as a multiple of the plan's, where it is another split.
 With one stage the speedup is the step of the plain model, in the same worker, over the stage's.
 """
 
@@ -88,7 +89,9 @@ class Outcome(NamedTuple):
 def row(found: Outcome) -> str:
     """A row of the table."""
     case, run = found.case, found.run
-    step = run.sharded
+    step, alone = run.sharded, "-"
+    if run.baseline is not None:
+        alone = f"{run.baseline.error_percent or 0.0:+.1f}%, {run.baseline.error_at_pace_percent or 0.0:+.1f}%"
     naive = []
     for name in ("equal count", "by parameters"):
         one = next((one for one in run.naive if one.name == name and one.timed), None)
@@ -96,7 +99,8 @@ def row(found: Outcome) -> str:
     return (
         f"| {case.name} | {'training' if case.train else 'inference'} | {case.schedule} | {case.microbatches} "
         f"| {found.stages} | {1e3 * (step.predicted_s or 0):.1f} ms | {1e3 * step.measured_s:.1f} ms "
-        f"| {step.error_percent or 0.0:+.1f}% | {run.predicted_speedup or 0:.3f} | {run.speedup or 0:.3f} "
+        f"| {step.error_percent or 0.0:+.1f}%, {step.error_at_pace_percent or 0.0:+.1f}% | {alone} "
+        f"| {run.predicted_speedup or 0:.3f}, {run.speedup_at_pace or 0:.3f} | {run.speedup or 0:.3f} "
         f"| {found.of_bound:.3f} | {' | '.join(naive)} |"
     )
 
@@ -105,6 +109,15 @@ def summary(found: list[Outcome]) -> str:
     """Errors, shares of the bound, and gains over naive splits."""
     away = [abs(one.run.sharded.error_percent or 0.0) for one in found]
     lines = [f"{len(found)} runs: step {statistics.median(away):.1f}% off in the median, {max(away):.1f}% at worst"]
+    paced = [abs(one.run.sharded.error_at_pace_percent or 0.0) for one in found]
+    lines.append(f"at the pace of the run {statistics.median(paced):.1f}%, {max(paced):.1f}% at worst")
+    bases = [one.run.baseline for one in found if one.run.baseline is not None]
+    if bases:
+        for what, off in (
+            ("one device alone", [abs(base.error_percent or 0.0) for base in bases]),
+            ("at the pace of the run", [abs(base.error_at_pace_percent or 0.0) for base in bases]),
+        ):
+            lines.append(f"{what} {statistics.median(off):.1f}% off in the median, {max(off):.1f}% at worst")
     ratios = [100 * abs(one.run.predicted_speedup / one.run.speedup - 1) for one in found if one.run.predicted_speedup]
     lines.append(f"speedup {statistics.median(ratios):.1f}% off in the median, {max(ratios):.1f}% at worst")
     pipelines = [one.of_bound for one in found if one.stages > 1]
@@ -150,8 +163,10 @@ def main() -> None:
     counts = [1] if options.one_stage else [int(count) for count in options.microbatches.split(",")]
     devices = options.devices.split(",")[: 1 if options.one_stage else None]
     print(
-        "| model | mode | schedule | micro-batches | stages | step predicted | measured | error | speedup predicted "
-        "| measured | of bound | equal count | by parameters |\n" + "|---" * 13 + "|"
+        "| model | mode | schedule | micro-batches | stages | step predicted | measured | off, at the pace | alone off, "
+        "at the pace | speedup predicted, at the pace | measured | of bound | equal count | by parameters |\n"
+        + "|---" * 14
+        + "|"
     )
     found = []
     for group in cases(options.models.split(","), counts, options.modes.split(",")):

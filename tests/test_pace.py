@@ -174,8 +174,12 @@ def test_the_pace_is_that_of_work():
         clock.now += 0.5
 
     assert Pace(work, 5, clock)() == 2.5
-    product = pace_of(torch.device("cpu")).work()
-    assert torch.allclose(product, torch.full_like(product, 1 / len(product)))  # (1/n of n ones) @ the same
+    state = torch.get_rng_state()
+    gradients = pace_of(torch.device("cpu")).work()
+    assert all(bool(gradient.isfinite().all()) and bool(gradient.count_nonzero()) for gradient in gradients)
+    with torch.no_grad():  # as a run in inference is
+        assert len(pace_of(torch.device("cpu")).work()) == len(gradients)
+    assert torch.equal(torch.get_rng_state(), state)  # a model's random numbers do not know of it
     assert torch.equal(pace_of(torch.device("meta")).work(), torch.ones(4))  # what stands for a GPU has a host
 
 
