@@ -8,10 +8,10 @@ turn. Models are the zoo's, wider and with more samples, so that a step takes lo
     python benchmarks/pipeline.py --models bert,resnet --microbatches 4,8
     python benchmarks/pipeline.py --one-stage                   # what the machinery costs: one stage on one worker
 
-Columns: the step as predicted and measured; how far it is off as predicted, and as predicted for devices as fast as they
-were in the run (the machine may have had another speed when it was profiled), and the same of one device alone; the
-speedup over one device likewise, and the measured one's share of the schedule's bound, which is S M / (M + S - 1) for S
-stages and M micro-batches; the step of each naive split as a multiple of the plan's, where it is another split.
+Columns: the step as predicted and measured; how far it is off as predicted, and as predicted for devices as fast as
+they were in the run (the machine may have had another speed when it was profiled), and the same of one device alone;
+the speedup over one device likewise, and the measured one's share of the schedule's bound, which is S M / (M + S - 1)
+for S stages and M micro-batches; the step of each naive split as a multiple of the plan's, where it is another split.
 With one stage the speedup is the step of the plain model, in the same worker, over the stage's.
 """
 
@@ -163,10 +163,9 @@ def main() -> None:
     counts = [1] if options.one_stage else [int(count) for count in options.microbatches.split(",")]
     devices = options.devices.split(",")[: 1 if options.one_stage else None]
     print(
-        "| model | mode | schedule | micro-batches | stages | step predicted | measured | off, at the pace | alone off, "
-        "at the pace | speedup predicted, at the pace | measured | of bound | equal count | by parameters |\n"
-        + "|---" * 14
-        + "|"
+        "| model | mode | schedule | micro-batches | stages | step predicted | measured | off, at the pace "
+        "| alone off, at the pace | speedup predicted, at the pace | measured | of bound "
+        "| equal count | by parameters |\n" + "|---" * 14 + "|"
     )
     found = []
     for group in cases(options.models.split(","), counts, options.modes.split(",")):

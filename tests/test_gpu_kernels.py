@@ -148,3 +148,37 @@ def test_dropout_in_place_stays_in_place():
     with kernels_as_on(GPUS):
         assert F.dropout(x, 0.5, inplace=True) is x
     assert set(x.tolist()) == {0.0, 2.0}
+
+
+class Grouped(nn.Module):
+    """Attention whose keys and values have fewer heads than its queries, as Llama's."""
+
+    def __init__(self, dtype, key_heads):
+        super().__init__()
+        self.project, self.key_heads = nn.Linear(16, 16 + 2 * 4 * key_heads, dtype=dtype), key_heads
+
+    def forward(self, x):
+        q, k, v = self.project(x.to(self.project.weight.dtype)).split([16, 4 * self.key_heads, 4 * self.key_heads], -1)
+        q, k, v = (t.unflatten(-1, (-1, 4)).transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "key_heads", "step_by_step"),
+    [(torch.float32, 2, True), (torch.float32, 4, False), (torch.bfloat16, 2, False)],
+    ids=["single precision", "equal heads", "half precision"],
+)
+def test_unequal_heads_in_single_precision_have_no_kernel(kept, dtype, key_heads, step_by_step):
+    """The probabilities are kept: 2 samples, 4 heads, 32 x 32; with a kernel nothing is that is quadratic."""
+    probabilities = 2 * 4 * 32 * 32 * dtype.itemsize
+    found = kept(nn.Sequential(Grouped(dtype, key_heads), nn.Flatten()))
+    assert (sum(found.values()) >= probabilities) == step_by_step
+
+
+def test_on_a_cpu_unequal_heads_are_as_they_are():
+    """Nothing changes unless all devices are GPUs; and the result is the same where it does."""
+    torch.manual_seed(0)
+    model, x = Grouped(torch.float32, 2), torch.randn(2, 32, 16)
+    expected = model(x)
+    with kernels_as_on(GPUS):
+        assert torch.allclose(model(x), expected, atol=1e-6)
