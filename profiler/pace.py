@@ -7,7 +7,7 @@ the machine or the prediction was off.
 
 A CPU worker's pace is that of a training step of two small layers: products of matrices, what is done by element, and
 calls. No one piece of work goes up and down exactly as another does: on two cores of a virtual machine the steps of
-five models followed this one with a correlation of 0.8 to 0.9, as its power of 0.65 to 1.0 (products of matrices alone:
+five models followed this one with a correlation of 0.8 to 0.9, as its power of 0.6 to 1.0 (products of matrices alone:
 0.7 to 1.7; see docs/accuracy.md). A GPU's clock is steady, while the processor that enqueues its work is not: the pace
 there is that of calling small operations, and it is the host's times that go by it.
 """

@@ -10,7 +10,6 @@ A step of which anything else is known, or too little, is counted on real tensor
 from __future__ import annotations
 
 import copy
-import logging
 import pickle
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +25,7 @@ from torch.utils import _pytree as pytree
 from shardwright.profiler.follower import BackwardFollower, ForwardFollower
 from shardwright.profiler.memory import StepMemory, count_step
 from shardwright.profiler.operations import Operation
-from shardwright.profiler.shapes import fake_like
+from shardwright.profiler.shapes import fake_like, unlogged
 from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.unitgraph import Call, Step
 
@@ -63,7 +62,7 @@ def count_shapes(
         return None
     followed = ForwardFollower(step.operations, strides=_are_kept(call)), BackwardFollower(step.operations)
     try:
-        with _undrawn(), _unlogged(), FakeTensorMode() as mode:
+        with _undrawn(), unlogged(), FakeTensorMode() as mode:
             fake = _without_values(call, around, lambda tensor: _fake(tensor, mode))
             found = count_step(fake, train=train, called_again=called_again, followed=followed)
         for follower in followed:
@@ -89,17 +88,6 @@ def _undrawn() -> Iterator[None]:
             random.setstate(before[0])
             np.random.set_state(before[1])
             raise _DrawnError
-
-
-@contextmanager
-def _unlogged() -> Iterator[None]:
-    """Without torch's own report of what fake tensors cannot do."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
 
 
 def _is_plain(call: Call) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from shardwright.profiler.structure import map_tensors
 
-__all__ = ["fake_like", "has_values", "shapes_only"]
+__all__ = ["fake_like", "has_values", "shapes_only", "unlogged"]
 
 
 def has_values(model: nn.Module) -> bool:
@@ -28,6 +29,17 @@ def fake_like(tensor: Tensor) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(made, tensor.requires_grad)
     return made.requires_grad_(tensor.requires_grad)
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Without torch's own report of what fake tensors cannot do: it is done on real ones then, or told as an error."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 @contextmanager

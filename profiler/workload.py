@@ -7,9 +7,7 @@ values. A step that needs values runs on copies of the real ones instead.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.operations import Operation, OperationRecorder
 from shardwright.profiler.optimizers import make_optimizer
-from shardwright.profiler.shapes import fake_like
+from shardwright.profiler.shapes import fake_like, unlogged
 from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.unitgraph import Call
 
@@ -70,7 +68,7 @@ class Workloads:
                 not there.
         """
         try:
-            with _unlogged(), FakeTensorMode(allow_non_fake_inputs=True):
+            with unlogged(), FakeTensorMode(allow_non_fake_inputs=True):
                 return self._run(_copied(call, fake_like), mode)
         except Exception as error:
             if _is_without_values(call):
@@ -108,17 +106,6 @@ class Workloads:
             backward, _ = _recorded(lambda: torch.autograd.backward(outputs, grads))
             self.known[key] = Workload(forward, backward, _update(parameters, mode))
         return self.known[key]
-
-
-@contextmanager
-def _unlogged() -> Iterator[None]:
-    """Without torch's own report of what fake tensors cannot do: it is done on real ones then, or told as an error."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
 
 
 def _graph(outputs: Iterable[Tensor]) -> Iterator[str]:
