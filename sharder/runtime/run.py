@@ -256,7 +256,9 @@ def _admit(session: Session, gate: Gate, rival: Split, kept: _Kept) -> None:
         if found is not None:
             gate.compared(rival, found)
         kept.admitted.add(rival.name)
-    except DifferenceError as error:
+    except WorkerError:
+        raise
+    except ShardwrightError as error:  # it differs, or there is no room left to compare it
         kept.refused[rival.name] = str(error)
         session.release(rival)
 
