@@ -194,6 +194,53 @@ class Changing(Net):
         return x
 
 
+class Skipping(Net):
+    """Units hand on what they are given, which others read too."""
+
+    def __init__(self):
+        super().__init__()
+        self.shortcuts = nn.ModuleList([nn.Identity() for _ in self.layers])
+
+    def forward(self, x):
+        for layer, shortcut in zip(self.layers, self.shortcuts, strict=True):
+            x = torch.tanh(layer(x)) + shortcut(x)
+        return x
+
+
+def test_what_is_handed_on_has_the_gradients_of_its_own_readers(planted):
+    """An identity's result is the very tensor that it is given, to which those of other readers come too."""
+    with pytest.raises(sw.ShardwrightError, match=r"first to differ is layers.3 .*: the gradient of layers.3.linear.w"):
+        planted("cpu:1", "layers.3", "weight's gradient", model=Skipping())
+
+
+class Stirring(nn.Module):
+    """Changes the first of what it is given."""
+
+    def forward(self, x, skip):
+        return x.relu_() + skip
+
+
+class Apart(Net):
+    """A unit changes one of its inputs, and another of them is read again."""
+
+    def __init__(self):
+        super().__init__()
+        self.stirring = Stirring()
+
+    def forward(self, x):
+        skip = self.layers[0](x)
+        x = self.stirring(skip * 2, skip)
+        for layer in self.layers[1:]:
+            x = layer(x)
+        return x + skip
+
+
+def test_what_is_read_beside_what_changes_is_no_obstacle(planted):
+    """Only what a unit does change may have no other reader."""
+    with pytest.raises(sw.ShardwrightError, match=r"first to differ is layers.4 \(stage 1 on cpu:1\) in the forward"):
+        planted("cpu:1", "layers.4", "output", model=Apart())
+
+
 def crowded(captured_profile, model, x):
     """A plan for two devices of which neither has room for all of the model."""
     profile = captured_profile(model, (x,), microbatches=(1, 4), counted=True)

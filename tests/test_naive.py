@@ -4,6 +4,8 @@ import itertools
 import os
 import signal
 import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 
 import shardwright as sw
 from shardwright.profiler import worker
+from shardwright.profiler.pool import WorkerError
 from shardwright.sharder.runtime import gate
 from shardwright.sharder.runtime import run as run_module
 from shardwright.sharder.runtime.naive import NAIVE_LIMIT_S, as_plan, naive_plans
@@ -199,6 +202,41 @@ def test_a_split_that_is_refused_is_not_held(captured_profile, monkeypatch):
         sw.ShardwrightError, match=r"^output 0 differs; in further .*nothing differs: .*; nothing was t"
     ):
         sw.run(Tied(), plan, (torch.randn(8, 6),), steps=1)
+
+
+def nothing(*_):
+    """Of a session that does what it is told and finds nothing."""
+
+
+def test_a_split_for_whose_comparison_there_is_no_room_is_left_out(captured_profile):
+    """Beside the plan, which was compared before it was held, there may be none; a worker's error is another."""
+    plan = planned(captured_profile)
+    split = Split("equal count", as_plan(plan, plan.alternatives[0]), (), ())
+    released = []
+    session = SimpleNamespace(hold=nothing, check=lambda _: [], step=nothing, release=released.append)
+    session.room = lambda: dict.fromkeys(plan.devices, 1 << 40)
+    for error in (sw.ShardwrightError("nothing has room"), WorkerError("cpu:0", "died")):
+
+        def compared(*_, error=error):
+            raise error
+
+        kept = run_module._Kept()
+        dies = isinstance(error, WorkerError)
+        with pytest.raises(WorkerError) if dies else nullcontext():
+            run_module._admit(session, SimpleNamespace(compared=compared), split, kept)
+        assert kept.refused == ({} if dies else {"equal count": "nothing has room"})
+        assert released == [split]
+
+
+def test_a_model_without_room_alone_is_not_run_anew_with_new_workers(captured_profile):
+    """What the plan was compared with on the host is not needed again when a split has failed."""
+    plan = planned(captured_profile)
+    session = SimpleNamespace(hold=nothing, step=nothing, weigh=lambda _: [1, 1])
+    session.room = lambda: dict.fromkeys(plan.devices, 10)
+    known = run_module.Equality(outputs=0.0, gradients=0.0, tolerance=1e-5, tensors=1)
+    found = gate.Gate(session, plan, "cpu:0", stays=True)
+    assert run_module._pass(session, found, Split("plan", plan, (), ()), run_module._Kept(equality=known)) == known
+    assert (found.device, found.stays, found.references) == (None, False, {})
 
 
 def other_than(compare, at):

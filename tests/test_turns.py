@@ -26,9 +26,10 @@ def test_each_begins_a_round_in_its_turn():
     assert rounds == [(number, 3 * (number + 1)) for number in range(WARMUP_STEPS + 4)]
 
 
-@given(steps=st.integers(1, 30), limit_s=st.floats(0.0, 100.0), each_s=st.floats(0.01, 10.0))
-def test_who_is_bounded_stays_within_the_time(steps, limit_s, each_s):
-    """As many steps as fit after the warm-up, one at least and no more than of the others, at the same rounds."""
+@given(steps=st.integers(1, 30), limit_s=st.floats(0.0, 100.0), each_s=st.floats(0.01, 10.0), rows=st.integers(1, 4))
+def test_who_is_bounded_stays_within_the_time(steps, limit_s, each_s, rows):
+    """As many turns as fit after the warm-up, one at least and no more than of the others, at the same rounds; all
+    steps of a turn count, of which the seconds of one are told."""
     taken = defaultdict(list)
 
     def step(name, number=[0]):  # noqa: B006  it counts the calls
@@ -37,10 +38,11 @@ def test_who_is_bounded_stays_within_the_time(steps, limit_s, each_s):
         return each_s
 
     contenders = {name: lambda name=name: step(name) for name in ("plan", "x", "y")}
-    found = in_turn(contenders, steps, bounded=["x", "y"], limit_s=limit_s)
+    found = in_turn(contenders, steps, bounded={"x": rows, "y": rows}, limit_s=limit_s)
     assert len(found["plan"]) == steps
     assert len(found["x"]) == len(found["y"])
     assert 1 <= len(found["x"]) <= steps
+    each_s *= rows
     spent_s = 2 * each_s * (WARMUP_STEPS + len(found["x"]))
     assert len(found["x"]) == 1 or spent_s <= limit_s * (1 + 1e-9)
     assert len(found["x"]) == steps or spent_s + 2 * each_s > limit_s * (1 - 1e-9)

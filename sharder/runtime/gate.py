@@ -25,8 +25,13 @@ class Gate:
     """
 
     def __init__(self, session: Session, plan: Plan, device: str | None, *, stays: bool) -> None:
-        self.session, self.plan, self.device, self.stays = session, plan, device, stays and device is not None
+        self.session, self.plan, self.device, self._stays = session, plan, device, stays
         self.references: dict[int, Comparison] = {}
+
+    @property
+    def stays(self) -> bool:
+        """Whether a device holds the model from now on: one that has no room for it is taken from here."""
+        return self._stays and self.device is not None
 
     def compared(self, split: Split, found: list[Comparison]) -> Equality:
         """Hold what the stages of ``split`` ``found`` against the sum over the same micro-batches.
@@ -71,7 +76,7 @@ class Gate:
             return
         self.session.hold_whole(self.device, count, split.output_places, self.plan)
         self.references[count] = self.session.check_whole(self.device)
-        if self.stays:
+        if self._stays:
             self.session.step_whole(self.device)  # the optimizer's state takes its room before others are let in
 
     @cached_property

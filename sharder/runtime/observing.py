@@ -5,7 +5,7 @@ While a stage is observed its graph is interpreted node by node; what computes i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from torch.distributed.pipelining import PipelineStage
 
 from shardwright.profiler.inputs import outputs_of
 
-__all__ = ["Key", "Seen", "observed"]
+__all__ = ["Key", "Seen", "direct", "hands_on", "observed"]
 
 
 class Key(NamedTuple):
@@ -31,6 +31,23 @@ Seen = dict[Key, dict[int, Tensor]]
 """By which of the tensors it is, on the CPU."""
 
 
+Given = list[tuple[Tensor, int]]
+"""The tensors that a step is given, with their versions before it."""
+
+
+def direct(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Given:
+    """Those that are arguments themselves."""
+    return [(it, it._version) for it in (*args, *kwargs.values()) if isinstance(it, Tensor)]
+
+
+def hands_on(tensor: Tensor, given: Given) -> bool:
+    """Whether a step's result is what it was given, unchanged, as that of an identity or of dropout at rest is.
+
+    The gradients of its other readers come to that tensor too, so they are those of the step which made it.
+    """
+    return any(tensor is it and it._version == version for it, version in given)
+
+
 class _Observer(fx.Interpreter):
     """Runs a stage's graph and shows what each node makes."""
 
@@ -40,9 +57,10 @@ class _Observer(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node."""
+        given = direct(*self.fetch_args_kwargs_from_env(n))
         result = super().run_node(n)
         if n.op not in ("get_attr", "output"):
-            self.watch.saw(n.name, result)
+            self.watch.saw(n.name, result, given)
         return result
 
 
@@ -61,15 +79,15 @@ class _Watch:
         """End it: what is computed anew in the backward is not looked at."""
         self.open = False
 
-    def saw(self, name: str, result: Any) -> None:
-        """Take what a step made, or wait for its gradients."""
+    def saw(self, name: str, result: Any, given: Given) -> None:
+        """Take what a step made of what it was given, or wait for its gradients."""
         if not self.open or name not in self.wanted:
             return
         key = Key(self.stage, name, self.number)
         for index, tensor in enumerate(outputs_of(result)):
             if not self.gradients:
                 self.keep(key, index, tensor)
-            elif tensor.requires_grad:
+            elif tensor.requires_grad and not hands_on(tensor, given):
                 tensor.register_hook(partial(self.keep, key, index))
 
     def keep(self, key: Key, index: int, tensor: Tensor) -> None:

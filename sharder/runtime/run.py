@@ -36,7 +36,7 @@ from shardwright.sharder.runtime.engine import sendable
 from shardwright.sharder.runtime.gate import DifferenceError, Gate
 from shardwright.sharder.runtime.naive import NAIVE_LIMIT_S, naive_plans, not_measured
 from shardwright.sharder.runtime.record import Equality, Naive, Paced, Run, Timed, Weighed
-from shardwright.sharder.runtime.session import Session, Split
+from shardwright.sharder.runtime.session import Session, Split, steps_in_row
 from shardwright.sharder.runtime.turns import WARMUP_STEPS, Pacing, in_turn, spread_over
 
 __all__ = ["run"]
@@ -214,7 +214,7 @@ def _measured(
                 noted.append(session.note(own))
 
         tell("time", 0, WARMUP_STEPS + steps)
-        bounded = [rival.name for rival in ready]
+        bounded = {rival.name: steps_in_row(rival.plan.predicted.step_s) for rival in ready}
         seconds = in_turn(contenders, steps, bounded=bounded, limit_s=NAIVE_LIMIT_S, between=between)
     slower = {name: {d: s / plan.paces[d] for d, s in pacing.of(name).items()} for name in contenders}
     return _Measured(equality, kept.peaks, seconds, noted, slower)
@@ -256,7 +256,9 @@ def _admit(session: Session, gate: Gate, rival: Split, kept: _Kept) -> None:
         if found is not None:
             gate.compared(rival, found)
         kept.admitted.add(rival.name)
-    except DifferenceError as error:
+    except WorkerError:
+        raise
+    except ShardwrightError as error:  # it differs, or there is no room left to compare it
         kept.refused[rival.name] = str(error)
         session.release(rival)
 

@@ -25,6 +25,7 @@ from shardwright.profiler.structure import map_tensors
 from shardwright.profiler.unitgraph import mean_square_loss
 from shardwright.profiler.worker import resident
 from shardwright.sharder.runtime.cut import Instruction, Reference, StageProgram, mapped_arguments, on_device
+from shardwright.sharder.runtime.observing import direct, hands_on
 from shardwright.sharder.runtime.resting import dropout_resting, full_precision
 
 __all__ = [
@@ -133,6 +134,7 @@ class _Stream:
             piece[instruction.name] = self.attributes.get(target, _Module(target))
             return
         arguments = self._arguments(instruction, piece)
+        given = direct(*arguments)
         if modules:
             made = self._call_apart(position, instruction, arguments, modules, piece)
         else:
@@ -140,7 +142,7 @@ class _Stream:
         piece[instruction.name] = made
         if self.noting and self.train:
             for index, tensor in enumerate(outputs_of(made)):
-                if tensor.requires_grad:
+                if tensor.requires_grad and not hands_on(tensor, given):
                     tensor.register_hook(partial(self._sum, instruction.name, number, index))
 
     def _arguments(self, instruction: Instruction, piece: dict[str, Any]) -> Any:
@@ -161,16 +163,17 @@ class _Stream:
         passed = outputs_of(fed)
         versions = [t._version for t in passed]
         result, made = _each(_detached, _called(instruction, fed, modules))
-        if [t._version for t in passed] != versions:
-            self._refuse_change(position, modules, read, piece)
+        changed = [t for t, now, version in zip(read, passed, versions, strict=True) if now._version != version]
+        if changed:
+            self._refuse_change(position, modules, changed, piece)
         if self.train:
             self.calls.setdefault(position, []).append(_Call(given, kept, made))
         # Copies, for a leaf cannot be changed in place.
         return map_tensors(lambda t: t.clone() if t.requires_grad else t, result)
 
-    def _refuse_change(self, position: int, modules: Modules, read: list[Tensor], piece: dict[str, Any]) -> None:
-        """Refuse modules that change what later steps read: here they change a copy."""
-        changed = {t.untyped_storage().data_ptr() for t in read if t.layout == torch.strided}
+    def _refuse_change(self, position: int, modules: Modules, tensors: list[Tensor], piece: dict[str, Any]) -> None:
+        """Refuse modules that change ``tensors``, which later steps read: here they change copies."""
+        changed = {t.untyped_storage().data_ptr() for t in tensors if t.layout == torch.strided}
         for name, value in piece.items():
             later = outputs_of(value) if self.last_use.get(name, -1) > position else []
             if any(t.layout == torch.strided and t.untyped_storage().data_ptr() in changed for t in later):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 
 __all__ = ["WARMUP_STEPS", "Pacing", "in_turn", "spread_over"]
 
@@ -14,16 +15,17 @@ def in_turn(
     contenders: Mapping[str, Callable[[], float]],
     steps: int,
     *,
-    bounded: Collection[str] = (),
+    bounded: Mapping[str, int] = MappingProxyType({}),
     limit_s: float,
     between: Callable[[int], None] = lambda _: None,
 ) -> dict[str, list[float]]:
     """Seconds of ``steps`` steps of each, after those of a warm-up, in rounds that begin with one after the other.
 
     Args:
-        contenders: name -> takes a step and returns its seconds.
-        bounded: those whose steps may take ``limit_s`` seconds in all, by what the last of the warm-up took; if not all
-            fit, they take part in fewer rounds, at least in one, spread over the others'.
+        contenders: name -> takes a step, or several in a row, and returns the seconds of one.
+        bounded: those whose steps may take ``limit_s`` seconds in all, by what the last of the warm-up took, with how
+            many steps each takes at a turn; if not all fit, they take part in fewer rounds, at least in one, spread
+            over the others'.
         between: called with the number of each round when it is over, those of the warm-up counted.
     """
     names = [*contenders]
@@ -31,8 +33,8 @@ def in_turn(
     their_rounds: Collection[int] = range(WARMUP_STEPS + steps)
     for number in range(WARMUP_STEPS + steps):
         if number == WARMUP_STEPS:
-            spent_s = sum(sum(found[name]) for name in bounded)
-            round_s = sum(found[name][-1] for name in bounded)
+            spent_s = sum(count * sum(found[name]) for name, count in bounded.items())
+            round_s = sum(count * found[name][-1] for name, count in bounded.items())
             fitting = int((limit_s - spent_s) / round_s) if round_s else steps
             their_rounds = spread_over(steps, max(1, fitting))
         first = number % len(names)
