@@ -9,6 +9,7 @@ that does the same on a CPU, which takes its place.
 Not everything has such a kernel on a GPU: in single precision, where keys and values have fewer heads than queries
 (``enable_gqa``), none takes it, and PyTorch computes step by step there. That is what eight layers of a Llama in
 float32 took beyond their prediction on an H100: 1.1 GiB, as large as their probabilities and gathered keys and values.
+In double precision none takes any attention.
 """
 
 from __future__ import annotations
@@ -74,12 +75,16 @@ class _AsOnGPUs(TorchFunctionMode):
 
 
 def _is_step_by_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether attention of these arguments has no kernel on GPUs: unequal numbers of heads, and no half precision.
+    """Whether attention of these arguments has no kernel on GPUs.
 
-    Of torch 2.11's and 2.13's kernels flash attention and cuDNN's take unequal heads, in half precision alone.
+    Of torch 2.11's and 2.13's kernels flash attention and cuDNN's take unequal heads, in half precision alone, and the
+    memory-efficient one takes single precision too; double precision is left to single steps
+    (``sdp_utils.cpp``, ``check_tensor_dtype``).
     """
     given = dict(zip(("query", "key"), args, strict=False)) | kwargs
     query, key = given["query"], given["key"]
+    if query.dtype == torch.float64:
+        return True
     gathers = bool(args[7] if len(args) > 7 else kwargs.get("enable_gqa", False))
     is_half = query.dtype in (torch.float16, torch.bfloat16)
     return gathers and not is_half and query.dim() == 4 and query.shape[1] != key.shape[1]

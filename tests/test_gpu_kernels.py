@@ -165,11 +165,14 @@ class Grouped(nn.Module):
 
 @pytest.mark.parametrize(
     ("dtype", "key_heads", "step_by_step"),
-    [(torch.float32, 2, True), (torch.float32, 4, False), (torch.bfloat16, 2, False)],
-    ids=["single precision", "equal heads", "half precision"],
+    [
+        *((torch.float32, 2, True), (torch.float32, 4, False), (torch.bfloat16, 2, False)),
+        *((torch.float64, 2, True), (torch.float64, 4, True)),
+    ],
+    ids=["single precision", "equal heads", "half precision", "double precision", "equal heads, double precision"],
 )
-def test_unequal_heads_in_single_precision_have_no_kernel(kept, dtype, key_heads, step_by_step):
-    """The probabilities are kept: 2 samples, 4 heads, 32 x 32; with a kernel nothing is that is quadratic."""
+def test_attention_without_a_kernel_keeps_its_probabilities(kept, dtype, key_heads, step_by_step):
+    """Unequal heads in single precision, and any in double: 2 samples, 4 heads, 32 x 32; else nothing is quadratic."""
     probabilities = 2 * 4 * 32 * 32 * dtype.itemsize
     found = kept(nn.Sequential(Grouped(dtype, key_heads), nn.Flatten()))
     assert (sum(found.values()) >= probabilities) == step_by_step
