@@ -87,8 +87,6 @@ class MemoryCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "namespace", "") == "prim":  # a query, of which fake tensors make many
-            return func(*args, **kwargs)
         taken = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if func in _LIFTS:
             taken = []
@@ -135,13 +133,7 @@ class StepMemory(Record):
     """Storages of the gradients that the backward leaves for the inputs; some of them may be those of the outputs."""
 
 
-def count_step(
-    call: Call,
-    *,
-    train: bool,
-    called_again: bool = False,
-    followed: tuple[AbstractContextManager[Any], AbstractContextManager[Any]] = (nullcontext(), nullcontext()),
-) -> StepMemory:
+def count_step(call: Call, *, train: bool, called_again: bool = False) -> StepMemory:
     """Run a step once, forward and backward, and count what it takes.
 
     It runs where its tensors are, on fake tensors too. Gradients of the parameters are there from before, as they are
@@ -151,7 +143,6 @@ def count_step(
         call: the step.
         train: whether it runs backward too.
         called_again: whether a later call uses the same parameters, so that autograd adds up two gradients of each.
-        followed: modes that the forward and the backward run under.
     """
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     gradients: list[Tensor] = []
@@ -160,7 +151,7 @@ def count_step(
     with _modes_of(call, leaves), _gradients_present(parameters), adding, torch.set_grad_enabled(train):
         given = [map_tensors(lambda t: _Given.apply(t, gradients.append), leaf) for leaf in leaves]  # type: ignore[no-untyped-call]
         counter = MemoryCounter()
-        with counter, followed[0]:
+        with counter:
             output = _run(call, *pytree.tree_unflatten(given, spec))
         forward_peak = counter.peak_bytes - counter.live_bytes
         apart = {storage._cdata for _, tensor in tensors_in(given) for storage in storages_of(tensor)}
@@ -175,7 +166,7 @@ def count_step(
         saved = counter.live_bytes
         counter.mark()
         gradient = torch.ones_like(end)
-        with counter, followed[1]:
+        with counter:
             torch.autograd.backward(end, gradient)
     return StepMemory(
         output_bytes=output_bytes,

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shardwright.profiler.flops import Formula, formula_of
 from shardwright.profiler.structure import nbytes
 
-__all__ = ["Operation", "OperationRecorder", "decides_by_values", "is_view", "operation_of", "tensor_bytes"]
+__all__ = ["Operation", "OperationRecorder", "decides_by_values", "tensor_bytes"]
 
 FREE = frozenset(
     {
@@ -62,8 +62,6 @@ class Operation(NamedTuple):
     """What the arithmetic's rate depends on: of the first floating tensor argument, else of the first tensor."""
     text: str
     """The call in one line: tensors as dtype, shape and strides, other arguments as they are; no address, no values."""
-    result_bytes: int = 0
-    """Of the storages of its results: kernels may take larger ones than the results need."""
 
 
 class OperationRecorder(TorchDispatchMode):
@@ -185,31 +183,13 @@ def _operator(func: Any) -> _Operator:
     )
 
 
-def _found(name: str) -> tuple[str, Any]:
-    """The name space of an operator, and the operator."""
-    space, *path = name.split(".")
-    return space, reduce(lambda holder, part: getattr(holder, part, None), path, getattr(torch.ops, space, None))
-
-
-@cache
-def is_view(name: str) -> bool:
-    """Whether the operator ``name`` makes nothing but views of what it is given."""
-    _, found = _found(name)
-    return isinstance(found, OpOverload) and found.is_view
-
-
 @cache
 def decides_by_values(name: str) -> bool:
     """Whether the operator ``name`` makes a number of Python or a shape of values, as ones that are not ATen's may."""
-    space, found = _found(name)
+    space, *path = name.split(".")
+    found = reduce(lambda holder, part: getattr(holder, part, None), path, getattr(torch.ops, space))
     tags = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
     return space != "aten" or not isinstance(found, OpOverload) or any(tag in found.tags for tag in tags)
-
-
-def operation_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Operation | None:
-    """The record of a call of ``func`` that gave ``result``; None for a query of a tensor's form."""
-    operator = _operator(func)
-    return None if operator.is_query else _operation(operator, args, kwargs, result)
 
 
 def _operation(operator: _Operator, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Operation:
@@ -217,8 +197,7 @@ def _operation(operator: _Operator, args: Sequence[Any], kwargs: Mapping[str, An
     tensors = [*_tensors(args), *_tensors(kwargs.values())]
     results = list(_tensors((result,)))
     text = _text_of(operator, args, kwargs)
-    held = sum(map(_storage_bytes, results))
-    form = _form(operator, text, tensors, results, held)
+    form = _form(operator, text, tensors, results)
     known = _known.get(form) if form is not None else None
     if known is not None:
         return known
@@ -228,7 +207,6 @@ def _operation(operator: _Operator, args: Sequence[Any], kwargs: Mapping[str, An
         bytes=0 if operator.is_free else _moved(operator, args, kwargs, tensors, results),
         dtype=_deciding([*tensors, *results]),
         text=text,
-        result_bytes=held,
     )
     if form is not None:
         if len(_known) >= MOST_KNOWN:
@@ -243,7 +221,7 @@ _known: dict[tuple[Any, ...], Operation] = {}
 
 
 def _form(
-    operator: _Operator, text: str, tensors: Sequence[Tensor], results: Sequence[Tensor], held: int
+    operator: _Operator, text: str, tensors: Sequence[Tensor], results: Sequence[Tensor]
 ) -> tuple[Any, ...] | None:
     """What the record of a call follows from; None where more than that matters.
 
@@ -256,7 +234,7 @@ def _form(
         or not all(map(_is_told, every))
     ):
         return None
-    return (text, held, *((t.shape, t.stride(), t.dtype) for t in results))
+    return (text, *((t.shape, t.stride(), t.dtype) for t in results))
 
 
 def _text_of(operator: _Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
@@ -292,14 +270,6 @@ def tensor_bytes(tensor: Tensor) -> int:
             return 0
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return prod(size if stride or not size else 1 for size, stride in sizes) * tensor.element_size()
-
-
-def _storage_bytes(tensor: Tensor) -> int:
-    """Bytes of what ``tensor`` is laid out in, or of its elements where it has not one storage."""
-    try:
-        return tensor.untyped_storage().nbytes() if _is_told(tensor) else tensor_bytes(tensor)
-    except (RuntimeError, NotImplementedError):  # such as a wrapper of others
-        return tensor_bytes(tensor)
 
 
 def _moved(

@@ -14,7 +14,6 @@ from shardwright.profiler.memory import StepMemory, count_step
 from shardwright.profiler.optimizers import OptimizerMemory
 from shardwright.profiler.profile import Clocked, Measurement, Node, Tie
 from shardwright.profiler.profile import Tensor as TensorRecord
-from shardwright.profiler.shape_count import count_shapes, is_worth_it
 from shardwright.profiler.signature import step_key
 from shardwright.profiler.state import Snapshot
 from shardwright.profiler.structure import nbytes, tensors_in
@@ -29,8 +28,7 @@ def count_steps(
 ) -> dict[str, StepMemory]:
     """What each step of ``capture`` takes when it runs alone, by name; the model is left as it was.
 
-    Equal work is counted once, and what ``cache`` knows is not counted again. Large steps are not computed, if it can
-    be told without what they take (see :mod:`shardwright.profiler.shape_count`).
+    Equal work is counted once, and what ``cache`` knows is not counted again.
 
     Args:
         found: the model as it is now, where that is known from earlier.
@@ -42,7 +40,6 @@ def count_steps(
     known = cache if cache is not None else Cache(None)
     last = {step.unit: step for step in capture.steps if step.kind == "unit"}
     model = found or Snapshot(capture.model)
-    modules = list(capture.model.modules())
     with model.attributes_kept(), as_found(model, train=train):
         for step in capture.steps:
             if step.call is None or not (train or step.kind != "output"):
@@ -54,10 +51,7 @@ def count_steps(
                 counted[step.name] = before
                 continue
             try:
-                known_by_shapes = None
-                if not capture.obstacles and is_worth_it(step.operations):
-                    known_by_shapes = count_shapes(step, train=train, called_again=again, around=modules)
-                counted[step.name] = known_by_shapes or count_step(step.call, train=train, called_again=again)
+                counted[step.name] = count_step(step.call, train=train, called_again=again)
             except Exception as error:
                 raise ShardwrightError(
                     f"{step.name} failed when it ran alone for its memory to be counted: "

@@ -164,9 +164,9 @@ def told(monkeypatch):
     """What the workers of pipelines are told from now on, in order: (function, split)."""
     calls, ask = [], Session._all
 
-    def noted(self, split, function, *args):
+    def noted(self, split, function, *args, **options):
         calls.append((function.__name__, split.name))
-        return ask(self, split, function, *args)
+        return ask(self, split, function, *args, **options)
 
     monkeypatch.setattr(Session, "_all", noted)
     return calls

@@ -251,6 +251,7 @@ def test_the_first_of_a_row_does_not_count(captured_profile, monkeypatch):
     assert held.step(split) == (max(1.0, len(devices)) + 3.0) / 2
     assert held.step_whole(devices[0], 0.1) == 2.0
     assert held.step_whole(devices[0]) == 2.0
+    assert [limit_s for limit_s, _ in asked[1:]] == [5.0 * session.steps_in_row(0.1), 5.0]
     counts = [*(args for _, each in asked for args in each.values())]
     assert counts[-2:] == [(session.steps_in_row(0.1),), (1,)]
     assert {*counts[:-2]} == {(session.steps_in_row(plan.predicted.step_s),)}

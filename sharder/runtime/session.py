@@ -143,12 +143,14 @@ class Session:
 
     def step(self, split: Split) -> float:
         """Seconds of one step, until the last device has done it; see :func:`steps_in_row`."""
-        found = self._all(split, step_stage, steps_in_row(split.plan.predicted.step_s))
+        count = steps_in_row(split.plan.predicted.step_s)
+        found = self._all(split, step_stage, count, steps=count)
         return _of_row([max(each) for each in zip(*found, strict=True)])
 
     def note(self, split: Split) -> list[Noted]:
         """One step, and what each device was at when."""
-        return self._all(split, note_stage, steps_in_row(split.plan.predicted.step_s) > 1)
+        warm = steps_in_row(split.plan.predicted.step_s) > 1
+        return self._all(split, note_stage, warm, steps=1 + warm)
 
     def weigh(self, split: Split) -> list[int]:
         """One step, and the peak bytes of each device in it."""
@@ -212,13 +214,13 @@ class Session:
     def step_whole(self, device: str, expected_s: float | None = None) -> float:
         """Seconds of one step of it, which is expected to take so many."""
         count = steps_in_row(expected_s) if expected_s is not None else 1
-        return _of_row(self.pool.call({device: (step_whole, (count,))}, limit_s=self.limit_s)[device])
+        return _of_row(self.pool.call({device: (step_whole, (count,))}, limit_s=count * self.limit_s)[device])
 
-    def _all(self, split: Split, function: Any, *args: Any) -> list[Any]:
-        """The results of all its devices, in order."""
-        devices = split.plan.devices
-        found = self.pool.call({d: (partial(function, split.name), args) for d in devices}, limit_s=self.limit_s)
-        return [found[device] for device in devices]
+    def _all(self, split: Split, function: Any, *args: Any, steps: int = 1) -> list[Any]:
+        """The results of all its devices, in order; ``steps``: how many steps ``function`` takes."""
+        calls = {device: (partial(function, split.name), args) for device in split.plan.devices}
+        found = self.pool.call(calls, limit_s=steps * self.limit_s)
+        return [found[device] for device in split.plan.devices]
 
 
 def steps_in_row(expected_s: float) -> int:
