@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_partition import brute_force, chain, problems
 
+from shardwright.sharder.planning import mincut
+from shardwright.sharder.planning.flow import Network
 from shardwright.sharder.planning.mincut import transfer_bound_s
 from shardwright.sharder.planning.search import simple_bound_s
 
@@ -48,3 +50,15 @@ def test_devices_that_differ_and_no_time_give_no_more_than_is_known():
     assert transfer_bound_s(problem, 20.5, lambda: True) == pytest.approx(16.0)
     mixed = tuple(dataclasses.replace(b, forward_s=(1.0, 2.0)) for b in problem.blocks)
     assert transfer_bound_s(dataclasses.replace(problem, blocks=mixed), 30.0) == 0.0
+
+
+def test_without_time_no_network_is_made(monkeypatch):
+    """There may be a thousand cuts, and the networks of ten thousand blocks take a minute."""
+    made = []
+    monkeypatch.setattr(mincut, "Network", lambda nodes: made.append(nodes) or Network(nodes))
+    problem = chain([1.0] * 8, latency=0.5)
+    transfer_bound_s(problem, 20.5)
+    assert made
+    made.clear()
+    assert transfer_bound_s(problem, 20.5, lambda: True) == pytest.approx(16.0)
+    assert not made

@@ -100,7 +100,7 @@ def _least_cut_s(
     out_of_time: Callable[[], bool],
 ) -> float:
     """The least transfer seconds of a cut with some blocks before it for sure, and some behind it; or less, in time."""
-    if not inside.any() or not outside.any():
+    if not inside.any() or not outside.any() or out_of_time():
         return 0.0
     count = len(inside)
     node = [count if i else count + 1 if o else v for v, (i, o) in enumerate(zip(inside, outside, strict=True))]
