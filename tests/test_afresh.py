@@ -87,3 +87,20 @@ def test_one_order_of_the_devices_is_cut_no_better_than_all(seed):
     for split in each:
         assert max(stage_loads(problem, split.stages)) == pytest.approx(split.value_s)
         assert split.bound_s == split.value_s
+
+
+def test_each_start_is_looked_at_too(monkeypatch):
+    """Moves leave out ties and memory: what they make of a start that fits may not."""
+    monkeypatch.setattr(afresh, "PATIENCE", 6)
+    starts = []
+
+    def noted(of):
+        return lambda *args, **more: starts.append(of(*args, **more)) or starts[-1]
+
+    monkeypatch.setattr(afresh, "split_line", noted(split_line))
+    monkeypatch.setattr(afresh, "split_in_order", noted(split_in_order))
+    problem = mixed(0)
+    optimum = partition(problem)
+    best = optimum.stages, optimum.value_s
+    found = {*begun_afresh(problem, [[0], [1], [2]], [], lambda: best, 0.0, lambda: False)}
+    assert {split.stages for split in starts if split and len(split.stages) > 1} <= found

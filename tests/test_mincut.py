@@ -10,7 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_partition import brute_force, chain, problems
 
-from shardwright.sharder.planning.mincut import transfer_bound_s
+from shardwright.sharder.planning import mincut
+from shardwright.sharder.planning.flow import Network
+from shardwright.sharder.planning.mincut import least_transfer_s, transfer_bound_s
 from shardwright.sharder.planning.search import simple_bound_s
 
 
@@ -48,3 +50,31 @@ def test_devices_that_differ_and_no_time_give_no_more_than_is_known():
     assert transfer_bound_s(problem, 20.5, lambda: True) == pytest.approx(16.0)
     mixed = tuple(dataclasses.replace(b, forward_s=(1.0, 2.0)) for b in problem.blocks)
     assert transfer_bound_s(dataclasses.replace(problem, blocks=mixed), 30.0) == 0.0
+
+
+def test_without_time_no_network_is_made(monkeypatch):
+    """There may be a thousand cuts, and the networks of ten thousand blocks take a minute."""
+    made = []
+    monkeypatch.setattr(mincut, "Network", lambda nodes: made.append(nodes) or Network(nodes))
+    problem = chain([1.0] * 8, latency=0.5)
+    transfer_bound_s(problem, 20.5)
+    assert made
+    made.clear()
+    assert transfer_bound_s(problem, 20.5, lambda: True) == pytest.approx(16.0)
+    assert not made
+
+
+def test_links_are_gone_through_once_for_all_tensors():
+    """The pairs of 64 devices are thousands, and for each tensor anew they would take seconds of any time limit."""
+
+    class Counted(tuple):
+        looks = 0
+
+        def __getitem__(self, index):
+            Counted.looks += 1
+            return super().__getitem__(index)
+
+    problem = chain([1.0] * 200, devices=10, latency=0.5)
+    problem = dataclasses.replace(problem, links=tuple(map(Counted, problem.links)))
+    assert {least_transfer_s(problem, tensor) for tensor in problem.crossings} == {4 * 2 * 0.5 * 2}
+    assert Counted.looks < 10 * len(problem.crossings)

@@ -72,11 +72,10 @@ def begun_afresh(
         if split is None or len(split.stages) < 2:
             continue
         stages, least_s = split.stages, split.value_s
+        yield stages  # which may fit where what moves make of it does not
         for stages in annealed(Shifts(problem, split.stages), random_, split.value_s, out_of_time):
             yield stages
-        if stages is split.stages:
-            yield stages
-        else:
+        if stages is not split.stages:
             least_s = max(Shifts(problem, stages).loads)
         known = sorted({*known, (least_s, stages)})[:REMEMBERED]
         if best()[1] < value_s * (1 - 1e-5):

@@ -77,7 +77,6 @@ def _work_around(
 
 def least_transfer_s(problem: Problem, tensor: Crossing) -> float:
     """Seconds of a step that crossing a cut makes ``tensor`` cost all its ends at least; if overlapped, the senders."""
-    devices = range(len(problem.devices))
     forward, backward = tensor.forward_bytes, tensor.backward_bytes
     if problem.transfers == "staged":
         out_s, in_s = (
@@ -86,8 +85,7 @@ def least_transfer_s(problem: Problem, tensor: Crossing) -> float:
             for i in range(2)
         )
         return problem.microbatches * (out_s if problem.overlap else out_s + in_s)
-    pairs = {(problem.links[a][b], problem.links[b][a]): (a, b) for a in devices for b in devices if a != b}
-    each = (sum(problem.transfer_s([tensor], a, b)) for a, b in pairs.values())
+    each = (sum(problem.transfer_s([tensor], a, b)) for a, b in problem.unlike_pairs)
     return problem.microbatches * min(each, default=0.0) * (1 if problem.overlap else 2)
 
 
@@ -100,7 +98,7 @@ def _least_cut_s(
     out_of_time: Callable[[], bool],
 ) -> float:
     """The least transfer seconds of a cut with some blocks before it for sure, and some behind it; or less, in time."""
-    if not inside.any() or not outside.any():
+    if not inside.any() or not outside.any() or out_of_time():
         return 0.0
     count = len(inside)
     node = [count if i else count + 1 if o else v for v, (i, o) in enumerate(zip(inside, outside, strict=True))]

@@ -276,6 +276,12 @@ class Problem:
         """By device: seconds of compute of all blocks."""
         return tuple(map(sum, zip(*self.seconds, strict=True)))
 
+    @cached_property
+    def unlike_pairs(self) -> list[tuple[int, int]]:
+        """Pairs of devices, of those with the same links there and back one."""
+        devices, links = range(len(self.devices)), self.links
+        return [*{(links[a][b], links[b][a]): (a, b) for a in devices for b in devices if a != b}.values()]
+
     def crossing(self, closed: int) -> list[Crossing]:
         """The tensors that cross the cut after the predecessor-closed set ``closed``."""
         if closed not in self._crossing:
