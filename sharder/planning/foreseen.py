@@ -62,7 +62,8 @@ def at_pace(plan: Plan, slower: Mapping[str, float]) -> float:
         _slowed(cost, max(slower.get(device, 1.0) for device in (stage.device, *stage.replica_devices)))
         for cost, stage in zip(costs, plan.stages, strict=True)
     ]
-    return plan.predicted.step_s * timeline_of(plan, scaled).step_s / timeline_of(plan, costs).step_s
+    at_median_s = timeline_of(plan, costs).step_s
+    return plan.predicted.step_s * timeline_of(plan, scaled).step_s / at_median_s if at_median_s else 0.0
 
 
 def _slowed(cost: StageCost, factor: float) -> StageCost:
