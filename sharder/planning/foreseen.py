@@ -51,8 +51,8 @@ def timeline_of(plan: Plan, costs: Sequence[StageCost] | None = None) -> Timelin
 def at_pace(plan: Plan, slower: Mapping[str, float]) -> float:
     """Seconds of the step that is predicted for devices that compute so many times as slowly as they were profiled.
 
-    Transfers are taken to be as fast as they were. What the step is longer than that of its
-    median times, since the devices' speeds vary, stays the same part of it.
+    Transfers are taken to be as fast as they were. What the step is longer than that of its median times, since the
+    devices' speeds vary, stays the same part of it.
 
     Args:
         slower: device -> 1.2 for one that takes 1.2 times as long; those that are not named are as they were.
