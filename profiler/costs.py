@@ -20,6 +20,7 @@ from pydantic import (
 
 from shardwright.errors import ShardwrightError
 from shardwright.files import Document, Record
+from shardwright.profiler.costgraph import CostGraph
 from shardwright.profiler.profile import Profile
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class Costs(Document):
         """The costs as a profile, which no model stands behind."""
         from shardwright.profiler.from_graph import profile_from_graph
 
-        return profile_from_graph(self.graph())
+        return profile_from_graph(self._graph())
 
     def graph(self) -> nx.DiGraph[str]:
         """The costs as a cost graph; see :mod:`shardwright.profiler.graph`.
@@ -156,32 +157,35 @@ class Costs(Document):
         Raises:
             ShardwrightError: a link or a unit names something that is not there, or a name stands twice.
         """
-        import networkx as nx
+        return self._graph().networkx()
 
-        graph: nx.DiGraph[str] = nx.DiGraph(
-            name=self.model,
-            train=self.train,
-            devices={name: device.model_dump() for name, device in self.devices.items()},
-            links=self._links(),
-            colocate=self.colocate,
-            host_bytes=self.host_bytes,
-            disk_bytes_per_s=self.disk_bytes_per_s,
-        )
+    def _graph(self) -> CostGraph:
+        attributes = {
+            "name": self.model,
+            "train": self.train,
+            "devices": {name: device.model_dump() for name, device in self.devices.items()},
+            "links": self._links(),
+            "colocate": self.colocate,
+            "host_bytes": self.host_bytes,
+            "disk_bytes_per_s": self.disk_bytes_per_s,
+        }
         if self.microbatches is not None:
-            graph.graph["microbatches"] = self.microbatches
+            attributes["microbatches"] = self.microbatches
+        nodes: dict[str, dict[str, Any]] = {}
+        edges: list[tuple[str, str]] = []
         before: str | None = None
         for unit in self.units:
-            if unit.name in graph:
+            if unit.name in nodes:
                 raise ShardwrightError(f"unit {unit.name} is there twice; give each unit a name of its own")
-            graph.add_node(unit.name, **_attributes(unit))
             for source in unit.inputs if unit.inputs is not None else filter(None, [before]):
-                if source == unit.name or source not in graph:
+                if source not in nodes:
                     raise ShardwrightError(
                         f"unit {unit.name} reads {source}, which is no unit before it; correct inputs"
                     )
-                graph.add_edge(source, unit.name)
+                edges.append((source, unit.name))
+            nodes[unit.name] = _attributes(unit)
             before = unit.name
-        return graph
+        return CostGraph(attributes, nodes, ((*edge, {}) for edge in edges))
 
     def _links(self) -> dict[tuple[str, str], tuple[float, float]]:
         """Every ordered pair's latency and bandwidth; empty without links."""

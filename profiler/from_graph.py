@@ -8,16 +8,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal, get_args
-
-import networkx as nx
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.costgraph import CostGraph
 from shardwright.profiler.given import rate, refuse_misspelt, seconds, texts, whole
 from shardwright.profiler.given_devices import devices_of, links_of, variations_of
-from shardwright.profiler.graph import Times, cost_graph
-from shardwright.profiler.graphml import nested_graph
+from shardwright.profiler.graph import Times, costs_at
+from shardwright.profiler.ordering import topological_order
 from shardwright.profiler.profile import Measurement, Misfit, Node, NodeKind, Profile, Tensor, Tie
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 __all__ = ["costs_from_graph", "profile_from_graph"]
 
@@ -35,7 +37,7 @@ _OF_GRAPHS = (
 )
 
 
-def profile_from_graph(graph: nx.DiGraph[Any]) -> Profile:
+def profile_from_graph(graph: nx.DiGraph[Any] | CostGraph) -> Profile:
     """A profile of the costs in ``graph``, which no model stands behind.
 
     The graph is not changed. Nodes are taken in a topological order that is as near to theirs as can be.
@@ -46,7 +48,7 @@ def profile_from_graph(graph: nx.DiGraph[Any]) -> Profile:
     return _reading(graph).profile()
 
 
-def costs_from_graph(graph: nx.DiGraph[Any]) -> tuple[Profile, nx.DiGraph[str]]:
+def costs_from_graph(graph: nx.DiGraph[Any]) -> tuple[Profile, CostGraph]:
     """The profile of the costs in ``graph`` with its times left out, and their cost graph, which has them.
 
     For planning: records of the times of ten thousand units on 64 devices take longer to make than a plan. Order and
@@ -54,10 +56,16 @@ def costs_from_graph(graph: nx.DiGraph[Any]) -> tuple[Profile, nx.DiGraph[str]]:
     """
     reading = _reading(graph)
     profile = reading.profile(timed=False)
-    return profile, cost_graph(profile, reading.microbatches, reading.times)
+    return profile, costs_at(profile, reading.microbatches, reading.times)
 
 
-def _reading(graph: nx.DiGraph[Any]) -> _Reading:
+def _reading(graph: nx.DiGraph[Any] | CostGraph) -> _Reading:
+    if isinstance(graph, CostGraph):
+        return _Reading(graph)
+    import networkx as nx
+
+    from shardwright.profiler.graphml import nested_graph
+
     if not isinstance(graph, nx.DiGraph) or graph.is_multigraph():
         raise ShardwrightError(
             f"costs are a Profile or a networkx.DiGraph, not a {type(graph).__name__}; make it a DiGraph"
@@ -65,13 +73,13 @@ def _reading(graph: nx.DiGraph[Any]) -> _Reading:
     names = {node: str(node) for node in graph}
     if len(set(names.values())) < len(names):
         raise ShardwrightError("two nodes of the graph have the same name as text; give each a name of its own")
-    return _Reading(nested_graph(nx.relabel_nodes(graph, names)))
+    return _Reading(CostGraph.of(nested_graph(nx.relabel_nodes(graph, names))))
 
 
 class _Reading:
     """A nested graph, and what all its parts have to agree with."""
 
-    def __init__(self, graph: nx.DiGraph[str]) -> None:
+    def __init__(self, graph: CostGraph) -> None:
         self.graph = graph
         refuse_misspelt("the graph", graph.graph, _OF_GRAPHS)
         self.train = graph.graph.get("train", True)
@@ -261,7 +269,7 @@ class _Reading:
 
     def _on_edge(self, source: str, target: str) -> dict[str, tuple[Any, Any]]:
         """The tensors that ``target`` reads from ``source`` with their bytes, forward and back; None = by default."""
-        data = self.graph.edges[source, target]
+        data = self.graph.edge(source, target)
         if "tensors" not in data:
             made = self.graph.nodes[source].get("output_bytes", 0)
             return {source: (data.get("bytes", made), data.get("gradient_bytes"))}
@@ -277,7 +285,7 @@ class _Reading:
     def _tensors(self) -> dict[str, Tensor]:
         """Every tensor on an edge, by name; each has one producer and one size."""
         found: dict[str, Tensor] = {}
-        for source, target, data in self.graph.edges(data=True):
+        for source, target, data in self.graph.edges():
             where = f"edge {source} -> {target}"
             refuse_misspelt(where, data, _OF_EDGES)
             for name, sizes in self._on_edge(source, target).items():
@@ -346,13 +354,15 @@ class _Reading:
                 raise ShardwrightError(f"graph attribute {noun} names {name}, which is not a node of the graph")
 
 
-def _in_order(graph: nx.DiGraph[str]) -> list[str]:
+def _in_order(graph: CostGraph) -> list[str]:
     """The nodes in a topological order, as near to their own as can be."""
     position = {name: i for i, name in enumerate(graph)}
-    try:
-        return list(nx.lexicographical_topological_sort(graph, key=position.__getitem__))
-    except nx.NetworkXUnfeasible:
-        cycle = [source for source, _ in nx.find_cycle(graph)]
-        raise ShardwrightError(
-            f"the graph has a cycle, {' -> '.join([*cycle, cycle[0]])}; a forward has none: remove one of the edges"
-        ) from None
+    order = topological_order({name: graph.successors(name) for name in graph}, position.__getitem__)
+    if len(order) == len(position):
+        return order
+    import networkx as nx
+
+    cycle = [source for source, _ in nx.find_cycle(graph.networkx())]
+    raise ShardwrightError(
+        f"the graph has a cycle, {' -> '.join([*cycle, cycle[0]])}; a forward has none: remove one of the edges"
+    )

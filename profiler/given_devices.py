@@ -7,9 +7,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import networkx as nx
-
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.costgraph import CostGraph
 from shardwright.profiler.given import rate, refuse_misspelt, seconds, whole
 from shardwright.profiler.graph import OPTIONAL
 from shardwright.profiler.profile import Device, Link, Variation
@@ -23,11 +22,11 @@ _TIMES = ("forward_s", "backward_s", "update_s")
 _OF_DEVICES = ("kind", "memory_bytes", "fetch_bytes_per_s", "variation", *OPTIONAL)
 
 
-def devices_of(graph: nx.DiGraph[str]) -> tuple[Device, ...]:
+def devices_of(graph: CostGraph) -> tuple[Device, ...]:
     """The devices that a nested cost graph lists, or else those that its times name."""
     given = graph.graph.get("devices")
     if given is None:
-        times = [data[key] for _, data in graph.nodes(data=True) for key in _TIMES if key in data]
+        times = [data[key] for data in graph.nodes.values() for key in _TIMES if key in data]
         given = list(dict.fromkeys(device for time in times if isinstance(time, Mapping) for device in time))
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise ShardwrightError(f"graph attribute devices is {given!r}; give their names, or a dict by name")

@@ -58,15 +58,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import networkx as nx
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.costgraph import CostGraph
 from shardwright.profiler.profile import Measurement, Profile, Tensor
 
-__all__ = ["OF_HOST", "OPTIONAL", "Times", "cost_graph"]
+if TYPE_CHECKING:
+    import networkx as nx
+
+__all__ = ["OF_HOST", "OPTIONAL", "Times", "cost_graph", "costs_at"]
 
 OF_HOST = ("host_latency_s", "host_bandwidth_bytes_per_s", "in_host_memory")
 """What a device may say of its way to the host's memory."""
@@ -78,8 +80,13 @@ Times = Mapping[str, Mapping[str, float]]
 """``forward_s``, ``backward_s``, ``update_s`` and ``recompute_s`` of a node, each seconds by device."""
 
 
-def cost_graph(profile: Profile, microbatches: int, times: Mapping[str, Times] | None = None) -> nx.DiGraph[str]:
-    """Turn ``profile`` into the cost graph at ``microbatches`` micro-batches a batch.
+def cost_graph(profile: Profile, microbatches: int) -> nx.DiGraph[str]:
+    """The cost graph of ``profile`` at ``microbatches`` micro-batches a batch; errors are those of :func:`costs_at`."""
+    return costs_at(profile, microbatches).networkx()
+
+
+def costs_at(profile: Profile, microbatches: int, times: Mapping[str, Times] | None = None) -> CostGraph:
+    """Turn ``profile`` into the cost graph at ``microbatches`` micro-batches a batch, without networkx.
 
     Args:
         profile: nodes, tensors, devices and links.
@@ -99,20 +106,20 @@ def cost_graph(profile: Profile, microbatches: int, times: Mapping[str, Times] |
             f"the profile has no times at {microbatches} micro-batches; it has "
             f"{', '.join(map(str, profile.microbatches))}: profile again with --microbatches {microbatches}"
         )
-    graph: nx.DiGraph[str] = nx.DiGraph(
-        name=profile.model,
-        microbatches=microbatches,
-        train=profile.train,
-        devices=_devices(profile),
-        links=_links(profile),
-        colocate=profile.colocate,
-        ties=tuple((tie.name, tie.nodes, tie.copy_bytes, tie.gradient_bytes) for tie in profile.ties),
-        obstacles=profile.obstacles,
-        host_bytes=profile.host_bytes,
-        disk_bytes_per_s=profile.disk_bytes_per_s,
-        tensors={tensor.name: _held(tensor, microbatches, train=profile.train) for tensor in profile.tensors},
-    )
-    graph.graph["waiting"] = _waiting(profile)
+    attributes = {
+        "name": profile.model,
+        "microbatches": microbatches,
+        "train": profile.train,
+        "devices": _devices(profile),
+        "links": _links(profile),
+        "colocate": profile.colocate,
+        "ties": tuple((tie.name, tie.nodes, tie.copy_bytes, tie.gradient_bytes) for tie in profile.ties),
+        "obstacles": profile.obstacles,
+        "host_bytes": profile.host_bytes,
+        "disk_bytes_per_s": profile.disk_bytes_per_s,
+        "tensors": {tensor.name: _held(tensor, microbatches, train=profile.train) for tensor in profile.tensors},
+        "waiting": _waiting(profile),
+    }
     inputs = {tensor.producer: 0 for tensor in profile.tensors}
     for tensor in profile.tensors:
         inputs[tensor.producer] += tensor.bytes.get(1, 0)
@@ -120,43 +127,42 @@ def cost_graph(profile: Profile, microbatches: int, times: Mapping[str, Times] |
     for misfit in profile.misfits:
         if misfit.microbatches == microbatches:
             unfit[misfit.node] = (*unfit.get(misfit.node, ()), misfit.device)
-    for node in profile.nodes:
-        of_node = _measured(profile, node.name, microbatches) if times is None else times[node.name]
-        graph.add_node(
-            node.name,
-            kind=node.kind,
-            type=node.type,
-            unit=node.unit,
-            site=node.site,
-            copied=node.kind == "parameter" and node.type in ("constant", "buffer"),
-            forward_s=of_node["forward_s"],
-            backward_s=of_node["backward_s"],
-            update_s=of_node["update_s"],
-            recompute_s=of_node["recompute_s"],
-            unfit=unfit.get(node.name, ()),
-            static_bytes=node.static_bytes + (inputs.get(node.name, 0) if node.kind == "input" else 0),
-            param_bytes=node.param_bytes,
-            grad_bytes=node.grad_bytes,
-            saved_bytes=node.saved_bytes.get(microbatches, 0),
-            output_bytes=node.output_bytes.get(microbatches, 0),
-            forward_peak_bytes=node.forward_peak_bytes.get(microbatches, 0),
-            backward_peak_bytes=node.backward_peak_bytes.get(microbatches, 0),
-            input_gradient_bytes=node.input_gradient_bytes.get(microbatches),
-            update_peak_bytes=dict(node.update_peak_bytes),
-            update_left_bytes=node.update_left_bytes,
-        )
+    nodes = {
+        node.name: {
+            "kind": node.kind,
+            "type": node.type,
+            "unit": node.unit,
+            "site": node.site,
+            "copied": node.kind == "parameter" and node.type in ("constant", "buffer"),
+            **(_measured(profile, node.name, microbatches) if times is None else times[node.name]),
+            "unfit": unfit.get(node.name, ()),
+            "static_bytes": node.static_bytes + (inputs.get(node.name, 0) if node.kind == "input" else 0),
+            "param_bytes": node.param_bytes,
+            "grad_bytes": node.grad_bytes,
+            "saved_bytes": node.saved_bytes.get(microbatches, 0),
+            "output_bytes": node.output_bytes.get(microbatches, 0),
+            "forward_peak_bytes": node.forward_peak_bytes.get(microbatches, 0),
+            "backward_peak_bytes": node.backward_peak_bytes.get(microbatches, 0),
+            "input_gradient_bytes": node.input_gradient_bytes.get(microbatches),
+            "update_peak_bytes": dict(node.update_peak_bytes),
+            "update_left_bytes": node.update_left_bytes,
+        }
+        for node in profile.nodes
+    }
+    return CostGraph(attributes, nodes, _edges(profile, microbatches))
+
+
+def _edges(profile: Profile, microbatches: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Each pair of nodes of which one reads tensors of the other, with those tensors."""
     tensors = {tensor.name: tensor for tensor in profile.tensors}
     for node in profile.nodes:
+        read: dict[str, dict[str, tuple[int, int]]] = {}
         for name in node.inputs:
             tensor = tensors[name]
             size = tensor.bytes.get(microbatches, 0)
-            if not graph.has_edge(tensor.producer, node.name):
-                graph.add_edge(tensor.producer, node.name, tensors={})
-            graph.edges[tensor.producer, node.name]["tensors"][name] = (
-                size,
-                size if profile.train and tensor.requires_grad else 0,
-            )
-    return graph
+            gradient = size if profile.train and tensor.requires_grad else 0
+            read.setdefault(tensor.producer, {})[name] = (size, gradient)
+        yield from ((producer, node.name, {"tensors": found}) for producer, found in read.items())
 
 
 def _measured(profile: Profile, node: str, microbatches: int) -> Times:

@@ -181,10 +181,15 @@ def _data_parallel(problems: Sequence[Problem], profile: Profile) -> Alternative
 
 def _fits_everywhere(problem: Problem) -> bool:
     """Whether each device holds the whole model with one micro-batch."""
-    for device in range(len(problem.devices)):
-        alone = dataclasses.replace(problem.alone(device), microbatches=1)
-        fits = all(block.allowed[0] for block in alone.blocks)
-        if not fits or alone.memory_bytes(0, (1 << len(alone.blocks)) - 1, 0, 0) > alone.caps[0]:
+    taken: dict[tuple[bool, ...], int] = {}
+    for device, cap in enumerate(problem.caps):
+        if not all(block.fits_on(device) for block in problem.blocks):
+            return False
+        kind = problem.updates_together[device : device + 1]
+        if kind not in taken:
+            alone = dataclasses.replace(problem.alone(device), microbatches=1)
+            taken[kind] = alone.memory_bytes(0, (1 << len(alone.blocks)) - 1, 0, 0)
+        if taken[kind] > cap:
             return False
     return True
 

@@ -13,25 +13,28 @@ import itertools
 import math
 import operator
 from collections.abc import Iterable, Mapping
-from typing import Any
-
-import networkx as nx
+from typing import TYPE_CHECKING, Any
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.costgraph import CostGraph
+from shardwright.profiler.ordering import connected_groups, strong_components, topological_order
 from shardwright.profiler.profile import NodeKind
 from shardwright.profiler.sizes import parse_bytes
 from shardwright.sharder.planning.ledger import ledger_of
 from shardwright.sharder.planning.problem import Block, Crossing, Link, Problem, Recompute, Schedule, Tie, Transfers
 from shardwright.sharder.planning.together import groups_together
 
+if TYPE_CHECKING:
+    import networkx as nx
+
 __all__ = ["parse_bytes", "problem_from_graph"]
 
 
-def _of_kind(graph: nx.DiGraph[str], kind: NodeKind) -> list[str]:
-    return [name for name, data in graph.nodes(data=True) if data["kind"] == kind]
+def _of_kind(graph: CostGraph, kind: NodeKind) -> list[str]:
+    return [name for name, data in graph.nodes.items() if data["kind"] == kind]
 
 
-def _own_copies(graph: nx.DiGraph[str]) -> dict[str, list[str]]:
+def _own_copies(graph: CostGraph) -> dict[str, list[str]]:
     """Parameter nodes of which each stage that reads them has a copy -> their readers, in the order of the forward.
 
     These are buffers and constants, and parameters whose readers are all users of one tie by the parameter's name.
@@ -46,7 +49,7 @@ def _own_copies(graph: nx.DiGraph[str]) -> dict[str, list[str]]:
     }
 
 
-def _ties(graph: nx.DiGraph[str], own: Mapping[str, list[str]], block_of: Mapping[str, int]) -> tuple[Tie, ...]:
+def _ties(graph: CostGraph, own: Mapping[str, list[str]], block_of: Mapping[str, int]) -> tuple[Tie, ...]:
     """The ties with users in several blocks; buffers and constants are ties whose copies have nothing to sum."""
     position = {name: i for i, name in enumerate(graph)}
     found = [
@@ -65,19 +68,15 @@ def _ties(graph: nx.DiGraph[str], own: Mapping[str, list[str]], block_of: Mappin
     return tuple(tie for tie in ties if tie.users.bit_count() > 1)
 
 
-def _groups(graph: nx.DiGraph[str]) -> list[set[str]]:
+def _groups(graph: CostGraph) -> list[set[str]]:
     """Sets of nodes that must share a stage: inputs together, parameters with their readers, and ``colocate``."""
     groups: list[set[str]] = [set(_of_kind(graph, "input"))]
     groups += [{n, *graph.successors(n)} for n in _of_kind(graph, "parameter")]
     groups += [set(group) for group in graph.graph.get("colocate", ())]
-    merged: nx.Graph[str] = nx.Graph()
-    merged.add_nodes_from(graph)
-    for group in groups:
-        nx.add_path(merged, sorted(group))
-    return [set(component) for component in nx.connected_components(merged)]
+    return connected_groups(graph, map(list, groups))
 
 
-def _blocks(graph: nx.DiGraph[str]) -> tuple[list[tuple[str, ...]], list[set[int]]]:
+def _blocks(graph: CostGraph) -> tuple[list[tuple[str, ...]], list[set[int]]]:
     """Convex groups of nodes in a topological order, and for each the indices of those before it.
 
     A group that must stay together takes with it every node on a path between its members: the strongly connected
@@ -86,22 +85,26 @@ def _blocks(graph: nx.DiGraph[str]) -> tuple[list[tuple[str, ...]], list[set[int
     position = {name: i for i, name in enumerate(graph)}
     groups = _groups(graph)
     group_of = {name: i for i, group in enumerate(groups) for name in group}
-    quotient: nx.DiGraph[int] = nx.DiGraph()
-    quotient.add_nodes_from(range(len(groups)))
-    quotient.add_edges_from((group_of[a], group_of[b]) for a, b in graph.edges if group_of[a] != group_of[b])
+    after: list[set[int]] = [set() for _ in groups]
+    for maker, reader, _ in graph.edges():
+        after[group_of[maker]].add(group_of[reader])
     # Inputs enter at the first stage and the outputs leave at the last one.
     for name in _of_kind(graph, "input")[:1]:
-        quotient.add_edges_from((group_of[name], g) for g in range(len(groups)) if g != group_of[name])
+        after[group_of[name]].update(range(len(groups)))
     for name in _of_kind(graph, "output"):
-        quotient.add_edges_from((g, group_of[name]) for g in range(len(groups)) if g != group_of[name])
-    hulls: nx.DiGraph[int] = nx.condensation(quotient)
-    members = {
-        hull: tuple(sorted((n for g in data["members"] for n in groups[g]), key=position.__getitem__))
-        for hull, data in hulls.nodes(data=True)
-    }
-    order = list(nx.lexicographical_topological_sort(hulls, key=lambda hull: position[members[hull][0]]))
+        for targets in after:
+            targets.add(group_of[name])
+    hulls = strong_components(after)
+    members = [tuple(sorted((n for g in hull for n in groups[g]), key=position.__getitem__)) for hull in hulls]
+    hull_of = {g: i for i, hull in enumerate(hulls) for g in hull}
+    behind = {i: {hull_of[target] for g in hull for target in after[g]} - {i} for i, hull in enumerate(hulls)}
+    order = topological_order(behind, lambda hull: position[members[hull][0]])
     index = {hull: i for i, hull in enumerate(order)}
-    return [members[h] for h in order], [{index[p] for p in hulls.predecessors(h)} for h in order]
+    before: list[set[int]] = [set() for _ in hulls]
+    for hull, targets in behind.items():
+        for target in targets:
+            before[index[target]].add(index[hull])
+    return [members[hull] for hull in order], before
 
 
 def _seconds(times: list[Mapping[str, float]], devices: tuple[str, ...]) -> tuple[float, ...]:
@@ -121,7 +124,7 @@ def _again_s(nodes: list[dict[str, Any]], devices: tuple[str, ...]) -> tuple[flo
 
 
 def _allowed(
-    graph: nx.DiGraph[str],
+    graph: CostGraph,
     nodes: tuple[str, ...],
     devices: tuple[str, ...],
     pins: Mapping[str, str],
@@ -146,15 +149,15 @@ def _allowed(
     return tuple((not wanted or device in wanted) and not lacks for device, lacks in zip(devices, unfit, strict=True))
 
 
-def _unfit(graph: nx.DiGraph[str], nodes: tuple[str, ...], devices: tuple[str, ...]) -> tuple[bool, ...]:
+def _unfit(graph: CostGraph, nodes: tuple[str, ...], devices: tuple[str, ...]) -> tuple[bool, ...]:
     """Which devices one of ``nodes`` did not fit on, even alone."""
     found = {device for node in nodes for device in graph.nodes[node].get("unfit", ())}
     return tuple(device in found for device in devices) if found else (False,) * len(devices)
 
 
-def _check_pins(graph: nx.DiGraph[str], devices: tuple[str, ...], pins: Mapping[str, str]) -> None:
+def _check_pins(graph: CostGraph, devices: tuple[str, ...], pins: Mapping[str, str]) -> None:
     """Refuse a pin that names nothing."""
-    names = [data.get("unit") or name for name, data in graph.nodes(data=True)]
+    names = [data.get("unit") or name for name, data in graph.nodes.items()]
     for pattern, device in pins.items():
         if device not in devices:
             raise ShardwrightError(
@@ -164,7 +167,7 @@ def _check_pins(graph: nx.DiGraph[str], devices: tuple[str, ...], pins: Mapping[
             raise ShardwrightError(f"pin {pattern}={device}: no unit matches {pattern!r}; `profile` lists the units")
 
 
-def _check(graph: nx.DiGraph[str], devices: tuple[str, ...]) -> None:
+def _check(graph: CostGraph, devices: tuple[str, ...]) -> None:
     """Refuse a graph with a part missing."""
     if not _of_kind(graph, "unit"):
         raise ShardwrightError("the cost graph has no unit to place")
@@ -173,16 +176,16 @@ def _check(graph: nx.DiGraph[str], devices: tuple[str, ...]) -> None:
     for noun, node in ((noun, node) for noun, group in groups for node in group):
         if node not in graph:
             raise ShardwrightError(f"{noun} names {node}, which is not in the cost graph")
-    if not nx.is_directed_acyclic_graph(graph):
+    if len(topological_order({name: graph.successors(name) for name in graph}, str)) < len(graph.nodes):
         raise ShardwrightError("the cost graph has a cycle; a forward has none")
     for a, b in itertools.permutations(devices, 2):
         if (a, b) not in graph.graph["links"]:
             raise ShardwrightError(f"the profile has no link from {a} to {b}; profile with both devices")
     needed = set(devices)
-    for node, times in graph.nodes(data="forward_s"):
-        unfit = graph.nodes[node].get("unfit", ())
+    for node, data in graph.nodes.items():
+        times, unfit = data["forward_s"], data.get("unfit", ())
         if unfit and all(device in unfit for device in devices):
-            name = graph.nodes[node].get("unit") or node
+            name = data.get("unit") or node
             raise ShardwrightError(
                 f"{name} fits on none of {', '.join(devices)}, not even alone, at {graph.graph['microbatches']} "
                 "micro-batches: divide the batch further, or use a device with more memory"
@@ -194,7 +197,7 @@ def _check(graph: nx.DiGraph[str], devices: tuple[str, ...]) -> None:
 
 
 def problem_from_graph(
-    graph: nx.DiGraph[str],
+    graph: CostGraph | nx.DiGraph[str],
     *,
     devices: Iterable[str] | None = None,
     memory: Mapping[str, str | int] | None = None,
@@ -222,6 +225,8 @@ def problem_from_graph(
         ShardwrightError: a device, a link, or a unit named in ``memory``, ``pins`` or ``together`` is not in the graph,
             or units that must share a device are pinned to several.
     """
+    if not isinstance(graph, CostGraph):
+        graph = CostGraph.of(graph)
     known: dict[str, Any] = graph.graph["devices"]
     names = tuple(devices) if devices is not None else tuple(known)
     memory, pins = memory or {}, pins or {}
@@ -235,12 +240,12 @@ def problem_from_graph(
 
     own = _own_copies(graph)
     groups = groups_together(graph, together, pins)
-    cut = graph.copy() if own or groups else graph
-    if groups:
-        cut.graph["colocate"] = (*graph.graph.get("colocate", ()), *groups)
-    cut.remove_edges_from((node, reader) for node, readers in own.items() for reader in readers[1:])
+    cut = graph
+    if own or groups:
+        copied = ((node, reader) for node, readers in own.items() for reader in readers[1:])
+        cut = graph.changed({"colocate": (*graph.graph.get("colocate", ()), *groups)}, without=copied)
     members, before = _blocks(cut)
-    data: dict[str, dict[str, Any]] = {name: graph.nodes[name] for name in graph}
+    data = graph.nodes
     unfit = [_unfit(graph, nodes, names) for nodes in members]
     blocks = tuple(
         Block(
@@ -289,10 +294,10 @@ def _to_host(device: Mapping[str, Any]) -> Link | None:
     return None if latency_s is None and rate is None else (latency_s or 0.0, rate or math.inf)
 
 
-def _crossings(graph: nx.DiGraph[str], block_of: Mapping[str, int]) -> tuple[Crossing, ...]:
+def _crossings(graph: CostGraph, block_of: Mapping[str, int]) -> tuple[Crossing, ...]:
     """The tensors that leave their block, each once with all its readers."""
     found: dict[str, Crossing] = {}
-    for source, target, data in graph.edges(data=True):
+    for source, target, data in graph.edges():
         producer, reader = block_of[source], block_of[target]
         if producer == reader:
             continue

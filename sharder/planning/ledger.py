@@ -9,19 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import networkx as nx
-
+from shardwright.profiler.costgraph import CostGraph
 from shardwright.sharder.planning.memory import Gradient, Ledger, Step, Storage
 
 __all__ = ["ledger_of"]
 
 
-def ledger_of(graph: nx.DiGraph[str], block_of: Mapping[str, int]) -> Ledger:
+def ledger_of(graph: CostGraph, block_of: Mapping[str, int]) -> Ledger:
     """The ledger of ``graph``, whose nodes are in the order of the forward."""
     place = {name: position for position, name in enumerate(graph)}
     tensors = {n: t for n, t in graph.graph["tensors"].items() if _is_made(graph, t["maker"])}
     readers: dict[str, list[int]] = {name: [] for name in tensors}
-    for _, target, data in graph.edges(data=True):
+    for _, target, data in graph.edges():
         for name in readers.keys() & data["tensors"].keys():
             readers[name].append(place[target])
     readers = {name: sorted(positions) for name, positions in readers.items()}
@@ -37,13 +36,13 @@ def ledger_of(graph: nx.DiGraph[str], block_of: Mapping[str, int]) -> Ledger:
     return Ledger(_steps(graph, block_of, storages, gradients), storages, tuple(gradients))
 
 
-def _is_made(graph: nx.DiGraph[str], node: str) -> bool:
+def _is_made(graph: CostGraph, node: str) -> bool:
     """Whether what comes from ``node`` is made in the forward; inputs and weights are there from before."""
     return node in graph and graph.nodes[node]["kind"] in ("unit", "glue")
 
 
 def _steps(
-    graph: nx.DiGraph[str],
+    graph: CostGraph,
     block_of: Mapping[str, int],
     storages: tuple[Storage, ...],
     gradients: list[Gradient],
@@ -75,7 +74,7 @@ def _steps(
 
 
 def _storages(
-    graph: nx.DiGraph[str], tensors: Mapping[str, Any], readers: Mapping[str, list[int]], place: Mapping[str, int]
+    graph: CostGraph, tensors: Mapping[str, Any], readers: Mapping[str, list[int]], place: Mapping[str, int]
 ) -> tuple[Storage, ...]:
     """Each storage once, with the readers of all tensors that have it."""
     every = {name: set(readers[name]) for name, tensor in tensors.items() if not tensor["storage"]}
@@ -96,7 +95,7 @@ def _storages(
     )
 
 
-def _waiting(graph: nx.DiGraph[str], tensors: Mapping[str, Any], readers: Mapping[str, list[int]]) -> dict[str, int]:
+def _waiting(graph: CostGraph, tensors: Mapping[str, Any], readers: Mapping[str, list[int]]) -> dict[str, int]:
     """By tensor: bytes of its gradient. Where one node hands several of its inputs the same storage, as an addition
     does, the one that was made first holds it: its maker is the last to run backward.
     """

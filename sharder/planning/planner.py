@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.graph import cost_graph
+from shardwright.profiler.graph import costs_at
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.alternatives import alternatives_of, kept_whole, priced_in_parallel
 from shardwright.sharder.planning.blocks import problem_from_graph
@@ -44,6 +44,8 @@ from shardwright.sharder.planning.weighed import (
 
 if TYPE_CHECKING:
     import networkx as nx
+
+    from shardwright.profiler.costgraph import CostGraph
 
 __all__ = ["plan"]
 
@@ -114,7 +116,7 @@ def plan(
         ShardwrightError: nothing fits the memory, an argument names what the profile does not have, or a graph's
             attribute is missing or wrong.
     """
-    given: nx.DiGraph[str] | None = None
+    given: CostGraph | None = None
     if not isinstance(profile, Profile):
         from shardwright.profiler.from_graph import costs_from_graph
 
@@ -130,7 +132,7 @@ def plan(
     deadline_s = time.monotonic() + time_limit_s
 
     def problem_at(count: int, pins: Mapping[str, str] | None = pins) -> Problem:
-        graph = given if given is not None and count == profile.microbatches[0] else cost_graph(profile, count)
+        graph = given if given is not None and count == profile.microbatches[0] else costs_at(profile, count)
         order: Schedule = "gpipe" if schedule == "gpipe" or not profile.train else "1f1b"
         return problem_from_graph(
             graph,

@@ -33,7 +33,7 @@ import operator
 import random
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +59,8 @@ __all__ = [
     "replicas_asked",
     "slowest_steps",
 ]
+
+T = TypeVar("T")
 
 Replicas = int | Literal["auto"]
 
@@ -173,7 +175,7 @@ def joined(problem: Problem, mesh: Mesh, sizes: _Sizes) -> Problem:
     return dataclasses.replace(
         problem,
         blocks=tuple(
-            _block_of(b, mesh, sums, gradient, inputs - inputs // replicas)
+            _block_of(b, of_replica, sums, gradient, inputs - inputs // replicas)
             for b, gradient, inputs in zip(problem.blocks, *sizes, strict=True)
         ),
         devices=tuple(problem.devices[d] for d in of_replica[0]),
@@ -223,15 +225,20 @@ def _slowest(links: Sequence[Link]) -> Link:
     return max(s for s, _ in links), min(rate for _, rate in links)
 
 
-def _block_of(block: Block, mesh: Mesh, sums: Sequence[Link], gradient_bytes: int, elsewhere: int) -> Block:
+def _block_of(
+    block: Block, of_replica: Sequence[Sequence[int]], sums: Sequence[Link], gradient_bytes: int, elsewhere: int
+) -> Block:
     """What the slowest member takes; ``elsewhere``: bytes of the inputs that other replicas hold."""
 
+    def by_replica(values: Sequence[T]) -> list[list[T]]:
+        return [[values[d] for d in devices] for devices in of_replica]
+
     def slowest(seconds: Sequence[float]) -> tuple[float, ...]:
-        return tuple(max(seconds[d] for d in members) for members in mesh)
+        return tuple(map(max, *by_replica(seconds)))
 
     sum_s = tuple(gradient_bytes / rate for _, rate in sums)
-    unfit = tuple(not all(block.fits_on(d) for d in members) for members in mesh)
-    pinned = (any(block.allowed[d] for d in members) for members in mesh)
+    unfit = tuple(map(any, zip(*by_replica(block.unfit), strict=True))) if any(block.unfit) else (False,) * len(sums)
+    pinned = map(any, zip(*by_replica(block.allowed), strict=True))
     return dataclasses.replace(
         block,
         forward_s=slowest(block.forward_s),

@@ -5,15 +5,14 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping
 
-import networkx as nx
-
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.costgraph import CostGraph
 
 __all__ = ["groups_together"]
 
 
 def groups_together(
-    graph: nx.DiGraph[str], together: Iterable[str | Iterable[str]], pins: Mapping[str, str]
+    graph: CostGraph, together: Iterable[str | Iterable[str]], pins: Mapping[str, str]
 ) -> tuple[tuple[str, ...], ...]:
     """The nodes of each group that is to share a device, as groups for ``colocate``.
 
@@ -25,7 +24,7 @@ def groups_together(
     Raises:
         ShardwrightError: a pattern matches nothing, or the units of an entry are pinned to several devices.
     """
-    names = {node: data.get("unit") or node for node, data in graph.nodes(data=True)}
+    names = {node: data.get("unit") or node for node, data in graph.nodes.items()}
     groups = []
     for entry in [together] if isinstance(together, str) else together:
         patterns = [entry] if isinstance(entry, str) else list(entry)
