@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +17,7 @@ from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.afresh import begun_afresh
 from shardwright.sharder.planning.differing import differing_bound_s
 from shardwright.sharder.planning.direct import Direct
+from shardwright.sharder.planning.even import best_even_split, even_splits
 from shardwright.sharder.planning.interleave import device_loads, interleaved, piece_loads
 from shardwright.sharder.planning.line import is_chain, split_line
 from shardwright.sharder.planning.mincut import transfer_bound_s
@@ -122,26 +123,6 @@ def _orders(problem: Problem) -> list[list[int]]:
     return [order for i, order in enumerate(orders) if order not in orders[:i]]
 
 
-def _even_splits(problem: Problem) -> Iterator[Stages]:
-    """Cuts of the topological order into shares in proportion to the speed of the devices: first incumbents."""
-    blocks = range(len(problem.blocks))
-    for order in _orders(problem):
-        for count in range(1, problem.most_stages + 1):
-            total_s = [problem.total_s[d] for d in order[:count]]
-            speed = [1 / max(total, 1e-30) for total in total_s]
-            members, stage, filled = [0] * count, 0, 0.0
-            for v in blocks:
-                # A block belongs to the stage that its middle falls into; a stage is full at its share of the work.
-                share = problem.work_s(v, order[stage]) / (total_s[stage] or 1.0)
-                while stage < count - 1 and filled + share / 2 > speed[stage] / sum(speed):
-                    filled -= speed[stage] / sum(speed)
-                    stage += 1
-                    share = problem.work_s(v, order[stage]) / (total_s[stage] or 1.0)
-                members[stage] |= 1 << v
-                filled += share
-            yield tuple(zip(order, members, strict=False))
-
-
 def stage_loads(problem: Problem, stages: Sequence[tuple[int, int]]) -> list[float] | None:
     """The load of each stage in seconds of a step, or None when a stage has no unit, breaks a pin or does not fit."""
     if problem.stages_per_device > 1:
@@ -215,8 +196,22 @@ class _Best:
         """Take ``stages`` if they are feasible and better."""
         loads = stage_loads(self.problem, stages)
         if loads and max(loads) < self.value_s:
-            self.value_s, self.stages = max(loads), stages
-            self.bound_s = min(self.bound_s, self.value_s)  # which rounding may have put above it
+            self._take(stages, max(loads))
+
+    def _take(self, stages: Stages, value_s: float) -> None:
+        self.value_s, self.stages = value_s, stages
+        self.bound_s = min(self.bound_s, value_s)  # which rounding may have put above it
+
+    def take_even_splits(self, spent: Callable[[float], bool]) -> None:
+        """Take the first of the best even splits if it is better; one is looked at whatever time has passed.
+
+        Args:
+            spent: whether a share of the time has passed.
+        """
+        splits = even_splits(self.problem, _orders(self.problem))
+        found = best_even_split(splits, partial(stage_loads, self.problem), self.value_s, spent)
+        if found is not None:
+            self._take(*found)
 
     def relax(self, relaxed: Partition) -> None:
         """Take the bound of a relaxed problem, and its stages if they are good."""
@@ -277,13 +272,15 @@ class _Best:
         if can_list(problem) and self.stages:
             for stages in shifted(problem, best, self.bound_s, lists_over):
                 self.offer(stages)
-        moved_s = transfer_bound_s(problem, self.value_s, partial(spent, 1.0))
-        self.bound_s = max(self.bound_s, min(self.value_s, moved_s))
+        if not spent(1.0):
+            moved_s = transfer_bound_s(problem, self.value_s, partial(spent, 1.0))
+            self.bound_s = max(self.bound_s, min(self.value_s, moved_s))
 
     def _make_room(self, spent: Callable[[float], bool]) -> Stages:
         """Take the first split that fits, or see that none does; a split that is near to it, if there is one."""
         stages, problem = self.stages, self.problem
-        for found in making_room(problem, _even_splits(problem), _rooms(problem), _orders(problem), spent):
+        starts = [split.stages for split in even_splits(problem, _orders(problem))]
+        for found in making_room(problem, starts, _rooms(problem), _orders(problem), spent):
             self.none_fits = found.bound > max(problem.caps)
             self.offer(found.stages)
             if self.none_fits or self.stages:
@@ -329,12 +326,15 @@ def partition(
     if problem.stages_per_device > 1:
         found = interleaved(problem, _classes(problem), _orders(problem), lambda: clock() >= start_s + time_limit_s)
         return None if found is None else Partition(*found)
+
+    def spent(share: float) -> bool:
+        return clock() >= start_s + share * time_limit_s
+
     best = _Best(problem)
     if is_chain(problem):
-        best.take_line(lambda: clock() >= start_s + time_limit_s)
+        best.take_line(partial(spent, 1.0))
     if not best.proven:
-        for stages in _even_splits(problem):
-            best.offer(stages)
+        best.take_even_splits(spent)
     if problem.transfers == "direct" and not best.proven:
         with contextlib.suppress(ShardwrightError):  # the relaxed search was cut short, and knows nothing
             relaxed = partition(as_staged(problem), limit=limit, time_limit_s=time_limit_s / 3, clock=clock)
@@ -342,7 +342,7 @@ def partition(
                 return None
             best.relax(relaxed)
     try:
-        complete = _search_all(problem, best, limit, lambda share: clock() >= start_s + share * time_limit_s)
+        complete = _search_all(problem, best, limit, spent)
     except OutOfTimeError:
         if not best.stages:
             raise ShardwrightError(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from shardwright.sharder.planning.memory import EMPTY
@@ -70,7 +70,7 @@ def in_bytes(problem: Problem) -> Problem:
 
 def making_room(
     problem: Problem,
-    starts: Iterable[Stages],
+    starts: Sequence[Stages],
     classes: Sequence[Sequence[int]],
     device_orders: Sequence[Sequence[int]],
     spent: Callable[[float], bool],
@@ -81,7 +81,7 @@ def making_room(
 
     Args:
         problem: blocks, devices and links.
-        starts: some splits, which need not fit.
+        starts: some splits, which need not fit; the last are looked at first, and one at least.
         classes: devices that hold the same.
         device_orders: those that are worth trying.
         spent: whether a share of the time has passed.
@@ -97,7 +97,12 @@ def making_room(
     def most_bytes(stages: Stages) -> float:
         return max(Shifts(crowded, stages).loads)
 
-    known = min(((start, most_bytes(start)) for start in starts if start), key=lambda pair: pair[1])
+    known: tuple[Stages, float] = (), math.inf
+    for start in reversed(starts):
+        if start and (most := most_bytes(start)) <= known[1]:
+            known = start, most
+        if known[0] and spent(ORDERS_UNTIL):
+            break
 
     def best() -> tuple[Stages, float]:
         return known

@@ -166,15 +166,13 @@ def tied_of(problem: Problem) -> list[Tied]:
 
 def sums_of(problem: Problem, lattice: Lattice) -> dict[int, Done]:
     """The sums for each closed set of ``lattice``, from those of a smaller one."""
-    devices = range(len(problem.devices))
-    work = [[problem.work_s(v, d) for d in devices] for v in range(len(problem.blocks))]
-    least = _least_s(problem)
+    work, least = problem.seconds, _least_s(problem)
     touching: list[list[Crossing]] = [[] for _ in problem.blocks]
     for tensor in problem.crossings:
         for v in {tensor.producer, *bits(tensor.readers)}:
             touching[v].append(tensor)
     coming = problem.ledger.coming()
-    sums = {0: Done((0.0,) * len(devices), 0.0, 0, 0)}
+    sums = {0: Done((0.0,) * len(problem.devices), 0.0, 0, 0)}
     for closed, steps in lattice.items():
         done = sums[closed]
         for v, larger in steps:
@@ -189,7 +187,7 @@ def sums_of(problem: Problem, lattice: Lattice) -> dict[int, Done]:
                 cut[3] += change * tensor.backward_bytes
             block = problem.blocks[v]
             sums[larger] = Done(
-                tuple(a + b for a, b in zip(done.work_s, work[v], strict=True)),
+                tuple(map(operator.add, done.work_s, work[v])),
                 done.least_s + least[v],
                 done.static_bytes + block.static_bytes,
                 done.coming_bytes + coming.get(v, 0),
@@ -226,8 +224,8 @@ class Search:
         self.everything = (1 << len(problem.blocks)) - 1
         self.units = sum(1 << v for v, block in enumerate(problem.blocks) if block.units)
         self.forbidden = [
-            sum(1 << v for v, block in enumerate(problem.blocks) if not block.allowed[d])
-            for d in range(len(problem.devices))
+            0 if all(allowed) else sum(1 << v for v, allows in enumerate(allowed) if not allows)
+            for allowed in zip(*(block.allowed for block in problem.blocks), strict=True)
         ]
         # No stage takes more at once beside what comes with the micro-batches.
         self.most_at_once = problem.ledger.most_at_once()
