@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from shardwright.profiler.optimizers import make_optimizer
-from shardwright.profiler.stopwatch import Enqueued, Pacer, Reading, Stopwatch
+from shardwright.profiler.stopwatch import Enqueued, QueueFiller, Reading, Stopwatch
 from shardwright.profiler.subject import Subject, as_input
 from shardwright.profiler.timing import LEAST_REPEATS, Series
 from shardwright.profiler.worker import resident
@@ -71,7 +71,7 @@ class Pass(Generic[Key]):
         """By clock and phase."""
         self.pace_s: float | None = None
         """The pace during the last run, where it is taken: the host's, where work is enqueued."""
-        self.pacers = {"backward": Pacer(), "update": Pacer()}
+        self.fillers = {"backward": QueueFiller(), "update": QueueFiller()}
 
     def run(
         self,
@@ -127,7 +127,7 @@ class Pass(Generic[Key]):
         if self.optimizer is None:
             return
         try:
-            self.whole_update = self.pacers["update"].time(stopwatch, self.optimizer.step)[1]
+            self.whole_update = self.fillers["update"].time(stopwatch, self.optimizer.step)[1]
         except Exception as error:
             if not is_out_of_memory(error):  # one by one they may fit
                 raise
@@ -181,7 +181,7 @@ class Pass(Generic[Key]):
         """Time the backward of a step that hands on what it gets: one number."""
         leaf = torch.zeros(1, device=self.device, requires_grad=True)
         backward = partial(torch.autograd.backward, [as_input(leaf)], [torch.ones_like(leaf)])
-        return self.pacers["backward"].time(stopwatch, backward)[1]
+        return self.fillers["backward"].time(stopwatch, backward)[1]
 
 
 _Clock = Callable[[Reading], float]

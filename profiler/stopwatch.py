@@ -14,7 +14,7 @@ __all__ = [
     "CudaStopwatch",
     "Enqueued",
     "HostStopwatch",
-    "Pacer",
+    "QueueFiller",
     "Reading",
     "Stopwatch",
     "Timer",
@@ -128,7 +128,7 @@ class CudaStopwatch:
         return self.cycles_per_s
 
 
-class Pacer:
+class QueueFiller:
     """Times one thing again and again; where it is enqueued, the queue is filled for as long as the host took before.
 
     What waits for the GPU empties the queue in a training loop too, and is timed as it is. Nothing is changed on a

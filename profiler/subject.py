@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from shardwright.profiler.optimizers import make_optimizer
-from shardwright.profiler.stopwatch import Pacer, Reading, Stopwatch
+from shardwright.profiler.stopwatch import QueueFiller, Reading, Stopwatch
 from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.unitgraph import Call
 
@@ -45,7 +45,7 @@ class Subject:
         self.outputs: list[Tensor] = []
         self.grads: list[Tensor] | None = None
         self.peak = _Peak(device)
-        self.pacers = {phase: Pacer() for phase in ("forward", "backward", "update", "recompute")}
+        self.fillers = {phase: QueueFiller() for phase in ("forward", "backward", "update", "recompute")}
 
     @staticmethod
     def _leaf(leaf: Any, device: torch.device) -> Any:
@@ -76,13 +76,13 @@ class Subject:
             if isinstance(leaf, Tensor):
                 leaf.grad = None
         with self.peak.backward():
-            _, reading = self.pacers["backward"].time(stopwatch, partial(torch.autograd.backward, outputs, self.grads))
+            _, reading = self.fillers["backward"].time(stopwatch, partial(torch.autograd.backward, outputs, self.grads))
             del outputs
         return reading
 
     def update(self, stopwatch: Stopwatch) -> Reading | None:
         """Time the update of the parameters; None if there is nothing to update."""
-        return self.pacers["update"].time(stopwatch, self.optimizer.step)[1] if self.optimizer is not None else None
+        return self.fillers["update"].time(stopwatch, self.optimizer.step)[1] if self.optimizer is not None else None
 
     def recompute(self, stopwatch: Stopwatch) -> Reading | None:
         """Time a forward that keeps nothing; None where none would be computed again."""
@@ -103,7 +103,7 @@ class Subject:
             else partial(self.context.run, self.function, args, kwargs)
         )
         with torch.set_grad_enabled(keeping):
-            return self.pacers[phase].time(stopwatch, function)
+            return self.fillers[phase].time(stopwatch, function)
 
 
 _Sink = getattr(torch._C._functions, "UndefinedGrad", None)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwright.profiler.stopwatch import CudaStopwatch, Enqueued, Pacer
+from shardwright.profiler.stopwatch import CudaStopwatch, Enqueued, QueueFiller
 
 
 class Queue(CudaStopwatch):
@@ -55,16 +55,16 @@ KERNELS = st.lists(st.tuples(SECONDS, SECONDS, st.just(False)), min_size=1, max_
 def test_device_and_host_are_told_apart(steps):
     """Timed one by one on an idle device, as soon as it is known how long the host takes: the device's time in a full
     queue, and the host's time to fill it."""
-    queue, pacers = Queue(), [Pacer() for _ in steps]
-    Pacer.MOST_S, before = 10.0, Pacer.MOST_S
+    queue, fillers = Queue(), [QueueFiller() for _ in steps]
+    QueueFiller.MOST_S, before = 10.0, QueueFiller.MOST_S
     try:
         for _ in range(2):
             readings = []
-            for pacer, kernels in zip(pacers, steps, strict=True):
+            for filler, kernels in zip(fillers, steps, strict=True):
                 queue.now = max(queue.now, queue.free)
-                readings.append(pacer.time(queue, queue.kernels(kernels))[1])
+                readings.append(filler.time(queue, queue.kernels(kernels))[1])
     finally:
-        Pacer.MOST_S = before
+        QueueFiller.MOST_S = before
     for reading, kernels in zip(readings, steps, strict=True):
         launched, run = (sum(kernel[side] for kernel in kernels) for side in (0, 1))
         assert reading() == pytest.approx(run)
@@ -74,15 +74,15 @@ def test_device_and_host_are_told_apart(steps):
 def test_without_a_full_queue_the_device_waits_for_launches():
     """The first call, of which nothing is known: 1 s for each launch and kernel in turn, but for the last kernels."""
     queue = Queue()
-    _, reading = Pacer().time(queue, queue.kernels([(1.0, 0.5, False)] * 4))
+    _, reading = QueueFiller().time(queue, queue.kernels([(1.0, 0.5, False)] * 4))
     assert reading() == 4.5
 
 
 def test_what_waits_for_the_device_is_timed_as_it_is():
     """A function that reads a value back empties the queue: nothing is filled in, whatever it takes."""
-    queue, pacer = Queue(), Pacer()
+    queue, filler = Queue(), QueueFiller()
     for _ in range(4):
-        _, reading = pacer.time(queue, queue.kernels([(1.0, 2.0, True), (1.0, 1.0, False)]))
+        _, reading = filler.time(queue, queue.kernels([(1.0, 2.0, True), (1.0, 1.0, False)]))
         assert (reading(), reading.host_s) == (5.0, 4.0)  # launch, run and wait, launch, and run
         queue.finish()
 
@@ -90,7 +90,7 @@ def test_what_waits_for_the_device_is_timed_as_it_is():
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=8))
 def test_the_host_is_read_as_it_is(milliseconds):
     """However much longer it takes than before, and than the queue is ever filled for."""
-    queue, pacer = Queue(), Pacer()
+    queue, filler = Queue(), QueueFiller()
     for each in milliseconds:
-        _, reading = pacer.time(queue, queue.kernels([(each / 1024, 1 / 1024, False)]))
+        _, reading = filler.time(queue, queue.kernels([(each / 1024, 1 / 1024, False)]))
         assert reading.host_s == pytest.approx(each / 1024)
