@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_reports import text_of
+from reported import text_of
 
 import shardwright as sw
 from shardwright.reports.plan_report import PlanReport, verdict
