@@ -296,7 +296,9 @@ class Recorder(UnitWatcher, TorchFunctionMode):
     def _operation(self, operation: Operation) -> None:
         if self.observed is not None:
             self.observed.operations.append(operation)
-            self.reads_numbers |= decides_by_values(operation.name)
+            if decides_by_values(operation.name):
+                self.reads_numbers = True
+                self.units_read_numbers |= self.observed.kind == "unit"
 
     def _saved(self, tensor: Tensor) -> Tensor:
         """Count a tensor that autograd keeps, once by storage."""
@@ -428,6 +430,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
             ties=self._ties(),
             saved_by={self.storages[key]: step.name for key, step in self.savers.items() if self.storages.get(key)},
             reads_numbers=self.reads_numbers,
+            units_read_numbers=self.units_read_numbers,
             obstacles=self._obstacles(),
             guards=[f"{function} at {site} gives {value}" for site, function, value in dict.fromkeys(self.guards)],
         )
