@@ -34,7 +34,7 @@ _LIFTS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)
 
 def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
     """The storages that hold ``tensor``'s numbers: one, those of its parts if it is sparse or a wrapper, or none."""
-    if is_traceable_wrapper_subclass(tensor):
+    if type(tensor) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         return [storage for name in names for storage in storages_of(getattr(tensor, name))]
     try:
