@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.compiler import uncompiled
 from shardwright.profiler.equality import relative_difference, same_values
 from shardwright.profiler.inputs import (
     all_microbatches,
@@ -39,6 +40,7 @@ def silent(_what: str, _done: int, _whole: int) -> None:
     """Progress that nobody asked for."""
 
 
+@uncompiled
 def captures_of(
     model: nn.Module,
     args: tuple[Any, ...],

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from shardwright.profiler.compiler import compiler_spared
 from shardwright.profiler.flops import Formula, formula_of
 from shardwright.profiler.structure import nbytes
 
@@ -64,6 +65,7 @@ class Operation(NamedTuple):
     """The call in one line: tensors as dtype, shape and strides, other arguments as they are; no address, no values."""
 
 
+@compiler_spared
 class OperationRecorder(TorchDispatchMode):
     """Calls ``add`` with each :class:`Operation` that runs in its scope, backward included.
 
