@@ -224,10 +224,11 @@ def check_divisible(
     Compared in evaluation, where batch normalisation treats each sample alone; a model that draws numbers even there
     cannot be compared and passes.
 
-    Where no values decide what is computed, all micro-batches, being of one size, go through the same operators, and
-    only the place in the batch sets them apart. Two of them tell then: a result that takes later samples into account
-    is another in the first micro-batch, which has none after it; one that takes earlier samples into account, or the
-    place in the batch, is another in the last; and one that takes all of them is another in both.
+    Where no values decide inside of units what is computed, all micro-batches, being of one size, go through the same
+    operators, and only their place in the batch sets them apart. Two tell then: a result that takes later samples into
+    account is another in the first, which has none behind it; one that takes earlier samples into account, or the place
+    in the batch, is another in the last; and one that takes all of them is another in both. A table
+    by the place that repeats itself hides there only if the batch is no multiple of its period.
 
     Args:
         count: how many micro-batches there are.
