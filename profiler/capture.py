@@ -227,8 +227,8 @@ def check_divisible(
     Where no values decide inside of units what is computed, all micro-batches, being of one size, go through the same
     operators, and only their place in the batch sets them apart. Two tell then: a result that takes later samples into
     account is another in the first, which has none behind it; one that takes earlier samples into account, or the place
-    in the batch, is another in the last; and one that takes all of them is another in both. A table
-    by the place that repeats itself hides there only if the batch is no multiple of its period.
+    in the batch, is another in the last; and one that takes all of them is another in both. A table by the place
+    that repeats itself hides there only if the batch is no multiple of its period.
 
     Args:
         count: how many micro-batches there are.
