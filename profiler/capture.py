@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.compiler import uncompiled
 from shardwright.profiler.equality import relative_difference, same_values
 from shardwright.profiler.inputs import (
     all_microbatches,
@@ -39,6 +40,7 @@ def silent(_what: str, _done: int, _whole: int) -> None:
     """Progress that nobody asked for."""
 
 
+@uncompiled
 def captures_of(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -66,16 +68,17 @@ def captures_of(
     """
     found = found or Snapshot(model)
     refined = depth is None and not units
+    smallest: list[Any] = []
     try:
         with evaluating(model, found):
-            smallest = microbatch(args, kwargs, counts[-1])
-            chosen = choose_units(model, *copied_inputs(*smallest), devices=devices, depth=depth, patterns=units)
+            piece = copied_inputs(*microbatch(args, kwargs, counts[-1]))
+            chosen = choose_units(model, *piece, devices=devices, depth=depth, patterns=units, returned=smallest.append)
     except ShardwrightError:
         raise
     except Exception:  # what is wrong with the forward is told by the capture
         chosen = find_units(model)
     coarse = find_units(model)
-    sample = _Sample(model, args, kwargs, chosen, train, found)
+    sample = _Sample(model, args, kwargs, chosen, train, found, tuple(map(outputs_of, smallest)))
     options: dict[str, Any] = {"strict": strict, "tell": tell or silent}
     if not refined or chosen.keys() == coarse.keys() or "" in chosen:
         return _captures(sample, counts, **options)
@@ -98,6 +101,8 @@ class _Sample:
     units: Mapping[str, nn.Module]
     train: bool
     found: Snapshot
+    smallest: Sequence[list[Tensor]] = ()
+    """What the model returned for the first of the smallest micro-batches in evaluation, if that has been run."""
 
 
 def _captures(
@@ -120,7 +125,16 @@ def _captures(
             if other:
                 raise ShardwrightError(other)
             if len(counts) > 1 and has_values(sample.model):
-                check_divisible(sample.model, sample.args, sample.kwargs, counts[-1], sample.found)
+                every = any(capture.units_read_numbers for capture in captures.values())
+                check_divisible(
+                    sample.model,
+                    sample.args,
+                    sample.kwargs,
+                    counts[-1],
+                    sample.found,
+                    every=every,
+                    known=sample.smallest,
+                )
             return {count: captures[count] for count in counts}, ""
         reason = obstacles[0]
     except ShardwrightError as error:
@@ -196,26 +210,51 @@ def _capture(sample: _Sample, count: int, *, check: bool) -> UnitGraph:
 
 
 def check_divisible(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], count: int, found: Snapshot | None = None
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    count: int,
+    found: Snapshot | None = None,
+    *,
+    every: bool = True,
+    known: Sequence[list[Tensor]] = (),
 ) -> None:
     """Refuse a model whose result depends on how the batch is divided.
 
     Compared in evaluation, where batch normalisation treats each sample alone; a model that draws numbers even there
     cannot be compared and passes.
 
+    Where no values decide inside of units what is computed, all micro-batches, being of one size, go through the same
+    operators, and only their place in the batch sets them apart. Two tell then: a result that takes later samples into
+    account is another in the first, which has none behind it; one that takes earlier samples into account, or the place
+    in the batch, is another in the last; and one that takes all of them is another in both. A table by the place
+    that repeats itself hides there only if the batch is no multiple of its period.
+
+    Args:
+        count: how many micro-batches there are.
+        found: the model as it is now, where that is known from earlier.
+        every: compare all micro-batches, as values may decide: the longest sample of each, say. Else the first and the
+            last.
+        known: what the first micro-batch is known to give, if it is: its outputs, as the only item.
+
     Raises:
-        ShardwrightError: the outputs of ``count`` micro-batches are not those of the whole batch.
+        ShardwrightError: the outputs of the micro-batches are not those of the whole batch.
     """
 
-    def whole() -> list[Tensor]:
-        return outputs_of(_called(model, *copied_inputs(args, kwargs)))
+    def run(piece: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Tensor]:
+        return outputs_of(model(*piece[0], **piece[1]))
+
+    def compared(first: Sequence[list[Tensor]]) -> tuple[list[Tensor], dict[int, float]]:
+        pieces = list(all_microbatches(*copied_inputs(args, kwargs), count))
+        chosen = pieces if every or count < 2 else [pieces[0], pieces[-1]]
+        expected = run(copied_inputs(args, kwargs))
+        parts = [*first, *map(run, chosen[len(first) :])]
+        return expected, _differences(expected, parts, batch_size(args, kwargs), count)
 
     with evaluating(model, found), torch.no_grad():
-        expected = whole()
-        pieces = [outputs_of(_called(model, *piece)) for piece in all_microbatches(*copied_inputs(args, kwargs), count)]
-        differences = _differences(expected, pieces, batch_size(args, kwargs))
-        again = whole() if differences else expected
-    for index, difference in differences.items():
+        expected, differences = compared(known)
+        again, confirmed = compared(()) if differences else (expected, differences)
+    for index, difference in confirmed.items():
         if same_values(expected[index], again[index]):
             raise ShardwrightError(
                 f"the result depends on how the batch is divided: output {index} of {count} micro-batches differs from "
@@ -224,15 +263,23 @@ def check_divisible(
             )
 
 
-def _differences(whole: list[Tensor], pieces: list[list[Tensor]], batch: int) -> dict[int, float]:
-    """By output, how far the pieces are from the whole batch's, where that is more than rounding."""
-    batched = [index for index, output in enumerate(whole) if is_batched(output, batch)]
-    found = {i: relative_difference(whole[i], torch.cat([piece[i] for piece in pieces])) for i in batched}
+def _differences(whole: list[Tensor], pieces: list[list[Tensor]], batch: int, count: int) -> dict[int, float]:
+    """By output, how far the pieces are from the whole batch's, where that is more than rounding.
+
+    Args:
+        pieces: the outputs of all micro-batches, or of the first and the last.
+        count: how many micro-batches the batch has.
+    """
+    size = batch // count
+    found = {}
+    for index, output in enumerate(whole):
+        if is_batched(output, batch):
+            parts = [piece[index] for piece in pieces]
+            if len(parts) < count:  # beside what is known of the others, so that the scale is the whole batch's
+                parts.insert(1, output[size : batch - size])
+            alike = all(part.shape[1:] == output.shape[1:] for part in parts)
+            found[index] = relative_difference(output, torch.cat(parts)) if alike else float("inf")
     return {index: difference for index, difference in found.items() if difference > DIVISION_TOLERANCE}
-
-
-def _called(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return model(*args, **kwargs)
 
 
 def _other_path(captures: Mapping[int, UnitGraph]) -> str:

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from shardwright.profiler.structure import tensors_in
+from shardwright.profiler.structure import tensors_in, tensors_of
 from shardwright.profiler.unitgraph import Step
 from shardwright.profiler.writer import GraphWriter, Sources
 
-__all__ = ["READS_BACK", "UnitWatcher", "follows"]
+__all__ = ["READS_BACK", "UnitWatcher", "follows", "tensors_of_modules"]
 
 READS_BACK = frozenset(
     {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__array__", "__bool__", "__int__", "__float__"}
@@ -43,6 +43,12 @@ def follows(func: Any, operands: Iterable[Sources]) -> Sources:
     return chance if name in SHAPES_ONLY else chance.union(*operands)
 
 
+def tensors_of_modules(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """The parameters and buffers that these modules have themselves, not those of modules in them."""
+    own = (held.values() for module in modules for held in (module._parameters, module._buffers))
+    return [tensor for held in own for tensor in held if tensor is not None]
+
+
 class _Made(NamedTuple):
     """Where a tensor was made, inside of a unit."""
 
@@ -63,12 +69,12 @@ class UnitWatcher(GraphWriter):
         self.handed: dict[int, Tensor] = {}
         self.hook_ids: set[int] = set()  # of the hooks that watch units
         self.reads_numbers = False
+        self.units_read_numbers = False
         self.told: Sources = frozenset()  # what the numbers follow from that it has read back to Python
 
-    def _enter_unit(self, step: Step, arguments: Any, modules: Iterable[nn.Module]) -> None:
-        """``step``, a call of a unit, begins."""
-        held = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-        self.handed = {id(t): t for t in (*held, *(t for _, t in tensors_in(arguments)))}
+    def _enter_unit(self, step: Step, arguments: Iterable[Tensor], modules: Iterable[nn.Module]) -> None:
+        """``step``, a call of a unit with ``arguments``, begins; ``modules`` are all that it may call."""
+        self.handed = {id(t): t for t in (*tensors_of_modules(modules), *arguments)}
         self.told = frozenset()
         self.astray = False
         self.current = step
@@ -79,21 +85,21 @@ class UnitWatcher(GraphWriter):
         if step is None:
             return
         name = getattr(func, "__name__", "")
-        read = [tensor for _, tensor in tensors_in((args, kwargs))]
-        made = [tensor for _, tensor in tensors_in(result)]
+        made = tensors_of(result)
+        if not made and name != "__setitem__" and name not in READS_BACK:
+            return  # a query: a size, a dtype
+        read = tensors_of((args, kwargs))
         if name == "__setitem__":
             made = read[:1]
         if name.endswith("_"):  # what a view shows has changed with it
             made += [tensor._base for tensor in made if tensor._base is not None]
-        if not made and name not in READS_BACK:
-            return  # a query: a size, a dtype
         if step.kind == "unit" and not self.astray:
             for tensor in read:
                 self._note_read(tensor, step)
         sources = follows(func, map(self._sources_of, read)) | self.told
         if not made:
             self.told = sources
-            self.reads_numbers = True
+            self.reads_numbers = self.units_read_numbers = True
         for tensor in made:
             self.inside[tensor] = _Made(step.unit, sources)
 

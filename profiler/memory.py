@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from shardwright.files import Record
+from shardwright.profiler.compiler import compiler_spared
 from shardwright.profiler.structure import dense_parts, map_tensors, nbytes, tensors_in
 from shardwright.profiler.unitgraph import Call
 
@@ -34,7 +35,7 @@ _LIFTS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)
 
 def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
     """The storages that hold ``tensor``'s numbers: one, those of its parts if it is sparse or a wrapper, or none."""
-    if is_traceable_wrapper_subclass(tensor):
+    if type(tensor) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         return [storage for name in names for storage in storages_of(getattr(tensor, name))]
     try:
@@ -53,6 +54,7 @@ def _rounded(size: int, granularity: int) -> int:
     return -(-size // granularity) * granularity
 
 
+@compiler_spared
 class MemoryCounter(TorchDispatchMode):
     """Counts the bytes of live storages: those that operations make while the mode is on, until they die.
 

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from shardwright.profiler.compiler import compiler_spared
 from shardwright.profiler.flops import Formula, formula_of
 from shardwright.profiler.structure import nbytes
 
@@ -64,6 +65,7 @@ class Operation(NamedTuple):
     """The call in one line: tensors as dtype, shape and strides, other arguments as they are; no address, no values."""
 
 
+@compiler_spared
 class OperationRecorder(TorchDispatchMode):
     """Calls ``add`` with each :class:`Operation` that runs in its scope, backward included.
 
@@ -128,7 +130,7 @@ class _Echoes:
         trained = any(tensor.requires_grad for tensor in tensors)
         if not trained or not operator.name.startswith("aten.") or not all(map(_is_echoed, tensors)):
             return func(*args, **kwargs)
-        form = (_text_of(operator, args, kwargs), *(t.device for t in tensors))
+        form = (_call_form(operator, args, kwargs), *(t.device for t in tensors))
         if form in self.known:
             result, versions = self.known[form]
             if versions == tuple(t._version for t in _tensors((result,))):
@@ -196,8 +198,7 @@ def _operation(operator: _Operator, args: Sequence[Any], kwargs: Mapping[str, An
     """The record of one call, which gave ``result``: made once for calls of one form, if that tells all about them."""
     tensors = [*_tensors(args), *_tensors(kwargs.values())]
     results = list(_tensors((result,)))
-    text = _text_of(operator, args, kwargs)
-    form = _form(operator, text, tensors, results)
+    form = _form(operator, args, kwargs, tensors, results)
     known = _known.get(form) if form is not None else None
     if known is not None:
         return known
@@ -206,7 +207,7 @@ def _operation(operator: _Operator, args: Sequence[Any], kwargs: Mapping[str, An
         flops=_flops(operator, args, kwargs, result),
         bytes=0 if operator.is_free else _moved(operator, args, kwargs, tensors, results),
         dtype=_deciding([*tensors, *results]),
-        text=text,
+        text=_text_of(operator, args, kwargs),
     )
     if form is not None:
         if len(_known) >= MOST_KNOWN:
@@ -217,11 +218,15 @@ def _operation(operator: _Operator, args: Sequence[Any], kwargs: Mapping[str, An
 
 MOST_KNOWN = 10_000
 _known: dict[tuple[Any, ...], Operation] = {}
-"""Operations by the text of a call and the form of its results: equal layers make the same calls."""
+"""Operations by the form of a call and of its results: equal layers make the same calls."""
 
 
 def _form(
-    operator: _Operator, text: str, tensors: Sequence[Tensor], results: Sequence[Tensor]
+    operator: _Operator,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    tensors: Sequence[Tensor],
+    results: Sequence[Tensor],
 ) -> tuple[Any, ...] | None:
     """What the record of a call follows from; None where more than that matters.
 
@@ -234,7 +239,26 @@ def _form(
         or not all(map(_is_told, every))
     ):
         return None
-    return (text, *((t.shape, t.stride(), t.dtype) for t in results))
+    return (_call_form(operator, args, kwargs), *map(_argument_form, results))
+
+
+def _call_form(operator: _Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells apart calls whose texts differ, and is made in a part of the time."""
+    named = ((name, _argument_form(value)) for name, value in kwargs.items())
+    return (operator.name, *map(_argument_form, args), *named)
+
+
+def _argument_form(value: Any) -> Any:
+    kind = type(value)
+    if kind is int:
+        return value
+    if isinstance(value, Tensor):
+        return (value.dtype, value.shape, value.stride())
+    if isinstance(value, (list, tuple)):
+        return (list, *map(_argument_form, value))
+    if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
+        return value
+    return (kind, repr(value) if value is None or isinstance(value, (bool, int, float, complex, str)) else "")
 
 
 def _text_of(operator: _Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:

@@ -26,10 +26,10 @@ from torch.utils.checkpoint import CheckpointFunction
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.callsites import applied_name, call_site, functions_applied
 from shardwright.profiler.equality import same_values
-from shardwright.profiler.inside import READS_BACK, UnitWatcher, follows
+from shardwright.profiler.inside import READS_BACK, UnitWatcher, follows, tensors_of_modules
 from shardwright.profiler.memory import storages_of
 from shardwright.profiler.operations import Operation, OperationRecorder, decides_by_values
-from shardwright.profiler.structure import tensors_in
+from shardwright.profiler.structure import tensors_in, tensors_of
 from shardwright.profiler.told_devices import ToldDevices
 from shardwright.profiler.unitgraph import (
     ApplyFunction,
@@ -115,7 +115,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
             ShardwrightError: the forward fails, or returns no tensor.
         """
         input_names = tuple(self._input(path, tensor) for path, tensor in tensors_in((args, kwargs)))
-        for tensor in [*self.model.parameters(), *self.model.buffers(), *self.tensors.values()]:
+        for tensor in [*tensors_of_modules(self.model.modules()), *self.tensors.values()]:
             self._storage_counted(tensor)
         hooks = ExitStack()
         for path, unit in self.units.items():
@@ -170,7 +170,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
         return self._glue(func, args, kwargs)
 
     def _glue(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], type_: str = "") -> Any:
-        read = [tensor for _, tensor in tensors_in((args, kwargs))]
+        read = tensors_of((args, kwargs))
         versions = [self._version(tensor) for tensor in read]
         step = Step(name="", kind="glue", type=type_ or function_name(func), node=None)  # type: ignore[arg-type]  # made below
         self.current = step
@@ -186,7 +186,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
         self.changing = {id(t) for t in changed}
         if not _is_in_place(func, kwargs):
             result = _made_apart(result, {id(t) for t in read} - self.changing)
-        made = tensors_in(result)
+        made = tensors_of(result)
         target, made_by = _expression(func, args)
         if not made and not (changed and result is None):
             if getattr(func, "__name__", "") in GRADIENT_HOOKS:
@@ -246,25 +246,27 @@ class Recorder(UnitWatcher, TorchFunctionMode):
             if _held(module) != self.held[path]:
                 self._obstacle(f"{step.site} calls {path} with other parameters than its own (a functional call)")
             step.node = self._node(path, args, kwargs, step, context)
+            arguments = tensors_of((args, kwargs))
             handed = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, nn.Module)]
-            for tensor in _tensors_of_modules(handed):
+            for tensor in (t for holder in handed for t in (*holder.parameters(), *holder.buffers())):
                 self._read(tensor, step)
-            self._enter_unit(step, (args, kwargs), (module, *handed))
-            self.at_hand = {id(inner) for holder in (module, *handed) for inner in holder.modules()}
-            self.versions = [(t, self._version(t)) for _, t in tensors_in((args, kwargs))]
+            inner = [each for holder in (module, *handed) for each in holder.modules()]
+            self._enter_unit(step, arguments, inner)
+            self.at_hand = set(map(id, inner))
+            self.versions = [(t, self._version(t)) for t in arguments]
             self.observed = step
 
         return hook
 
-    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def _after(self, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         handed_back = None
         if self.depth == 1 and self.current is not None:
             self.observed = None
             with torch._C.DisableTorchFunction():
                 # A unit such as nn.Identity: what it returns gets an identity of its own.
-                output = handed_back = _made_apart(output, {id(t) for _, t in tensors_in((args, kwargs))})
+                output = handed_back = _made_apart(output, set(map(id, tensors_of((args, kwargs)))))
                 changed = [t for t, version in self.versions if _has_changed(t, version)]
-                own: Sources = frozenset({"parameters"} if any(True for _ in module.parameters()) else ())
+                own: Sources = frozenset({"parameters"} if self.held[self.current.unit] else ())
                 self._add(self.current, output, changed, self._follows(None, self.current) | own)
         self.depth -= 1
         return handed_back
@@ -296,7 +298,9 @@ class Recorder(UnitWatcher, TorchFunctionMode):
     def _operation(self, operation: Operation) -> None:
         if self.observed is not None:
             self.observed.operations.append(operation)
-            self.reads_numbers |= decides_by_values(operation.name)
+            if decides_by_values(operation.name):
+                self.reads_numbers = True
+                self.units_read_numbers |= self.observed.kind == "unit"
 
     def _saved(self, tensor: Tensor) -> Tensor:
         """Count a tensor that autograd keeps, once by storage."""
@@ -406,7 +410,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
         while name in self.units or name in self.values:
             name += "_"
         step = Step(name=name, kind="output", type="output", node=None)  # type: ignore[arg-type]  # made below
-        found = [tensor for _, tensor in tensors_in(output)]
+        found = tensors_of(output)
         places = [i for i, t in enumerate(found) if id(t) in self.name_of or not self._only_inside(t)]
         tensors = [found[place] for place in places]
         if not tensors:
@@ -428,6 +432,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
             ties=self._ties(),
             saved_by={self.storages[key]: step.name for key, step in self.savers.items() if self.storages.get(key)},
             reads_numbers=self.reads_numbers,
+            units_read_numbers=self.units_read_numbers,
             obstacles=self._obstacles(),
             guards=[f"{function} at {site} gives {value}" for site, function, value in dict.fromkeys(self.guards)],
         )
@@ -485,8 +490,8 @@ def _deciding_shape(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     elif name == "one_hot" and not any(isinstance(n, int) and n >= 0 for n in (*args, *kwargs.values())):
         decide = (args, kwargs)
     elif name == "__getitem__":
-        decide = [t for _, t in tensors_in(args[1]) if t.dtype in (torch.bool, torch.uint8) and t.dim()]
-    return [tensor for _, tensor in tensors_in(decide)]
+        decide = [t for t in tensors_of(args[1]) if t.dtype in (torch.bool, torch.uint8) and t.dim()]
+    return tensors_of(decide)
 
 
 def _detached(tensor: Tensor) -> Tensor:
@@ -512,7 +517,7 @@ def _made_apart(result: Any, operands: set[int]) -> Any:
 
     So ``x.to(x.dtype)``, which is ``x``, and ``x`` stay two values: on several devices they may be two tensors.
     """
-    if not any(id(tensor) in operands for _, tensor in tensors_in(result)):
+    if operands.isdisjoint(map(id, tensors_of(result))):
         return result
 
     def apart(tensor: Tensor) -> Tensor:
@@ -533,12 +538,9 @@ def _comparable(value: Any) -> bool:
     return isinstance(value, int) or (isinstance(value, list) and all(map(_comparable, value)))
 
 
-def _tensors_of_modules(modules: list[nn.Module]) -> list[Tensor]:
-    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-
-
 def _held(unit: nn.Module) -> tuple[int, ...]:
-    return tuple(id(parameter) for parameter in unit.parameters())
+    held = (module._parameters.values() for module in unit.modules())
+    return tuple(id(parameter) for parameters in held for parameter in parameters if parameter is not None)
 
 
 def _expression(func: Any, args: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.chance import chance_kept, let_draw
+from shardwright.profiler.compiler import eager, uncompiled
 from shardwright.profiler.equality import relative_difference, tolerance
 from shardwright.profiler.inputs import copied_inputs, other_values, outputs_of
 from shardwright.profiler.placed import refuse_placed
@@ -31,6 +32,7 @@ class CaptureError(ShardwrightError):
     """The captured graph is not the model, on other values than those that it was captured with."""
 
 
+@uncompiled
 def trace(
     model: nn.Module,
     args: tuple[Any, ...] = (),
@@ -61,6 +63,7 @@ def trace(
         return _recorded(model, units, *copied_inputs(args, kwargs or {}), train=train, echoes=echoes)[1]
 
 
+@uncompiled
 def checked_trace(
     model: nn.Module,
     args: tuple[Any, ...] = (),
@@ -200,20 +203,15 @@ def _checked(model: nn.Module, units: Mapping[str, nn.Module] | None) -> dict[st
 @contextmanager
 def as_found(found: Snapshot, *, train: bool) -> Iterator[None]:
     """Run the model in training or not; its state, its mode and the random state are put back afterwards."""
-    with _eager(), found.state_kept(), chance_kept(), torch.set_grad_enabled(train):
+    with eager(), found.state_kept(), chance_kept(), torch.set_grad_enabled(train):
         found.model.train(train)
         yield
-
-
-def _eager() -> Any:
-    """Have compiled modules run as Python, where hooks and modes see what they do."""
-    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager
 def evaluating(model: nn.Module, found: Snapshot | None = None) -> Iterator[None]:
     """The model in evaluation mode, with its state and the random state put back afterwards."""
     found = found or Snapshot(model)
-    with _eager(), found.attributes_kept(), found.state_kept(), chance_kept():
+    with eager(), found.attributes_kept(), found.state_kept(), chance_kept():
         model.eval()
         yield

@@ -56,6 +56,7 @@ def choose_units(
     devices: int = 2,
     depth: int | None = None,
     patterns: Sequence[str] = (),
+    returned: Callable[[Any], None] | None = None,
 ) -> dict[str, nn.Module]:
     """The units of ``model`` at the grain that an even split over ``devices`` devices needs.
 
@@ -65,6 +66,7 @@ def choose_units(
         devices: how many the work is to be shared by.
         depth: units lie so deep in the model, 1 = its own children, instead.
         patterns: paths of modules, such as ``decoder.layers.*``, that are units, whatever they hold.
+        returned: is called with the model's result, if it is run: not where ``depth`` or ``patterns`` settle all.
 
     Raises:
         ShardwrightError: a pattern matches no module that could be a unit.
@@ -73,7 +75,7 @@ def choose_units(
 
     @cache  # what depth and patterns settle needs no run
     def work_of() -> dict[str, float]:
-        return module_work(model, args, dict(kwargs or {}))
+        return module_work(model, args, dict(kwargs or {}), returned)
 
     def opened(path: str, module: nn.Module, *, in_container: bool) -> bool:
         if path in chosen or isinstance(module, WHOLE) or not any(True for _ in module.children()):
@@ -142,10 +144,15 @@ def _is_compiled(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod")
 
 
-def module_work(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, float]:
+def module_work(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Callable[[Any], None] | None = None
+) -> dict[str, float]:
     """How much each module that is called does in one forward, what it calls included; ``""`` is the model itself.
 
     In bytes that would take as long to move; what a module's name costs is what its first name costs.
+
+    Args:
+        returned: is called with the model's result.
     """
     work: dict[str, float] = {"": 0.0}
     running: list[str] = []
@@ -164,7 +171,9 @@ def module_work(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
                 hooks.callback(entered.remove)
                 hooks.callback(left.remove)
         with OperationRecorder(add):
-            model(*args, **kwargs)
+            result = model(*args, **kwargs)
+    if returned is not None:
+        returned(result)
     return work
 
 

@@ -6,7 +6,6 @@ constant, and an object among the arguments is made anew for every call, with it
 
 from __future__ import annotations
 
-import itertools
 import operator
 import sys
 from functools import cache
@@ -64,8 +63,8 @@ class GraphWriter:
         self.train = train
         self.graph = fx.Graph()
         # The steps of units and attributes bear these names; glue gets others.
-        own = [*units, *(name for name, _ in model.named_parameters()), *(name for name, _ in model.named_buffers())]
-        for name in own:
+        parameters, buffers = list(model.named_parameters()), list(model.named_buffers())
+        for name in (*units, *(name for name, _ in (*parameters, *buffers))):
             self.graph._graph_namespace.create_name(name, None)
         self.steps: list[Step] = []
         self.values: dict[str, Value] = {}
@@ -79,7 +78,7 @@ class GraphWriter:
         # Tensors by identity; the references keep every identity valid until the capture ends.
         self.name_of: dict[int, str] = {}
         # Storages by address -> the first value that has them; "" for the model's own.
-        held = itertools.chain(model.parameters(), model.buffers())
+        held = (tensor for _, tensor in (*parameters, *buffers))
         self.storages: dict[int, str] = {s._cdata: "" for tensor in held for s in storages_of(tensor)}
         self.alive: list[Any] = []
         self.tensors: dict[str, Tensor] = {}
@@ -87,8 +86,8 @@ class GraphWriter:
         self.readers: dict[str, list[str]] = {}
         self.objects: dict[int, fx.Node] = {}
         self.changing: set[int] = set()
-        self.parameters = {id(p): name for name, p in model.named_parameters()}
-        self.buffers = {id(b): name for name, b in model.named_buffers()}
+        self.parameters = {id(p): name for name, p in parameters}
+        self.buffers = {id(b): name for name, b in buffers}
         self.modules = {id(module): path for path, module in model.named_modules() if path}
 
     def _obstacle(self, text: str) -> None:

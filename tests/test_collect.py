@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import shardwright as sw
@@ -18,6 +20,123 @@ def test_a_result_that_depends_on_the_division_is_refused():
     check_divisible(encoder(batch_first=True), (x,), {}, 4)
     with pytest.raises(sw.ShardwrightError, match="is dimension 0 of the inputs the batch"):
         check_divisible(encoder(batch_first=False), (x,), {}, 4)
+
+
+BATCH, WIDTH = 8, 4
+KINDS = ("alone", "shifted", "earlier", "later", "all", "place", "rest")
+
+
+class Mixing(nn.Module):
+    """Takes, beside each sample, others or its place into account."""
+
+    def __init__(self, kind, offset):
+        super().__init__()
+        self.kind, self.offset = kind, offset
+        self.table = torch.arange(BATCH * WIDTH, dtype=torch.float32).reshape(BATCH, WIDTH) + 1
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        beside = {
+            "alone": lambda: x,
+            "shifted": lambda: torch.cat([x.new_zeros(BATCH, WIDTH), x, x.new_zeros(BATCH, WIDTH)])[
+                BATCH + self.offset : BATCH + self.offset + len(x)
+            ],
+            "earlier": lambda: x.cumsum(0),
+            "later": lambda: x.flip(0).cumsum(0).flip(0),
+            "all": lambda: x.mean(0, keepdim=True),
+            "place": lambda: self.table[: len(x)],
+            "rest": lambda: self.table[: len(x)] % self.offset if self.offset else x,
+        }
+        return self.linear(x + beside[self.kind]())
+
+
+def is_refused(model, x, count, **options):
+    try:
+        check_divisible(model, (x,), {}, count, **options)
+    except sw.ShardwrightError:
+        return True
+    return False
+
+
+@given(st.sampled_from(KINDS), st.integers(-7, 7), st.sampled_from([2, 4, 8]), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_the_first_and_the_last_micro_batch_tell_what_all_do(kind, offset, count, seed):
+    """Where operators follow from shapes: samples before, behind, a table by the place, or nothing of the kind.
+
+    But for a table that repeats itself such that the last micro-batch finds the first one's rows.
+    """
+    torch.manual_seed(seed)
+    model, x = Mixing(kind, offset).eval(), torch.randn(BATCH, WIDTH)
+    repeats = kind == "rest" and offset and not (BATCH - BATCH // count) * WIDTH % offset
+    all_differ = is_refused(model, x, count)
+    assert is_refused(model, x, count, every=False) == (all_differ and not repeats)
+    if kind in ("alone", "shifted"):
+        assert all_differ == (kind == "shifted" and offset != 0)
+
+
+class Trims(nn.Module):
+    """Looks no further than the longest sample, as libraries do inside of an encoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        longest = int(x.ne(0).any(0).sum())
+        return self.linear(torch.cat([x[:, :longest].softmax(1), x[:, longest:]], 1))
+
+
+def test_all_micro_batches_are_compared_where_values_decide_inside_of_units():
+    """The fifth sample alone is short: the first and the last are as long as the longest."""
+    x = torch.rand(BATCH, WIDTH) + 0.5
+    x[4, 2:] = 0
+    model = nn.Sequential(Trims(), nn.Linear(WIDTH, WIDTH))
+    check_divisible(model, (x,), {}, BATCH, every=False)
+    with pytest.raises(sw.ShardwrightError, match="output 0 of 8 micro-batches differs from the whole batch's"):
+        captures_of(model, (x,), {}, [1, 2, 8], devices=2, depth=1, train=True)
+    with pytest.raises(sw.ShardwrightError, match="output 0 of 8 micro-batches differs from the whole batch's"):
+        captures_of(model, (x,), {}, [1, 2, 8], devices=2, train=True)
+
+
+def evaluated(model, **options):
+    """Samples of each forward in evaluation while a batch of eight is captured."""
+    sizes = []
+
+    def note(module, args):
+        if not module.training:
+            sizes.append(len(args[0]))
+
+    model.register_forward_pre_hook(note)
+    captures, _ = captures_of(model, (torch.rand(BATCH, WIDTH),), {}, [1, 2, 4, 8], devices=2, train=True, **options)
+    assert list(captures) == [1, 2, 4, 8]
+    return sizes
+
+
+def test_no_forward_is_run_twice_on_one_micro_batch():
+    """That which chose the units is the first of those that are compared; where none did, it is run for that."""
+    layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()) for _ in range(4)]
+    assert evaluated(nn.Sequential(*layers)) == [1, 8, 1]
+    assert evaluated(nn.Sequential(*layers), depth=1) == [8, 1, 1]
+    assert evaluated(nn.Sequential(Trims(), *layers)) == [1, 8, *[1] * 7]
+
+
+def test_a_difference_is_confirmed_before_it_is_told():
+    """What is known of a micro-batch may have been computed by other kernels: it is run again, and all is well."""
+    model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()), torch.randn(BATCH, WIDTH)
+    check_divisible(model, (x,), {}, 4, every=False, known=[[torch.full((2, WIDTH), 9.0)]])
+    with pytest.raises(sw.ShardwrightError, match="the result depends on how the batch is divided"):
+        check_divisible(Mixing("all", 0), (x,), {}, 4, every=False, known=[[torch.full((2, WIDTH), 9.0)]])
+
+
+def test_outputs_of_another_shape_are_refused():
+    """A piece whose result does not fit into the whole batch's is told as a difference, not as an error of PyTorch."""
+
+    class Wide(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).repeat(1, len(x))
+
+    with pytest.raises(sw.ShardwrightError, match="differs from the whole batch's by inf"):
+        check_divisible(nn.Sequential(Wide(WIDTH, WIDTH)), (torch.randn(BATCH, WIDTH),), {}, 4, every=False)
 
 
 def test_batch_statistics_and_dropout_do_not_count_as_division():

@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from shardwright.profiler.operations import OperationRecorder, _known, tensor_bytes
+from shardwright.profiler.operations import OperationRecorder, _call_form, _known, _operator, _text_of, tensor_bytes
 
 
 def record(function):
@@ -366,7 +366,36 @@ def test_arithmetic_is_reckoned_once_for_equal_calls():
     _known.clear()
     shapes = [(2, 3, 4), (2, 3, 5), (2, 3, 4), (7, 3, 4)]
     assert flops(*shapes) == flops(*shapes) == [2 * a * b * c for a, b, c in shapes]
-    assert sum("aten.mm" in form[0] for form in _known) == 3
+    assert sum(form[0][0] == "aten.mm.default" for form in _known) == 3
+
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([0, 1, -1, 0.0, -0.0, 1.0, 1j, "1", "none", torch.float32, torch.float64, torch.strided]),
+    st.sampled_from([torch.device("cpu"), torch.device("meta"), torch.contiguous_format, torch.preserve_format]),
+)
+TENSORS = st.builds(
+    lambda shape, dtype, turned: torch.empty(shape, dtype=dtype, device="meta").T if turned else torch.empty(shape),
+    st.lists(st.integers(0, 2), min_size=2, max_size=2),
+    st.sampled_from([torch.float32, torch.int64]),
+    st.booleans(),
+)
+ARGUMENTS = st.lists(st.one_of(SCALARS, TENSORS, st.lists(st.one_of(SCALARS, TENSORS), max_size=2)), max_size=2)
+
+
+@given(ARGUMENTS, ARGUMENTS, st.booleans())
+@settings(max_examples=300)
+def test_calls_of_one_form_have_one_text(one, other, named):
+    """Forms are compared in place of texts, and agree where these do."""
+    operator = _operator(torch.ops.aten.add.Tensor)
+
+    def told(arguments, as_form):
+        given_ = ((), {"a": arguments}) if named else (arguments, {})
+        return (_call_form if as_form else _text_of)(operator, *given_)
+
+    for first, second in [(one, other), (one, list(one))]:
+        assert (told(first, True) == told(second, True)) == (told(first, False) == told(second, False))
 
 
 # Echoes

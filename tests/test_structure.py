@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from shardwright.profiler.structure import Hole, copied, filled, has_state, map_tensors, tensor_at, tensors_in
+from shardwright.profiler.structure import (
+    Hole,
+    copied,
+    filled,
+    has_state,
+    map_tensors,
+    tensor_at,
+    tensors_in,
+    tensors_of,
+)
 
 Pair = namedtuple("Pair", ["left", "right"])  # the untyped kind, as models have it
 
@@ -316,3 +325,29 @@ def test_mapping_keeps_order_and_form(value):
     assert [path for path, _ in tensors_in(made)] == [path for path, _ in tensors_in(value)]
     assert numbers(made) == [number + 1 for number in numbers(value)]
     assert same(map_tensors(lambda t: t - 1, made), value)
+
+
+LEAVES = st.one_of(st.none(), st.integers(), st.text(max_size=2), st.builds(torch.zeros, st.integers(0, 2)))
+NESTED = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(st.integers(), inner, max_size=3),
+        st.dictionaries(st.text(max_size=2), inner, max_size=3).map(OrderedDict),
+        st.builds(Pair, inner, inner),
+        st.builds(Record, inner, inner),
+        st.builds(Slots, inner, inner),
+        st.builds(slice, inner, inner),
+    ),
+    max_leaves=12,
+)
+
+
+@given(NESTED, st.booleans())
+def test_tensors_without_their_paths_are_those_with_them(value, around):
+    """The quick walk finds what the other finds, in its order, also in what holds itself."""
+    if around:
+        value = [value, torch.ones(1), nn.Parameter(torch.ones(1))]
+        value += [value, {"self": value}, Record(value)]
+    assert list(map(id, tensors_of(value))) == [id(tensor) for _, tensor in tensors_in(value)]
