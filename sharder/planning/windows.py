@@ -31,7 +31,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shardwright.sharder.planning.listing import Family, Listing, TooManyError
+from shardwright.sharder.planning.listing import Cuts, Family, Listing, TooManyError
+from shardwright.sharder.planning.nesting import Floats, Indices, Masks, TooManyPairsError, within_each
 from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.search import OutOfTimeError, Stages
 
@@ -47,7 +48,8 @@ NEAR = 2e-4
 """Between a ceiling that is proven and one that is undecided nothing is tried if they are nearer than that."""
 MOST_KEPT = 3_000
 """Of too many sets so many are gone on with."""
-TOGETHER = 65_536
+PAIRS_A_STEP = 100
+"""So many pairs of sets are looked at in the time of some undecided sets."""
 
 
 class Narrowed(NamedTuple):
@@ -138,7 +140,7 @@ class _Chain:
         low, high = self._range(cut)
         beside = Family(before, "before", self.ceiling_s) if from_left else Family(behind, "behind", self.ceiling_s)
         try:
-            sets = self.listing.sets(low, high, (high - low) / 2, self.steps, beside)
+            sets = self._beside(low, high, beside)
         except TooManyError as error:
             self.complete = False
             # Those that leave least to the other stages.
@@ -151,6 +153,42 @@ class _Chain:
             self.right = cut
         if not sets:
             raise _NoneError
+
+    def _beside(self, low: float, high: float, beside: Family) -> Cuts:
+        """All sets between ``low`` and ``high`` that are a stage away from one of a family.
+
+        The same set comes next to many: where all that there are can be listed, that is done once, and not for each
+        of the family.
+        """
+        with contextlib.suppress(TooManyError):
+            sets = self.listing.sets(low, high, (high - low) / 2, self.steps)
+            return self._next_to(sets, beside)
+        return self.listing.sets(low, high, (high - low) / 2, self.steps, beside)
+
+    def _next_to(self, sets: Cuts, beside: Family) -> Cuts:
+        """Those of ``sets`` that are a stage away from one of a family."""
+        start, end = sets.work_s - sets.moved_s, sets.work_s + sets.moved_s
+        theirs, reach = beside.cuts, self.ceiling_s + 2 * self.listing.slack_s
+        too_many = False
+        try:
+            if beside.come == "before":
+                begin = theirs.work_s - theirs.moved_s + reach
+                origin = self._within_each(theirs.masks, begin, sets.masks, end)
+            else:  # the other way round: what is not in those behind is not in these either
+                begin = reach - theirs.work_s - theirs.moved_s
+                origin = self._within_each(~theirs.masks, begin, ~sets.masks, -start)
+        except TooManyPairsError as error:
+            origin, too_many = error.some, True
+        kept = np.flatnonzero(origin >= 0)
+        found = Cuts(sets.masks[kept], sets.work_s[kept], sets.moved_s[kept], origin[kept])
+        if too_many:
+            raise TooManyError(found)
+        return found
+
+    def _within_each(self, inner: Masks, start: Floats, outer: Masks, needed: Floats, *, one: bool = False) -> Indices:
+        pairs = PAIRS_A_STEP * self.steps
+        out_of_time = self.listing.out_of_time
+        return within_each(inner, start, outer, needed, pairs=pairs, out_of_time=out_of_time, one_is_enough=one)
 
     def _joined(self) -> list[int] | None:
         """A chain through one of the sets on the left and one on the right that is a stage away from it."""
@@ -167,18 +205,13 @@ class _Chain:
     def _pair(self) -> tuple[int, int] | None:
         before, behind = self.cuts[self.left], self.cuts[self.right]
         start, end = before.work_s - before.moved_s, behind.work_s + behind.moved_s
-        order = np.argsort(end)
-        needed = end[order] - self.ceiling_s - 2 * self.listing.slack_s
-        for i in np.argsort(-start):
-            near = int(np.searchsorted(needed, start[i], side="right"))
-            for first in range(0, near, TOGETHER):
-                some = order[first : min(first + TOGETHER, near)]
-                fits = ~(before.masks[i] & ~behind.masks[some]).any(axis=1)
-                if fits.any():
-                    return int(i), int(some[int(fits.argmax())])
-            if self.listing.out_of_time():
-                raise OutOfTimeError
-        return None
+        begin = start + self.ceiling_s + 2 * self.listing.slack_s
+        try:
+            inside = self._within_each(before.masks, begin, behind.masks, end, one=True)
+        except TooManyPairsError:
+            raise UndecidedError from None
+        last = int(inside.argmax())
+        return (int(inside[last]), last) if inside[last] >= 0 else None
 
 
 def chain_below(listing: Listing, stages: int, ceiling_s: float, steps: int) -> list[int] | None:
