@@ -101,15 +101,11 @@ class _Undecided(NamedTuple):
     moved_s: Floats
     origin: npt.NDArray[np.int64]
 
-    def take(self, which: slice | Flags | npt.NDArray[np.int64]) -> _Undecided:
-        return _Undecided(
-            self.inside[which],
-            self.outside[which],
-            self.work_s[which],
-            self.left_s[which],
-            self.moved_s[which],
-            self.origin[which],
-        )
+    def take(self, which: slice | Flags) -> _Undecided:
+        if isinstance(which, slice):
+            return _Undecided(*(each[which] for each in self))
+        chosen = np.flatnonzero(which)  # numpy takes by numbers several times as fast as by flags
+        return _Undecided(*(each.take(chosen, axis=0) for each in self))
 
 
 class _Window(NamedTuple):
@@ -259,6 +255,8 @@ class Listing:
             return Cuts(np.zeros((0, self.words), np.uint64), none, none, np.zeros(0, np.int64))
         self._check_time()
         masks, work_s, moved_s, origin = (np.concatenate(each) for each in zip(*parts, strict=True))
+        if not origin.any():  # what begins with one set is parted in others
+            return Cuts(masks, work_s, moved_s, origin)
         _, first = np.unique(masks, axis=0, return_index=True)
         return Cuts(masks[first], work_s[first], moved_s[first], origin[first])
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -36,18 +36,25 @@ from shardwright.sharder.planning.nesting import Floats, Indices, Masks, TooMany
 from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.search import OutOfTimeError, Stages
 
-__all__ = ["Narrowed", "can_list", "chain_below", "narrowed", "within"]
+__all__ = ["Asked", "Narrowed", "can_list", "narrowed", "within"]
 
 QUICK_STEPS = 500_000
 """So many undecided sets are gone through for the least transfers of a cut, at some tenths of a microsecond each."""
-STEPS = (2_000_000, 12_000_000, 72_000_000)
+STEPS = (2_000_000, 20_000_000, 150_000_000)
 """The same for what one cut may be: at first, and when what was left undecided is asked for again."""
 AIM = 0.0098
-"""The first ceiling is so much below the best split: if nothing is under it, the gap is below 1%."""
+"""A ceiling that is so much below the best split is asked for: if nothing is under it, the gap is below 1%."""
+ASKED = 0.2, 0.35
+"""But none nearer to the bound than so much of the gap, as it would tell little, nor farther: the lower a ceiling is the
+fewer sets there are, and a split that is found is as good as a higher bound."""
+CLOSE = 3e-3
+"""A gap that is no wider is asked for as a whole."""
 NEAR = 2e-4
 """Between a ceiling that is proven and one that is undecided nothing is tried if they are nearer than that."""
 MOST_KEPT = 3_000
 """Of too many sets so many are gone on with."""
+SMALL_FAMILY = 16
+"""What comes next to each of so few sets is listed at once."""
 PAIRS_A_STEP = 100
 """So many pairs of sets are looked at in the time of some undecided sets."""
 
@@ -69,10 +76,14 @@ class _NoneError(Exception):
 
 
 class _Chain:
-    """The search for a chain of ``stages`` with loads of ``ceiling_s`` at most; ``steps`` for each list."""
+    """The search for a chain of ``stages`` with loads of ``ceiling_s`` at most; ``steps`` for each list.
 
-    def __init__(self, listing: Listing, stages: int, ceiling_s: float, steps: int) -> None:
-        self.listing, self.count, self.ceiling_s, self.steps = listing, stages, ceiling_s, steps
+    Where there are too many sets it goes on with ``some`` of them, or gives up, and may be asked again with more steps.
+    """
+
+    def __init__(self, listing: Listing, stages: int, ceiling_s: float) -> None:
+        self.listing, self.count, self.ceiling_s = listing, stages, ceiling_s
+        self.steps, self.some = 0, False
         self.left, self.right = 0, stages
         self.cuts = {0: listing.nothing, stages: listing.everything}
         self.least = [0.0] * (stages + 1)
@@ -80,12 +91,13 @@ class _Chain:
         self.complete = True
         """Whether every chain goes through the sets that are listed."""
 
-    def found(self) -> list[int] | None:
+    def found(self, steps: int, *, some: bool) -> list[int] | None:
         """The sets behind the stages, or None where there is no such chain.
 
         Raises:
             UndecidedError: there may be one.
         """
+        self.steps, self.some = steps // self.listing.words, some
         with contextlib.suppress(_NoneError):
             self._narrow()
             while self.left + 1 < self.right:
@@ -121,7 +133,7 @@ class _Chain:
         allowed = max(room / 16, self.least[cut])
         while True:
             try:
-                sets = self.listing.sets(low, high, min(allowed, room), min(QUICK_STEPS, self.steps))
+                sets = self.listing.sets(low, high, min(allowed, room), min(QUICK_STEPS // self.listing.words, self.steps))
             except TooManyError:
                 return
             if sets:
@@ -142,6 +154,8 @@ class _Chain:
         try:
             sets = self._beside(low, high, beside)
         except TooManyError as error:
+            if not self.some:
+                raise UndecidedError from None
             self.complete = False
             # Those that leave least to the other stages.
             done = error.some.moved_s - error.some.work_s if from_left else error.some.moved_s + error.some.work_s
@@ -160,10 +174,14 @@ class _Chain:
         The same set comes next to many: where all that there are can be listed, that is done once, and not for each
         of the family.
         """
-        with contextlib.suppress(TooManyError):
-            sets = self.listing.sets(low, high, (high - low) / 2, self.steps)
-            return self._next_to(sets, beside)
-        return self.listing.sets(low, high, (high - low) / 2, self.steps, beside)
+        most = (high - low) / 2
+        if len(beside.cuts.work_s) > SMALL_FAMILY:
+            try:
+                return self._next_to(self.listing.sets(low, high, most, self.steps), beside)
+            except TooManyError:
+                if not self.some:
+                    raise
+        return self.listing.sets(low, high, most, self.steps, beside)
 
     def _next_to(self, sets: Cuts, beside: Family) -> Cuts:
         """Those of ``sets`` that are a stage away from one of a family."""
@@ -214,19 +232,38 @@ class _Chain:
         return (int(inside[last]), last) if inside[last] >= 0 else None
 
 
-def chain_below(listing: Listing, stages: int, ceiling_s: float, steps: int) -> list[int] | None:
-    """The closed sets behind ``stages`` stages with loads of ``ceiling_s`` at most, by work and transfers alone.
+class Asked:
+    """Whether there are chains below one ceiling; what was listed is kept should it be asked for again.
 
-    Returns:
-        As bit masks, smallest first; None where no split is such. Loads may be above by rounding.
-
-    Raises:
-        UndecidedError: that is not decided with ``steps`` undecided sets for each cut.
-        OutOfTimeError: nor in time.
+    Args:
+        listing: blocks and transfers.
+        counts: numbers of stages, which are tried in this order.
+        ceiling_s: no load is above, by work and transfers alone.
     """
-    if ceiling_s * stages < listing.whole_s - listing.slack_s:
+
+    def __init__(self, listing: Listing, counts: Iterable[int], ceiling_s: float) -> None:
+        enough = (count for count in counts if ceiling_s * count >= listing.whole_s - listing.slack_s)
+        self.chains = [_Chain(listing, count, ceiling_s) for count in enough]
+
+    def chain(self, steps: int, *, some: bool = True) -> list[int] | None:
+        """The closed sets behind the stages of a split, as bit masks, smallest first; None where no split is such.
+
+        Loads may be above by rounding.
+
+        Args:
+            steps: so many undecided sets are gone through for each cut, in words of 64 blocks.
+            some: whether a chain through some sets is looked for where there are too many.
+
+        Raises:
+            UndecidedError: there may be one.
+            OutOfTimeError: nor is there time.
+        """
+        while self.chains:
+            found = self.chains[0].found(steps, some=some)
+            if found is not None:
+                return found
+            self.chains.pop(0)
         return None
-    return _Chain(listing, stages, ceiling_s, steps).found()
 
 
 def can_list(problem: Problem) -> bool:
@@ -244,7 +281,7 @@ def within(problem: Problem, ceiling_s: float, out_of_time: Callable[[], bool]) 
     if not can_list(problem):
         return None
     try:
-        found = _any_chain(Listing(problem, out_of_time), problem.most_stages, ceiling_s, STEPS[0])
+        found = Asked(Listing(problem, out_of_time), _counts(problem), ceiling_s).chain(STEPS[0])
     except (OutOfTimeError, UndecidedError):
         return None
     return Narrowed((), math.nextafter(ceiling_s, math.inf)) if found is None else Narrowed(_stages(found), 0.0)
@@ -270,12 +307,20 @@ def narrowed(
         listing = Listing(problem, out_of_time)
     except OutOfTimeError:
         return
+    asked: tuple[float, Asked] | None = None
     for steps in STEPS:
+        last = steps == STEPS[-1]
         undecided_s = math.inf
         while (ceiling_s := _next_ceiling_s(bound_s, best()[1], undecided_s, 4 * listing.slack_s)) is not None:
+            if undecided_s < math.inf and not last:
+                break
             value_s = best()[1]
             try:
-                found = _any_chain(listing, problem.most_stages, ceiling_s, steps)
+                # Where nothing can be proven a split may still be found.
+                some = last and undecided_s == math.inf
+                if asked is None or asked[0] != ceiling_s:
+                    asked = ceiling_s, Asked(listing, _counts(problem), ceiling_s)
+                found = asked[1].chain(steps, some=some)
             except OutOfTimeError:
                 return
             except UndecidedError:
@@ -293,6 +338,10 @@ def narrowed(
             return
 
 
+def _counts(problem: Problem) -> range:
+    return range(problem.most_stages, 0, -1)
+
+
 def _stages(closed: list[int]) -> Stages:
     """What lies between closed sets, on one device after another; nothing may."""
     members = (b & ~a for a, b in itertools.pairwise([0, *closed]))
@@ -303,18 +352,8 @@ def _next_ceiling_s(bound_s: float, value_s: float, undecided_s: float, slack_s:
     """A ceiling to ask for, between the bound and what is undecided, or the best; None where those are near."""
     last_s = value_s - slack_s
     if undecided_s > last_s:
-        if value_s - bound_s <= 4 * NEAR * value_s:
+        if value_s - bound_s <= CLOSE * value_s:
             return last_s if bound_s < last_s else None
-        return max(value_s * (1 - AIM), (bound_s + value_s) / 2)
+        low, high = (bound_s + share * (value_s - bound_s) for share in ASKED)
+        return min(max(low, value_s * (1 - AIM)), high)
     return (bound_s + undecided_s) / 2 if undecided_s - bound_s > NEAR * value_s else None
-
-
-def _any_chain(listing: Listing, most_stages: int, ceiling_s: float, steps: int) -> list[int] | None:
-    """A chain of any number of stages."""
-    for stages in range(most_stages, 0, -1):
-        if ceiling_s * stages < listing.whole_s - listing.slack_s:
-            break
-        found = chain_below(listing, stages, ceiling_s, steps)
-        if found is not None:
-            return found
-    return None
