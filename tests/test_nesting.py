@@ -39,7 +39,8 @@ def test_an_inner_set_is_named_just_where_there_is_one(inner, outer, few):
         nesting.FEW_PAIRS = kept
     for (mask, needed), index in zip(outer, found, strict=True):
         if index >= 0:
-            assert not inner[index][0] & ~mask and inner[index][1] >= needed
+            assert not inner[index][0] & ~mask
+            assert inner[index][1] >= needed
         else:
             assert not any(not own & ~mask and start >= needed for own, start in inner)
 
