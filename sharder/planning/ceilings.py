@@ -16,6 +16,8 @@ __all__ = ["Narrowed", "can_list", "narrowed", "within"]
 
 MOST_ORDERS = 24
 """Of devices that differ, each of which is asked for by itself."""
+MOST_BLOCKS = 128
+"""On devices that differ: of more there are too many sets for every order, and moves have the time rather."""
 STEPS = (2_000_000, 20_000_000, 150_000_000)
 """So many undecided sets are gone through for what one cut may be, in words of 64 blocks: at first, and when what was
 left undecided is asked for again."""
@@ -44,11 +46,11 @@ def can_list(problem: Problem) -> bool:
 
 
 def _how_many_orders(problem: Problem) -> int:
-    """Of all devices that have a stage, those with the same times as one; 0 where there is no telling them apart."""
+    """Of the devices, those with the same times as one; 0 where they differ and are not asked for."""
     classes = _classes(problem)
     if len(classes) == 1:
         return 1
-    if not all(problem.total_s):
+    if not all(problem.total_s) or len(problem.blocks) > MOST_BLOCKS:
         return 0
     same = math.prod(math.factorial(len(devices)) for devices in classes)
     devices, stages = len(problem.devices), problem.most_stages
