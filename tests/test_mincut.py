@@ -18,10 +18,9 @@ from shardwright.sharder.planning.search import simple_bound_s
 
 def alike(problem):
     """The problem with every device as the first."""
+    times = "forward_s", "backward_s", "update_s", "recompute_s"
     blocks = tuple(
-        dataclasses.replace(
-            b, **{key: (getattr(b, key)[0],) * len(problem.devices) for key in ("forward_s", "backward_s", "update_s")}
-        )
+        dataclasses.replace(b, **{key: getattr(b, key)[:1] * len(problem.devices) for key in times})
         for b in problem.blocks
     )
     return dataclasses.replace(problem, blocks=blocks)

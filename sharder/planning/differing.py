@@ -16,7 +16,6 @@ Memory and ties only rule out more.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -25,6 +24,7 @@ import numpy.typing as npt
 
 from shardwright.sharder.planning.listing import Listing, TooManyError
 from shardwright.sharder.planning.problem import Problem
+from shardwright.sharder.planning.relaxed import in_shares
 from shardwright.sharder.planning.search import OutOfTimeError, fluid_s
 from shardwright.sharder.planning.shifting import can_shift
 
@@ -61,7 +61,7 @@ def differing_bound_s(
     speed = np.array([1 / whole for whole in problem.total_s])
     orders = _Orders(speed / speed.sum(), float(sum(share)))
     try:
-        orders.list_ranges(_in_shares(problem, share), ceiling_s, out_of_time)
+        orders.list_ranges(in_shares(problem, share), ceiling_s, out_of_time)
     except OutOfTimeError:
         return bound_s
     low, high = bound_s, ceiling_s
@@ -72,16 +72,6 @@ def differing_bound_s(
         else:
             low = middle
     return low
-
-
-def _in_shares(problem: Problem, share: list[float]) -> Problem:
-    """The problem with f as the work of each block, on devices alike."""
-    none = (0.0,) * len(problem.devices)
-    blocks = (
-        dataclasses.replace(block, forward_s=none, backward_s=none, update_s=(s,) * len(none), recompute_s=(), unfit=())
-        for block, s in zip(problem.blocks, share, strict=True)
-    )
-    return dataclasses.replace(problem, blocks=tuple(blocks), ties=())
 
 
 class _Orders:

@@ -15,6 +15,7 @@ from functools import partial
 
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.afresh import begun_afresh
+from shardwright.sharder.planning.ceilings import can_list, narrowed
 from shardwright.sharder.planning.differing import differing_bound_s
 from shardwright.sharder.planning.direct import Direct
 from shardwright.sharder.planning.even import best_even_split, even_splits
@@ -38,7 +39,6 @@ from shardwright.sharder.planning.search import (
 from shardwright.sharder.planning.shifting import shifted
 from shardwright.sharder.planning.stagewise import Stagewise
 from shardwright.sharder.planning.transfers import as_staged, load_s, traffic_of
-from shardwright.sharder.planning.windows import can_list, narrowed
 
 __all__ = ["Partition", "largest_load_s", "partition", "stage_loads"]
 
@@ -256,7 +256,7 @@ class _Best:
                 self.offer(stages)
         for stages in shifted(problem, best, self.bound_s, moves_over, start):
             self.offer(stages)
-        if not can_list(problem):
+        if len(classes) > 1:
             self.bound_s = max(self.bound_s, differing_bound_s(problem, self.bound_s, self.value_s, moves_over))
         for stages in begun_afresh(problem, classes, device_orders, best, self.bound_s, moves_over):
             self.offer(stages)

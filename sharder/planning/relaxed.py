@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from shardwright.sharder.planning.memory import Step, Storage
 from shardwright.sharder.planning.problem import Block, Link, Problem
@@ -13,6 +13,7 @@ from shardwright.sharder.planning.problem import Block, Link, Problem
 __all__ = [
     "all_usable",
     "checkpointed",
+    "in_shares",
     "unpinned",
     "with_another",
     "with_caps_times",
@@ -183,3 +184,13 @@ def checkpointed(problem: Problem) -> Problem:
             storages=tuple(of_storage(i, s) for i, s in enumerate(ledger.storages)),
         ),
     )
+
+
+def in_shares(problem: Problem, share: Sequence[float]) -> Problem:
+    """Devices alike, with these seconds of a step as the work of each block."""
+    none = (0.0,) * len(problem.devices)
+    blocks = (
+        dataclasses.replace(block, forward_s=none, backward_s=none, update_s=(s,) * len(none), recompute_s=(), unfit=())
+        for block, s in zip(problem.blocks, share, strict=True)
+    )
+    return dataclasses.replace(problem, blocks=tuple(blocks), ties=())

@@ -18,12 +18,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+from shardwright.sharder.planning.ceilings import Narrowed, within
 from shardwright.sharder.planning.memory import EMPTY
 from shardwright.sharder.planning.orders import best_of_orders
 from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.search import Stages
 from shardwright.sharder.planning.shifting import Shifts, shifted
-from shardwright.sharder.planning.windows import Narrowed, within
 
 __all__ = ["in_bytes", "making_room"]
 

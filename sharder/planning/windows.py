@@ -1,13 +1,15 @@
 r"""Graphs with too many closed sets: whether any split is below a ceiling, from the few sets that its cuts may be.
 
-For devices that are alike, and transfers that are relayed. Let all loads of S stages be at most T, and I1 < ... < IS-1
-be what comes before their cuts. With w the work of a set and x the transfers of the cut behind it, for one end,
+For transfers that are relayed, and devices that are alike, or few. Let all loads of S stages be at most T, and
+I1 < ... < IS-1 be what comes before their cuts. With w the work of a set and x the transfers of the cut behind it, for
+one end, where all devices are alike
 
     w(Is) + x(Is)  <=  w(Is-1) - x(Is-1) + T        w(Is) - x(Is)  >=  w(Is+1) + x(Is+1) - T
 
-so that a chain of such sets is found from either end, one cut at a time: from the sets that the last cut may be, all
-that the next may be are listed (listing.py), until the ends meet or one has none. With B the largest w - x of the last
-sets from the left, which cut l may be, and A the least w + x from the right, of cut r, a cut s between them has
+so that a chain of such sets is found from either end, one cut at a time: what the next cut may be is listed
+(listing.py) and joined to what the last may be (nesting.py), until the ends meet or one has none. With B the largest
+w - x of the last sets from the left, which cut l may be, and A the least w + x from the right, of cut r, a cut s
+between them has
 
     w(Is) + x(Is) <= B + (s - l) T - 2 * (least x of the cuts from l to s)
     w(Is) - x(Is) >= A - (r - s) T + 2 * (least x of the cuts from s to r)
@@ -18,6 +20,10 @@ proven for every split; ties, memory, pins and worse links only rule out more. A
 this way without transfers, are solved so from both ends by Sewell and Jacobson, "A branch, bound, and remember
 algorithm for the simple assembly line balancing problem", INFORMS Journal on Computing 2012.
 
+Where devices differ this is done for every order of theirs. With weights c of the devices of sum 1, w is the sum of the
+least c * work of each block over all devices, and the load of a stage, T and x are multiplied by the c of its device:
+c * load is no less than what is left so, and as much where the devices' times are in proportion.
+
 Where the sets are too many the ceiling is left undecided, and a lower one is asked for.
 """
 
@@ -25,37 +31,25 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from shardwright.sharder.planning.listing import Family, Listing, TooManyError
-from shardwright.sharder.planning.problem import Problem
-from shardwright.sharder.planning.search import OutOfTimeError, Stages
+from shardwright.sharder.planning.listing import Cuts, Family, Listing, TooManyError
+from shardwright.sharder.planning.nesting import Floats, Indices, TooManyPairsError, within_each
+from shardwright.sharder.planning.search import Stages
 
-__all__ = ["Narrowed", "can_list", "chain_below", "narrowed", "within"]
+__all__ = ["Asked", "Row", "UndecidedError"]
 
 QUICK_STEPS = 500_000
 """So many undecided sets are gone through for the least transfers of a cut, at some tenths of a microsecond each."""
-STEPS = (2_000_000, 12_000_000, 72_000_000)
-"""The same for what one cut may be: at first, and when what was left undecided is asked for again."""
-AIM = 0.0098
-"""The first ceiling is so much below the best split: if nothing is under it, the gap is below 1%."""
-NEAR = 2e-4
-"""Between a ceiling that is proven and one that is undecided nothing is tried if they are nearer than that."""
 MOST_KEPT = 3_000
 """Of too many sets so many are gone on with."""
-TOGETHER = 65_536
-
-
-class Narrowed(NamedTuple):
-    """One answer: a split to be looked at, or a bound."""
-
-    stages: Stages
-    bound: float
-    """No largest load is below: seconds, or whatever the loads of the problem are."""
+SMALL_FAMILY = 16
+"""What comes next to each of so few sets is listed at once."""
+PAIRS_A_STEP = 100
+"""So many pairs of sets are looked at in the time of some undecided sets."""
 
 
 class UndecidedError(Exception):
@@ -67,23 +61,28 @@ class _NoneError(Exception):
 
 
 class _Chain:
-    """The search for a chain of ``stages`` with loads of ``ceiling_s`` at most; ``steps`` for each list."""
+    """The search for a chain of stages on devices of these ``weights``, with loads of ``ceiling_s`` at most.
 
-    def __init__(self, listing: Listing, stages: int, ceiling_s: float, steps: int) -> None:
-        self.listing, self.count, self.ceiling_s, self.steps = listing, stages, ceiling_s, steps
-        self.left, self.right = 0, stages
-        self.cuts = {0: listing.nothing, stages: listing.everything}
-        self.least = [0.0] * (stages + 1)
+    Where there are too many sets it goes on with ``some`` of them, or gives up, and may be asked again with more steps.
+    """
+
+    def __init__(self, listing: Listing, weights: Sequence[float], ceiling_s: float) -> None:
+        self.listing, self.weights, self.count, self.ceiling_s = listing, weights, len(weights), ceiling_s
+        self.steps, self.some = 0, False
+        self.left, self.right = 0, self.count
+        self.cuts = {0: listing.nothing, self.count: listing.everything}
+        self.least = [0.0] * (self.count + 1)
         """By cut: what x is not below."""
         self.complete = True
         """Whether every chain goes through the sets that are listed."""
 
-    def found(self) -> list[int] | None:
+    def found(self, steps: int, *, some: bool) -> list[int] | None:
         """The sets behind the stages, or None where there is no such chain.
 
         Raises:
             UndecidedError: there may be one.
         """
+        self.steps, self.some = steps // self.listing.words, some
         with contextlib.suppress(_NoneError):
             self._narrow()
             while self.left + 1 < self.right:
@@ -96,30 +95,43 @@ class _Chain:
             raise UndecidedError
         return None
 
+    def _start(self, cut: int) -> Floats:
+        """By set of a cut: the earliest that the stage behind it begins, in work."""
+        return self.cuts[cut].work_s - self.weights[cut] * self.cuts[cut].moved_s
+
+    def _end(self, cut: int) -> Floats:
+        """By set of a cut: the latest that the stage before it ends."""
+        return self.cuts[cut].work_s + self.weights[cut - 1] * self.cuts[cut].moved_s
+
+    def _both(self, cut: int) -> float:
+        """What x counts in the two stages at a cut in the middle."""
+        return self.weights[cut - 1] + self.weights[cut]
+
+    def _between(self, first: int, last: int) -> float:
+        """What the stages between two cuts take at most, but for the transfers between them that cannot be avoided."""
+        spared = sum(self._both(cut) * self.least[cut] for cut in range(first + 1, last))
+        return sum(self.weights[first:last]) * self.ceiling_s - spared
+
     def _range(self, cut: int) -> tuple[float, float]:
-        """What w - x of a cut in the middle is not below, and w + x not above."""
-        before, behind = self.cuts[self.left], self.cuts[self.right]
-        most = float((before.work_s - before.moved_s).max())
-        fewest = float((behind.work_s + behind.moved_s).min())
-        spared = 2 * sum(self.least[self.left + 1 : cut]), 2 * sum(self.least[cut + 1 : self.right])
-        low = fewest - (self.right - cut) * self.ceiling_s + spared[1]
-        return low, most + (cut - self.left) * self.ceiling_s - spared[0]
+        """What the start of a cut in the middle is not below, and its end not above."""
+        low = float(self._end(self.right).min()) - self._between(cut, self.right)
+        return low, float(self._start(self.left).max()) + self._between(self.left, cut)
 
     def _narrow(self) -> None:
         """Raise the least x of each cut in the middle, those at the ends first."""
         middle = range(self.left + 1, self.right)
         for cut in sorted(middle, key=lambda cut: min(cut - self.left, self.right - cut)):
             low, high = self._range(cut)
-            room = (high - low) / 2  # as low <= w - x and w + x <= high
+            room = (high - low) / self._both(cut)  # as low is not above the start, nor the end above high
             if room < -self.listing.slack_s:
                 raise _NoneError
             self._raise_least(cut, low, high, room)
 
     def _raise_least(self, cut: int, low: float, high: float, room: float) -> None:
-        allowed = max(room / 16, self.least[cut])
+        allowed, steps = max(room / 16, self.least[cut]), min(QUICK_STEPS // self.listing.words, self.steps)
         while True:
             try:
-                sets = self.listing.sets(low, high, min(allowed, room), min(QUICK_STEPS, self.steps))
+                sets = self.listing.sets(low, high, min(allowed, room), steps, weights=self._beside_cut(cut))
             except TooManyError:
                 return
             if sets:
@@ -132,18 +144,17 @@ class _Chain:
 
     def _extend(self) -> None:
         """List what the next cut may be, from the end that has fewer sets; of too many, some."""
-        before, behind = self.cuts[self.left], self.cuts[self.right]
-        from_left = len(before.work_s) <= len(behind.work_s)
+        from_left = len(self.cuts[self.left].work_s) <= len(self.cuts[self.right].work_s)
         cut = self.left + 1 if from_left else self.right - 1
-        low, high = self._range(cut)
-        beside = Family(before, "before", self.ceiling_s) if from_left else Family(behind, "behind", self.ceiling_s)
         try:
-            sets = self.listing.sets(low, high, (high - low) / 2, self.steps, beside)
+            sets = self._beside(cut, from_left=from_left)
         except TooManyError as error:
+            if not self.some:
+                raise UndecidedError from None
             self.complete = False
             # Those that leave least to the other stages.
-            done = error.some.moved_s - error.some.work_s if from_left else error.some.moved_s + error.some.work_s
-            sets = error.some.first(MOST_KEPT, done)
+            some = self.cuts[cut] = error.some
+            sets = some.first(MOST_KEPT, -self._start(cut) if from_left else self._end(cut))
         self.cuts[cut] = sets
         if from_left:
             self.left = cut
@@ -151,6 +162,66 @@ class _Chain:
             self.right = cut
         if not sets:
             raise _NoneError
+
+    def _beside_cut(self, cut: int) -> tuple[float, float]:
+        return self.weights[cut - 1], self.weights[cut]
+
+    def _beside(self, cut: int, *, from_left: bool) -> Cuts:
+        """All that a cut may be that is a stage away from what was listed on the left, or right.
+
+        The same set comes next to many: where all that there are can be listed, that is done once, and not for each
+        of the family.
+        """
+        low, high = self._range(cut)
+        most, weights = (high - low) / self._both(cut), self._beside_cut(cut)
+        beside = self.cuts[self.left if from_left else self.right]
+        if len(beside.work_s) > SMALL_FAMILY:
+            try:
+                sets = self.listing.sets(low, high, most, self.steps, weights=weights)
+                return self._next_to(cut, sets, from_left=from_left)
+            except TooManyError:
+                if not self.some:
+                    raise
+        family = Family(beside, "before", self.ceiling_s, weights[0])
+        if not from_left:
+            family = Family(beside, "behind", self.ceiling_s, weights[1])
+        return self.listing.sets(low, high, most, self.steps, family, weights)
+
+    def _next_to(self, cut: int, sets: Cuts, *, from_left: bool) -> Cuts:
+        """Those of ``sets``, which a cut may be, that are a stage away from what was listed on that side."""
+        self.cuts[cut] = sets  # but for those
+        too_many = False
+        try:
+            if from_left:
+                origin = self._stage_between(self.left, cut)
+            else:  # the other way round: what is not in those behind is not in these either
+                origin = self._stage_between(cut, self.right, turned=True)
+        except TooManyPairsError as error:
+            origin, too_many = error.some, True
+        finally:
+            del self.cuts[cut]
+        kept = np.flatnonzero(origin >= 0)
+        found = Cuts(sets.masks[kept], sets.work_s[kept], sets.moved_s[kept], origin[kept])
+        if too_many:
+            raise TooManyError(found)
+        return found
+
+    def _stage_between(self, first: int, last: int, *, turned: bool = False, one: bool = False) -> Indices:
+        """By set of the last cut, or the first if ``turned``: one of the other that it makes a stage with, or -1."""
+        before, behind = self.cuts[first].masks, self.cuts[last].masks
+        start = self._start(first) + self.weights[first] * self.ceiling_s + 2 * self.listing.slack_s
+        inner, begin, outer, end = before, start, behind, self._end(last)
+        if turned:
+            inner, begin, outer, end = ~behind, -end, ~before, -start
+        return within_each(
+            inner,
+            begin,
+            outer,
+            end,
+            pairs=PAIRS_A_STEP * self.steps,
+            out_of_time=self.listing.out_of_time,
+            one_is_enough=one,
+        )
 
     def _joined(self) -> list[int] | None:
         """A chain through one of the sets on the left and one on the right that is a stage away from it."""
@@ -165,123 +236,53 @@ class _Chain:
         return [self.cuts[cut].mask(chain[cut]) for cut in range(1, self.count + 1)]
 
     def _pair(self) -> tuple[int, int] | None:
-        before, behind = self.cuts[self.left], self.cuts[self.right]
-        start, end = before.work_s - before.moved_s, behind.work_s + behind.moved_s
-        order = np.argsort(end)
-        needed = end[order] - self.ceiling_s - 2 * self.listing.slack_s
-        for i in np.argsort(-start):
-            near = int(np.searchsorted(needed, start[i], side="right"))
-            for first in range(0, near, TOGETHER):
-                some = order[first : min(first + TOGETHER, near)]
-                fits = ~(before.masks[i] & ~behind.masks[some]).any(axis=1)
-                if fits.any():
-                    return int(i), int(some[int(fits.argmax())])
-            if self.listing.out_of_time():
-                raise OutOfTimeError
-        return None
+        try:
+            inside = self._stage_between(self.left, self.right, one=True)
+        except TooManyPairsError:
+            raise UndecidedError from None
+        last = int(inside.argmax())
+        return (int(inside[last]), last) if inside[last] >= 0 else None
 
 
-def chain_below(listing: Listing, stages: int, ceiling_s: float, steps: int) -> list[int] | None:
-    """The closed sets behind ``stages`` stages with loads of ``ceiling_s`` at most, by work and transfers alone.
+class Row(NamedTuple):
+    """Devices one behind the other."""
 
-    Returns:
-        As bit masks, smallest first; None where no split is such. Loads may be above by rounding.
-
-    Raises:
-        UndecidedError: that is not decided with ``steps`` undecided sets for each cut.
-        OutOfTimeError: nor in time.
-    """
-    if ceiling_s * stages < listing.whole_s - listing.slack_s:
-        return None
-    return _Chain(listing, stages, ceiling_s, steps).found()
+    devices: tuple[int, ...]
+    weights: tuple[float, ...]
+    """Of each."""
 
 
-def can_list(problem: Problem) -> bool:
-    """Whether loads are sums of work, the same on every device, and of what is relayed."""
-    differ = any(len(set(seconds)) > 1 for seconds in problem.seconds)
-    return not differ and problem.transfers == "relayed" and not problem.overlap
-
-
-def within(problem: Problem, ceiling_s: float, out_of_time: Callable[[], bool]) -> Narrowed | None:
-    """A split with loads of ``ceiling_s`` at most, as :func:`narrowed` has it, or a bound above that where none has.
-
-    Returns:
-        None where this is not decided.
-    """
-    if not can_list(problem):
-        return None
-    try:
-        found = _any_chain(Listing(problem, out_of_time), problem.most_stages, ceiling_s, STEPS[0])
-    except (OutOfTimeError, UndecidedError):
-        return None
-    return Narrowed((), math.nextafter(ceiling_s, math.inf)) if found is None else Narrowed(_stages(found), 0.0)
-
-
-def narrowed(
-    problem: Problem,
-    best: Callable[[], tuple[Stages, float]],
-    bound_s: float,
-    out_of_time: Callable[[], bool],
-) -> Iterator[Narrowed]:
-    """Better splits, were there no memory, ties and pins, and bounds on all splits, until they meet or time is up.
-
-    There are none where the sets cannot be listed.
+class Asked:
+    """Whether there are chains below one ceiling; what was listed is kept should it be asked for again.
 
     Args:
-        best: the stages of the best split that was taken, and its largest load.
-        bound_s: a proven bound.
+        listing: blocks and transfers.
+        rows: devices and their weights, stage by stage, which are tried in this order.
+        ceiling_s: no load is above, by work and transfers alone.
     """
-    if not can_list(problem) or not 0 < best()[1] < math.inf:
-        return
-    try:
-        listing = Listing(problem, out_of_time)
-    except OutOfTimeError:
-        return
-    for steps in STEPS:
-        undecided_s = math.inf
-        while (ceiling_s := _next_ceiling_s(bound_s, best()[1], undecided_s, 4 * listing.slack_s)) is not None:
-            value_s = best()[1]
-            try:
-                found = _any_chain(listing, problem.most_stages, ceiling_s, steps)
-            except OutOfTimeError:
-                return
-            except UndecidedError:
-                undecided_s = ceiling_s
-                continue
-            if found is None:
-                # What is nearer to the best is the same loads, summed up in another order.
-                bound_s = value_s if ceiling_s >= value_s - 4 * listing.slack_s else ceiling_s
-                yield Narrowed((), bound_s)
-                continue
-            yield Narrowed(_stages(found), bound_s)
-            if best()[1] >= value_s:  # it does not fit, or ties are dear
-                undecided_s = ceiling_s
-        if undecided_s == math.inf:
-            return
 
+    def __init__(self, listing: Listing, rows: Iterable[Row], ceiling_s: float) -> None:
+        enough = (row for row in rows if ceiling_s * sum(row.weights) >= listing.whole_s - listing.slack_s)
+        self.left = [(row.devices, _Chain(listing, row.weights, ceiling_s)) for row in enough]
 
-def _stages(closed: list[int]) -> Stages:
-    """What lies between closed sets, on one device after another; nothing may."""
-    members = (b & ~a for a, b in itertools.pairwise([0, *closed]))
-    return tuple(enumerate(filter(None, members)))
+    def stages(self, steps: int, *, some: bool = True) -> Stages | None:
+        """A split with no load above the ceiling, but for rounding; None where there is none.
 
+        Where devices' times are not in proportion, or there is more than work and transfers, it may be above after all.
 
-def _next_ceiling_s(bound_s: float, value_s: float, undecided_s: float, slack_s: float) -> float | None:
-    """A ceiling to ask for, between the bound and what is undecided, or the best; None where those are near."""
-    last_s = value_s - slack_s
-    if undecided_s > last_s:
-        if value_s - bound_s <= 4 * NEAR * value_s:
-            return last_s if bound_s < last_s else None
-        return max(value_s * (1 - AIM), (bound_s + value_s) / 2)
-    return (bound_s + undecided_s) / 2 if undecided_s - bound_s > NEAR * value_s else None
+        Args:
+            steps: so many undecided sets are gone through for each cut, in words of 64 blocks.
+            some: whether a chain through some sets is looked for where there are too many.
 
-
-def _any_chain(listing: Listing, most_stages: int, ceiling_s: float, steps: int) -> list[int] | None:
-    """A chain of any number of stages."""
-    for stages in range(most_stages, 0, -1):
-        if ceiling_s * stages < listing.whole_s - listing.slack_s:
-            break
-        found = chain_below(listing, stages, ceiling_s, steps)
-        if found is not None:
-            return found
-    return None
+        Raises:
+            UndecidedError: there may be one.
+            OutOfTimeError: nor is there time.
+        """
+        while self.left:
+            devices, chain = self.left[0]
+            found = chain.found(steps, some=some)
+            if found is not None:
+                members = (b & ~a for a, b in itertools.pairwise([0, *found]))
+                return tuple(stage for stage in zip(devices, members, strict=True) if stage[1])
+            self.left.pop(0)
+        return None

@@ -1,0 +1,182 @@
+"""Graphs with too many closed sets: ceilings are asked for (windows.py) until the best split and its bound meet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from shardwright.sharder.planning.listing import Listing
+from shardwright.sharder.planning.problem import Problem
+from shardwright.sharder.planning.relaxed import in_shares
+from shardwright.sharder.planning.search import OutOfTimeError, Stages, fluid_s
+from shardwright.sharder.planning.windows import Asked, Row, UndecidedError
+
+__all__ = ["Narrowed", "can_list", "narrowed", "within"]
+
+MOST_ORDERS = 24
+"""Of devices that differ, each of which is asked for by itself."""
+MOST_BLOCKS = 128
+"""On devices that differ: of more there are too many sets for every order, and moves have the time rather."""
+STEPS = (2_000_000, 20_000_000, 150_000_000)
+"""So many undecided sets are gone through for what one cut may be, in words of 64 blocks: at first, and when what was
+left undecided is asked for again."""
+AIM = 0.0098
+"""A ceiling that is so much below the best split is asked for: if nothing is under it, the gap is below 1%."""
+ASKED = 0.2, 0.35
+"""But none nearer to the bound than so much of the gap, as it would tell little, nor farther: the lower a ceiling is
+the fewer sets there are, and a split that is found is as good as a higher bound."""
+CLOSE = 3e-3
+"""A gap that is no wider is asked for as a whole."""
+NEAR = 2e-4
+"""Between a ceiling that is proven and one that is undecided nothing is tried if they are nearer than that."""
+
+
+class Narrowed(NamedTuple):
+    """One answer: a split to be looked at, or a bound."""
+
+    stages: Stages
+    bound: float
+    """No largest load is below: seconds, or whatever the loads of the problem are."""
+
+
+def can_list(problem: Problem) -> bool:
+    """Whether loads are sums of work and of what is relayed, and the devices are alike, or few."""
+    return problem.transfers == "relayed" and not problem.overlap and 0 < _how_many_orders(problem) <= MOST_ORDERS
+
+
+def _how_many_orders(problem: Problem) -> int:
+    """Of the devices, those with the same times as one; 0 where they differ and are not asked for."""
+    classes = _classes(problem)
+    if len(classes) == 1:
+        return 1
+    if not all(problem.total_s) or len(problem.blocks) > MOST_BLOCKS:
+        return 0
+    same = math.prod(math.factorial(len(devices)) for devices in classes)
+    devices, stages = len(problem.devices), problem.most_stages
+    return math.perm(devices, stages) // (same if devices == stages else 1)
+
+
+def _classes(problem: Problem) -> list[list[int]]:
+    """Devices with the same times."""
+    classes: dict[tuple[float, ...], list[int]] = {}
+    for device, times in enumerate(zip(*problem.seconds, strict=True)):
+        classes.setdefault(times, []).append(device)
+    return list(classes.values())
+
+
+def _rows(problem: Problem, weights: Sequence[float]) -> list[Row]:
+    """All orders of devices that are to be told apart, those with most of them first."""
+    classes = _classes(problem)
+
+    def orders(taken: tuple[int, ...], count: int) -> Iterator[tuple[int, ...]]:
+        if len(taken) == count:
+            yield taken
+            return
+        for class_ in classes:
+            following = next((d for d in class_ if d not in taken), None)
+            if following is not None:
+                yield from orders((*taken, following), count)
+
+    every = (order for count in range(problem.most_stages, 0, -1) for order in orders((), count))
+    return [Row(order, tuple(weights[d] for d in order)) for order in every]
+
+
+def _listed(problem: Problem, out_of_time: Callable[[], bool]) -> tuple[Listing, list[Row]] | None:
+    """What is asked for chains, and the orders of the devices; None where blocks are pinned so that no work is left.
+
+    Raises:
+        OutOfTimeError: the time has passed.
+    """
+    devices = range(len(problem.devices))
+    if len(_classes(problem)) == 1:
+        counts = range(problem.most_stages, 0, -1)
+        return Listing(problem, out_of_time), [Row(tuple(range(count)), (1.0,) * count) for count in counts]
+    share = fluid_s(problem, devices)
+    if not math.isfinite(sum(share)):
+        return None
+    whole = sum(1 / total_s for total_s in problem.total_s)
+    weights = [1 / total_s / whole for total_s in problem.total_s]
+    return Listing(in_shares(problem, share), out_of_time), _rows(problem, weights)
+
+
+def within(problem: Problem, ceiling_s: float, out_of_time: Callable[[], bool]) -> Narrowed | None:
+    """A split with loads of ``ceiling_s`` at most, as :func:`narrowed` has it, or a bound above that where none has.
+
+    Returns:
+        None where this is not decided.
+    """
+    if not can_list(problem):
+        return None
+    try:
+        if (listed := _listed(problem, out_of_time)) is None:
+            return None
+        found = Asked(*listed, ceiling_s).stages(STEPS[0])
+    except (OutOfTimeError, UndecidedError):
+        return None
+    return Narrowed((), math.nextafter(ceiling_s, math.inf)) if found is None else Narrowed(found, 0.0)
+
+
+def narrowed(
+    problem: Problem,
+    best: Callable[[], tuple[Stages, float]],
+    bound_s: float,
+    out_of_time: Callable[[], bool],
+) -> Iterator[Narrowed]:
+    """Better splits, were there no memory, ties and pins, and bounds on all splits, until they meet or time is up.
+
+    There are none where the sets cannot be listed.
+
+    Args:
+        best: the stages of the best split that was taken, and its largest load.
+        bound_s: a proven bound.
+    """
+    if not can_list(problem) or not 0 < best()[1] < math.inf:
+        return
+    try:
+        listed = _listed(problem, out_of_time)
+    except OutOfTimeError:
+        return
+    if listed is None:
+        return
+    slack_s = 4 * listed[0].slack_s
+    asked: tuple[float, Asked] | None = None
+    for steps in STEPS:
+        last = steps == STEPS[-1]
+        undecided_s = math.inf
+        while (ceiling_s := _next_ceiling_s(bound_s, best()[1], undecided_s, slack_s)) is not None:
+            if undecided_s < math.inf and not last:
+                break
+            value_s = best()[1]
+            try:
+                # Where nothing can be proven a split may still be found.
+                some = last and undecided_s == math.inf
+                if asked is None or asked[0] != ceiling_s:
+                    asked = ceiling_s, Asked(*listed, ceiling_s)
+                found = asked[1].stages(steps, some=some)
+            except OutOfTimeError:
+                return
+            except UndecidedError:
+                undecided_s = ceiling_s
+                continue
+            if found is None:
+                # What is nearer to the best is the same loads, summed up in another order.
+                bound_s = value_s if ceiling_s >= value_s - slack_s else ceiling_s
+                yield Narrowed((), bound_s)
+                continue
+            yield Narrowed(found, bound_s)
+            if best()[1] >= value_s:  # it does not fit, or ties are dear
+                undecided_s = ceiling_s
+        if undecided_s == math.inf:
+            return
+
+
+def _next_ceiling_s(bound_s: float, value_s: float, undecided_s: float, slack_s: float) -> float | None:
+    """A ceiling to ask for, between the bound and what is undecided, or the best; None where those are near."""
+    last_s = value_s - slack_s
+    if undecided_s > last_s:
+        if value_s - bound_s <= CLOSE * value_s:
+            return last_s if bound_s < last_s else None
+        low, high = (bound_s + share * (value_s - bound_s) for share in ASKED)
+        return min(max(low, value_s * (1 - AIM)), high)
+    return (bound_s + undecided_s) / 2 if undecided_s - bound_s > NEAR * value_s else None
