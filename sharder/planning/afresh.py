@@ -1,8 +1,8 @@
 r"""Graphs with too many closed sets on devices that differ: moves begun again, from other orders of the devices.
 
 Moves of blocks (shifting.py) leave the devices where they are, and lists of cuts (windows.py) are for few orders of
-them. So where devices differ the order of the best split is a chance find, and its neighbourhood is soon looked through.
-Moves begin anew from
+them. So where devices differ the order of the best split is a chance find, and its neighbourhood is soon looked
+through. Moves begin anew from
 
     a topological order that is partly drawn, cut at its best over all orders of the devices         now and then
     one of the best splits so far, with two of its devices swapped, and its order cut anew for that   else

@@ -19,7 +19,7 @@ other the blocks that must be inside, or outside, whatever the set, are known fr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -105,10 +105,13 @@ class _Undecided(NamedTuple):
     origin: npt.NDArray[np.int64]
 
     def take(self, which: slice | Flags) -> _Undecided:
-        if isinstance(which, slice):
-            return _Undecided(*(each[which] for each in self))
-        chosen = np.flatnonzero(which)  # numpy takes by numbers several times as fast as by flags
-        return _Undecided(*(each.take(chosen, axis=0) for each in self))
+        if not isinstance(which, slice):
+            chosen = np.flatnonzero(which)  # numpy takes by numbers several times as fast as by flags
+            return self._each(lambda array: array.take(chosen, axis=0))
+        return self._each(lambda array: array[which])
+
+    def _each(self, change: Callable[[Any], Any]) -> _Undecided:
+        return _Undecided(*map(change, self))
 
 
 class _Window(NamedTuple):

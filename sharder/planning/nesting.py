@@ -114,7 +114,8 @@ def _look(
 
 def _with(masks: Masks, block: int) -> npt.NDArray[np.bool_]:
     """Whether sets have a block."""
-    return masks[:, block >> 6] >> np.uint64(block & 63) & np.uint64(1) == 1
+    has: npt.NDArray[np.bool_] = masks[:, block >> 6] & np.uint64(1 << (block & 63)) != 0
+    return has
 
 
 def _parting(inner: Masks, outer: Masks) -> int | None:
