@@ -49,6 +49,7 @@ def profile(
     microbatches: Sequence[int] | None = None,
     depth: int | None = None,
     units: Sequence[str] = (),
+    split_backward: bool = False,
     precision: float = 0.02,
     rounds: int = 31,
     budget_s: float = 45.0,
@@ -78,6 +79,8 @@ def profile(
         depth: units are the modules so deep in the model, 1 = its own children; by default the children of containers,
             opened where one does too much of the work.
         units: paths of modules, such as ``"decoder.layers.*"``, that are units, whatever they hold.
+        split_backward: time each backward in two parts too, up to the gradients of the inputs and those of the weights,
+            for zero-bubble schedules; a round takes about a backward longer.
         precision: steps are timed until the 95% confidence interval of each median has this relative half width; those
             that hardly count need not.
         rounds: how often each step is timed, at most.
@@ -93,6 +96,7 @@ def profile(
     units = (units,) if isinstance(units, str) else units
     tell = progress or silent
     _check_options(model, train=train, microbatches=microbatches, depth=depth, rounds=rounds)
+    parted = split_backward and train
     weighed = OptimizerMemory(optimizer_name(optimizer), master_weights=master_weights) if train else None
     batch = batch_size(args, kwargs)
     counts = tuple(sorted({1, *(microbatches if microbatches is not None else default_counts(batch))}))
@@ -102,7 +106,7 @@ def profile(
     optimizer_given = (weighed.name, master_weights) if weighed else ()
     grain = (microbatches is not None, depth, tuple(units))
     disk = "" if train else tempfile.gettempdir()
-    how = repr((optimizer_given, grain, precision, rounds, budget_s, _keys(found), disk))
+    how = repr((optimizer_given, grain, precision, rounds, budget_s, _keys(found), disk, *["parted"] * parted))
 
     with shapes_only(model, args, kwargs) as inputs, kernels_as_on(site.devices):
         as_found = Snapshot(model)
@@ -126,7 +130,8 @@ def profile(
         )
         tell("memory", 0, 1)
         counted = {
-            count: count_steps(capture, train=train, cache=cache, found=as_found) for count, capture in captures.items()
+            count: count_steps(capture, train=train, parted=parted, cache=cache, found=as_found)
+            for count, capture in captures.items()
         }
         tell("memory", 1, 1)
     name_of_optimizer = weighed.name if weighed else ""
@@ -140,6 +145,7 @@ def profile(
             pieces,
             train=train,
             optimizer=name_of_optimizer,
+            parted=parted,
             goal=goal,
             cache=cache,
             tell=tell,
