@@ -247,7 +247,8 @@ def shard(
     schedule: Annotated[
         str,
         typer.Option(
-            "--schedule", help="1f1b, gpipe, interleaved (several stages a device), or auto (1f1b or interleaved)."
+            "--schedule",
+            help="1f1b, gpipe, interleaved (several stages a device), zero-bubble (backward in parts), or auto.",
         ),
     ] = "1f1b",
     stages_per_device: Annotated[

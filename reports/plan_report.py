@@ -317,6 +317,7 @@ class PlanReport:
             speedup = glyphs.none if c.speedup is None else ratio(c.speedup)
             name = "best split" if c.stages > 1 else "no split"
             name = f"interleaved by {c.stages_per_device}" if c.stages_per_device > 1 else name
+            name = "zero-bubble" if c.zero_bubble else name
             name = name if c.replicas == 1 else f"{c.replicas} replicas" + (", interleaved" * (c.stages_per_device > 1))
             load, step = seconds(c.bottleneck_s), seconds(c.step_s)
             rows.append((name, str(c.microbatches), str(c.stages), load, step, speedup, c.chosen))

@@ -275,7 +275,7 @@ class Ledger:
         """By block: bytes of all that its nodes save, make and wait for, as if nothing ever went."""
         found = dict.fromkeys((step.block for step in self.steps), 0)
         for step in self.steps:
-            found[step.block] += step.saved
+            found[step.block] += step.saved + step.deferred
         for storage in self.storages:
             found[self.steps[storage.maker].block] += storage.size
         for gradient in self.gradients:
