@@ -43,6 +43,8 @@ class WeightsLeft:
     """By their meets, the parameters that begin there."""
     came_in: dict[Node, dict[int, Tensor]] = field(default_factory=dict)
     """What came in at each meet, by number of the node's outputs."""
+    counts: dict[Node, int] = field(default_factory=dict)
+    """Of each meet on the way, how many outputs it has."""
 
     @property
     def held(self) -> list[Tensor]:
@@ -53,13 +55,24 @@ class WeightsLeft:
         """Add the gradients of the parameters to those that they have."""
         for meets, parameters in self.groups.items():
             here = [(GradientEdge(meet, number), t) for meet in meets for number, t in self.came_in[meet].items()]
-            if here:
-                edges, gradients = zip(*here, strict=True)
+            if not here:
+                continue
+            edges, gradients = zip(*here, strict=True)
+            handles = [meet.register_prehook(partial(self._again, meet)) for meet in meets if meet in self.counts]
+            try:
                 # Groups may share nodes, whose tensors the first of them must not free.
                 torch.autograd.backward(edges, gradients, retain_graph=True, inputs=parameters)
+            finally:
+                for handle in handles:
+                    handle.remove()
 
     def _keep(self, meet: Node, gradients: Sequence[Tensor | None]) -> None:
+        self.counts[meet] = len(gradients)
         self.came_in[meet] = {number: t for number, t in enumerate(gradients) if t is not None}
+
+    def _again(self, meet: Node, _gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """What came in, which the tensors' own hooks have changed already: they come before this."""
+        return tuple(self.came_in[meet].get(number) for number in range(self.counts[meet]))
 
     def _begin_at(self, edge: GradientEdge, gradient: Tensor) -> None:
         """Take what is given for an output that is not on the way."""

@@ -110,6 +110,21 @@ class Checkpointed(nn.Module):
         return checkpoint(self.inner, x, use_reentrant=False)
 
 
+class Hooked(nn.Module):
+    """Tensors with hooks that change gradients: where a layer begins, off the way, and at the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.scale = nn.Linear(8, 8), nn.Linear(8, 8), nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        hidden, scale = self.a(x), torch.exp(self.scale)
+        output = self.b(torch.tanh(hidden)) * scale
+        for factor, tensor in ((3, hidden), (5, scale), (7, output)):
+            tensor.register_hook(lambda gradient, factor=factor: factor * gradient)
+        return output
+
+
 class Convolutions(nn.Sequential):
     """With batch statistics, groups, and a change in place."""
 
@@ -127,6 +142,7 @@ class Convolutions(nn.Sequential):
         (Cross, [(3, 2, 8), (3, 2, 8)]),
         (Recurrent, [(3, 2, 8)]),
         (Checkpointed, [(4, 8)]),
+        (Hooked, [(4, 8)]),
         (Convolutions, [(2, 3, 9, 9)]),
     ],
 )

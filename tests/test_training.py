@@ -150,8 +150,9 @@ def planned(captured_profile, kind, stages, microbatches=4, pieces=1, replicas=1
     """A plan of ``kind`` over exactly ``stages`` devices, with ``pieces`` stages on each; or so many ``replicas``."""
     args, kwargs, _ = kind.batch(0)
     devices = [f"cpu:{i}" for i in range(stages * replicas)]
+    parted = options.get("schedule") == "zero-bubble"
     profile = captured_profile(
-        made(kind), args, kwargs, devices=devices, microbatches=(1, microbatches), optimizer="adamw"
+        made(kind), args, kwargs, devices=devices, microbatches=(1, microbatches), optimizer="adamw", parted=parted
     )
     if pieces > 1:
         options |= {"schedule": "interleaved", "stages_per_device": pieces}
@@ -231,6 +232,10 @@ def close(found, expected):
         (Language, 2, {"replicas": 2}),
         (Chain, 2, {"replicas": 2, "pieces": 2}),
         (Language, 2, {"replicas": 2, "recompute": "always"}),
+        (Chain, 3, {"schedule": "zero-bubble"}),
+        (Branches, 2, {"schedule": "zero-bubble"}),
+        (Branches, 3, {"schedule": "zero-bubble"}),
+        (Language, 3, {"schedule": "zero-bubble"}),
     ],
 )
 def test_a_pipeline_trains_as_the_model_does(workers, captured_profile, kind, stages, options):
@@ -346,7 +351,14 @@ def sizes(kind, plan, batches):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [(Branches, {}), (Language, {}), (Branches, {"pieces": 2}), (Branches, {"replicas": 2})]
+    ("kind", "options"),
+    [
+        (Branches, {}),
+        (Language, {}),
+        (Branches, {"pieces": 2}),
+        (Branches, {"replicas": 2}),
+        (Branches, {"schedule": "zero-bubble"}),
+    ],
 )
 def test_batches_of_any_size(workers, captured_profile, kind, options):
     """A last partial batch, one that only divides by itself, and a larger one: losses and results are the model's."""
