@@ -67,6 +67,7 @@ def test_a_batch_that_does_not_divide_stays_whole():
         ({"devices": []}, "no device is named"),
         ({"microbatches": []}, "no number of micro-batches is named"),
         ({"depth": 0}, "a depth of 0 holds no unit"),
+        ({"train": False, "split_backward": True}, "inference has no backward to be timed in two parts"),
     ],
 )
 def test_a_wrong_option_is_refused(options, message):

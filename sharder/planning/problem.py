@@ -50,6 +50,7 @@ former's forward, for the latter if M >= 2 W - 1 (before, that micro-batch is no
 sent is held until nothing refers to the operation; NCCL lets tensors go when it was waited for, so that a GPU holds
 less by up to the terms with out. In inference nothing is let go before the next step, as under GPipe. A stage that is
 the whole model has no engine: kept * (W - 1) + max(forward, backward), the parameters' gradients there from before.
+What a stage holds under zero-bubble is in zero_bubble.py; its load is the same, with the whole backward.
 
 In training a stage may be computed anew: it keeps of a micro-batch in flight only what it receives, in the engine's
 buffers, and what it has sent, and makes the rest again just before that micro-batch's backward. Its forward comes once
