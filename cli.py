@@ -126,6 +126,10 @@ def profile(
         list[str] | None,
         typer.Option("--unit", metavar="PATTERN", help="Modules that are units whatever they hold; repeatable."),
     ] = None,
+    split_backward: Annotated[
+        bool,
+        typer.Option("--split-backward", help="Time each backward in two parts too, for --schedule zero-bubble."),
+    ] = False,
     precision: Annotated[
         float,
         typer.Option("--precision", metavar="PART", min=0, help="How well each median is to be known; 0.02 = 2%."),
@@ -176,6 +180,7 @@ def profile(
             microbatches=counts,
             depth=depth,
             units=units or (),
+            split_backward=split_backward,
             precision=precision,
             rounds=rounds,
             budget_s=budget,
@@ -242,7 +247,8 @@ def shard(
     schedule: Annotated[
         str,
         typer.Option(
-            "--schedule", help="1f1b, gpipe, interleaved (several stages a device), or auto (1f1b or interleaved)."
+            "--schedule",
+            help="1f1b, gpipe, interleaved (several stages a device), zero-bubble (backward in parts), or auto.",
         ),
     ] = "1f1b",
     stages_per_device: Annotated[

@@ -117,6 +117,15 @@ class Findings:
                 self.timings[place] = at_pace(timing, self.paces[place[0]])
 
 
+class _How(NamedTuple):
+    """What is measured."""
+
+    train: bool
+    optimizer: str
+    parted: bool = False
+    """Whether backwards are timed in two parts, too."""
+
+
 @dataclass(frozen=True)
 class _Job:
     """A step to be measured on a device, at the numbers of micro-batches for which it is not known.
@@ -143,6 +152,7 @@ def investigate(
     *,
     train: bool,
     optimizer: str,
+    parted: bool = False,
     goal: Goal,
     cache: Cache,
     tell: Progress,
@@ -154,6 +164,7 @@ def investigate(
 
     Args:
         inputs: by number of micro-batches, what the model is called with.
+        parted: whether backwards are timed in two parts, too.
     """
     items = {
         Item(count, step.name): step
@@ -161,13 +172,14 @@ def investigate(
         for step in capture.steps
         if step.call is not None and (train or step.kind != "output")
     }
-    keys = _keys(items, devices, train=train, optimizer=optimizer)
+    keys = _keys(items, devices, train=train, optimizer=optimizer, parted=parted)
     whole = _Whole(keys, sum(work_bytes(step, train=train) for (count, _), step in items.items() if count == 1))
     missing = {key for key in keys.values() if cache.get(key, Clocked) is None}
     tell("known", len(set(keys.values()) - missing), len(set(keys.values())))
     found = Findings()
     jobs = {device.name: _jobs(device, items, keys, missing, inputs, train=train) for device in devices}
-    _run(workers, devices, jobs, found, whole, goal=goal, cache=cache, train=train, optimizer=optimizer, tell=tell)
+    how = _How(train, optimizer, parted)
+    _run(workers, devices, jobs, found, whole, how, goal=goal, cache=cache, tell=tell)
     refused = {keys[m.device, Item(m.microbatches, m.node)]: m for m in found.misfits}
     found.misfits.clear()
     measured_on: dict[str, str] = {}
@@ -188,7 +200,7 @@ def investigate(
 
 
 def _keys(
-    items: Mapping[Item, Step], devices: Sequence[Device], *, train: bool, optimizer: str
+    items: Mapping[Item, Step], devices: Sequence[Device], *, train: bool, optimizer: str, parted: bool
 ) -> dict[tuple[str, Item], str]:
     """By device and item: under which key its time is known. The update is timed once, with the whole batch."""
     steps = {
@@ -197,6 +209,7 @@ def _keys(
             train=train,
             optimizer=optimizer if item.microbatches == 1 else None,
             accumulate=item.microbatches > 1,
+            parted=parted,
         )
         for item, step in items.items()
     }
@@ -296,11 +309,10 @@ def _run(
     jobs: Mapping[str, list[_Job]],
     found: Findings,
     whole: _Whole,
+    how: _How,
     *,
     goal: Goal,
     cache: Cache,
-    train: bool,
-    optimizer: str,
     tell: Progress,
 ) -> None:
     """Measure ``jobs``, group by group, and keep what comes out."""
@@ -310,7 +322,7 @@ def _run(
         now = {name: waiting.pop(0) for name, waiting in groups.items() if waiting}
         left = max(1 + len(waiting) for waiting in groups.values())
         part = Goal(goal.precision, goal.negligible, goal.repeats, goal.budget_s / left)
-        _send(workers, now, train=train, optimizer=optimizer, tell=tell)
+        _send(workers, now, how, tell=tell)
         answers = _measure(workers, now, whole, part, cache, tell)
         for name, (totals, refused) in answers.items():
             if sum(totals) > sum(longest.get(name, ())):
@@ -331,14 +343,14 @@ def _run(
             cache.put(whole.key(name), Variation(device=name, relative=tuple(t / middle for t in totals)))
 
 
-def _send(workers: Workers, groups: Mapping[str, list[_Job]], *, train: bool, optimizer: str, tell: Progress) -> None:
+def _send(workers: Workers, groups: Mapping[str, list[_Job]], how: _How, *, tell: Progress) -> None:
     """Hand every job of the groups to its device."""
     pool = workers.pool
     count = max(map(len, groups.values()))
     for done in range(count):
         tell("send units", done, count)
         calls: dict[str, Any] = {
-            name: (hold, (group[done].step, group[done].calls, group[done].keys, train, optimizer, done == 0))
+            name: (hold, (group[done].step, group[done].calls, group[done].keys, how, done == 0))
             for name, group in groups.items()
             if done < len(group)
         }
@@ -383,7 +395,7 @@ def _measure(
 # What runs inside the workers.
 
 
-def hold(name: str, calls: dict[int, Call], keys: dict[Item, str], train: bool, optimizer: str, first: bool) -> None:
+def hold(name: str, calls: dict[int, Call], keys: dict[Item, str], how: _How, first: bool) -> None:
     """Take in the calls of one step, which share the module; ``first`` lets go of what was held before."""
     if first:
         resident["held"] = {}
@@ -393,15 +405,16 @@ def hold(name: str, calls: dict[int, Call], keys: dict[Item, str], train: bool, 
         make = partial(
             _subject,
             call,
-            train=train,
-            optimizer=optimizer if count == 1 else None,
+            how,
+            optimizer=how.optimizer if count == 1 else None,
             accumulate=count > 1,
         )
         resident["held"][item] = keys[item], make
 
 
-def _subject(call: Call, *, train: bool, optimizer: str | None, accumulate: bool) -> Subject:
-    return Subject(filled(call), resident["device"], train=train, optimizer=optimizer, accumulate=accumulate)
+def _subject(call: Call, how: _How, *, optimizer: str | None, accumulate: bool) -> Subject:
+    device = resident["device"]
+    return Subject(filled(call), device, train=how.train, optimizer=optimizer, accumulate=accumulate, parted=how.parted)
 
 
 def passes_held(on_refused: Callable[[Item, Exception], None]) -> list[Pass[Item]]:

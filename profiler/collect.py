@@ -49,6 +49,7 @@ def profile(
     microbatches: Sequence[int] | None = None,
     depth: int | None = None,
     units: Sequence[str] = (),
+    split_backward: bool = False,
     precision: float = 0.02,
     rounds: int = 31,
     budget_s: float = 45.0,
@@ -78,6 +79,8 @@ def profile(
         depth: units are the modules so deep in the model, 1 = its own children; by default the children of containers,
             opened where one does too much of the work.
         units: paths of modules, such as ``"decoder.layers.*"``, that are units, whatever they hold.
+        split_backward: time each backward in two parts too, up to the gradients of the inputs and those of the weights,
+            for zero-bubble schedules; a round takes about a backward longer.
         precision: steps are timed until the 95% confidence interval of each median has this relative half width; those
             that hardly count need not.
         rounds: how often each step is timed, at most.
@@ -92,7 +95,7 @@ def profile(
     kwargs = dict(kwargs or {})
     units = (units,) if isinstance(units, str) else units
     tell = progress or silent
-    _check_options(model, train=train, microbatches=microbatches, depth=depth, rounds=rounds)
+    _check_options(model, train=train, microbatches=microbatches, depth=depth, rounds=rounds, split=split_backward)
     weighed = OptimizerMemory(optimizer_name(optimizer), master_weights=master_weights) if train else None
     batch = batch_size(args, kwargs)
     counts = tuple(sorted({1, *(microbatches if microbatches is not None else default_counts(batch))}))
@@ -102,7 +105,7 @@ def profile(
     optimizer_given = (weighed.name, master_weights) if weighed else ()
     grain = (microbatches is not None, depth, tuple(units))
     disk = "" if train else tempfile.gettempdir()
-    how = repr((optimizer_given, grain, precision, rounds, budget_s, _keys(found), disk))
+    how = repr((optimizer_given, grain, precision, rounds, budget_s, _keys(found), disk, *["parted"] * split_backward))
 
     with shapes_only(model, args, kwargs) as inputs, kernels_as_on(site.devices):
         as_found = Snapshot(model)
@@ -126,7 +129,8 @@ def profile(
         )
         tell("memory", 0, 1)
         counted = {
-            count: count_steps(capture, train=train, cache=cache, found=as_found) for count, capture in captures.items()
+            count: count_steps(capture, train=train, parted=split_backward, cache=cache, found=as_found)
+            for count, capture in captures.items()
         }
         tell("memory", 1, 1)
     name_of_optimizer = weighed.name if weighed else ""
@@ -140,6 +144,7 @@ def profile(
             pieces,
             train=train,
             optimizer=name_of_optimizer,
+            parted=split_backward,
             goal=goal,
             cache=cache,
             tell=tell,
@@ -196,12 +201,14 @@ def _keys(devices: Sequence[Device]) -> list[str]:
 
 
 def _check_options(
-    model: nn.Module, *, train: bool, microbatches: Sequence[int] | None, depth: int | None, rounds: int
+    model: nn.Module, *, train: bool, microbatches: Sequence[int] | None, depth: int | None, rounds: int, split: bool
 ) -> None:
     if not isinstance(model, nn.Module):
         raise ShardwrightError(f"the model is a {type(model).__name__}; give an nn.Module")
     if train and not any(p.requires_grad for p in model.parameters()):
         raise ShardwrightError("no parameter requires a gradient: there is nothing to train; profile with --inference")
+    if split and not train:
+        raise ShardwrightError("inference has no backward to be timed in two parts: leave out split_backward, or train")
     if microbatches is not None and not microbatches:
         raise ShardwrightError("no number of micro-batches is named; leave it out for 1, 2, 4 and 8")
     if depth is not None and depth < 1:

@@ -82,6 +82,10 @@ class CostsOfUnit(Record):
     forward_s: Seconds
     backward_s: Seconds | None = None
     """Needed in training."""
+    backward_input_s: Seconds | None = None
+    """Its part up to the gradients of the inputs; with the other part, for zero-bubble schedules."""
+    backward_weight_s: Seconds | None = None
+    """Its other part, the gradients of the weights."""
     update_s: Seconds = 0.0
     """One optimizer step, once a batch."""
     recompute_s: Seconds | None = None
@@ -94,6 +98,8 @@ class CostsOfUnit(Record):
     """The gradients among them, which data parallel sums; by default ``param_bytes``, as far as there is room."""
     saved_bytes: NonNegativeInt = 0
     """Kept for backward by one micro-batch."""
+    deferred_bytes: NonNegativeInt = 0
+    """Held from the first part of the backward to the second, beside those: gradients that came in."""
     output_bytes: NonNegativeInt = 0
     """The tensor that it makes of one micro-batch, and hands to each unit that reads it."""
     inputs: tuple[str, ...] | None = None

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["costs_from_graph", "profile_from_graph"]
 
-_TIMES = ("forward_s", "backward_s", "update_s", "recompute_s")
+_TIMES = ("forward_s", "backward_s", "backward_input_s", "backward_weight_s", "update_s", "recompute_s")
 _BYTES = ("static_bytes", "param_bytes", "grad_bytes", "saved_bytes", "output_bytes")
-_PEAKS = ("forward_peak_bytes", "backward_peak_bytes", "input_gradient_bytes")
+_PEAKS = ("forward_peak_bytes", "backward_peak_bytes", "input_gradient_bytes", "deferred_bytes")
 _OF_NODES = (
     *("kind", "type", "unit", "site", "copied", "unfit", *_TIMES, *_BYTES, *_PEAKS),
     *("update_peak_bytes", "update_left_bytes"),
@@ -170,6 +170,7 @@ class _Reading:
             forward_peak_bytes=self._peak(name, "forward_peak_bytes"),
             backward_peak_bytes=self._peak(name, "backward_peak_bytes"),
             input_gradient_bytes=self._peak(name, "input_gradient_bytes"),
+            deferred_bytes=self._peak(name, "deferred_bytes"),
             update_peak_bytes=self._update_peaks(name),
             update_left_bytes=whole(f"node {name}: update_left_bytes", data.get("update_left_bytes", 0)),
         )
@@ -195,12 +196,19 @@ class _Reading:
         return "parameter" if given in ("buffer", "constant") else given
 
     def _of_node(self, name: str) -> Times:
-        forward, backward, update, again = (self._times(name, key) for key in _TIMES)
-        if not forward and any(seconds for times in (backward, update, again) for seconds in times.values()):
+        forward, backward, *parts, update, again = (self._times(name, key) for key in _TIMES)
+        if not forward and any(seconds for times in (backward, *parts, update, again) for seconds in times.values()):
             raise ShardwrightError(f"node {name}: forward_s is missing, and other times are there; give seconds, or 0")
+        if bool(parts[0]) != bool(parts[1]):
+            there, missing = ("input", "weight") if parts[0] else ("weight", "input")
+            raise ShardwrightError(
+                f"node {name}: backward_{there}_s is there and backward_{missing}_s is not; give both, or neither"
+            )
         return {
             "forward_s": forward,
             "backward_s": {device: backward.get(device, 0.0) for device in forward},
+            "backward_input_s": parts[0],
+            "backward_weight_s": parts[1],
             "update_s": {device: update.get(device, 0.0) for device in forward},
             "recompute_s": again if forward else {},
         }
@@ -216,6 +224,8 @@ class _Reading:
                 forward_spread_s=0.0,
                 backward_s=times["backward_s"][device],
                 backward_spread_s=0.0,
+                backward_input_s=times["backward_input_s"].get(device),
+                backward_weight_s=times["backward_weight_s"].get(device),
                 update_s=times["update_s"][device],
                 recompute_s=times["recompute_s"].get(device),
             )

@@ -37,6 +37,9 @@ Node attributes
     copied            whether each stage that reads it has a copy of its own (buffers and constants) [False]
     forward_s         {device: seconds}, or a number for all devices; empty when the node takes no time [a unit has it]
     backward_s        likewise [in training a unit has it]
+    backward_input_s, backward_weight_s
+                      likewise, its two parts: up to the gradients of the inputs, and those of the weights, which
+                      zero-bubble schedules need [not known]
     update_s          likewise, seconds of one optimizer step [0]
     recompute_s       likewise, in training, a forward that keeps nothing for backward [forward_s]
     unfit             names of the devices that it does not fit on, even alone, and has no times for [none]
@@ -45,6 +48,7 @@ Node attributes
     grad_bytes        the gradients among them [in training param_bytes, as far as static_bytes has room]
     saved_bytes       kept for backward [0]
     output_bytes      made by the node [the bytes of the tensors on its edges]
+    deferred_bytes    held from the first of these parts to the second, beside saved_bytes [0]
     forward_peak_bytes, backward_peak_bytes, input_gradient_bytes, update_peak_bytes, update_left_bytes
                       as in a profile's nodes, not taken from a graph from elsewhere
 Edge attributes
@@ -77,7 +81,8 @@ OPTIONAL = (*OF_HOST, "engine_s")
 
 
 Times = Mapping[str, Mapping[str, float]]
-"""``forward_s``, ``backward_s``, ``update_s`` and ``recompute_s`` of a node, each seconds by device."""
+"""``forward_s``, ``backward_s``, ``backward_input_s``, ``backward_weight_s``, ``update_s`` and ``recompute_s`` of a
+node, each seconds by device."""
 
 
 def cost_graph(profile: Profile, microbatches: int) -> nx.DiGraph[str]:
@@ -144,6 +149,7 @@ def costs_at(profile: Profile, microbatches: int, times: Mapping[str, Times] | N
             "forward_peak_bytes": node.forward_peak_bytes.get(microbatches, 0),
             "backward_peak_bytes": node.backward_peak_bytes.get(microbatches, 0),
             "input_gradient_bytes": node.input_gradient_bytes.get(microbatches),
+            "deferred_bytes": node.deferred_bytes.get(microbatches),
             "update_peak_bytes": dict(node.update_peak_bytes),
             "update_left_bytes": node.update_left_bytes,
         }
@@ -170,6 +176,8 @@ def _measured(profile: Profile, node: str, microbatches: int) -> Times:
     return {
         "forward_s": {m.device: m.forward_s for m in rows},
         "backward_s": {m.device: m.backward_s for m in rows},
+        "backward_input_s": {m.device: m.backward_input_s for m in rows if m.backward_input_s is not None},
+        "backward_weight_s": {m.device: m.backward_weight_s for m in rows if m.backward_weight_s is not None},
         "update_s": {m.device: m.update_s for m in rows},
         "recompute_s": _again_s(rows),
     }

@@ -11,9 +11,11 @@ Graph keys
     tensors                                                       JSON: storages that tensors share
 Node keys
     kind, type, unit, site, copied, static_bytes, param_bytes, saved_bytes, output_bytes
-    forward_s:DEVICE, backward_s:DEVICE, update_s:DEVICE, recompute_s:DEVICE
+    forward_s:DEVICE, backward_s:DEVICE, backward_input_s:DEVICE, backward_weight_s:DEVICE, update_s:DEVICE,
+    recompute_s:DEVICE
     unfit                                    a JSON list
-    forward_peak_bytes, backward_peak_bytes, input_gradient_bytes, update_left_bytes, update_peak_bytes:KIND
+    forward_peak_bytes, backward_peak_bytes, input_gradient_bytes, deferred_bytes, update_left_bytes,
+    update_peak_bytes:KIND
 Edge keys
     bytes, gradient_bytes                    one tensor, which is named as the node that makes it
     bytes:TENSOR, gradient_bytes:TENSOR      each tensor, where there are several or with another name
@@ -38,7 +40,7 @@ from shardwright.profiler.graph import OPTIONAL
 __all__ = ["flat_graph", "graphml", "nested_graph"]
 
 _ARROW = "->"
-_TIMES = ("forward_s", "backward_s", "update_s", "recompute_s")
+_TIMES = ("forward_s", "backward_s", "backward_input_s", "backward_weight_s", "update_s", "recompute_s")
 _OF_DEVICE = ("kind", "memory_bytes", "fetch_bytes_per_s", "variation", *OPTIONAL)
 _OF_LINK = ("latency_s", "bandwidth_bytes_per_s")
 _OF_NODE = (
@@ -49,6 +51,7 @@ _OF_NODE = (
         "forward_peak_bytes",
         "backward_peak_bytes",
         "input_gradient_bytes",
+        "deferred_bytes",
         "update_left_bytes",
     ),
 )

@@ -28,7 +28,9 @@ from shardwright.profiler.worker import resident
 __all__ = ["Goal", "Pass", "excess_s", "is_out_of_memory", "measure", "prepare", "round_totals"]
 
 Key = TypeVar("Key")
-PHASES = ("forward", "backward", "update", "recompute")
+PHASES = ("forward", "backward_input", "backward_weight", "backward", "update", "recompute")
+PARTS = ("backward_input", "backward_weight")
+"""Of a backward: they leave its graph for the whole of it."""
 
 
 def excess_s(parts: Sequence[float], together: float) -> float:
@@ -63,6 +65,8 @@ class Pass(Generic[Key]):
         self.subjects = dict(subjects)
         self.device = next((subject.device for subject in self.subjects.values()), torch.device("cpu"))
         self.named = {key: (alike or {}).get(key, key) for key in self.subjects}
+        parted = any(subject.parted for subject in self.subjects.values())
+        self.phases = PHASES if parted else tuple(phase for phase in PHASES if phase not in PARTS)
         self.optimizer: torch.optim.Optimizer | None = None
         self.readings: dict[Key, dict[str, Reading]] = {}
         self.empty_backward: Reading | None = None
@@ -84,12 +88,12 @@ class Pass(Generic[Key]):
         """Time every step once; see :func:`measure`. ``broken_off`` is asked before each step."""
         self.readings = {key: {} for key in self.subjects}
         self.empty_backward = self.whole_update = None
-        for phase in PHASES:
+        for phase in self.phases:
             if phase == "update":
                 self._update_all(stopwatch)
-            if phase in ("forward", "backward"):
+            if phase in ("forward", "backward", *PARTS):
                 before(self.subjects.values())
-            keys = [*self.subjects] if phase != "backward" else [*reversed(self.subjects)]
+            keys = [*self.subjects] if phase not in ("backward", *PARTS) else [*reversed(self.subjects)]
             for position, key in enumerate(keys):
                 if broken_off():
                     break

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 from shardwright.files import Record
 from shardwright.profiler.compiler import compiler_spared
+from shardwright.profiler.parted import edges_of, inputs_first
 from shardwright.profiler.structure import dense_parts, map_tensors, nbytes, tensors_in
 from shardwright.profiler.unitgraph import Call
 
@@ -133,9 +134,11 @@ class StepMemory(Record):
     """The most that the backward takes at once beyond what it begins with: saved tensors and the outputs' gradients."""
     gradient_bytes: int = 0
     """Storages of the gradients that the backward leaves for the inputs; some of them may be those of the outputs."""
+    deferred_bytes: int | None = None
+    """Of a backward in two parts, storages of the gradients that are held between them; those of the outputs count."""
 
 
-def count_step(call: Call, *, train: bool, called_again: bool = False) -> StepMemory:
+def count_step(call: Call, *, train: bool, called_again: bool = False, parted: bool = False) -> StepMemory:
     """Run a step once, forward and backward, and count what it takes.
 
     It runs where its tensors are, on fake tensors too. Gradients of the parameters are there from before, as they are
@@ -145,6 +148,7 @@ def count_step(call: Call, *, train: bool, called_again: bool = False) -> StepMe
         call: the step.
         train: whether it runs backward too.
         called_again: whether a later call uses the same parameters, so that autograd adds up two gradients of each.
+        parted: whether to run forward and backward once more, in two parts (:mod:`shardwright.profiler.parted`).
     """
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     gradients: list[Tensor] = []
@@ -170,13 +174,24 @@ def count_step(call: Call, *, train: bool, called_again: bool = False) -> StepMe
         gradient = torch.ones_like(end)
         with counter:
             torch.autograd.backward(end, gradient)
+        deferred = _deferred_bytes(call, leaves, spec, parameters) if parted else None
     return StepMemory(
         output_bytes=output_bytes,
         saved_bytes=saved,
         forward_peak_bytes=forward_peak,
         backward_peak_bytes=max(0, counter.peak_bytes - saved - output_gradients),
         gradient_bytes=total_bytes(gradients),
+        deferred_bytes=deferred,
     )
+
+
+def _deferred_bytes(call: Call, leaves: list[Any], spec: pytree.TreeSpec, parameters: list[nn.Parameter]) -> int:
+    """Storages of what is held between the two parts of a backward."""
+    given = [map_tensors(lambda t: _Given.apply(t, lambda _: None), leaf) for leaf in leaves]  # type: ignore[no-untyped-call]
+    edges = edges_of(tensor for _, tensor in tensors_in(given))
+    output = _run(call, *pytree.tree_unflatten(given, spec))
+    ends = [tensor for _, tensor in tensors_in(output) if tensor.requires_grad]
+    return total_bytes(inputs_first(ends, [torch.ones_like(t) for t in ends], edges, parameters)[1].held)
 
 
 def _run(call: Call, args: Any, kwargs: Any) -> Any:

@@ -135,6 +135,9 @@ class Node(Record):
     parameters, which are there from before; the gradients that it makes for its inputs are in it."""
     input_gradient_bytes: dict[PositiveInt, NonNegativeInt] = Field(default_factory=dict)
     """Storages of the gradients that its backward hands on: those of an addition are one."""
+    deferred_bytes: dict[PositiveInt, NonNegativeInt] = Field(default_factory=dict)
+    """Where the backward was timed in two parts: what is held between them beside the saved tensors, the gradients that
+    came in where those of the weights begin."""
     update_peak_bytes: dict[Literal["cpu", "cuda"], NonNegativeInt] = Field(default_factory=dict)
     """Workspace of the optimizer by kind of device: on a CPU it takes one parameter after another, on a GPU all of the
     device at once (``foreach``)."""
@@ -189,6 +192,10 @@ class Timing(Record):
     forward_spread_s: NonNegativeFloat
     backward_s: NonNegativeFloat
     backward_spread_s: NonNegativeFloat
+    backward_input_s: NonNegativeFloat | None = None
+    """The backward up to the gradients of the inputs, where it was timed in two parts (``split_backward``)."""
+    backward_weight_s: NonNegativeFloat | None = None
+    """Its rest: the gradients of the weights."""
     recompute_s: NonNegativeFloat | None = None
     """Training only: the forward without keeping anything for backward, which activation checkpointing adds."""
     update_s: NonNegativeFloat
@@ -383,7 +390,8 @@ class Profile(Document):
         # Whole numbers, also where some are missing; and numbers, also where all are.
         if rows:
             frame["peak_bytes"] = frame["peak_bytes"].astype("Int64")
-            frame[["recompute_s", "median_error"]] = frame[["recompute_s", "median_error"]].astype(float)
+            optional = ["backward_input_s", "backward_weight_s", "recompute_s", "median_error"]
+            frame[optional] = frame[optional].astype(float)
         return frame
 
     def graph(self, microbatches: int = 1, *, flat: bool = False) -> networkx.DiGraph[str]:

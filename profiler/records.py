@@ -24,13 +24,19 @@ __all__ = ["count_steps", "measurements_of", "nodes_of", "tensors_of", "ties_of"
 
 
 def count_steps(
-    capture: UnitGraph, *, train: bool, cache: Cache | None = None, found: Snapshot | None = None
+    capture: UnitGraph,
+    *,
+    train: bool,
+    parted: bool = False,
+    cache: Cache | None = None,
+    found: Snapshot | None = None,
 ) -> dict[str, StepMemory]:
     """What each step of ``capture`` takes when it runs alone, by name; the model is left as it was.
 
     Equal work is counted once, and what ``cache`` knows is not counted again.
 
     Args:
+        parted: whether the backward is counted in two parts, too.
         found: the model as it is now, where that is known from earlier.
 
     Raises:
@@ -45,13 +51,14 @@ def count_steps(
             if step.call is None or not (train or step.kind != "output"):
                 continue
             again = step.kind == "unit" and last[step.unit] is not step
-            key = f"memory {step_key(step, train=train, optimizer=None, accumulate=again)} {_is_fake(step.call)}"
+            work = step_key(step, train=train, optimizer=None, accumulate=again, parted=parted)
+            key = f"memory {work} {_is_fake(step.call)}"
             before = known.get(key, StepMemory)
             if before is not None:
                 counted[step.name] = before
                 continue
             try:
-                counted[step.name] = count_step(step.call, train=train, called_again=again)
+                counted[step.name] = count_step(step.call, train=train, called_again=again, parted=parted)
             except Exception as error:
                 raise ShardwrightError(
                     f"{step.name} failed when it ran alone for its memory to be counted: "
@@ -81,7 +88,8 @@ def nodes_of(
     weights = _Weights(captures[1], optimizer)
 
     def peaks(name: str, what: str) -> dict[int, int]:
-        return {count: getattr(found[name], what) for count, found in (counted or {}).items() if name in found}
+        known = {count: getattr(found[name], what) for count, found in (counted or {}).items() if name in found}
+        return {count: size for count, size in known.items() if size is not None}
 
     return tuple(
         Node(
@@ -97,6 +105,7 @@ def nodes_of(
             forward_peak_bytes=peaks(step.name, "forward_peak_bytes"),
             backward_peak_bytes=peaks(step.name, "backward_peak_bytes") if optimizer else {},
             input_gradient_bytes=peaks(step.name, "gradient_bytes") if optimizer else {},
+            deferred_bytes=peaks(step.name, "deferred_bytes") if optimizer else {},
         )
         for step in captures[1].steps
     )

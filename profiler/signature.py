@@ -27,7 +27,7 @@ METHOD = 5
 """How steps are measured; counted up when figures of an earlier release would not compare."""
 
 
-def step_key(step: Step, *, train: bool, optimizer: str | None, accumulate: bool) -> str:
+def step_key(step: Step, *, train: bool, optimizer: str | None, accumulate: bool, parted: bool = False) -> str:
     """The digest of everything about ``step`` and how it is run that its time depends on.
 
     Args:
@@ -35,6 +35,7 @@ def step_key(step: Step, *, train: bool, optimizer: str | None, accumulate: bool
         train: whether a backward is run.
         optimizer: what updates the parameters, if that is timed.
         accumulate: whether gradients are added to what is there.
+        parted: whether the backward is run in two parts, too.
     """
     assert step.call is not None  # inputs and parameters take no time
     digest = hashlib.sha256()
@@ -44,7 +45,7 @@ def step_key(step: Step, *, train: bool, optimizer: str | None, accumulate: bool
         digest.update(f"{operation.text}\n".encode())
     kind = type(step.call.function).__qualname__ if step.kind == "unit" else step.type
     how = (METHOD, step.kind, kind, train, optimizer, accumulate, torch.__version__, _dropouts(step.call.function))
-    digest.update(repr(how).encode())
+    digest.update(repr((*how, "parted") if parted else how).encode())
     return digest.hexdigest()[:32]
 
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 
 from shardwright.profiler.optimizers import make_optimizer
+from shardwright.profiler.parted import WeightsLeft, edges_of, inputs_first
 from shardwright.profiler.stopwatch import QueueFiller, Reading, Stopwatch
 from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.unitgraph import Call
@@ -23,14 +25,23 @@ class Subject:
     """A step made ready to be timed over and over, one phase at a time, with fresh inputs every time.
 
     Phases come in the order of a training step: :meth:`forward`, :meth:`backward`, :meth:`update`; :meth:`recompute` is
-    a forward that keeps nothing. What a forward saves is held until the backward, or :meth:`release`.
+    a forward that keeps nothing. What a forward saves is held until the backward, or :meth:`release`. With ``parted``
+    there are :meth:`backward_input` and :meth:`backward_weight` too, between forward and backward.
     """
 
     def __init__(
-        self, call: Call, device: torch.device, *, train: bool, optimizer: str | None, accumulate: bool
+        self,
+        call: Call,
+        device: torch.device,
+        *,
+        train: bool,
+        optimizer: str | None,
+        accumulate: bool,
+        parted: bool = False,
     ) -> None:
         self.device = device
         self.train = train
+        self.parted = parted and train
         self.accumulate = accumulate
         self.function = call.function.to(device) if isinstance(call.function, nn.Module) else call.function
         self.context = call.context
@@ -45,7 +56,11 @@ class Subject:
         self.outputs: list[Tensor] = []
         self.grads: list[Tensor] | None = None
         self.peak = _Peak(device)
-        self.fillers = {phase: QueueFiller() for phase in ("forward", "backward", "update", "recompute")}
+        self.edges: list[GradientEdge] = []
+        """Where the gradients of the inputs of the last forward arrive."""
+        self.left: WeightsLeft | None = None
+        phases = ("forward", "backward", "backward_input", "backward_weight", "update", "recompute")
+        self.fillers = {phase: QueueFiller() for phase in phases}
 
     @staticmethod
     def _leaf(leaf: Any, device: torch.device) -> Any:
@@ -65,8 +80,31 @@ class Subject:
     def backward(self, stopwatch: Stopwatch) -> Reading | None:
         """Time the backward of the forward before; None if there is none."""
         outputs, self.outputs = self.outputs, []
+        self.edges, self.left = [], None
         if not outputs:
             return None
+        gradients = self._gradients(outputs)
+        with self.peak.backward():
+            _, reading = self.fillers["backward"].time(stopwatch, partial(torch.autograd.backward, outputs, gradients))
+            del outputs
+        return reading
+
+    def backward_input(self, stopwatch: Stopwatch) -> Reading | None:
+        """Time the backward up to the gradients of the inputs; the graph stays."""
+        if not self.outputs or not self.parted:
+            return None
+        gradients = self._gradients(self.outputs)
+        first = partial(inputs_first, self.outputs, gradients, self.edges, self.parameters)
+        (_, self.left), reading = self.fillers["backward_input"].time(stopwatch, first)
+        return reading
+
+    def backward_weight(self, stopwatch: Stopwatch) -> Reading | None:
+        """Time what that left to do for the parameters; the graph stays."""
+        left, self.left = self.left, None
+        return None if left is None else self.fillers["backward_weight"].time(stopwatch, left.finish)[1]
+
+    def _gradients(self, outputs: list[Tensor]) -> list[Tensor]:
+        """The gradients of the outputs; those of parameters and inputs are let go as in a step."""
         if self.grads is None:
             self.grads = [torch.randn_like(t) for t in outputs]
         if not self.accumulate:
@@ -75,10 +113,7 @@ class Subject:
         for leaf in self.leaves:
             if isinstance(leaf, Tensor):
                 leaf.grad = None
-        with self.peak.backward():
-            _, reading = self.fillers["backward"].time(stopwatch, partial(torch.autograd.backward, outputs, self.grads))
-            del outputs
-        return reading
+        return self.grads
 
     def update(self, stopwatch: Stopwatch) -> Reading | None:
         """Time the update of the parameters; None if there is nothing to update."""
@@ -92,11 +127,14 @@ class Subject:
 
     def release(self) -> None:
         """Let go of what a forward saved."""
-        self.outputs = []
+        self.outputs, self.edges, self.left = [], [], None
 
     def _called(self, phase: str, stopwatch: Stopwatch, *, keeping: bool) -> tuple[Any, Reading]:
         # A copy of each input: units may change theirs in place, and a producer would just have written it.
-        args, kwargs = pytree.tree_unflatten([map_tensors(as_input, leaf) for leaf in self.leaves], self.spec)
+        given = [map_tensors(as_input, leaf) for leaf in self.leaves]
+        if keeping and self.parted:
+            self.edges = edges_of(tensor for _, tensor in tensors_in(given))
+        args, kwargs = pytree.tree_unflatten(given, self.spec)
         function = (
             partial(self.function, *args, **kwargs)
             if self.context is None

@@ -53,6 +53,8 @@ class Series:
         self.first_call_s = 0.0
         self.forward_s: list[float] = []
         self.backward_s: list[float] = []
+        self.backward_input_s: list[float] = []
+        self.backward_weight_s: list[float] = []
         self.recompute_s: list[float] = []
         self.update_s: list[float] = []
         self.pace_s: list[float] = []
@@ -69,6 +71,8 @@ class Series:
         *,
         forward_s: float,
         backward_s: float = 0.0,
+        backward_input_s: float | None = None,
+        backward_weight_s: float | None = None,
         update_s: float = 0.0,
         recompute_s: float | None = None,
         pace_s: float | None = None,
@@ -82,6 +86,9 @@ class Series:
         self.forward_s.append(forward_s)
         self.backward_s.append(backward_s)
         self.update_s.append(update_s)
+        if backward_input_s is not None and backward_weight_s is not None:
+            self.backward_input_s.append(backward_input_s)
+            self.backward_weight_s.append(backward_weight_s)
         if recompute_s is not None:
             self.recompute_s.append(recompute_s)
         if pace_s is not None:
@@ -111,6 +118,15 @@ class Series:
     def backwards(self) -> list[float]:
         """The backward of each repeat, as a part of a longer one."""
         return self._levelled(self._without("backward", self.backward_s))
+
+    def input_backwards(self) -> list[float]:
+        """The part of the backward of each repeat that comes to the gradients of the inputs, as a part of a longer
+        one."""
+        return self._levelled(self._without("backward", self.backward_input_s))
+
+    def weight_backwards(self) -> list[float]:
+        """The rest of each: the engine is entered as often in a longer one."""
+        return self._levelled(self.backward_weight_s)
 
     def recomputes(self) -> list[float]:
         """The recomputed forward of each repeat."""
@@ -167,7 +183,10 @@ def _scaled(timing: _Timing, factor: float) -> _Timing:
     return timing.model_copy(update={name: factor * s for name, s in told.items() if s is not None})
 
 
-_PACED = ("forward_s", "forward_spread_s", "backward_s", "backward_spread_s", "recompute_s", "update_s")
+_PACED = (
+    *("forward_s", "forward_spread_s", "backward_s", "backward_spread_s"),
+    *("backward_input_s", "backward_weight_s", "recompute_s", "update_s"),
+)
 
 
 def _figures(series: Series) -> dict[str, Any]:
@@ -181,6 +200,8 @@ def _figures(series: Series) -> dict[str, Any]:
         "forward_spread_s": _spread(series.forwards()),
         "backward_s": _median(series.backwards()),
         "backward_spread_s": _spread(series.backwards()),
+        "backward_input_s": _median(series.input_backwards()) if series.backward_input_s else None,
+        "backward_weight_s": _median(series.weight_backwards()) if series.backward_weight_s else None,
         "recompute_s": _median(series.recomputes()) if series.recompute_s else None,
         "update_s": _median(series.updates()),
         "first_call_s": series.first_call_s,

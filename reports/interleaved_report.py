@@ -13,7 +13,7 @@ from shardwright.sharder.planning.plan import OtherSchedule, Plan
 __all__ = ["SCHEDULES", "device_loads_s", "devices_of_interleaved", "schedule_in_words", "weighed"]
 
 
-SCHEDULES = {"1f1b": "1F1B", "gpipe": "GPipe", "interleaved": "interleaved 1F1B"}
+SCHEDULES = {"1f1b": "1F1B", "gpipe": "GPipe", "interleaved": "interleaved 1F1B", "zero-bubble": "zero-bubble"}
 
 
 def schedule_in_words(schedule: str, stages_per_device: int) -> str:
@@ -23,7 +23,7 @@ def schedule_in_words(schedule: str, stages_per_device: int) -> str:
 
 
 def weighed(plan: Plan, other: OtherSchedule) -> str:
-    """The plan's schedule against the best with another number of stages a device, and why the one is shorter."""
+    """The plan's schedule against the best with another, and why the one is shorter."""
     own = schedule_in_words(plan.schedule, plan.stages_per_device)
     theirs = schedule_in_words(other.schedule, other.stages_per_device)
     if other.microbatches != plan.microbatches:
@@ -40,7 +40,8 @@ def weighed(plan: Plan, other: OtherSchedule) -> str:
         [(plan.stages_per_device, len(plan.devices)), (other.stages_per_device, other.devices)], reverse=True
     )
     if fewer < more:  # neither bubbles nor transfers compare then
-        reasons = f"no better split with {pieces} stages on each of more than {fewer} was found"
+        each = f" with {pieces} stages on each" if pieces > 1 else ""
+        reasons = f"no better split{each} of more than {fewer} was found"
     return (
         f"{'Its schedule is not the fastest: a' if slower else 'A'} step takes {seconds(plan.predicted.step_s)} with "
         f"{own} and {seconds(other.step_s)} with {theirs}: {reasons}."

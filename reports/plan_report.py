@@ -185,6 +185,7 @@ class PlanReport:
             for stage, own, before in zip(stages, behind, [0.0, *behind], strict=False)
         ]
         largest = max(stage.load_s for stage in stages) or 1.0
+        weights = [stage.backward_weight_s or 0.0 for stage in stages]
         anew = ["yes" if stage.recompute else glyphs.none for stage in stages]
         schedule = schedule_in_words(plan.schedule, plan.stages_per_device)
         note = "times of the whole batch; load of a step, with the optimizer's update" if plan.train else ""
@@ -196,6 +197,8 @@ class PlanReport:
         if plan.replicas > 1:
             note += f"; each of {plan.replicas} replicas takes {plan.pipeline_microbatches} of {plan.microbatches}"
         note += _transfers_in_words(plan)
+        if plan.schedule == "zero-bubble":
+            note += "; of weights: the part of the backward that may wait, on the first stage all of it"
         note += "; the backward of a recomputed stage has its forward in it" if plan.recomputed else ""
         yield section("Stages", note)
         yield from tables(
@@ -204,6 +207,7 @@ class PlanReport:
                 Column("units", [_first_of(stage.units, glyphs) for stage in stages], "left", drop=2),
                 Column("forward", times([stage.forward_s for stage in stages])),
                 *([Column("backward", times([stage.backward_s for stage in stages]))] if plan.train else []),
+                *([Column("of weights", times(weights))] if plan.schedule == "zero-bubble" else []),
                 *([Column("recomputed", anew)] if plan.recomputed else []),
                 Column("transfers", times(transfers)),
                 *([Column("update", times([stage.update_s for stage in stages]), drop=3)] if plan.train else []),
@@ -317,6 +321,7 @@ class PlanReport:
             speedup = glyphs.none if c.speedup is None else ratio(c.speedup)
             name = "best split" if c.stages > 1 else "no split"
             name = f"interleaved by {c.stages_per_device}" if c.stages_per_device > 1 else name
+            name = "zero-bubble" if c.zero_bubble else name
             name = name if c.replicas == 1 else f"{c.replicas} replicas" + (", interleaved" * (c.stages_per_device > 1))
             load, step = seconds(c.bottleneck_s), seconds(c.step_s)
             rows.append((name, str(c.microbatches), str(c.stages), load, step, speedup, c.chosen))

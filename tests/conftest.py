@@ -208,6 +208,7 @@ def captured_profile() -> ProfileMaker:
         optimizer: str = "adam",
         refined: bool = False,
         counted: bool = False,
+        parted: bool = False,
     ) -> Profile:
         from shardwright.profiler import inputs, records
         from shardwright.profiler.capture import captures_of
@@ -228,7 +229,11 @@ def captured_profile() -> ProfileMaker:
             else:
                 pieces = {m: inputs.microbatch(args, kwargs, m) for m in microbatches}
                 captures = {m: checked_trace(model, *piece, train=train) for m, piece in pieces.items()}
-            peaks = {m: records.count_steps(it, train=train) for m, it in captures.items()} if counted else None
+            peaks = (
+                {m: records.count_steps(it, train=train, parted=parted) for m, it in captures.items()}
+                if counted
+                else None
+            )
         steps = [step for step in captures[1].steps if step.kind in ("unit", "glue")]
         return Profile(
             model=type(model).__name__,
@@ -262,6 +267,8 @@ def captured_profile() -> ProfileMaker:
                     forward_spread_s=0.0,
                     backward_s=(0.2 if step.kind == "unit" else 1e-4) / m if train else 0.0,
                     backward_spread_s=0.0,
+                    backward_input_s=(0.1 if step.kind == "unit" else 1e-4) / m if parted else None,
+                    backward_weight_s=(0.1 if step.kind == "unit" else 0.0) / m if parted else None,
                     update_s=0.0,
                 )
                 for step in steps

@@ -186,6 +186,7 @@ def test_a_batch_that_does_not_divide_stays_whole():
         ({"devices": []}, "no device is named"),
         ({"microbatches": []}, "no number of micro-batches is named"),
         ({"depth": 0}, "a depth of 0 holds no unit"),
+        ({"train": False, "split_backward": True}, "inference has no backward to be timed in two parts"),
     ],
 )
 def test_a_wrong_option_is_refused(options, message):
@@ -226,3 +227,24 @@ def test_a_frozen_model_cannot_be_trained():
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU()).requires_grad_(False)
     with pytest.raises(sw.ShardwrightError, match="profile with --inference"):
         sw.profile(model, (torch.randn(4, 2),))
+
+
+def test_a_backward_in_two_parts_is_measured_when_asked_for(tmp_path):
+    """Both parts of each unit at each number of micro-batches, and what is held between them; else neither."""
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)), torch.randn(32, 64)
+    options = {"devices": ["cpu:0"], "microbatches": [2], "rounds": 6}
+    plain = sw.profile(model, (x,), **options)
+    assert all(m.backward_input_s is None and m.backward_weight_s is None for m in plain.measurements)
+    split = sw.profile(model, (x,), split_backward=True, **options)
+    found = {m.node: m for m in split.measurements if m.microbatches == 2}
+    assert all(m.backward_input_s is not None for m in found.values())
+    assert found["0"].backward_input_s < found["0"].backward_weight_s  # its input has no gradient
+    assert found["1"].backward_weight_s < found["1"].backward_input_s  # it has no weights
+    assert {node.name: node.deferred_bytes.get(2) for node in split.nodes if node.kind == "unit"} == {
+        "0": 4 * 16 * 64,
+        "1": 0,
+        "2": 4 * 16 * 4,
+    }
+    split.save(tmp_path / "split.json")
+    assert sw.Profile.load(tmp_path / "split.json") == split
+    assert split.graph(2).nodes["2"]["backward_weight_s"] == {"cpu:0": found["2"].backward_weight_s}

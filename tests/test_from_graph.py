@@ -398,3 +398,19 @@ def test_no_record_is_made_of_each_time_for_planning(monkeypatch):
     expected = sw.plan(five_lines())
     monkeypatch.setattr(from_graph, "Measurement", None)
     assert sw.plan(five_lines()) == expected
+
+
+def test_the_parts_of_a_backward_come_in_pairs():
+    """By device or as one number, through GraphML too; one part without the other is refused."""
+    graph = five_lines()
+    graph.add_node("head", backward_input_s=3e-3, backward_weight_s={"cuda:0": 6e-3, "cuda:1": 7e-3}, deferred_bytes=8)
+    profile = profile_from_graph(graph)
+    found = profile.measurement("head", "cuda:1", 8)
+    assert found is not None
+    assert (found.backward_input_s, found.backward_weight_s) == (3e-3, 7e-3)
+    again = profile_from_graph(nx.parse_graphml(graphml(profile.graph(8))))
+    assert again.measurements == profile.measurements
+    assert [node.deferred_bytes.get(8, 0) for node in again.nodes] == [0, 0, 8]
+    del graph.nodes["head"]["backward_input_s"]
+    with pytest.raises(ShardwrightError, match="head: backward_weight_s is there and backward_input_s is not"):
+        profile_from_graph(graph)

@@ -45,6 +45,8 @@ def test_attributes_at_a_number_of_microbatches(make_profile):
         "copied": False,
         "forward_s": {"cpu:0": 0.5, "cpu:1": 0.5},
         "backward_s": {"cpu:0": 1.0, "cpu:1": 1.0},
+        "backward_input_s": {},
+        "backward_weight_s": {},
         "update_s": {"cpu:0": 0.0, "cpu:1": 0.0},
         "recompute_s": {},
         "static_bytes": 2_000,
@@ -55,6 +57,7 @@ def test_attributes_at_a_number_of_microbatches(make_profile):
         "forward_peak_bytes": 0,
         "backward_peak_bytes": 0,
         "input_gradient_bytes": None,
+        "deferred_bytes": None,
         "update_peak_bytes": {},
         "update_left_bytes": 0,
     }

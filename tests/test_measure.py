@@ -14,7 +14,7 @@ from shardwright.profiler.profile import Clocked, Timing
 from shardwright.profiler.records import measurements_of
 from shardwright.profiler.stopwatch import HostStopwatch
 from shardwright.profiler.subject import Subject, as_input
-from shardwright.profiler.timing import LEAST_REPEATS, Series, summarise
+from shardwright.profiler.timing import LEAST_REPEATS, Series, at_pace, summarise
 from shardwright.profiler.unitgraph import Call
 
 CPU = torch.device("cpu")
@@ -49,8 +49,27 @@ class Takes(nn.Module):
         self.clock.now += self.backward_s
 
 
-def subject(unit, *args, train=True, optimizer="adam", accumulate=False):
-    return Subject(Call(unit, args, {}), CPU, train=train, optimizer=optimizer, accumulate=accumulate)
+class TakesInParts(Takes):
+    """A unit whose backward takes 2 s on the way to its input, and 3 s on the way to its weight alone."""
+
+    def __init__(self, clock):
+        super().__init__(clock, 1.0, 0.0)
+
+    def forward(self, x):
+        self.clock.now += self.forward_s
+        x, weight = x * 1, self.weight * 1
+        if x.requires_grad:
+            x.register_hook(lambda _: self.advance_by(2.0))
+        if weight.requires_grad:
+            weight.register_hook(lambda _: self.advance_by(3.0))
+        return x * weight
+
+    def advance_by(self, seconds):
+        self.clock.now += seconds
+
+
+def subject(unit, *args, train=True, optimizer="adam", accumulate=False, **options):
+    return Subject(Call(unit, args, {}), CPU, train=train, optimizer=optimizer, accumulate=accumulate, **options)
 
 
 def timed(subjects, clock, **goal):
@@ -78,6 +97,30 @@ def test_forward_and_backward_are_timed_apart():
     assert settled["b"].forward_s == [1.0] * 3
     assert rounds == [0, 1, 2, 3]
     assert totals == [11.0] * 3
+
+
+def test_the_parts_of_a_backward_are_timed_beside_it():
+    """Each of them on the graph of one forward, and the whole backward as ever; an input without one takes none."""
+    clock = Clock()
+    whole, first = TakesInParts(clock), TakesInParts(clock)
+    x = torch.ones(3, requires_grad=True)
+    subjects = {"whole": subject(whole, x, parted=True), "first": subject(first, x.detach(), parted=True)}
+    settled = timed(subjects, clock, repeats=6)
+    assert settled["whole"].backward_input_s == [2.0] * 6
+    assert settled["whole"].backward_weight_s == [3.0] * 6
+    assert settled["whole"].backward_s == [5.0] * 6
+    assert (settled["first"].backward_input_s, settled["first"].backward_weight_s) == ([0.0] * 6, [3.0] * 6)
+    figures = summarise(settled["whole"])
+    assert (figures.backward_input_s, figures.backward_weight_s) == (2.0, 3.0)
+    assert at_pace(figures.model_copy(update={"pace_s": 1.0}), 2.0).backward_weight_s == 6.0
+    assert summarise(timed({"a": subject(whole, x)}, clock)["a"]).backward_input_s is None
+    step, watch, gradients = subjects["whole"], HostStopwatch(clock), []
+    step.forward(watch)
+    for phases in ([step.backward_input, step.backward_weight], [step.backward]):
+        for phase in phases:
+            phase(watch)
+        gradients.append(whole.weight.grad)
+    assert torch.equal(*gradients)
 
 
 def test_a_steady_unit_is_settled_as_soon_as_its_median_is_known():

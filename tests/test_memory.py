@@ -284,6 +284,17 @@ def test_a_step_without_gradient():
     assert count_step(call, train=True) == memory(KB, 0, 0)
 
 
+def test_a_backward_in_two_parts_holds_what_came_in():
+    """Of two layers the gradients of both outputs, of a function without parameters none; fakes count alike."""
+    layers, x = nn.Sequential(nn.Linear(100, 50), nn.ReLU(), nn.Linear(50, 25)), floats(1_000).view(10, 100)
+    assert counted(layers, x, parted=True).deferred_bytes == 4 * 10 * (50 + 25)
+    assert counted(nn.ReLU(), floats(), parted=True).deferred_bytes == 0
+    assert counted(layers, x).deferred_bytes is None
+    mode = FakeTensorMode()
+    call = Call(fake(layers, mode), (mode.from_tensor(x.detach()).requires_grad_(),), {})
+    assert count_step(call, train=True, parted=True) == counted(layers, x, parted=True)
+
+
 def test_a_unit_that_is_called_again_adds_up_its_gradients():
     """Where a later call has made a gradient, each new one and the sum are there together."""
     layer, x = nn.Linear(100, 50, bias=False), floats(1_000).view(10, 100)

@@ -98,6 +98,8 @@ def test_frame_has_a_row_for_each_measurement(chain_profile):
         "forward_spread_s",
         "backward_s",
         "backward_spread_s",
+        "backward_input_s",
+        "backward_weight_s",
         "recompute_s",
         "update_s",
         "first_call_s",

@@ -158,19 +158,22 @@ def test_predicted_memory_is_held_against_what_a_step_took():
         ("1f1b", False),
         ("interleaved", True),
         pytest.param("interleaved", False, marks=pytest.mark.slow),
+        ("zero-bubble", True),
     ],
 )
 def test_a_run_notes_what_each_stage_was_at(captured_profile, schedule, train):
     """Slots come in the order of the schedule, every message at both its ends, and the parts add up to the step."""
     model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)])
-    run = piped(captured_profile, model, (torch.randn(8, 8),), 4, schedule=schedule, train=train)
+    parted = schedule == "zero-bubble"
+    run = piped(captured_profile, model, (torch.randn(8, 8),), 4, schedule=schedule, train=train, parted=parted)
     assert run.accounts is not None
     pieces = 2 if schedule == "interleaved" else 1
     for device, accounts in enumerate(run.accounts.stages):
         own = [slot for slot in run.accounts.measured if slot.stage % 2 == device]
-        computed = [(s.what, s.stage, s.microbatch) for s in own if s.what in ("forward", "backward")]
+        named = {"F": "forward", "B": "backward", "W": "backward of weights"}
+        computed = [(s.what, s.stage, s.microbatch) for s in own if s.what in named.values()]
         expected = operations(schedule, device, 2, 4, train=train, stages_per_device=pieces)
-        assert computed == [({"F": "forward", "B": "backward"}[o.kind], o.stage, o.microbatch) for o in expected]
+        assert computed == [(named[o.kind], o.stage, o.microbatch) for o in expected]
         assert accounts.measured.step_s == pytest.approx(run.accounts.measured_s)
         assert accounts.predicted.step_s == pytest.approx(run.accounts.predicted_s)
         assert (accounts.measured.update_s > 0) == train

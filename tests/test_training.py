@@ -57,6 +57,10 @@ def trained(kind, plan, steps, options):
         (Language, 2, {"replicas": 2}),
         (Chain, 2, {"replicas": 2, "pieces": 2}),
         (Language, 2, {"replicas": 2, "recompute": "always"}),
+        (Chain, 3, {"schedule": "zero-bubble"}),
+        (Branches, 2, {"schedule": "zero-bubble"}),
+        (Branches, 3, {"schedule": "zero-bubble"}),
+        (Language, 3, {"schedule": "zero-bubble"}),
     ],
 )
 def test_a_pipeline_trains_as_the_model_does(workers, captured_profile, kind, stages, options):
@@ -158,7 +162,14 @@ def test_gradients_accumulate_and_are_clipped(workers, captured_profile, options
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [(Branches, {}), (Language, {}), (Branches, {"pieces": 2}), (Branches, {"replicas": 2})]
+    ("kind", "options"),
+    [
+        (Branches, {}),
+        (Language, {}),
+        (Branches, {"pieces": 2}),
+        (Branches, {"replicas": 2}),
+        (Branches, {"schedule": "zero-bubble"}),
+    ],
 )
 def test_batches_of_any_size(workers, captured_profile, kind, options):
     """A last partial batch, one that only divides by itself, and a larger one: losses and results are the model's."""

@@ -130,8 +130,9 @@ def planned(captured_profile, kind, stages, microbatches=4, pieces=1, replicas=1
     """A plan of ``kind`` over exactly ``stages`` devices, with ``pieces`` stages on each; or so many ``replicas``."""
     args, kwargs, _ = kind.batch(0)
     devices = [f"cpu:{i}" for i in range(stages * replicas)]
+    parted = options.get("schedule") == "zero-bubble"
     profile = captured_profile(
-        made(kind), args, kwargs, devices=devices, microbatches=(1, microbatches), optimizer="adamw"
+        made(kind), args, kwargs, devices=devices, microbatches=(1, microbatches), optimizer="adamw", parted=parted
     )
     if pieces > 1:
         options |= {"schedule": "interleaved", "stages_per_device": pieces}

@@ -68,6 +68,7 @@ def kept_whole(chosen: Option, options: Iterable[Option], baseline_s: float | No
         option
         for option in options
         if option.problem.stages_per_device == 1  # others: Plan.other_schedule
+        and option.problem.schedule != "zero-bubble"
         and len(option.problem.replicas) == len(replicas)
     ]
     others = [kept for option in plain if (kept := option.kept if any(option.anew) else option) is not None]

@@ -123,6 +123,16 @@ def _again_s(nodes: list[dict[str, Any]], devices: tuple[str, ...]) -> tuple[flo
     return _seconds([again or node["forward_s"] for again, node in zip(known, nodes, strict=True)], devices)
 
 
+def _parts_s(nodes: list[dict[str, Any]], devices: tuple[str, ...]) -> tuple[tuple[float, float], ...]:
+    """By device: the two parts of the backward of ``nodes``; nothing where those of one with a backward lack."""
+    parts = [(node.get("backward_input_s") or {}, node.get("backward_weight_s") or {}) for node in nodes]
+    for node, (inputs, weights) in zip(nodes, parts, strict=True):
+        timed = [device for device in devices if node["backward_s"].get(device)]
+        if not (inputs.keys() >= set(timed) and weights.keys() >= set(timed)):
+            return ()
+    return tuple(zip(*(_seconds([each[part] for each in parts], devices) for part in (0, 1)), strict=True))
+
+
 def _allowed(
     graph: CostGraph,
     nodes: tuple[str, ...],
@@ -258,6 +268,7 @@ def problem_from_graph(
             allowed=_allowed(graph, nodes, names, pins, lacking),
             unfit=lacking,
             recompute_s=_again_s([data[n] for n in nodes], names),
+            parts_s=_parts_s([data[n] for n in nodes], names),
         )
         for nodes, lacking in zip(members, unfit, strict=True)
     )

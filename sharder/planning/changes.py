@@ -16,6 +16,7 @@ from shardwright.sharder.planning.plan import WORTHWHILE, Change, Gain
 from shardwright.sharder.planning.pricing import Option, price, solve
 from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.relaxed import with_links_times
+from shardwright.sharder.planning.zero_bubble import divides
 
 __all__ = ["changes_tried"]
 
@@ -84,6 +85,8 @@ def _at_batches(splits: Sequence[Option], baseline: Option, profile: Profile) ->
 def _at_batch(option: Option, factor: int, profile: Profile) -> Option | None:
     """The same split of so many times the batch; None if it does not fit then."""
     problem = dataclasses.replace(option.problem, microbatches=option.problem.microbatches * factor)
+    if problem.schedule == "zero-bubble" and not divides(len(option.split.stages), problem.microbatches):
+        return None
     if problem.stages_per_device > 1 and len(option.split.stages) // problem.stages_per_device not in possible_devices(
         problem
     ):

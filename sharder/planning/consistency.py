@@ -13,7 +13,7 @@ __all__ = ["fault_of"]
 
 def fault_of(plan: Plan) -> str | None:
     """What in ``plan`` contradicts itself, with both sides and what to do; None where nothing does."""
-    return _of_replicas(plan) or _of_stages(plan) or _of_nodes(plan)
+    return _of_replicas(plan) or _of_stages(plan) or _of_parts(plan) or _of_nodes(plan)
 
 
 def _of_replicas(plan: Plan) -> str | None:
@@ -62,6 +62,25 @@ def _of_stages(plan: Plan) -> str | None:
                 f"{device} has {times} stages, and a device has {pieces} (stages_per_device): give each stage a device "
                 "of its own, or make the plan again with fewer stages"
             )
+    return None
+
+
+def _of_parts(plan: Plan) -> str | None:
+    """Zero-bubble knows one pipeline of stages that keep what they save, and the parts of each backward."""
+    if plan.schedule != "zero-bubble":
+        return None
+    anew = next((stage.index for stage in plan.recomputed), None)
+    for what, wrong in (
+        (f"{plan.stages_per_device} stages_per_device", plan.stages_per_device > 1),
+        (f"{plan.replicas} replicas", plan.replicas > 1),
+        (f"stage {anew} computed anew", anew is not None),
+    ):
+        if wrong:
+            return f"its schedule is zero-bubble with {what}, which that does not know: give it another schedule"
+    lacking = (s.index for s in plan.stages if s.backward_input_s is None or s.backward_weight_s is None)
+    index = next(lacking, None)
+    if index is not None:
+        return f"its schedule is zero-bubble and stage {index} lacks backward_input_s or backward_weight_s: give both"
     return None
 
 

@@ -18,6 +18,8 @@ def costs_of(plan: Plan) -> tuple[StageCost, ...]:
         StageCost(
             forward_s=stage.forward_s,
             backward_s=stage.backward_s,
+            backward_input_s=stage.backward_input_s,
+            backward_weight_s=stage.backward_weight_s,
             update_s=stage.update_s,
             send_forward_s=stage.send_forward_s,
             receive_backward_s=stage.receive_backward_s,
@@ -67,10 +69,14 @@ def at_pace(plan: Plan, slower: Mapping[str, float]) -> float:
 
 
 def _slowed(cost: StageCost, factor: float) -> StageCost:
+    parts_s = cost.backward_input_s, cost.backward_weight_s
+    inputs_s, weights_s = (None if s is None else factor * s for s in parts_s)
     return dataclasses.replace(
         cost,
         forward_s=factor * cost.forward_s,
         backward_s=factor * cost.backward_s,
+        backward_input_s=inputs_s,
+        backward_weight_s=weights_s,
         update_s=factor * cost.update_s,
         engine_s=factor * cost.engine_s,
     )

@@ -67,6 +67,7 @@ def _steps(
             update=graph.nodes[name]["update_peak_bytes"].get("cpu", 0),
             update_left=graph.nodes[name]["update_left_bytes"],
             update_together=graph.nodes[name]["update_peak_bytes"].get("cuda", 0),
+            deferred=graph.nodes[name].get("deferred_bytes") or 0,
             gradient=graph.nodes[name]["grad_bytes"],
         )
         for position, name in enumerate(graph)

@@ -61,6 +61,8 @@ class Step(NamedTuple):
     """What that still holds when the next node's turn begins."""
     update_together: int = 0
     """What the optimizer takes for them where it works on all parameters of a device at once."""
+    deferred: int = 0
+    """Held from the first part of its backward to the second, beside what it saved."""
     gradient: int = 0
     """Of its parameters: there from the first backward of a step until the next step."""
 
@@ -106,6 +108,10 @@ class Walk(NamedTuple):
     """Of the parameters, when all are made."""
     sent: int
     """Of what is kept, the storages that later stages read or the model returns."""
+    deferred: int = 0
+    """Held from the first part of the backward to the second, beside what is kept."""
+    parted: int = 0
+    """The peak of either part, in which nothing that is kept goes."""
 
 
 class _Part(NamedTuple):
@@ -139,23 +145,29 @@ class Ledger:
         """
         inside = set(bits(members))
         mine = self._positions(inside)
-        ahead, back, sums = self._changes(inside, mine, leaves=True)
+        ahead, back, sums, waits = self._changes(inside, mine, leaves=True)
         kept, forward = self._there(mine, ahead)
-        held = backward = first = kept
-        made = 0
+        held = backward = first = parted = kept
+        made = waiting = deferred = 0
         for position in reversed(mine):
             peak = held + self.steps[position].backward + sums[position]
             backward, first = max(backward, peak), max(first, peak + made)
+            parted = max(parted, kept + deferred + waiting + self.steps[position].backward + sums[position])
             held += back[position]
+            waiting += waits[position]
+            deferred += self.steps[position].deferred
             made += self.steps[position].gradient
         update = self._after(mine, made)
-        return Walk(kept, forward, backward, *update, max(first, held + made), made, self._sent(inside))
+        # The second part of each node takes no more than both at once.
+        parted = max(parted, kept + deferred + max((self.steps[position].backward for position in mine), default=0))
+        sent = self._sent(inside)
+        return Walk(kept, forward, backward, *update, max(first, held + made), made, sent, deferred, parted)
 
     def walk_anew(self, members: int) -> Walk:
         """The same where the stage is computed anew in the backward, and keeps only what it has sent."""
         inside = set(bits(members))
         mine = self._positions(inside)
-        ahead, back, sums = self._changes(inside, mine, leaves=False)
+        ahead, back, sums, _ = self._changes(inside, mine, leaves=False)
         kept, again = self._there(mine, ahead)
         held = backward = first = sent = self._sent(inside)
         made, begun = 0, False
@@ -204,8 +216,9 @@ class Ledger:
         made = (self.storages[number] for v in blocks for number in self._of_block(v).made)
         return sum(s.size for s in made if s.returned or any(self.steps[r].block not in blocks for r in s.readers))
 
-    def _changes(self, blocks: set[int], mine: list[int], *, leaves: bool) -> tuple[_Bytes, _Bytes, _Bytes]:
-        """By node: what its forward and its backward add to what is held, and the largest sum of gradients it makes.
+    def _changes(self, blocks: set[int], mine: list[int], *, leaves: bool) -> tuple[_Bytes, _Bytes, _Bytes, _Bytes]:
+        """By node: what its forward and its backward add to what is held, the largest sum of gradients it makes, and
+        what of its backward's are gradients that wait.
 
         Unless the stage ``leaves`` what it sends, that is held as long as its own nodes need it. What is said of nodes
         that are not ``mine``, in no block of ``blocks``, means nothing.
@@ -214,6 +227,7 @@ class Ledger:
         ahead: _Bytes = defaultdict(int, {position: self.steps[position].saved for position in mine})
         back: _Bytes = defaultdict(int, {position: -self.steps[position].saved for position in mine})
         sums: _Bytes = defaultdict(int)
+        waits: _Bytes = defaultdict(int)
         for storage in {s for v in blocks for s in self._of_block(v).storages}:
             size, maker, readers, saver, returned = self.storages[storage]
             stays = leaves and (returned or not inside.issuperset(readers))
@@ -230,12 +244,14 @@ class Ledger:
         for number in {g for v in blocks for g in self._of_block(v).gradients}:
             gradient = self.gradients[number]
             within = [reader for reader in gradient.readers if reader in inside]
-            back[within[-1]] += gradient.size
+            waits[within[-1]] += gradient.size
             for reader in within[:-1]:
                 sums[reader] = max(sums[reader], gradient.added)
             # A maker outside is not walked through: what it waits for stays.
-            back[within[0] if gradient.maker is None else gradient.maker] -= gradient.size
-        return ahead, back, sums
+            waits[within[0] if gradient.maker is None else gradient.maker] -= gradient.size
+        for position, size in waits.items():
+            back[position] += size
+        return ahead, back, sums, waits
 
     def _of_block(self, block: int) -> _Part:
         return self._parts.get(block) or _Part([], [], [], [])
@@ -259,7 +275,7 @@ class Ledger:
         """By block: bytes of all that its nodes save, make and wait for, as if nothing ever went."""
         found = dict.fromkeys((step.block for step in self.steps), 0)
         for step in self.steps:
-            found[step.block] += step.saved
+            found[step.block] += step.saved + step.deferred
         for storage in self.storages:
             found[self.steps[storage.maker].block] += storage.size
         for gradient in self.gradients:

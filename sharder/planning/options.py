@@ -1,4 +1,4 @@
-"""The options of a plan: the best splits at each number of micro-batches, of replicas and of stages a device.
+"""The options of a plan: the best splits at each number of micro-batches and of replicas, and under each schedule.
 
 What only a refusal or several replicas need is imported there, as in planner.py.
 """
@@ -17,7 +17,7 @@ from shardwright.sharder.planning.offload import offload as offload_some
 from shardwright.sharder.planning.pricing import Option, price, solve_each
 from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.replicas import Replicas, possible_replicas
-from shardwright.sharder.planning.weighed import Wanted, with_interleaved
+from shardwright.sharder.planning.weighed import Wanted, with_interleaved, with_zero_bubble
 
 __all__ = ["Asked", "nothing_fits", "options_of", "rates_of"]
 
@@ -28,6 +28,8 @@ class Asked(NamedTuple):
     schedule: Wanted
     pieces: int
     """Stages on a device."""
+    parted: bool
+    """Whether backwards in two parts are."""
     replicas: Replicas
     offload: bool
 
@@ -51,7 +53,7 @@ def options_of(problems: list[Problem], profile: Profile, asked: Asked, deadline
             else:
                 from shardwright.sharder.planning.replicated import with_replicas
 
-                rest = asked._replace(offload=False)
+                rest = asked._replace(offload=False, parted=False)
                 solved = partial(_solved, profile=profile, asked=rest, deadline_s=until_s)
                 options, error = with_replicas(problems, profile, count, solved)
         except ShardwrightError:
@@ -73,12 +75,17 @@ def _solved(
     problems: list[Problem], profile: Profile, asked: Asked, deadline_s: float
 ) -> tuple[list[Option], ShardwrightError | None]:
     """The best split of each of ``problems``, and of each in several stages a device if asked for."""
-    half_s = max(0.0, deadline_s - time.monotonic()) / 2 if asked.pieces > 1 else 0.0
-    options, unfinished = solve_each(problems, profile, deadline_s - half_s)
+    now_s = time.monotonic()
+    more = (asked.pieces > 1) + asked.parted
+    share_s = max(0.0, deadline_s - now_s) / (1 + more)
+    options, unfinished = solve_each(problems, profile, now_s + share_s)
     if not options and asked.offload and not profile.train:
         options = _offloaded(problems, profile, deadline_s)
     if asked.pieces > 1:
-        options = with_interleaved(options, problems, profile, asked.schedule, asked.pieces, deadline_s)
+        until_s = deadline_s - share_s * asked.parted
+        options = with_interleaved(options, problems, profile, asked.schedule, asked.pieces, until_s)
+    if asked.parted:
+        options = with_zero_bubble(options, problems, profile, asked.schedule, deadline_s)
     return options, unfinished
 
 

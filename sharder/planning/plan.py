@@ -75,6 +75,11 @@ class Stage(Record):
     units: tuple[str, ...]
     forward_s: NonNegativeFloat
     backward_s: NonNegativeFloat
+    """The whole of it, as the load has it."""
+    backward_input_s: NonNegativeFloat | None = None
+    """Under zero-bubble, its part up to the gradients of the inputs, none on the first stage; as the step has it."""
+    backward_weight_s: NonNegativeFloat | None = None
+    """Under zero-bubble, its other part, the gradients of the weights; of the first stage the whole backward."""
     update_s: NonNegativeFloat
     tie_s: NonNegativeFloat = 0.0
     """Summing the gradients of tied parameters with the other copies."""
@@ -182,6 +187,7 @@ class Candidate(Record):
     microbatches: PositiveInt
     stages: PositiveInt
     stages_per_device: PositiveInt = 1
+    zero_bubble: bool = False
     replicas: PositiveInt = 1
     """Each of ``stages`` stages."""
     bottleneck_s: NonNegativeFloat
@@ -198,9 +204,9 @@ class SplitStage(Stage):
 
 
 class OtherSchedule(Record):
-    """What the plan's schedule was weighed against: the best split with another number of stages a device."""
+    """What the plan's schedule was weighed against: the best split with another schedule."""
 
-    schedule: Literal["1f1b", "gpipe", "interleaved"]
+    schedule: Literal["1f1b", "gpipe", "interleaved", "zero-bubble"]
     stages_per_device: PositiveInt
     devices: PositiveInt
     microbatches: PositiveInt
@@ -330,7 +336,7 @@ class Plan(Document):
     host's memory; or straight to each stage that reads them."""
     overlap: bool = False
     """Whether transfers were taken to go on beside compute."""
-    schedule: Literal["1f1b", "gpipe", "interleaved"]
+    schedule: Literal["1f1b", "gpipe", "interleaved", "zero-bubble"]
     stages_per_device: PositiveInt = 1
     """More than one if interleaved: stage s is then on the device of stage s modulo the number of devices."""
     replicas: PositiveInt = 1
@@ -358,7 +364,7 @@ class Plan(Document):
     predicted: Prediction
     candidates: tuple[Candidate, ...]
     other_schedule: OtherSchedule | None = None
-    """None where only one number of stages a device was weighed, or one device is better."""
+    """None where only one schedule was weighed, or one device is better."""
     alternatives: tuple[Alternative, ...] = ()
     pins: tuple[PinPrice, ...] = ()
     """What the planner was told, and what that costs."""

@@ -39,6 +39,8 @@ from shardwright.sharder.planning.weighed import (
     Wanted,
     better_of,
     compared,
+    is_zero_bubble,
+    parted_asked,
     pieces_asked,
 )
 
@@ -91,8 +93,9 @@ def plan(
         pins: unit name or pattern -> device.
         devices: which devices to use; all that were profiled by default.
         schedule: ``"1f1b"``; ``"gpipe"``, which holds all micro-batches at once; ``"interleaved"``, 1F1B with several
-            stages on each device, which fills the pipeline sooner and sends more; or ``"auto"``, 1F1B or interleaved,
-            whichever has the shorter step. Inference has forwards only.
+            stages on each device, which fills the pipeline sooner and sends more; ``"zero-bubble"``, 1F1B with each
+            backward in two parts, of which the second fills waits and holds more, for profiles that have them; or
+            ``"auto"``, whichever of 1F1B and the last two has the shorter step. Inference has forwards only.
         stages_per_device: if interleaved; 2 by default.
         replicas: into so many equal pipelines the devices are divided, each with an equal part of the micro-batches,
             and once a step the gradients are summed over them; ``"auto"``: as many as make the step shortest, of one
@@ -107,7 +110,8 @@ def plan(
             its disk, from where they are brought for each call.
         recompute: whether, in training, a stage keeps only what it receives of each micro-batch in flight, and computes
             its forward anew in the backward: ``"never"``, ``"always"`` all stages, or ``"auto"`` those that would not
-            fit otherwise, if that is noticeably faster. Interleaved stages, a free assignment and latency have none.
+            fit otherwise, if that is noticeably faster. Interleaved stages, zero-bubble, a free assignment and latency
+            have none.
         time_limit_s: seconds for the whole search; after it, the best so far with an honest gap.
         replans: how often to plan anew with costs drawn within the uncertainty of the profile's times, to see how the
             plan moves; the prediction is drawn anew in any case.
@@ -124,6 +128,9 @@ def plan(
     _check_known(objective, transfers, recompute)
     pieces = pieces_asked(schedule, stages_per_device, objective, transfers, contiguous=contiguous, recompute=recompute)
     asked = replicas_asked(replicas, objective, contiguous=contiguous)
+    parted = parted_asked(
+        profile, schedule, objective, transfers, contiguous=contiguous, recompute=recompute, replicas=asked
+    )
     chain = contiguous and objective != "latency"
     if recompute == "always":
         _check_recompute(chain=chain, train=profile.train)
@@ -160,13 +167,14 @@ def plan(
         )
     if objective == "memory":
         return _for_memory(profile, problems, [problem_at(count) for count in sorted(profile.microbatches)], deadline_s)
-    options = options_of(problems, profile, Asked(schedule, pieces, asked, offload), deadline_s)
+    options = options_of(problems, profile, Asked(schedule, pieces, parted, asked, offload), deadline_s)
     by_count = {problem.microbatches: problem for problem in problems}
     every = [by_count.get(count) or problem_at(count) for count in sorted(profile.microbatches)]
     baseline = baseline_of(every, profile)
     alternatives = alternatives_of(problems, every, profile, baseline.step_s if baseline else None)
-    plain = [option for option in options if option.problem.stages_per_device == 1]
-    chosen = best = better_of(options[len(plain) :] if schedule == "interleaved" else options)
+    plain = [option for option in options if option.problem.stages_per_device == 1 and not is_zero_bubble(option)]
+    others = [option for option in options if option not in plain]
+    chosen = best = better_of(others if others and schedule in ("interleaved", "zero-bubble") else options)
     if microbatches == "auto" and baseline is not None and not pins:
         # Among single devices only a difference beyond noise counts; a split has to be faster.
         alone = len(best.split.stages) == 1 and not best.problem.replicas
@@ -331,6 +339,7 @@ def _write(
                 microbatches=option.problem.batch_microbatches,
                 stages=len(option.split.stages),
                 stages_per_device=option.problem.stages_per_device,
+                zero_bubble=is_zero_bubble(option),
                 replicas=max(1, len(option.problem.replicas)),
                 bottleneck_s=option.split.value_s,
                 gap_percent=gap_percent(option.split.value_s, option.split.bound_s),

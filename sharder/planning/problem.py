@@ -50,6 +50,7 @@ former's forward, for the latter if M >= 2 W - 1 (before, that micro-batch is no
 sent is held until nothing refers to the operation; NCCL lets tensors go when it was waited for, so that a GPU holds
 less by up to the terms with out. In inference nothing is let go before the next step, as under GPipe. A stage that is
 the whole model has no engine: kept * (W - 1) + max(forward, backward), the parameters' gradients there from before.
+What a stage holds under zero-bubble is in zero_bubble.py; its load is the same, with the whole backward.
 
 In training a stage may be computed anew: it keeps of a micro-batch in flight only what it receives, in the engine's
 buffers, and what it has sent, and makes the rest again just before that micro-batch's backward. Its forward comes once
@@ -87,6 +88,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from shardwright.sharder.planning import zero_bubble
 from shardwright.sharder.planning.memory import EMPTY, Ledger, Walk, bits, engine_bytes
 
 __all__ = [
@@ -105,7 +107,7 @@ __all__ = [
 ]
 
 Recompute = Literal["auto", "never", "always"]
-Schedule = Literal["1f1b", "gpipe", "interleaved"]
+Schedule = Literal["1f1b", "gpipe", "interleaved", "zero-bubble"]
 Transfers = Literal["relayed", "staged", "direct"]
 Link = tuple[float, float]
 """Latency in s, bandwidth in bytes/s."""
@@ -139,6 +141,8 @@ class Block:
     """By device: whether the block was tried there and did not fit, even alone; nothing = nowhere."""
     recompute_s: tuple[float, ...] = ()
     """A forward that keeps nothing for backward, which computing anew adds; nothing = as ``forward_s``."""
+    parts_s: tuple[tuple[float, float], ...] = ()
+    """By device: the two parts of the backward, as zero-bubble divides it; nothing = not known. No load has them."""
     sum_s: tuple[float, ...] = ()
     """Of ``update_s``, what summing its gradients over replicas takes; nothing = there are none. See replicas.py."""
 
@@ -242,7 +246,8 @@ class Problem:
     @property
     def most_stages(self) -> int:
         """Stages that the devices allow, if interleaved rounds of them; 1F1B needs a micro-batch for every stage."""
-        return min(len(self.devices), self.microbatches) if self.schedule == "1f1b" else len(self.devices)
+        one_each = self.schedule in ("1f1b", "zero-bubble")
+        return min(len(self.devices), self.microbatches) if one_each else len(self.devices)
 
     @property
     def batch_microbatches(self) -> int:
@@ -371,6 +376,7 @@ class Problem:
                 allowed=(b.fits_on(device),),
                 unfit=(),
                 recompute_s=(),
+                parts_s=(),
             )
             for b in self.blocks
         )
@@ -382,7 +388,7 @@ class Problem:
             caps=(self.caps[device],),
             links=((self.links[device][device],),),
             ties=(),
-            schedule="1f1b" if self.schedule == "interleaved" else self.schedule,
+            schedule="1f1b" if self.schedule in ("interleaved", "zero-bubble") else self.schedule,
             stages_per_device=1,
             updates_together=self.updates_together[device : device + 1],
             engine_s=(),
@@ -390,12 +396,20 @@ class Problem:
         )
 
     def memory_bytes(
-        self, start: int, end: int, device: int, stages_after: int, *, recomputed: bool | None = None
+        self,
+        start: int,
+        end: int,
+        device: int,
+        stages_after: int,
+        *,
+        recomputed: bool | None = None,
+        before: int | None = None,
     ) -> int:
         """Peak bytes of a stage on ``device`` with ``stages_after`` stages behind it.
 
         Its blocks are those in ``end`` and not in ``start``, both predecessor-closed. By default it is computed anew
-        where every stage is.
+        where every stage is. Under zero-bubble it matters how many stages are ``before`` it, too: by default it is the
+        most for any number of them.
         """
         members = end & ~start
         static = sum(self.blocks[v].static_bytes for v in bits(members))
@@ -408,11 +422,30 @@ class Problem:
             gradients = sum(c.backward_bytes for c in received)
             relayed = sum(c.backward_bytes for c in received if c.readers & ~end and not c.readers & members)
             last = stages_after == 0
-            peak = engine_bytes(one, self.microbatches, held, gradients, relayed, all_first=self.all_first, last=last)
+            if self.schedule == "zero-bubble":
+                peak = self._parted_bytes(one, gradients, relayed, stages_after, before if start else 0)
+            else:
+                at_once = self.all_first
+                peak = engine_bytes(one, self.microbatches, held, gradients, relayed, all_first=at_once, last=last)
         else:
             peak = (held - 1) * one.kept + max(one.forward, one.backward)
         update = one.update_together if self._updates_together(device) else one.update
         return static + copies + self.microbatches * buffers + max(peak, update)
+
+    def _parted_bytes(self, one: Walk, gradients: int, relayed: int, after: int, before: int | None) -> int:
+        """What comes and goes under zero-bubble, with so many stages behind; by default before is any number."""
+        positions = range(1, max(self.most_stages - after, 2)) if before is None else [before]
+        return max(
+            zero_bubble.peak_bytes(
+                one,
+                stages=position + 1 + after,
+                position=position,
+                microbatches=self.microbatches,
+                gradients=gradients,
+                relayed=relayed,
+            )
+            for position in positions
+        )
 
     @property
     def all_first(self) -> bool:

@@ -13,6 +13,7 @@ from shardwright.sharder.planning.pricing import Option
 from shardwright.sharder.planning.problem import Problem, bits, in_flight
 from shardwright.sharder.planning.simulate import StageCost
 from shardwright.sharder.planning.stage_costs import Stages, shares_of
+from shardwright.sharder.planning.zero_bubble import held_at_most
 
 __all__ = ["makers_of_numbers", "split_ties", "stage_of_nodes", "stages_of"]
 
@@ -82,16 +83,22 @@ def _held(problem: Problem, stages: Stages, anew: Sequence[bool], *, train: bool
         return [(part, held if train else 1) for each in rounds for part, held in each]
     found = []
     closed = 0
+    parted = problem.schedule == "zero-bubble"
     for index, (device, members) in enumerate(stages):
         after = len(stages) - 1 - index
-        peak = problem.memory_bytes(closed, closed | members, device, after, recomputed=anew[index])
-        found.append((peak, in_flight(problem.schedule, problem.microbatches, after) if train else 1))
+        peak = problem.memory_bytes(
+            closed, closed | members, device, after, recomputed=anew[index], before=index if parted else None
+        )
+        held = in_flight(problem.schedule, problem.microbatches, after)
+        if parted:
+            held = held_at_most(len(stages), index, problem.microbatches)
+        found.append((peak, held if train else 1))
         closed |= members
     return found
 
 
 def _recorded(cost: StageCost) -> dict[str, Any]:
-    """The costs that a plan's stage records: no schedule that is planned splits the backward."""
+    """The costs that a plan's stage records."""
     return {name: value for name, value in dataclasses.asdict(cost).items() if name in Stage.model_fields}
 
 

@@ -174,6 +174,8 @@ def _per_round(schedule: PipelineSchedule, devices: int, microbatches: int, stag
         if stages_per_device > 1:
             raise ShardwrightError(f"{schedule} has one stage a device, not {stages_per_device}: ask for interleaved")
         return microbatches
+    if schedule == "zero-bubble" and stages_per_device == 1:
+        return microbatches  # whose order knows no rounds; PyTorch's engine asks for equal ones all the same
     rounds = max(1, microbatches // devices)
     if microbatches % rounds:
         low = microbatches - microbatches % devices

@@ -119,6 +119,8 @@ def simple_bound_s(problem: Problem) -> float:
 def most_held(problem: Problem, after: int) -> int:
     """What a stage holds with ``after`` stages behind it, at most, in micro-batches of all that comes with one."""
     # Beside those in flight there is what was sent of one more. Computed anew, what was sent is there twice.
+    if problem.schedule == "zero-bubble":
+        return problem.microbatches + 1  # what was sent stays to the end of the step
     return in_flight(problem.schedule, problem.microbatches, after) + (2 if problem.recompute == "always" else 1)
 
 

@@ -171,6 +171,7 @@ def _name_of(option: Option) -> str:
     problem, stages = option.problem, len(option.split.stages)
     pieces = problem.stages_per_device
     what = "interleaved split" if pieces > 1 else "split"
+    what = "zero-bubble split" if problem.schedule == "zero-bubble" else what
     replicas = f"{len(problem.replicas)} replicas of " if problem.replicas else ""
     counted = problem.batch_microbatches
     return f"the best {what} over {replicas}{stages // pieces} devices at {counted} micro-batches"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shardwright.sharder.planning.problem import Problem, bits
+from shardwright.sharder.planning.problem import Block, Problem, bits
 from shardwright.sharder.planning.simulate import StageCost
 from shardwright.sharder.planning.transfers import traffic_of
 
@@ -56,13 +56,15 @@ def stage_costs(problem: Problem, stages: Stages, anew: Sequence[bool] = ()) -> 
     """
     relayed, by_engine = problem.transfers == "relayed", len(stages) > 1 or bool(problem.replicas)
     costs = []
-    for (device, members), traffic, tie_s, sum_s, again in zip(
-        stages,
-        traffic_of(problem, stages),
-        ties_s_of(problem, stages),
-        sums_s_of(problem, stages),
-        anew or [False] * len(stages),
-        strict=True,
+    for position, ((device, members), traffic, tie_s, sum_s, again) in enumerate(
+        zip(
+            stages,
+            traffic_of(problem, stages),
+            ties_s_of(problem, stages),
+            sums_s_of(problem, stages),
+            anew or [False] * len(stages),
+            strict=True,
+        )
     ):
         blocks = [problem.blocks[v] for v in bits(members)]
         forward_s = sum(b.forward_s[device] for b in blocks)
@@ -79,6 +81,15 @@ def stage_costs(problem: Problem, stages: Stages, anew: Sequence[bool] = ()) -> 
                 receive_forward_s=None if relayed else traffic.forward_in_s,
                 send_backward_s=None if relayed else traffic.backward_out_s,
                 sum_s=sum_s,
+                **(_parts_s(blocks, device, first=not position) if problem.schedule == "zero-bubble" else {}),
             )
         )
     return tuple(costs)
+
+
+def _parts_s(blocks: Sequence[Block], device: int, *, first: bool) -> dict[str, float]:
+    """The two parts of a stage's backward; the ``first`` stage has all of it in the second."""
+    if first:
+        return {"backward_input_s": 0.0, "backward_weight_s": sum(b.backward_s[device] for b in blocks)}
+    inputs_s, weights_s = (sum(b.parts_s[device][part] for b in blocks) for part in (0, 1))
+    return {"backward_input_s": inputs_s, "backward_weight_s": weights_s}

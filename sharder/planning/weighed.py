@@ -1,10 +1,10 @@
-"""Interleaved stages weighed against one stage a device: which schedule has the shorter step, and why."""
+"""Interleaved stages and zero-bubble weighed against 1F1B: which schedule has the shorter step, and why."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
@@ -12,13 +12,29 @@ from shardwright.sharder.planning.interleave import possible_devices
 from shardwright.sharder.planning.plan import WORTHWHILE, Objective, OtherSchedule
 from shardwright.sharder.planning.pricing import Option, solve_each
 from shardwright.sharder.planning.problem import Problem, Recompute, Transfers
+from shardwright.sharder.planning.replicas import Replicas
 from shardwright.sharder.planning.stage_costs import shares_of
 from shardwright.sharder.planning.transfers import traffic_of
+from shardwright.sharder.planning.words import name_of
+from shardwright.sharder.planning.zero_bubble import divides
 
-__all__ = ["Wanted", "as_interleaved", "better_of", "compared", "pieces_asked", "with_interleaved"]
+__all__ = [
+    "Wanted",
+    "as_interleaved",
+    "as_zero_bubble",
+    "better_of",
+    "compared",
+    "is_zero_bubble",
+    "parted_asked",
+    "pieces_asked",
+    "with_interleaved",
+    "with_zero_bubble",
+]
 
-Wanted = Literal["1f1b", "gpipe", "interleaved", "auto"]
-"""``"auto"``: 1F1B or interleaved, whichever has the shorter step."""
+Wanted = Literal["1f1b", "gpipe", "interleaved", "zero-bubble", "auto"]
+"""``"auto"``: 1F1B, interleaved, or zero-bubble where the profile has the parts of backwards, whichever has the shorter
+step."""
+WORDS = get_args(Wanted)
 
 
 def pieces_asked(
@@ -35,9 +51,9 @@ def pieces_asked(
     Raises:
         ShardwrightError: the schedule is not known or does not know so many, or what else is asked for knows one only.
     """
-    if schedule not in ("1f1b", "gpipe", "interleaved", "auto"):
-        raise ShardwrightError(f"schedule {schedule!r} is not known; the planner has: 1f1b, gpipe, interleaved, auto")
-    if schedule in ("1f1b", "gpipe"):
+    if schedule not in WORDS:
+        raise ShardwrightError(f"schedule {schedule!r} is not known; the planner has: {', '.join(WORDS)}")
+    if schedule in ("1f1b", "gpipe", "zero-bubble"):
         if asked not in (None, 1):
             raise ShardwrightError(f"{schedule} has one stage a device, not {asked}: ask for --schedule interleaved")
         return 1
@@ -65,6 +81,97 @@ def as_interleaved(problem: Problem, stages_per_device: int, *, train: bool) -> 
         forward_only=not train,
         recompute="never",
     )
+
+
+def parted_asked(
+    profile: Profile,
+    schedule: Wanted,
+    objective: Objective,
+    transfers: Transfers,
+    *,
+    contiguous: bool,
+    recompute: Recompute,
+    replicas: Replicas,
+) -> bool:
+    """Whether zero-bubble is to be weighed, as far as the arguments tell.
+
+    Raises:
+        ShardwrightError: it is asked for, and something else that is cannot go with it.
+    """
+    other = (
+        "inference, which has no backward"
+        if not profile.train
+        else f"the objective {objective}"
+        if objective != "throughput"
+        else "a free assignment"
+        if not contiguous
+        else f"{transfers} transfers"
+        if transfers != "relayed"
+        else "stages that are computed anew (recompute 'always')"
+        if recompute == "always"
+        else f"{replicas} replicas"
+        if replicas not in (1, "auto")
+        else ""
+    )
+    if other and schedule == "zero-bubble":
+        raise ShardwrightError(
+            f"zero-bubble does not go with {other}: it is for training by one pipeline of stages that keep what they "
+            "save and relay tensors; leave that out, or ask for --schedule 1f1b"
+        )
+    return schedule in ("zero-bubble", "auto") and not other
+
+
+def as_zero_bubble(problem: Problem) -> Problem:
+    """The same work with every backward in two parts, and nothing computed anew."""
+    return dataclasses.replace(problem, schedule="zero-bubble", recompute="never")
+
+
+def is_zero_bubble(option: Option) -> bool:
+    """Whether the backwards of ``option`` are in two parts."""
+    return option.problem.schedule == "zero-bubble"
+
+
+def with_zero_bubble(
+    others: Sequence[Option], problems: Sequence[Problem], profile: Profile, schedule: Wanted, deadline_s: float
+) -> list[Option]:
+    """The options of ``others`` and, behind them, the best splits of ``problems`` under zero-bubble.
+
+    Raises:
+        ShardwrightError: there is none, ``schedule`` asks for one, and it is not that nothing fits at all.
+    """
+    asked = schedule == "zero-bubble"
+    unknown = next((lack for problem in problems if (lack := _without_parts(problem))), "")
+    if unknown:
+        if not asked:
+            return [*others]
+        remedy = (
+            "profile again with --split-backward (sw.profile(..., split_backward=True))"
+            if profile.of_model
+            else "give each unit backward_input_s and backward_weight_s"
+        )
+        raise ShardwrightError(
+            f"zero-bubble needs the two parts of each backward, and {profile.model} has none of {unknown}: {remedy}"
+        )
+    options, unfinished = solve_each([as_zero_bubble(problem) for problem in problems], profile, deadline_s)
+    options = [o for o in options if len(o.split.stages) > 1]
+    found = [o for o in options if divides(len(o.split.stages), o.problem.microbatches)]
+    if asked and not found and options:
+        stages, counts = len(options[0].split.stages), ", ".join(str(o.problem.microbatches) for o in options)
+        raise ShardwrightError(
+            f"{counts} micro-batches cannot go through {stages} stages in equal rounds, as PyTorch's zero-bubble "
+            f"schedule takes them: take a multiple of {stages}"
+        )
+    if asked and not found and others:
+        raise unfinished or ShardwrightError(
+            "no split into two stages or more under zero-bubble fits and has a smaller largest load than one device: "
+            "ask for --schedule 1f1b, which holds fewer micro-batches at once"
+        )
+    return [*others, *found]
+
+
+def _without_parts(problem: Problem) -> str:
+    """A unit, or glue, of whose backward the parts are not known."""
+    return next((name_of(block) for block in problem.blocks if not block.parts_s), "")
 
 
 def with_interleaved(
@@ -138,15 +245,18 @@ def _why_not(problems: Sequence[Problem]) -> ShardwrightError:
     )
 
 
-def better_of(options: Sequence[Option]) -> Option:
-    """The option with the shortest step; more replicas or stages a device have to be worth it: each adds messages."""
+def _kind(option: Option) -> tuple[int, int, bool]:
+    """By what options differ, the plainest first."""
+    return len(option.problem.replicas), option.problem.stages_per_device, is_zero_bubble(option)
 
-    def kind(option: Option) -> tuple[int, int]:
-        return len(option.problem.replicas), option.problem.stages_per_device
+
+def better_of(options: Sequence[Option]) -> Option:
+    """The option with the shortest step; more replicas or stages a device have to be worth it, which add messages, and
+    backwards in two parts, which hold more."""
 
     bests = [
-        min((option for option in options if kind(option) == one), key=lambda option: option.step_s)
-        for one in sorted(set(map(kind, options)))
+        min((option for option in options if _kind(option) == one), key=lambda option: option.step_s)
+        for one in sorted(set(map(_kind, options)))
     ]
     found = bests[0]
     for option in bests[1:]:
@@ -155,12 +265,12 @@ def better_of(options: Sequence[Option]) -> Option:
 
 
 def compared(chosen: Option, options: Sequence[Option]) -> OtherSchedule | None:
-    """The best of the ``options`` with another number of stages a device than ``chosen``; None if there is none."""
-    v, replicas = chosen.problem.stages_per_device, len(chosen.problem.replicas)
+    """The best of the ``options`` with another schedule than ``chosen``; None if there is none."""
+    replicas = len(chosen.problem.replicas)
     others = [
         option
         for option in options
-        if option.problem.stages_per_device != v
+        if _kind(option)[1:] != _kind(chosen)[1:]
         and len(option.split.stages) > 1
         and len(option.problem.replicas) == replicas
     ]

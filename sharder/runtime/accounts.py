@@ -32,6 +32,7 @@ _FIELDS: dict[What, str] = {
     "forward": "forward_s",
     "loss": "forward_s",
     "backward": "backward_s",
+    "backward of weights": "backward_s",
     "update": "update_s",
     "tie": "transfer_s",
     "sum": "transfer_s",
@@ -188,6 +189,10 @@ def predicted_slots(timeline: Timeline, costs: Sequence[StageCost], *, serial: b
 
     for slot in timeline.slots:
         at, number = (slot.device, slot.operation.stage), slot.operation.microbatch
+        if slot.operation.kind == "W":
+            add(*at, "backward of weights", number, slot.start_s, slot.end_s - slot.start_s)
+            free_s[slot.device] = slot.end_s
+            continue
         forward = slot.operation.kind == "F"
         into_s, out_s = _exchanged_s(costs, slot.operation.stage, forward=forward) if serial else (0.0, 0.0)
         crossing = "activations" if forward else "gradients"
@@ -229,6 +234,7 @@ def measured_costs(slots: Sequence[Slot], plan: Plan, step_s: float) -> tuple[St
     """
     microbatches, replicas, depth = plan.microbatches, plan.replicas, plan.depth
     operations = microbatches * (1 + plan.train) * plan.stages_per_device
+    parted = plan.schedule == "zero-bubble"
 
     def spent_s(stage: int, *what: What) -> float:
         return sum(slot.duration_s for slot in slots if slot.stage == stage and slot.what in what)
@@ -240,7 +246,9 @@ def measured_costs(slots: Sequence[Slot], plan: Plan, step_s: float) -> tuple[St
     return tuple(
         StageCost(
             forward_s=spent_s(stage, "forward", "loss") / microbatches,
-            backward_s=spent_s(stage, "backward") / microbatches,
+            backward_s=spent_s(stage, "backward", "backward of weights") / microbatches,
+            backward_input_s=spent_s(stage, "backward") / microbatches if parted else None,
+            backward_weight_s=spent_s(stage, "backward of weights") / microbatches if parted else None,
             update_s=spent_s(stage, "update") / replicas,
             send_forward_s=spent_s(stage, "send activations") / microbatches,
             receive_backward_s=spent_s(stage, "receive gradients") / microbatches,
@@ -319,11 +327,13 @@ def _changes(plan: Plan) -> list[_Change]:
     """Every cost that may be off: of a device, or of the link from it to the next."""
     found = []
     count, last = plan.depth, len(plan.stages) - 1
+    parted = plan.schedule == "zero-bubble"
+    backwards = ("backward_input_s", "backward_weight_s") if parted else ("backward_s",)
     for position, device in enumerate(plan.pipelines[0]):
         mine = range(position, len(plan.stages), count)
         found += [
             _Change("forward", (device,), tuple((stage, "forward_s") for stage in mine)),
-            _Change("backward", (device,), tuple((stage, "backward_s") for stage in mine)),
+            _Change("backward", (device,), tuple((stage, part) for stage in mine for part in backwards)),
             _Change("update", (device,), tuple((stage, "update_s") for stage in mine)),
             _Change("ties", (device,), tuple((stage, "tie_s") for stage in mine)),
             _Change("engine", (device,), tuple((stage, "engine_s") for stage in mine for _ in range(1 + plan.train))),

@@ -19,6 +19,7 @@ __all__ = ["trace_of", "write_trace"]
 _NAMES: dict[What, str] = {
     "forward": "F",
     "backward": "B",
+    "backward of weights": "W",
     "loss": "loss",
     "update": "update",
     "tie": "tie",
@@ -76,7 +77,7 @@ def _event(process: int, slot: Slot, depth: int, *, interleaved: bool) -> dict[s
     start_ns, end_ns = round(slot.start_s * 1e9), round(slot.end_s * 1e9)
     number = "" if slot.microbatch is None or slot.what == "wait" else str(slot.microbatch)
     # As PyTorch's own schedules are written, 2F0 is the forward of micro-batch 0 on stage 2.
-    stage = str(slot.stage) if interleaved and slot.what in ("forward", "backward") else ""
+    stage = str(slot.stage) if interleaved and slot.what in ("forward", "backward", "backward of weights") else ""
     return {
         "name": stage + _NAMES[slot.what] + number,
         "cat": "transfer" if slot.what.startswith(("send", "receive", "tie", "sum")) else slot.what,

@@ -20,6 +20,7 @@ from torch.distributed.pipelining import (
     Schedule1F1B,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
     ScheduleLoopedBFS,
     _utils,
 )
@@ -27,8 +28,10 @@ from torch.distributed.pipelining.microbatch import TensorChunkSpec, _Replicate
 
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.plan import Plan
+from shardwright.sharder.planning.zero_bubble import divides
 from shardwright.sharder.runtime.cut import StageProgram, trainable
 from shardwright.sharder.runtime.hosted import HOST, HostedStage
+from shardwright.sharder.runtime.parted_stage import PartedStage
 from shardwright.sharder.runtime.recompute import RecomputedStage
 
 __all__ = [
@@ -44,7 +47,7 @@ __all__ = [
 ]
 
 
-Schedule = Schedule1F1B | ScheduleGPipe | ScheduleInterleaved1F1B | ScheduleLoopedBFS
+Schedule = Schedule1F1B | ScheduleGPipe | ScheduleInterleaved1F1B | ScheduleInterleavedZeroBubble | ScheduleLoopedBFS
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,12 @@ def make_stage(
     group: dist.ProcessGroup | None = None,
     *,
     hosted: bool = False,
+    parted: bool = False,
 ) -> PipelineStage:
     """``program``, with ``module`` to compute it on ``device``, as one of ``stages`` that go around ``group``'s ranks.
 
     The stage's ``submod`` is ``module``, or what computes it anew in the backward, or what keeps it ``hosted``: on its
-    device with its messages in the host's memory.
+    device with its messages in the host's memory. If ``parted`` its backward can be in two parts.
     """
     if program.recompute:
         module = RecomputedStage(module, program.index, device)
@@ -112,7 +116,8 @@ def make_stage(
     outputs = tuple(shape.example() for shape in program.outputs)
     if hosted:
         module, device = HostedStage(module, device, last=program.index == stages - 1), HOST
-    return PipelineStage(module, program.index, stages, device, input_args=examples, output_args=outputs, group=group)
+    kind = PartedStage if parted else PipelineStage
+    return kind(module, program.index, stages, device, input_args=examples, output_args=outputs, group=group)
 
 
 def make_schedule(
@@ -126,7 +131,8 @@ def make_schedule(
 
     Several stages a process go by interleaved 1F1B where it can divide the micro-batches into equal rounds, and else by
     looped breadth first, which is GPipe for them: all micro-batches through one stage, then through the next
-    (Lamy-Poirier, "Breadth-first pipeline parallelism", MLSys 2023).
+    (Lamy-Poirier, "Breadth-first pipeline parallelism", MLSys 2023). Zero-bubble, for stages that are parted, takes
+    equal rounds too; where there are none it is 1F1B, and without a loss there is nothing to divide.
 
     Args:
         kind: of problem.Schedule.
@@ -150,6 +156,8 @@ def make_schedule(
         looped = ScheduleLoopedBFS(list(stages), **options)
         looped._args_chunk_spec = chunks if first else None
         return looped
+    if kind == "zero-bubble" and loss is not None and divides(stages[0].num_stages, microbatches):
+        return ScheduleInterleavedZeroBubble(list(stages), **options)
     return ScheduleGPipe(stages[0], **options) if kind == "gpipe" else Schedule1F1B(stages[0], **options)
 
 

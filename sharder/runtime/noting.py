@@ -1,9 +1,9 @@
 """Notes of a step: when a stage computed, waited for a message, and came to one.
 
 The seam is where PyTorch's engine meets a stage: its schedules call the stage's ``forward_one_chunk`` and
-``backward_one_chunk``, ask it for the operations of each message, and post and await those through two functions of
-their module. While a step is noted these are wrapped, and afterwards they are what they were; a step that is timed
-never meets a wrapper. The same names serve torch 2.11 and 2.13.
+``backward_one_chunk``, under zero-bubble ``backward_weight_one_chunk`` too, ask it for the operations of each message,
+and post and await those through two functions of their module. While a step is noted these are wrapped, and afterwards
+they are what they were; a step that is timed never meets a wrapper. The same names serve torch 2.11 and 2.13.
 
 Times are of the host's ``time.perf_counter``, which all processes of one host share, so CPU workers need no offset. A
 GPU runs behind its host: events are recorded on its stream, and one synchronisation before the step ties them to the
@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, schedules
 
 from shardwright.sharder.runtime.accounts import Mark, Noted
+from shardwright.sharder.runtime.parted_stage import PartedStage
 from shardwright.sharder.runtime.record import What
 
 __all__ = ["Clock", "HostClock", "Notes", "StreamClock"]
@@ -143,6 +144,9 @@ class Notes:
                 self._wrap(wrapped, stage, "forward_one_chunk", partial(self._in_slot, "forward", piece))
                 if train:  # without it the engine calls a backward that does nothing
                     self._wrap(wrapped, stage, "backward_one_chunk", partial(self._in_slot, "backward", piece))
+                    if isinstance(stage, PartedStage):
+                        weights = partial(self._in_slot, "backward of weights", piece)
+                        self._wrap(wrapped, stage, "backward_weight_one_chunk", weights)
                 for name, what in _MESSAGES.items():
                     self._wrap(wrapped, stage, name, partial(self._labelled, what, piece))
             self._wrap(wrapped, schedules, "_batch_p2p", self._posted)

@@ -164,11 +164,11 @@ def hold_stages(job: Job, programs: Sequence[StageProgram], inputs: tuple[Tensor
         return
     ranks, group, shared = groups.ranks[replica], groups.of_replica[replica], by_replica[replica]
     stages = tuple(
-        make_stage(program, stage, job.stages, device, group, hosted=job.hosted)
+        make_stage(program, stage, job.stages, device, group, hosted=job.hosted, parted=job.schedule == "zero-bubble")
         for program, stage in zip(programs, share.modules, strict=True)
     )
-    # The engine of several stages a process finds the ranks by itself, in rising order.
-    assert len(stages) == 1 or list(ranks) == sorted(ranks)
+    # The engine of several stages a process, and of zero-bubble, finds the ranks by itself, in rising order.
+    assert (len(stages) == 1 and job.schedule != "zero-bubble") or list(ranks) == sorted(ranks)
     for stage in stages:
         # PyTorch numbers the ranks of a group in rising order, whatever the order of the devices is.
         stage.stage_index_to_group_rank = {

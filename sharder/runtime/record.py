@@ -29,6 +29,7 @@ What = Literal[
     "forward",
     "loss",
     "backward",
+    "backward of weights",
     "update",
     "tie",
     "sum",

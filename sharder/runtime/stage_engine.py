@@ -38,13 +38,14 @@ class StageEngine:
         self.form, self.division, self.ranks = form, division, ranks
         self._loss: Callable[[Any, int], Tensor] | None = None
         self._outputs: list[Any] = []
-        count = len(plan.stages)
+        count, parted = len(plan.stages), plan.schedule == "zero-bubble"
         self.stages = [
-            make_stage(program, module, count, ranks.device, ranks.pipe, hosted=ranks.hosted)
+            make_stage(program, module, count, ranks.device, ranks.pipe, hosted=ranks.hosted, parted=parted)
             for program, module in zip(form.programs, form.modules, strict=True)
         ]
         # With fewer micro-batches than stages 1F1B has nothing to alternate with, and the engine refuses it.
-        kind = "gpipe" if plan.schedule == "1f1b" and (not train or division.pieces < count) else plan.schedule
+        few = plan.schedule in ("1f1b", "zero-bubble") and (not train or division.pieces < count)
+        kind = "gpipe" if few else plan.schedule
         self.schedule = make_schedule(self.stages, kind, division.pieces, self._of_chunk if train else None, batched)
         self._numbers = torch.arange(division.pieces)
 
