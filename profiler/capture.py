@@ -125,15 +125,8 @@ def _captures(
             if other:
                 raise ShardwrightError(other)
             if len(counts) > 1 and has_values(sample.model):
-                every = any(capture.units_read_numbers for capture in captures.values())
                 check_divisible(
-                    sample.model,
-                    sample.args,
-                    sample.kwargs,
-                    counts[-1],
-                    sample.found,
-                    every=every,
-                    known=sample.smallest,
+                    sample.model, sample.args, sample.kwargs, counts[-1], sample.found, known=sample.smallest
                 )
             return {count: captures[count] for count in counts}, ""
         reason = obstacles[0]
@@ -216,7 +209,6 @@ def check_divisible(
     count: int,
     found: Snapshot | None = None,
     *,
-    every: bool = True,
     known: Sequence[list[Tensor]] = (),
 ) -> None:
     """Refuse a model whose result depends on how the batch is divided.
@@ -224,17 +216,12 @@ def check_divisible(
     Compared in evaluation, where batch normalisation treats each sample alone; a model that draws numbers even there
     cannot be compared and passes.
 
-    Where no values decide inside of units what is computed, all micro-batches, being of one size, go through the same
-    operators, and only their place in the batch sets them apart. Two tell then: a result that takes later samples into
-    account is another in the first, which has none behind it; one that takes earlier samples into account, or the place
-    in the batch, is another in the last; and one that takes all of them is another in both. A table by the place
-    that repeats itself hides there only if the batch is no multiple of its period.
+    All micro-batches are compared: where each of two has the longest sample of the batch, the two tell nothing of a
+    model that divides by the greatest length.
 
     Args:
         count: how many micro-batches there are.
         found: the model as it is now, where that is known from earlier.
-        every: compare all micro-batches, as values may decide: the longest sample of each, say. Else the first and the
-            last.
         known: what the first micro-batch is known to give, if it is: its outputs, as the only item.
 
     Raises:
@@ -246,10 +233,9 @@ def check_divisible(
 
     def compared(first: Sequence[list[Tensor]]) -> tuple[list[Tensor], dict[int, float]]:
         pieces = list(all_microbatches(*copied_inputs(args, kwargs), count))
-        chosen = pieces if every or count < 2 else [pieces[0], pieces[-1]]
         expected = run(copied_inputs(args, kwargs))
-        parts = [*first, *map(run, chosen[len(first) :])]
-        return expected, _differences(expected, parts, batch_size(args, kwargs), count)
+        parts = [*first, *map(run, pieces[len(first) :])]
+        return expected, _differences(expected, parts, batch_size(args, kwargs))
 
     with evaluating(model, found), torch.no_grad():
         expected, differences = compared(known)
@@ -263,21 +249,14 @@ def check_divisible(
             )
 
 
-def _differences(whole: list[Tensor], pieces: list[list[Tensor]], batch: int, count: int) -> dict[int, float]:
-    """By output, how far the pieces are from the whole batch's, where that is more than rounding.
-
-    Args:
-        pieces: the outputs of all micro-batches, or of the first and the last.
-        count: how many micro-batches the batch has.
-    """
-    size = batch // count
+def _differences(whole: list[Tensor], pieces: list[list[Tensor]], batch: int) -> dict[int, float]:
+    """By output, how far the pieces are from the whole batch's, where that is more than rounding."""
     found = {}
     for index, output in enumerate(whole):
         if is_batched(output, batch):
-            parts = [piece[index] for piece in pieces]
-            if len(parts) < count:  # beside what is known of the others, so that the scale is the whole batch's
-                parts.insert(1, output[size : batch - size])
-            alike = all(part.shape[1:] == output.shape[1:] for part in parts)
+            shape = batch // len(pieces), *output.shape[1:]
+            alike = all(len(piece) == len(whole) and piece[index].shape == shape for piece in pieces)
+            parts = [piece[index] for piece in pieces] if alike else []
             found[index] = relative_difference(output, torch.cat(parts)) if alike else float("inf")
     return {index: difference for index, difference in found.items() if difference > DIVISION_TOLERANCE}
 

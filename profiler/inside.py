@@ -69,7 +69,6 @@ class UnitWatcher(GraphWriter):
         self.handed: dict[int, Tensor] = {}
         self.hook_ids: set[int] = set()  # of the hooks that watch units
         self.reads_numbers = False
-        self.units_read_numbers = False
         self.told: Sources = frozenset()  # what the numbers follow from that it has read back to Python
 
     def _enter_unit(self, step: Step, arguments: Iterable[Tensor], modules: Iterable[nn.Module]) -> None:
@@ -99,7 +98,7 @@ class UnitWatcher(GraphWriter):
         sources = follows(func, map(self._sources_of, read)) | self.told
         if not made:
             self.told = sources
-            self.reads_numbers = self.units_read_numbers = True
+            self.reads_numbers = True
         for tensor in made:
             self.inside[tensor] = _Made(step.unit, sources)
 

@@ -137,10 +137,19 @@ def inputs_first(
     finally:
         for handle in handles:
             handle.remove()
-    made = [(p, g) for p, g in zip(at_once, found[len(inputs) :], strict=True) if g is not None]
-    if made:
-        torch.autograd.backward([p for p, _ in made], [g for _, g in made])
+    for parameter, gradient in zip(at_once, found[len(inputs) :], strict=True):
+        if gradient is not None:
+            _accumulate(parameter, gradient)
     return tuple(found[: len(inputs)]), left
+
+
+def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
+    """Add a gradient that the parameter's own hooks have changed already."""
+    handle = get_gradient_edge(parameter).node.register_prehook(lambda _: (gradient,))
+    try:
+        torch.autograd.backward(parameter, gradient)
+    finally:
+        handle.remove()
 
 
 def _users(roots: Iterable[Node]) -> _Users:

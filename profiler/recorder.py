@@ -300,7 +300,6 @@ class Recorder(UnitWatcher, TorchFunctionMode):
             self.observed.operations.append(operation)
             if decides_by_values(operation.name):
                 self.reads_numbers = True
-                self.units_read_numbers |= self.observed.kind == "unit"
 
     def _saved(self, tensor: Tensor) -> Tensor:
         """Count a tensor that autograd keeps, once by storage."""
@@ -432,7 +431,6 @@ class Recorder(UnitWatcher, TorchFunctionMode):
             ties=self._ties(),
             saved_by={self.storages[key]: step.name for key, step in self.savers.items() if self.storages.get(key)},
             reads_numbers=self.reads_numbers,
-            units_read_numbers=self.units_read_numbers,
             obstacles=self._obstacles(),
             guards=[f"{function} at {site} gives {value}" for site, function, value in dict.fromkeys(self.guards)],
         )

@@ -127,8 +127,6 @@ class UnitGraph:
     """Values whose storage autograd keeps -> the step whose ``saved_bytes`` count it, the first to save it."""
     reads_numbers: bool = False
     """Whether anything in the forward, inside of units too, made a number of Python or a shape of tensors' values."""
-    units_read_numbers: bool = False
-    """Whether that is so inside of a unit, where nothing holds later inputs to the numbers that were read."""
     obstacles: list[str] = field(default_factory=list)
     """What the graph cannot represent faithfully, with file and line: such a model can be placed, not piped."""
 

@@ -66,7 +66,7 @@ def test_the_best_is_the_first_of_the_best_of_all(splits, below):
 
 
 def looked_at(problem, monkeypatch, time_limit_s):
-    """How many splits ``partition`` looks at when each look takes a second and all else next to nothing, and its answer."""
+    """How many splits ``partition`` looks at where each takes a second, all else next to nothing; and its answer."""
     now, asked = itertools.count(), itertools.count()
     seen = []
 

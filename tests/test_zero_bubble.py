@@ -113,6 +113,20 @@ def test_the_memory_of_any_number_of_stages_before_is_enough(chain_profile):
     assert all(one.memory_bytes >= other.memory_bytes for one, other in zip(result.stages, plain.stages, strict=True))
 
 
+def test_a_split_that_memory_forces_is_not_said_to_be_proven(chain_profile):
+    """Another number of stages, each of which holds less, might fit with smaller loads: the bound is that of room for
+    all."""
+    profile = in_parts(chain_profile(8, speed=FOUR))
+    roomy = plan(profile, microbatches=4, schedule="zero-bubble")
+    assert roomy.certificate.exact
+    least = min(stage.memory_bytes for stage in roomy.stages)
+    small = dict.fromkeys(("cpu:0", "cpu:1"), f"{least - 1}B")
+    tight = plan(profile, microbatches=4, schedule="zero-bubble", memory=small)
+    assert tight.certificate.value_s > roomy.certificate.value_s
+    assert not tight.certificate.exact
+    assert tight.certificate.bound_s == pytest.approx(roomy.certificate.value_s)
+
+
 def test_the_plan_says_why(chain_profile):
     """A smaller bubble for the same loads: the record agrees with its own simulation, and 1F1B is named beside it."""
     profile = in_parts(chain_profile(8, speed=FOUR))
@@ -166,7 +180,7 @@ def test_auto_knows_no_parts_where_there_are_none(chain_profile):
     """An older profile is weighed without them; asked for, they are missed in one line with the remedy."""
     profile = chain_profile(5, speed=FOUR)
     assert not any(c.zero_bubble for c in plan(profile, microbatches=4, schedule="auto").candidates)
-    with pytest.raises(ShardwrightError, match=r"has none of net.u0: profile again with --split-backward") as error:
+    with pytest.raises(ShardwrightError, match=r"lacks those of net.u0: profile again with --split-backward") as error:
         plan(profile.model_copy(update={"structure": "x"}), microbatches=4, schedule="zero-bubble")
     assert "\n" not in str(error.value)
     with pytest.raises(ShardwrightError, match=r"give each unit backward_input_s and backward_weight_s"):
@@ -182,7 +196,7 @@ def test_auto_knows_no_parts_where_there_are_none(chain_profile):
         ({"transfers": "staged"}, "does not go with staged transfers"),
         ({"recompute": "always"}, "does not go with stages that are computed anew"),
         ({"replicas": 2}, "does not go with 2 replicas"),
-        ({"microbatches": 1}, "into two stages or more under zero-bubble fits"),
+        ({"microbatches": 1}, "into two stages or more under zero-bubble was found to fit"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(chain_profile, asked, words):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import time
 from collections.abc import Sequence
 from typing import Literal, get_args
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.interleave import possible_devices
+from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.plan import WORTHWHILE, Objective, OtherSchedule
 from shardwright.sharder.planning.pricing import Option, solve_each
 from shardwright.sharder.planning.problem import Problem, Recompute, Transfers
 from shardwright.sharder.planning.replicas import Replicas
+from shardwright.sharder.planning.search import ROUNDING, simple_bound_s
 from shardwright.sharder.planning.stage_costs import shares_of
 from shardwright.sharder.planning.transfers import traffic_of
 from shardwright.sharder.planning.words import name_of
@@ -35,6 +39,9 @@ Wanted = Literal["1f1b", "gpipe", "interleaved", "zero-bubble", "auto"]
 """``"auto"``: 1F1B, interleaved, or zero-bubble where the profile has the parts of backwards, whichever has the shorter
 step."""
 WORDS = get_args(Wanted)
+ROOM_FOR_ALL = 2**62
+MOMENT_S = 0.5
+"""So long at least is looked for a bound."""
 
 
 def pieces_asked(
@@ -150,10 +157,10 @@ def with_zero_bubble(
             else "give each unit backward_input_s and backward_weight_s"
         )
         raise ShardwrightError(
-            f"zero-bubble needs the two parts of each backward, and {profile.model} has none of {unknown}: {remedy}"
+            f"zero-bubble needs the two parts of each backward, and {profile.model} lacks those of {unknown}: {remedy}"
         )
     options, unfinished = solve_each([as_zero_bubble(problem) for problem in problems], profile, deadline_s)
-    options = [o for o in options if len(o.split.stages) > 1]
+    options = [_as_proven(o, deadline_s) for o in options if len(o.split.stages) > 1]
     found = [o for o in options if divides(len(o.split.stages), o.problem.microbatches)]
     if asked and not found and options:
         stages, counts = len(options[0].split.stages), ", ".join(str(o.problem.microbatches) for o in options)
@@ -163,10 +170,32 @@ def with_zero_bubble(
         )
     if asked and not found and others:
         raise unfinished or ShardwrightError(
-            "no split into two stages or more under zero-bubble fits and has a smaller largest load than one device: "
+            "no split into two stages or more under zero-bubble was found to fit, each counted at the place in the "
+            "pipeline that holds most, with a smaller largest load than one device: "
             "ask for --schedule 1f1b, which holds fewer micro-batches at once"
         )
     return [*others, *found]
+
+
+def _as_proven(option: Option, deadline_s: float) -> Option:
+    """The option with a bound on all splits, however many stages they have.
+
+    Which stages fit depends on how many there are: the search takes each to be where it holds most, so that its own
+    bound is on splits that fit there. A bound on all is that of devices with room for anything.
+    """
+    problem, split = option.problem, option.split
+    if problem.most_stages < 3:  # there is one place each
+        return option
+    roomy = dataclasses.replace(problem, caps=(ROOM_FOR_ALL,) * len(problem.devices))
+    left_s = max(MOMENT_S, (deadline_s - time.monotonic()) / 4)
+    bound_s = simple_bound_s(roomy)
+    with contextlib.suppress(ShardwrightError):  # nothing was found in the time
+        found = partition(roomy, time_limit_s=left_s)
+        bound_s = bound_s if found is None else found.bound_s
+    bound_s = min(bound_s, split.value_s)
+    exact = split.exact and bound_s >= split.value_s * (1 - ROUNDING)
+    proven = dataclasses.replace(split, bound_s=split.value_s if exact else bound_s, exact=exact)
+    return dataclasses.replace(option, split=proven)
 
 
 def _without_parts(problem: Problem) -> str:
