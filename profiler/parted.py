@@ -137,9 +137,9 @@ def inputs_first(
     finally:
         for handle in handles:
             handle.remove()
-    for parameter, gradient in zip(at_once, found[len(inputs) :], strict=True):
-        if gradient is not None:
-            _accumulate(parameter, gradient)
+    for parameter, made in zip(at_once, found[len(inputs) :], strict=True):
+        if made is not None:
+            _accumulate(parameter, made)
     return tuple(found[: len(inputs)]), left
 
 
