@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import random
 import tracemalloc
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_mincut import alike
-from test_partition import antichain, brute_force, problems
+from test_partition import antichain, block, brute_force, chain, problems
 from test_shifting import plain, tangled
 
 from shardwright.sharder.planning import ceilings, shifting
@@ -149,8 +150,11 @@ def test_too_few_steps_and_no_time_leave_it_open():
     below = optimum.value_s * 0.999
     assert Asked(Listing(problem), alike_rows(3), below).stages(MANY) is None
     for some in (False, True):
+        asked = Asked(Listing(problem), alike_rows(3), below)
         with pytest.raises(UndecidedError):
-            Asked(Listing(problem), alike_rows(3), below).stages(5, some=some)
+            asked.stages(5, some=some)
+    with pytest.raises(UndecidedError):  # that it has gone on with some of the sets
+        asked.stages(MANY)
     with pytest.raises(OutOfTimeError):
         Asked(Listing(problem, lambda: True), alike_rows(3), below).stages(MANY)
     with pytest.raises(TooManyError) as error:
@@ -303,6 +307,25 @@ def test_wide_graphs_on_devices_that_differ_are_split_exactly(seed, monkeypatch)
     assert {d for d, _ in cut.stages} == {0, 1, 2}
 
 
+@pytest.mark.parametrize("slow", [1e-2, 1e-6, 1e-8])
+def test_rounding_hides_no_split_on_devices_that_are_far_slower(slow):
+    """Every device has blocks that take a second there: that split is found at a ceiling just above its load."""
+    for seed in range(20):
+        random_ = random.Random(seed)
+        speeds = (1.0, slow * random_.uniform(0.5, 2), slow * random_.uniform(0.5, 2), random_.uniform(0.5, 2))
+        rows = []
+        for own in speeds:
+            part = random_.random()
+            shares = (part, 1 - part) if rows else (part, 1 - part, 0.0)
+            rows += [tuple(share * own / speed for speed in speeds) for share in shares]
+        blocks = tuple(dataclasses.replace(block(0.0, 4), forward_s=times, units=("u",)) for times in rows)
+        problem = dataclasses.replace(chain([1.0] * 9, 4), crossings=(), blocks=blocks)
+        value_s = max(stage_loads(problem, [(0, 7), *((d, 6 << 2 * d) for d in range(1, 4))]))
+        listed = ceilings._listed(problem, lambda: False)
+        for above in (1e-12, 1e-11, 1e-10, 1e-9):
+            assert Asked(*listed, value_s * (1 + above)).stages(MANY) is not None
+
+
 def test_orders_of_devices_are_told_apart_by_their_times():
     """Two kinds of two devices have six orders, and more of fewer devices; too many differ for any to be asked for."""
     problem = tangled(0)
@@ -326,6 +349,9 @@ def test_orders_of_devices_are_told_apart_by_their_times():
     five = dataclasses.replace(four, devices=(*"abcde",), caps=problem.caps[:1] * 5)
     five = dataclasses.replace(five, links=((problem.links[0][1],) * 5,) * 5)
     assert not ceilings.can_list(in_proportion(five, (1.0, 2.0, 3.0, 4.0, 5.0)))
+    short = dataclasses.replace(five, microbatches=2)
+    assert ceilings.can_list(in_proportion(short, (1.0, 2.0, 3.0, 4.0, 5.0))) == (short.most_stages == 2)
+    assert ceilings._how_many_orders(in_proportion(five, (1.0, 2.0, 1.0, 2.0, 1.0))) == 10
 
 
 def test_other_transfers_have_none():

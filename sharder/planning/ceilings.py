@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from shardwright.sharder.planning.windows import Asked, Row, UndecidedError
 __all__ = ["Narrowed", "can_list", "narrowed", "within"]
 
 MOST_ORDERS = 24
-"""Of devices that differ, each of which is asked for by itself."""
+"""Of as many devices that differ as have a stage: each is asked for by itself, then those of fewer."""
 MOST_BLOCKS = 128
 """On devices that differ: of more there are too many sets for every order, and moves have the time rather."""
 STEPS = (2_000_000, 20_000_000, 150_000_000)
@@ -46,15 +47,13 @@ def can_list(problem: Problem) -> bool:
 
 
 def _how_many_orders(problem: Problem) -> int:
-    """Of the devices, those with the same times as one; 0 where they differ and are not asked for."""
+    """Of the devices, those with the same times as one, or one more than are asked for; 0 where none is."""
     classes = _classes(problem)
     if len(classes) == 1:
         return 1
     if not all(problem.total_s) or len(problem.blocks) > MOST_BLOCKS:
         return 0
-    same = math.prod(math.factorial(len(devices)) for devices in classes)
-    devices, stages = len(problem.devices), problem.most_stages
-    return math.perm(devices, stages) // (same if devices == stages else 1)
+    return sum(1 for _ in itertools.islice(_orders(classes, problem.most_stages), MOST_ORDERS + 1))
 
 
 def _classes(problem: Problem) -> list[list[int]]:
@@ -65,20 +64,21 @@ def _classes(problem: Problem) -> list[list[int]]:
     return list(classes.values())
 
 
+def _orders(classes: list[list[int]], count: int, taken: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
+    """Orders of so many devices that begin with those that are ``taken``; those of a class in the order given."""
+    if len(taken) == count:
+        yield taken
+        return
+    for class_ in classes:
+        following = next((d for d in class_ if d not in taken), None)
+        if following is not None:
+            yield from _orders(classes, count, (*taken, following))
+
+
 def _rows(problem: Problem, weights: Sequence[float]) -> list[Row]:
     """All orders of devices that are to be told apart, those with most of them first."""
     classes = _classes(problem)
-
-    def orders(taken: tuple[int, ...], count: int) -> Iterator[tuple[int, ...]]:
-        if len(taken) == count:
-            yield taken
-            return
-        for class_ in classes:
-            following = next((d for d in class_ if d not in taken), None)
-            if following is not None:
-                yield from orders((*taken, following), count)
-
-    every = (order for count in range(problem.most_stages, 0, -1) for order in orders((), count))
+    every = (order for count in range(problem.most_stages, 0, -1) for order in _orders(classes, count))
     return [Row(order, tuple(weights[d] for d in order)) for order in every]
 
 

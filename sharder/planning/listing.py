@@ -143,7 +143,7 @@ def words_of(blocks: Iterable[int]) -> Words:
 
 
 class Listing:
-    """The blocks of a problem whose devices are alike, and what listing has to know of them.
+    """The blocks of a problem whose devices are alike, or count so, and what listing has to know of them.
 
     Args:
         problem: transfers relayed and not overlapped; over each pair of devices a tensor counts as over the best.

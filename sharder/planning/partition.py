@@ -256,7 +256,7 @@ class _Best:
                 self.offer(stages)
         for stages in shifted(problem, best, self.bound_s, moves_over, start):
             self.offer(stages)
-        if len(classes) > 1:
+        if any(len(set(seconds)) > 1 for seconds in problem.seconds):
             self.bound_s = max(self.bound_s, differing_bound_s(problem, self.bound_s, self.value_s, moves_over))
         for stages in begun_afresh(problem, classes, device_orders, best, self.bound_s, moves_over):
             self.offer(stages)

@@ -63,7 +63,8 @@ class _NoneError(Exception):
 class _Chain:
     """The search for a chain of stages on devices of these ``weights``, with loads of ``ceiling_s`` at most.
 
-    Where there are too many sets it goes on with ``some`` of them, or gives up, and may be asked again with more steps.
+    Where there are too many sets it goes on with ``some`` of them, or gives up, and may be asked again with more steps;
+    what was gone on with some of them stays undecided.
     """
 
     def __init__(self, listing: Listing, weights: Sequence[float], ceiling_s: float) -> None:
@@ -82,6 +83,8 @@ class _Chain:
         Raises:
             UndecidedError: there may be one.
         """
+        if not self.complete:
+            raise UndecidedError
         self.steps, self.some = steps // self.listing.words, some
         with contextlib.suppress(_NoneError):
             self._narrow()
@@ -122,10 +125,17 @@ class _Chain:
         middle = range(self.left + 1, self.right)
         for cut in sorted(middle, key=lambda cut: min(cut - self.left, self.right - cut)):
             low, high = self._range(cut)
-            room = (high - low) / self._both(cut)  # as low is not above the start, nor the end above high
+            room = self._room(cut, low, high)
             if room < -self.listing.slack_s:
                 raise _NoneError
             self._raise_least(cut, low, high, room)
+
+    def _room(self, cut: int, low: float, high: float) -> float:
+        """What x of a cut in the middle is not above, as low is not above the start, nor the end above high.
+
+        What rounding may take from work is much in x where the devices of both stages have small weights.
+        """
+        return (high - low + 2 * self.listing.slack_s) / self._both(cut)
 
     def _raise_least(self, cut: int, low: float, high: float, room: float) -> None:
         allowed, steps = max(room / 16, self.least[cut]), min(QUICK_STEPS // self.listing.words, self.steps)
@@ -173,7 +183,7 @@ class _Chain:
         of the family.
         """
         low, high = self._range(cut)
-        most, weights = (high - low) / self._both(cut), self._beside_cut(cut)
+        most, weights = self._room(cut, low, high), self._beside_cut(cut)
         beside = self.cuts[self.left if from_left else self.right]
         if len(beside.work_s) > SMALL_FAMILY:
             try:
