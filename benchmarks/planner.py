@@ -146,6 +146,10 @@ def cases(*, quick: bool) -> Iterator[Case]:
         if devices == 16:
             speeds = [1.0] * 8 + [2.0] * 8
             yield Case("random, two kinds", problem_of(tangled(units, 40, random_), speeds, units))
+    for devices in () if quick else (2, 3, 4):
+        wide = layered(50, 12, random.Random(50)), tangled(50, 40, random.Random(50))
+        for name, graph in zip(("layered, 12 wide", "random, reach 40"), wide, strict=True):
+            yield Case(f"{name}, all differ", problem_of(graph, MIXED[:devices], 50))
     if not quick:  # nearly as many closed sets as are searched exactly
         yield Case("layered, 4 wide", problem_of(layered(101, 4, random.Random(101)), [1.0] * 8, 101))
 

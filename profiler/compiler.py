@@ -57,7 +57,7 @@ def uncompiled(function: Callable[Given, Result]) -> Callable[Given, Result]:
 def compiler_spared(mode: Mode) -> Mode:
     """A mode that keeps the compiler from looking into it, as PyTorch has it, but imports none in order to do so."""
     guarded: Any = mode.__torch_dispatch__
-    unguarded: Any = guarded.__wrapped__
+    unguarded: Any = getattr(guarded, "__wrapped__", guarded)  # a PyTorch that does not guard it has nothing to spare
 
     def dispatch(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return (guarded if _is_loaded() else unguarded)(self, func, types, args, kwargs)

@@ -11,7 +11,7 @@ from shardwright.sharder.planning.listing import Listing
 from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.relaxed import in_shares
 from shardwright.sharder.planning.search import OutOfTimeError, Stages, fluid_s
-from shardwright.sharder.planning.windows import Asked, Row, UndecidedError
+from shardwright.sharder.planning.windows import ChainSearch, Row, UndecidedError
 
 __all__ = ["Narrowed", "can_list", "narrowed", "within"]
 
@@ -111,7 +111,7 @@ def within(problem: Problem, ceiling_s: float, out_of_time: Callable[[], bool]) 
     try:
         if (listed := _listed(problem, out_of_time)) is None:
             return None
-        found = Asked(*listed, ceiling_s).stages(STEPS[0])
+        found = ChainSearch(*listed, ceiling_s).stages(STEPS[0])
     except (OutOfTimeError, UndecidedError):
         return None
     return Narrowed((), math.nextafter(ceiling_s, math.inf)) if found is None else Narrowed(found, 0.0)
@@ -140,7 +140,7 @@ def narrowed(
     if listed is None:
         return
     slack_s = 4 * listed[0].slack_s
-    asked: tuple[float, Asked] | None = None
+    asked: tuple[float, ChainSearch] | None = None
     for steps in STEPS:
         last = steps == STEPS[-1]
         undecided_s = math.inf
@@ -152,7 +152,7 @@ def narrowed(
                 # Where nothing can be proven a split may still be found.
                 some = last and undecided_s == math.inf
                 if asked is None or asked[0] != ceiling_s:
-                    asked = ceiling_s, Asked(*listed, ceiling_s)
+                    asked = ceiling_s, ChainSearch(*listed, ceiling_s)
                 found = asked[1].stages(steps, some=some)
             except OutOfTimeError:
                 return

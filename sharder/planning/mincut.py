@@ -40,7 +40,7 @@ def transfer_bound_s(problem: Problem, ceiling_s: float, out_of_time: Callable[[
     0 where the devices differ, as the work before a cut then depends on their order. Once it is ``out_of_time`` cuts
     count as what was found of them, and those that are left as free.
     """
-    if any(len(set(seconds)) > 1 for seconds in problem.seconds) or not 0 < ceiling_s < math.inf:
+    if problem.times_differ or not 0 < ceiling_s < math.inf:
         return 0.0
     work = np.array([seconds[0] for seconds in problem.seconds])
     needed, behind = _work_around(problem, work)

@@ -239,8 +239,8 @@ class _Best:
             spent: whether a share of the time has passed.
         """
         problem = self.problem
-        classes, device_orders = _classes(problem), _orders(problem)
-        shares = UNTIL_LISTED if can_list(problem) else UNTIL
+        classes, device_orders, listable = _classes(problem), _orders(problem), can_list(problem)
+        shares = UNTIL_LISTED if listable else UNTIL
         start = self.stages
         if not start:
             start, shares = self._make_room(spent), UNTIL_FITTED
@@ -256,7 +256,7 @@ class _Best:
                 self.offer(stages)
         for stages in shifted(problem, best, self.bound_s, moves_over, start):
             self.offer(stages)
-        if any(len(set(seconds)) > 1 for seconds in problem.seconds):
+        if problem.times_differ:
             self.bound_s = max(self.bound_s, differing_bound_s(problem, self.bound_s, self.value_s, moves_over))
         for stages in begun_afresh(problem, classes, device_orders, best, self.bound_s, moves_over):
             self.offer(stages)
@@ -269,7 +269,7 @@ class _Best:
             answered = True
             self.offer(found.stages)
             self.bound_s = max(self.bound_s, min(self.value_s, found.bound))
-        if can_list(problem) and self.stages:
+        if listable and self.stages:
             for stages in shifted(problem, best, self.bound_s, lists_over):
                 self.offer(stages)
         if not spent(1.0):

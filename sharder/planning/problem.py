@@ -244,6 +244,11 @@ class Problem:
     """By device: what a sum of gradients over the replicas takes at once, and bytes/s of it. See replicas.py."""
 
     @property
+    def times_differ(self) -> bool:
+        """Whether some block takes longer on one device than on another."""
+        return any(len(set(seconds)) > 1 for seconds in self.seconds)
+
+    @property
     def most_stages(self) -> int:
         """Stages that the devices allow, if interleaved rounds of them; 1F1B needs a micro-batch for every stage."""
         one_each = self.schedule in ("1f1b", "zero-bubble")

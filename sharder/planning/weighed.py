@@ -193,7 +193,7 @@ def _as_proven(option: Option, deadline_s: float) -> Option:
         found = partition(roomy, time_limit_s=left_s)
         bound_s = bound_s if found is None else found.bound_s
     bound_s = min(bound_s, split.value_s)
-    exact = split.exact and bound_s >= split.value_s * (1 - ROUNDING)
+    exact = bound_s >= split.value_s * (1 - ROUNDING)
     proven = dataclasses.replace(split, bound_s=split.value_s if exact else bound_s, exact=exact)
     return dataclasses.replace(option, split=proven)
 

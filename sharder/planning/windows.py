@@ -40,7 +40,7 @@ from shardwright.sharder.planning.listing import Cuts, Family, Listing, TooManyE
 from shardwright.sharder.planning.nesting import Floats, Indices, TooManyPairsError, within_each
 from shardwright.sharder.planning.search import Stages
 
-__all__ = ["Asked", "Row", "UndecidedError"]
+__all__ = ["ChainSearch", "Row", "UndecidedError"]
 
 QUICK_STEPS = 500_000
 """So many undecided sets are gone through for the least transfers of a cut, at some tenths of a microsecond each."""
@@ -262,7 +262,7 @@ class Row(NamedTuple):
     """Of each."""
 
 
-class Asked:
+class ChainSearch:
     """Whether there are chains below one ceiling; what was listed is kept should it be asked for again.
 
     Args:
