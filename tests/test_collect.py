@@ -226,9 +226,7 @@ def test_a_backward_in_two_parts_is_measured_when_asked_for(tmp_path):
     assert all(m.backward_input_s is None and m.backward_weight_s is None for m in plain.measurements)
     split = sw.profile(model, (x,), split_backward=True, **options)
     found = {m.node: m for m in split.measurements if m.microbatches == 2}
-    assert all(m.backward_input_s is not None for m in found.values())
-    assert found["0"].backward_input_s < found["0"].backward_weight_s  # its input has no gradient
-    assert found["1"].backward_weight_s < found["1"].backward_input_s  # it has no weights
+    assert all(m.backward_input_s is not None and m.backward_weight_s is not None for m in found.values())
     assert {node.name: node.deferred_bytes.get(2) for node in split.nodes if node.kind == "unit"} == {
         "0": 4 * 16 * 64,
         "1": 0,
