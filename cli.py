@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from shardwright.profiler.capture import Progress
     from shardwright.profiler.profile import Profile
     from shardwright.sharder.planning.plan import Objective
-    from shardwright.sharder.planning.problem import Recompute, Transfers
-    from shardwright.sharder.planning.weighed import Wanted
+    from shardwright.sharder.planning.problem import Recompute, Transfers, Wanted
 
 app = typer.Typer(
     name="shardwright",

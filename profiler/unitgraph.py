@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.operations import Operation
 from shardwright.profiler.profile import NodeKind
+from shardwright.profiler.replayed import Replayed
 from shardwright.profiler.structure import filled
 
 __all__ = [
@@ -145,9 +146,9 @@ class UnitGraph:
                 owner[node] = owner[next(iter(node.users))] if node.users else owner[node.args[0]]
         return owner
 
-    def module(self) -> fx.GraphModule:
+    def module(self) -> Replayed:
         """The graph over the model's own units: replays the captured forward on flat input tensors."""
-        return fx.GraphModule(graph_root(self.model, self.constants), self.graph)
+        return Replayed(graph_root(self.model, self.constants), self.graph)
 
 
 def graph_root(model: nn.Module, constants: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.planning.planner import plan
 from shardwright.sharder.planning.schedule import operations
-from shardwright.sharder.planning.weighed import as_zero_bubble
 from shardwright.sharder.planning.zero_bubble import divides, held_at_most, peak_bytes
+from shardwright.sharder.planning.zero_bubble_options import as_zero_bubble
 
 FOUR = dict.fromkeys(("cpu:0", "cpu:1", "cpu:2", "cpu:3"), 1.0)
 

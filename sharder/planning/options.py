@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
+from shardwright.sharder.planning.interleaved_options import with_interleaved
 from shardwright.sharder.planning.offload import Rates
 from shardwright.sharder.planning.offload import offload as offload_some
 from shardwright.sharder.planning.pricing import Option, price, solve_each
-from shardwright.sharder.planning.problem import Problem
+from shardwright.sharder.planning.problem import Problem, Wanted
 from shardwright.sharder.planning.replicas import Replicas, possible_replicas
-from shardwright.sharder.planning.weighed import Wanted, with_interleaved, with_zero_bubble
+from shardwright.sharder.planning.zero_bubble_options import with_zero_bubble
 
 __all__ = ["Asked", "nothing_fits", "options_of", "rates_of"]
 

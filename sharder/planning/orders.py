@@ -10,10 +10,10 @@ This proves nothing: the optimum may be along an order that is never drawn. The 
 
 from __future__ import annotations
 
-import heapq
 import random
 from collections.abc import Callable, Iterator, Sequence
 
+from shardwright.profiler.ordering import topological_order
 from shardwright.sharder.planning.line import split_line
 from shardwright.sharder.planning.problem import Problem, bits
 from shardwright.sharder.planning.search import Stages
@@ -26,22 +26,11 @@ PATIENCE = 200
 
 def topological(problem: Problem, keys: Sequence[float]) -> list[int]:
     """The blocks in a topological order, of those that are ready always one with the smallest key."""
-    waiting = [before.bit_count() for before in problem.predecessors]
-    successors: list[list[int]] = [[] for _ in problem.blocks]
+    after: dict[int, list[int]] = {v: [] for v in range(len(problem.blocks))}
     for v, before in enumerate(problem.predecessors):
         for u in bits(before):
-            successors[u].append(v)
-    ready = [(keys[v], v) for v, count in enumerate(waiting) if not count]
-    heapq.heapify(ready)
-    order = []
-    while ready:
-        _, v = heapq.heappop(ready)
-        order.append(v)
-        for w in successors[v]:
-            waiting[w] -= 1
-            if not waiting[w]:
-                heapq.heappush(ready, (keys[w], w))
-    return order
+            after[u].append(v)
+    return topological_order(after, lambda v: (keys[v], v))
 
 
 def best_of_orders(

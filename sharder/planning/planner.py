@@ -18,6 +18,7 @@ from shardwright.sharder.planning.alternatives import alternatives_of, kept_whol
 from shardwright.sharder.planning.blocks import problem_from_graph
 from shardwright.sharder.planning.changes import changes_tried
 from shardwright.sharder.planning.explain import certify, gap_percent
+from shardwright.sharder.planning.interleaved_options import pieces_asked
 from shardwright.sharder.planning.options import Asked, nothing_fits, options_of, rates_of
 from shardwright.sharder.planning.pins import prices_of_pins
 from shardwright.sharder.planning.plan import (
@@ -31,18 +32,12 @@ from shardwright.sharder.planning.plan import (
     Prediction,
 )
 from shardwright.sharder.planning.pricing import Option, baseline_of, noise_s, solve
-from shardwright.sharder.planning.problem import Problem, Recompute, Schedule, Transfers
+from shardwright.sharder.planning.problem import Problem, Recompute, Schedule, Transfers, Wanted
 from shardwright.sharder.planning.recorded import makers_of_numbers, split_ties, stage_of_nodes, stages_of
 from shardwright.sharder.planning.replicas import Replicas, on_mesh_of, replicas_asked
 from shardwright.sharder.planning.sensitivity import rivals_of, sensitivity_of
-from shardwright.sharder.planning.weighed import (
-    Wanted,
-    better_of,
-    compared,
-    is_zero_bubble,
-    parted_asked,
-    pieces_asked,
-)
+from shardwright.sharder.planning.weighed import better_of, compared
+from shardwright.sharder.planning.zero_bubble_options import is_zero_bubble, parted_asked
 
 if TYPE_CHECKING:
     import networkx as nx

@@ -101,6 +101,7 @@ __all__ = [
     "Schedule",
     "Tie",
     "Transfers",
+    "Wanted",
     "bits",
     "in_flight",
     "slowest",
@@ -108,6 +109,9 @@ __all__ = [
 
 Recompute = Literal["auto", "never", "always"]
 Schedule = Literal["1f1b", "gpipe", "interleaved", "zero-bubble"]
+Wanted = Literal["1f1b", "gpipe", "interleaved", "zero-bubble", "auto"]
+"""``"auto"``: 1F1B, interleaved, or zero-bubble where the profile has the parts of backwards, whichever has the shorter
+step."""
 Transfers = Literal["relayed", "staged", "direct"]
 Link = tuple[float, float]
 """Latency in s, bandwidth in bytes/s."""

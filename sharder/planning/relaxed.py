@@ -92,6 +92,7 @@ def with_another(problem: Problem, device: int) -> Problem:
             allowed=(*b.allowed, b.allowed[device]),
             unfit=(*b.unfit, b.unfit[device]) if b.unfit else (),
             recompute_s=(*b.recompute_s, b.recompute_s[device]) if b.recompute_s else (),
+            parts_s=(*b.parts_s, b.parts_s[device]) if b.parts_s else (),
         )
         for b in problem.blocks
     )
@@ -121,6 +122,7 @@ def with_smaller_microbatches(problem: Problem, factor: int) -> Problem:
             forward_s=tuple(s / factor for s in b.forward_s),
             backward_s=tuple(s / factor for s in b.backward_s),
             recompute_s=tuple(s / factor for s in b.recompute_s),
+            parts_s=tuple((inputs / factor, weights / factor) for inputs, weights in b.parts_s),
         )
         for b in problem.blocks
     )

@@ -251,6 +251,7 @@ def _drawn(problem: Problem, draws: _Draws, draw: int) -> Problem:
                 backward_s=tuple(s * f for s, f in zip(block.backward_s, factors, strict=True)),
                 update_s=tuple(s * f for s, f in zip(block.update_s, factors, strict=True)),
                 recompute_s=tuple(s * f for s, f in zip(block.recompute_s, factors, strict=bool(block.recompute_s))),
+                parts_s=tuple((i * f, w * f) for (i, w), f in zip(block.parts_s, factors, strict=bool(block.parts_s))),
             )
         )
     return dataclasses.replace(problem, blocks=tuple(blocks))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.replayed import Replayed
 from shardwright.profiler.unitgraph import Step, UnitGraph, Value, graph_root
 from shardwright.sharder.planning.plan import Plan
 
@@ -67,7 +68,7 @@ class StageProgram:
         """The same with other ``attributes``."""
         return replace(self, attributes=attributes)
 
-    def module(self, device: torch.device | None = None) -> fx.GraphModule:
+    def module(self, device: torch.device | None = None) -> Replayed:
         """The stage as a module: takes its inputs in order, returns the tuple of its outputs.
 
         Args:
@@ -84,7 +85,7 @@ class StageProgram:
                 op, target, mapped_arguments(args, resolve), mapped_arguments(kwargs, resolve), name
             )
         graph.lint()
-        return fx.GraphModule(self.attributes, graph)
+        return Replayed(self.attributes, graph)
 
 
 class Share:
@@ -106,7 +107,7 @@ class Share:
         for name in called:
             graph.get_attr(name)
         graph.output(None)
-        self.whole = fx.GraphModule(called, graph).to(device)
+        self.whole = Replayed(called, graph).to(device)
         moved = {name: attrgetter(name)(self.whole) for name in called}
         self.modules = [p.calling({name: moved[name] for name in p.attributes}).module(device) for p in programs]
 

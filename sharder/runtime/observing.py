@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.distributed.pipelining import PipelineStage
 
 from shardwright.profiler.inputs import outputs_of
+from shardwright.profiler.replayed import Replayed, graph_of
 
 __all__ = ["Key", "Seen", "direct", "hands_on", "observed"]
 
@@ -51,8 +52,8 @@ def hands_on(tensor: Tensor, given: Given) -> bool:
 class _Observer(fx.Interpreter):
     """Runs a stage's graph and shows what each node makes."""
 
-    def __init__(self, module: fx.GraphModule, watch: _Watch) -> None:
-        super().__init__(module)
+    def __init__(self, module: Replayed, watch: _Watch) -> None:
+        super().__init__(module, graph=graph_of(module))
         self.watch = watch
 
     def run_node(self, n: fx.Node) -> Any:
@@ -99,7 +100,7 @@ class _Watch:
 def observed(stage: PipelineStage, wanted: frozenset[str], seen: Seen, *, gradients: bool) -> Iterator[None]:
     """Have ``seen`` filled in this block with what the ``wanted`` steps of ``stage`` make, or with its gradients."""
     module: nn.Module = stage.submod
-    graph = next(inner for inner in module.modules() if isinstance(inner, fx.GraphModule))
+    graph = next(inner for inner in module.modules() if isinstance(inner, Replayed))
     watch = _Watch(stage.stage_index, wanted, seen, gradients=gradients)
     hooks = [module.register_forward_pre_hook(watch.enter), module.register_forward_hook(watch.leave)]
     graph.forward = lambda *received: _Observer(graph, watch).run(*received)  # of this one module, not of its class

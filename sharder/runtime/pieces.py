@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from shardwright.profiler.replayed import Replayed
 from shardwright.sharder.runtime.cut import Reference, StageProgram, mapped_arguments, on_device
 from shardwright.sharder.runtime.recompute import Recomputation, Turns
 
@@ -56,7 +57,7 @@ class Stage:
                 nodes[name] = graph.create_node(op, target, *arguments, name)
         graph.lint()
         units = {name: held for name, held in program.attributes.items() if not isinstance(held, Tensor)}
-        self._run = fx.GraphModule(units, graph).forward  # called as a module it would cut off tracebacks
+        self._run = Replayed(units, graph).forward  # called as a module it would cut off tracebacks
         modules = {name: module for name, module in units.items() if isinstance(module, nn.Module)}
         self._turns = Turns(device, shared=True, modules=modules.values()) if in_turn else None
         self._anew: Recomputation | None = None
