@@ -128,8 +128,8 @@ def test_there_is_a_chain_just_where_there_is_a_split(problem):
 @often
 @given(problems(), st.sampled_from([1.0, 1.05, 1.5]), st.sampled_from([3, MANY]))
 def test_bounds_are_never_above_the_optimum(problem, share, most_listed):
-    """Whatever links, ties, caps and pins there are, and whether sets are too many or not."""
-    problem = dataclasses.replace(alike(problem), transfers="relayed", overlap=False)
+    """Whatever transfers, links, ties, caps and pins there are, and whether sets are too many or not."""
+    problem = alike(problem)
     expected = brute_force(problem)
     assume(0 < expected < math.inf)
     kept, listing_module.MOST_LISTED = listing_module.MOST_LISTED, most_listed
@@ -237,6 +237,18 @@ def test_wide_graphs_beyond_the_limit_are_split_exactly(seed, monkeypatch):
     assert cut.bound_s == pytest.approx(exact.bound_s, rel=1e-9)
 
 
+@pytest.mark.parametrize("transfers", ["staged", "direct", "relayed"])
+def test_work_alone_is_split_exactly_whatever_the_transfers(transfers, monkeypatch):
+    """Where they take no time, or less than the compute that they are beside, lists of work prove the optimum."""
+    monkeypatch.setattr(shifting, "PATIENCE", 2)
+    problem = dataclasses.replace(tangled(0, units=16), transfers=transfers, overlap=transfers == "relayed")
+    if not problem.overlap:
+        problem = dataclasses.replace(problem, crossings=())
+    exact, cut = partition(problem), partition(problem, limit=30)
+    assert (cut.exact, exact.exact) == (True, True)
+    assert cut.value_s == pytest.approx(exact.value_s, rel=1e-9)
+
+
 @settings(max_examples=60, derandomize=True, deadline=None)
 @given(
     st.floats(0.001, 1000.0),
@@ -277,8 +289,7 @@ def test_ceilings_lie_between_what_is_known_and_come_to_an_end(value_s, share, a
 @often
 @given(problems(), st.sampled_from([1.0, 1.05, 1.5]))
 def test_bounds_of_devices_that_differ_are_never_above_the_optimum(problem, share):
-    """With times in proportion or not, and whatever links, ties, caps and pins there are."""
-    problem = dataclasses.replace(problem, transfers="relayed", overlap=False)
+    """With times in proportion or not, and whatever transfers, links, ties, caps and pins there are."""
     expected = brute_force(problem)
     assume(0 < expected < math.inf)
     ticks = itertools.count()
@@ -353,12 +364,3 @@ def test_orders_of_devices_are_told_apart_by_their_times():
     assert short.most_stages == 2  # in twenty orders
     assert ceilings.can_list(in_proportion(short, (1.0, 2.0, 3.0, 4.0, 5.0)))
     assert ceilings._how_many_orders(in_proportion(five, (1.0, 2.0, 1.0, 2.0, 1.0))) == 10
-
-
-def test_other_transfers_have_none():
-    """Nothing comes where loads are no sums of work and of relayed transfers."""
-    problem = tangled(0)
-    best = ((0, 1), (1, (1 << 12) - 2)), 1e3
-    for other in ({"transfers": "staged"}, {"overlap": True}):
-        changed = dataclasses.replace(problem, **other)
-        assert list(narrowed(changed, lambda: best, 0.0, lambda: False)) == []

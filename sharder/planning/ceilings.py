@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from shardwright.sharder.planning.listing import Listing
+from shardwright.sharder.planning.mincut import least_transfer_s
 from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.relaxed import in_shares
 from shardwright.sharder.planning.search import OutOfTimeError, Stages, fluid_s
 from shardwright.sharder.planning.windows import ChainSearch, Row, UndecidedError
 
-__all__ = ["Narrowed", "can_list", "narrowed", "within"]
+__all__ = ["Narrowed", "can_list", "lists_loads", "narrowed", "within"]
 
 MOST_ORDERS = 24
 """Of as many devices that differ as have a stage: each is asked for by itself, then those of fewer."""
@@ -42,8 +43,17 @@ class Narrowed(NamedTuple):
 
 
 def can_list(problem: Problem) -> bool:
-    """Whether loads are sums of work and of what is relayed, and the devices are alike, or few."""
-    return problem.transfers == "relayed" and not problem.overlap and 0 < _how_many_orders(problem) <= MOST_ORDERS
+    """Whether the devices are alike, or few."""
+    return 0 < _how_many_orders(problem) <= MOST_ORDERS
+
+
+def lists_loads(problem: Problem) -> bool:
+    """Whether the loads by which sets are listed are those of the problem, but for ties, memory and worse links.
+
+    Else transfers are left out, and what is listed may tell little.
+    """
+    summed = problem.transfers == "relayed" and not problem.overlap
+    return summed or not any(least_transfer_s(problem, tensor) for tensor in problem.crossings)
 
 
 def _how_many_orders(problem: Problem) -> int:

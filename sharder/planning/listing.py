@@ -146,7 +146,8 @@ class Listing:
     """The blocks of a problem whose devices are alike, or count so, and what listing has to know of them.
 
     Args:
-        problem: transfers relayed and not overlapped; over each pair of devices a tensor counts as over the best.
+        problem: over each pair of devices a tensor counts as over the best. Transfers that are not relayed, or that are
+            beside compute, count as nothing, which loads are not below.
         out_of_time: asked at each block.
 
     Raises:
@@ -161,7 +162,8 @@ class Listing:
         self.whole_s = float(self.work.sum())
         self.slack_s = ROUNDING * self.whole_s
         dear = 2 * self.whole_s + 1  # no set may have it cut, and it is a number
-        self.price = [min(least_transfer_s(problem, tensor) / 2, dear) for tensor in problem.crossings]
+        summed = problem.transfers == "relayed" and not problem.overlap
+        self.price = [summed and min(least_transfer_s(problem, tensor) / 2, dear) for tensor in problem.crossings]
         self.maker, self.readers, self.made, self.read = by_block(problem)
         before = np.eye(count, dtype=bool)
         for v, direct in enumerate(problem.predecessors):

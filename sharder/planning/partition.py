@@ -15,7 +15,7 @@ from functools import partial
 
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.afresh import begun_afresh
-from shardwright.sharder.planning.ceilings import can_list, narrowed
+from shardwright.sharder.planning.ceilings import can_list, lists_loads, narrowed
 from shardwright.sharder.planning.differing import differing_bound_s
 from shardwright.sharder.planning.direct import Direct
 from shardwright.sharder.planning.even import best_even_split, even_splits
@@ -51,7 +51,8 @@ UNTIL_FITTED = 0.45, 0.75, 0.95
 """Shares of the time until which, in a graph with too many closed sets, orders, moves of blocks and lists of cuts are
 tried: where there are no lists, where there are, and where a split that fits was to be found first."""
 MORE_LISTS = 0.2
-"""Lists without an answer in so much of the time have no more of it, and moves have the rest."""
+"""Lists without an answer in so much of the time have no more of it, and moves have the rest. Where the transfers that
+are summed up with compute are not in what is listed each answer counts anew, else one is enough."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,11 @@ def _cannot_fit(problem: Problem) -> bool:
     )
 
 
+def _passed(spent: Callable[[float], bool]) -> float:
+    """The share of the time that has passed, to a hundredth."""
+    return next((percent / 100 for percent in range(1, 101) if not spent(percent / 100)), 1.0)
+
+
 AnySearch = Search | Stagewise | Direct
 
 
@@ -240,7 +246,7 @@ class _Best:
         """
         problem = self.problem
         classes, device_orders, listable = _classes(problem), _orders(problem), can_list(problem)
-        shares = UNTIL_LISTED if listable else UNTIL
+        shares = UNTIL_LISTED if listable and lists_loads(problem) else UNTIL
         start = self.stages
         if not start:
             start, shares = self._make_room(spent), UNTIL_FITTED
@@ -260,13 +266,14 @@ class _Best:
             self.bound_s = max(self.bound_s, differing_bound_s(problem, self.bound_s, self.value_s, moves_over))
         for stages in begun_afresh(problem, classes, device_orders, best, self.bound_s, moves_over):
             self.offer(stages)
-        answered = False
+        known = lists_loads(problem) or problem.overlap  # what binds is in what is listed, or may well be
+        without_answer = shares[1] if known else _passed(spent)
 
         def lists_idle() -> bool:
-            return lists_over() or (not answered and spent(shares[1] + MORE_LISTS))
+            return lists_over() or spent(without_answer + MORE_LISTS)
 
         for found in narrowed(problem, best, self.bound_s, lists_idle):
-            answered = True
+            without_answer = 1.0 if known else _passed(spent)
             self.offer(found.stages)
             self.bound_s = max(self.bound_s, min(self.value_s, found.bound))
         if listable and self.stages:

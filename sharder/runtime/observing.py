@@ -103,7 +103,8 @@ def observed(stage: PipelineStage, wanted: frozenset[str], seen: Seen, *, gradie
     graph = next(inner for inner in module.modules() if isinstance(inner, Replayed))
     watch = _Watch(stage.stage_index, wanted, seen, gradients=gradients)
     hooks = [module.register_forward_pre_hook(watch.enter), module.register_forward_hook(watch.leave)]
-    graph.forward = lambda *received: _Observer(graph, watch).run(*received)  # of this one module, not of its class
+    # Of this one module, not of its class.
+    graph.forward = lambda *received: _Observer(graph, watch).run(*received)  # type: ignore[method-assign]
     try:
         yield
     finally:
