@@ -231,7 +231,7 @@ def shard(
     ] = None,
     pins: Annotated[
         list[str] | None,
-        typer.Option("--pin", metavar="UNIT=DEVICE", help="Keep a unit (or pattern) on a device; repeatable."),
+        typer.Option("--pin", metavar="UNIT=DEVICE", help="Keep a unit, module or pattern on a device; repeatable."),
     ] = None,
     objective: Annotated[
         str,
@@ -272,7 +272,9 @@ def shard(
     together: Annotated[
         list[str] | None,
         typer.Option(
-            "--together", metavar="UNITS", help="Units (or patterns, by comma) that share a device; repeatable."
+            "--together",
+            metavar="UNITS",
+            help="Units, modules or patterns, by comma, that share a device; repeatable.",
         ),
     ] = None,
     offload: Annotated[

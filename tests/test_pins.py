@@ -3,8 +3,10 @@
 import io
 import math
 
+import pytest
 from rich.console import Console
 
+from shardwright.errors import ShardwrightError
 from shardwright.reports.plan_report import PlanReport
 from shardwright.sharder.planning.blocks import problem_from_graph
 from shardwright.sharder.planning.offload import Rates
@@ -36,6 +38,14 @@ def test_a_pin_costs_what_planning_without_it_gains(chain_profile):
     assert second.without_s == result.certificate.value_s  # it would be there anyway
     assert first.exact
     assert second.exact
+
+
+def test_a_pin_of_a_module_is_of_all_units_in_it(chain_profile):
+    """A path is that of a unit or of a module; the start of a name is neither."""
+    pinned = plan(chain_profile(4), microbatches=4, pins={"net": "cpu:1"})
+    assert [(stage.device, len(stage.units)) for stage in pinned.stages] == [("cpu:1", 4)]
+    with pytest.raises(ShardwrightError, match=r"no unit matches 'net\.u'"):
+        plan(chain_profile(4), microbatches=4, pins={"net.u": "cpu:1"})
 
 
 def test_prices_of_pins_are_shown(chain_profile):

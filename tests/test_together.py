@@ -23,6 +23,7 @@ from shardwright.sharder.planning.simulate import StageCost, simulate
         ([["net.u0", "net.u2"]], [("u0", "u1", "u2"), ("u3",)]),
         (["net.u[01]", "net.u[12]"], [("u0", "u1", "u2"), ("u3",)]),
         (["net.u3"], [("u0",), ("u1",), ("u2",), ("u3",)]),
+        (["net"], [("u0", "u1", "u2", "u3")]),  # a module has the units that are in it
     ],
 )
 def test_groups_become_blocks(chain_profile, together, expected):

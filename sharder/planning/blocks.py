@@ -8,7 +8,6 @@ copy in their own stage, so that its edges to them neither order the stages nor 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import itertools
 import math
 import operator
@@ -21,6 +20,7 @@ from shardwright.profiler.ordering import connected_groups, strong_components, t
 from shardwright.profiler.profile import NodeKind
 from shardwright.profiler.sizes import parse_bytes
 from shardwright.sharder.planning.ledger import ledger_of
+from shardwright.sharder.planning.patterns import matches
 from shardwright.sharder.planning.problem import Block, Crossing, Link, Problem, Recompute, Schedule, Tie, Transfers
 from shardwright.sharder.planning.together import groups_together
 
@@ -147,7 +147,7 @@ def _allowed(
         device: name
         for pattern, device in pins.items()
         for name in (graph.nodes[node].get("unit") or node for node in nodes)
-        if fnmatch.fnmatchcase(name, pattern)
+        if matches(name, pattern)
     }
     if len(wanted) > 1:
         (one, a), (other, b) = list(wanted.items())[:2]
@@ -173,7 +173,7 @@ def _check_pins(graph: CostGraph, devices: tuple[str, ...], pins: Mapping[str, s
             raise ShardwrightError(
                 f"pin {pattern}={device}: unknown device {device}; the profile has {', '.join(devices)}"
             )
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+        if not any(matches(name, pattern) for name in names):
             raise ShardwrightError(f"pin {pattern}={device}: no unit matches {pattern!r}; `profile` lists the units")
 
 

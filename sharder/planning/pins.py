@@ -33,7 +33,7 @@ def prices_of_pins(
 
     Args:
         chosen: the option that obeys all.
-        pins: unit name or pattern -> device.
+        pins: unit, module or pattern -> device.
         problem_with: the problem with other pins, at the chosen number of micro-batches.
         rates: how fast offloaded weights come.
         deadline_s: of ``time.monotonic()``; a pin for which nothing was found until then has no price, and says why.

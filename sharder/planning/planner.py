@@ -85,7 +85,7 @@ def plan(
             any device, and the plan can be placed, not run as a pipeline. Latency asks for no stages in any case.
         microbatches: one of the profiled numbers, or ``"auto"``.
         memory: caps by device, in bytes or as text (``"10GiB"``), that replace the devices' own.
-        pins: unit name or pattern -> device.
+        pins: unit, module or pattern -> device.
         devices: which devices to use; all that were profiled by default.
         schedule: ``"1f1b"``; ``"gpipe"``, which holds all micro-batches at once; ``"interleaved"``, 1F1B with several
             stages on each device, which fills the pipeline sooner and sends more; ``"zero-bubble"``, 1F1B with each
@@ -100,7 +100,7 @@ def plan(
             sends them; ``"direct"`` to each stage that reads them; ``"staged"`` through the host's memory, once out and
             once into each stage that reads.
         overlap: whether sends and receives go on beside compute and each other; a load is the longest of the three.
-        together: unit names or patterns, or groups of them, whose units must share a device.
+        together: units, modules or patterns, or groups of them, whose units must share a device.
         offload: whether, in inference, the weights of units that fit on no device may stay in the host's memory or on
             its disk, from where they are brought for each call.
         recompute: whether, in training, a stage keeps only what it receives of each micro-batch in flight, and computes

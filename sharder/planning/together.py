@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.costgraph import CostGraph
+from shardwright.sharder.planning.patterns import matches
 
 __all__ = ["groups_together"]
 
@@ -18,8 +18,8 @@ def groups_together(
 
     Args:
         graph: a cost graph.
-        together: names or patterns of units, or groups of them; all units that an entry matches are one group.
-        pins: unit name or pattern -> device.
+        together: units, modules or patterns, or groups of them; all units that an entry matches are one group.
+        pins: unit, module or pattern -> device.
 
     Raises:
         ShardwrightError: a pattern matches nothing, or the units of an entry are pinned to several devices.
@@ -30,16 +30,16 @@ def groups_together(
         patterns = [entry] if isinstance(entry, str) else list(entry)
         words = ",".join(patterns)
         for pattern in patterns:
-            if not fnmatch.filter(names.values(), pattern):
+            if not any(matches(name, pattern) for name in names.values()):
                 raise ShardwrightError(f"together {words}: no unit matches {pattern!r}; `profile` lists the units")
-        nodes = tuple(n for n, name in names.items() if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
+        nodes = tuple(n for n, name in names.items() if any(matches(name, pattern) for pattern in patterns))
         _refuse_several_devices(words, [names[node] for node in nodes], pins)
         groups.append(nodes)
     return tuple(groups)
 
 
 def _refuse_several_devices(words: str, units: Iterable[str], pins: Mapping[str, str]) -> None:
-    pinned = {device: unit for unit in units for pattern, device in pins.items() if fnmatch.fnmatchcase(unit, pattern)}
+    pinned = {device: unit for unit in units for pattern, device in pins.items() if matches(unit, pattern)}
     if len(pinned) > 1:
         (one, a), (other, b) = list(pinned.items())[:2]
         raise ShardwrightError(
