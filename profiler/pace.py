@@ -23,7 +23,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from shardwright.profiler.worker import resident
 
-__all__ = ["Pace", "last_pace", "pace_of", "take_pace"]
+__all__ = ["Pace", "pace_now", "pace_of"]
 
 SIZE = 256
 """Rows and columns: such matrices stay in the caches next to a core, so that what else is in memory is no matter."""
@@ -75,14 +75,10 @@ def _small_step() -> Callable[[], tuple[Tensor, ...]]:
     return work
 
 
-def take_pace() -> None:
-    """Take the pace of this worker, which has just been at work, and keep it."""
+def pace_now() -> float:
+    """Seconds, of this worker's device: of the second time, since it may have waited before the first."""
     if "pace" not in resident:
         resident["pace"] = pace_of(resident["device"])
-    resident["pace_s"] = resident["pace"]()
-
-
-def last_pace() -> float | None:
-    """What was taken last; None if nothing was."""
-    pace_s: float | None = resident.get("pace_s")
-    return pace_s
+    pace: Pace = resident["pace"]
+    pace()
+    return pace()

@@ -31,8 +31,9 @@ class Replayed(nn.Module):
 
     def __init__(self, attributes: Mapping[str, Any], graph: fx.Graph) -> None:
         super().__init__()
-        targets = {str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")}
-        for target in sorted(targets, key=lambda target: target.count(".")):  # what is around others comes first
+        # In the graph's order, for it is that of the parameters; but what is around others comes first.
+        targets = dict.fromkeys(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))
+        for target in sorted(targets, key=lambda target: target.count(".")):
             _hold(self, target, attributes[target])
         self.__dict__[_GRAPH], self.__dict__[_RUN] = graph, _function(graph)
 

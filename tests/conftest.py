@@ -24,6 +24,8 @@ ProfileMaker = Callable[..., Profile]
 
 # Small models are quicker on one thread, and of two processes on two cores each has one core; before PyTorch is there.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The threads of a worker that has both cores spin where they wait for each other, while others' work has these cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # The same examples in every run; `make test-random` looks at others (--hypothesis-profile=random).
 hypothesis.settings.register_profile("random", deadline=None)
@@ -116,6 +118,13 @@ def _make_profile(
         colocate=tuple(tuple(group) for group in colocate),
         measurements=tuple(measurements),
     )
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """Each test draws the same random numbers, whichever ran before it."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture

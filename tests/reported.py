@@ -288,6 +288,7 @@ def planned(**asked):
 
 
 @functools.cache
+@functools.cache
 def a_plan_in_replicas():
     """NetDict in two pipelines of two of four GPUs."""
     return plan(a_profile(devices=[f"cuda:{i}" for i in range(4)]), microbatches=8, replicas=2)

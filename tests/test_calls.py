@@ -223,11 +223,11 @@ def test_a_forward_that_ended_is_not_kept(captured_profile):
         gc.enable()
 
 
-def test_nothing_is_noted_of_a_call_that_has_nothing_to_undo():
+def test_nothing_is_noted_of_a_call_that_has_nothing_to_undo(captured_profile):
     """One tensor on the first device, and no glue to align; an output goes back to where its input came from."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
     x = torch.randn(2, 3)
-    profile = sw.profile(model, (x,), devices=["cpu:0", "cpu:1"], microbatches=[1], rounds=1)
+    profile = captured_profile(model, (x,), microbatches=(1,))
     pins = {"0": "cpu:0", "1": "cpu:1", "2": "cpu:1"}
     sw.place(model, sw.plan(profile, microbatches=1, pins=pins), devices=PAIR)
     noted = []

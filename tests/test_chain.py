@@ -81,7 +81,7 @@ def every_value(line, orders):
     return best
 
 
-@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(small_lines(), st.sampled_from([0.0, 0.5, 2.0]))
 def test_every_order_of_counted_devices(case, share):
     """The value is that of all cuts and all orders of the devices, from whatever bound below it the search starts."""
@@ -138,7 +138,7 @@ def chains(draw):
     return dataclasses.replace(problem, predecessors=everything)
 
 
-@settings(max_examples=200, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(chains())
 def test_chains_with_ties_caps_and_pins(problem):
     """On chains with all that a problem may have, the value is that of brute force."""

@@ -364,7 +364,7 @@ def outcome(costs: Profile | nx.DiGraph[Any]) -> Any:
     return plan.model_copy(update=same)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(cases())
 def test_every_form_of_the_same_costs_has_the_same_plan(case):
     """A profile, a graph by hand, GraphML of both, and costs.json: one plan, or one reason why there is none."""
@@ -379,7 +379,7 @@ def test_every_form_of_the_same_costs_has_the_same_plan(case):
     assert outcome(nx.parse_graphml(graphml(costs.profile().graph(case["microbatches"])))) == expected
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(cases())
 def test_reading_a_graph_again_changes_nothing(case):
     """The profile of a profile's graph has that graph, to the last attribute and in the same order."""

@@ -26,7 +26,7 @@ def alike(problem):
     return dataclasses.replace(problem, blocks=blocks)
 
 
-@settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(problems(), st.sampled_from([1.0, 1.3, 2.0]))
 def test_never_above_the_optimum(problem, share):
     """With any ceiling from the optimum up, whatever links, ties, caps and pins there are."""

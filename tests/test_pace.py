@@ -203,6 +203,7 @@ def test_a_run_is_held_against_the_pace_it_had(monkeypatch, tmp_path, factor):
     profile = sw.profile(model, (x,), devices=["cpu:0", "cpu:1"], microbatches=[2], rounds=6)
     paces = {device.name: device.pace_s for device in profile.devices}
     assert all(pace_s > 0 for pace_s in paces.values())
+    assert all(m.backward_input_s is m.backward_weight_s is None for m in profile.measurements)  # not asked for
     plan = sw.plan(profile, microbatches=2, pins={"layers.0": "cpu:0", "layers.1": "cpu:1"})
     assert plan.paces == paces
     monkeypatch.setattr(session.Session, "paces", lambda _, devices: {d: factor * paces[d] for d in devices})

@@ -50,6 +50,13 @@ def test_children_of_any_name(names):
         assert {*replayed.parameters()} == {*whole.parameters()}
 
 
+def test_parameters_are_in_the_order_of_the_graph():
+    """Optimizers and sums over all parameters go by it, so it is the same in every process."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(12)))
+    replayed = trace(model, (torch.randn(2, 4),)).module()
+    assert [name for name, _ in replayed.named_parameters()] == [name for name, _ in model.named_parameters()]
+
+
 def test_parts_of_what_is_held_are_the_same():
     """A parameter of a module that is called too is held once, and what is not referred to not at all."""
     layer, graph = nn.Linear(3, 3), fx.Graph()

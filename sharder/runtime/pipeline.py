@@ -22,7 +22,6 @@ from shardwright.profiler.devices import free_host_bytes
 from shardwright.profiler.inputs import all_microbatches, is_batched, outputs_of
 from shardwright.profiler.memory import MemoryCounter, total_bytes
 from shardwright.profiler.optimizers import make_optimizer
-from shardwright.profiler.pace import take_pace
 from shardwright.profiler.structure import map_tensors, tensors_in
 from shardwright.profiler.unitgraph import mean_square_loss
 from shardwright.profiler.worker import advance, resident
@@ -276,15 +275,12 @@ def step_stage(name: str = "plan", count: int = 1) -> list[float]:
     for _ in range(count):
         _meet(held)
         seconds.append(_timed_step(held))
-    take_pace()
     return seconds
 
 
 def step_whole(count: int = 1) -> list[float]:
     """Steps of the whole model in a row; seconds of each."""
-    seconds = [_timed_step(resident["whole"]) for _ in range(count)]
-    take_pace()
-    return seconds
+    return [_timed_step(resident["whole"]) for _ in range(count)]
 
 
 def _timed_step(held: _Held) -> float:

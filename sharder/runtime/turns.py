@@ -55,7 +55,7 @@ class Pacing:
     """Notes the devices' paces at each contender's steps.
 
     Args:
-        paces: gives the pace of each device at its last step, in s; none for devices that have none.
+        paces: gives the pace of each device right after a step, in s; none for devices that have none.
     """
 
     def __init__(self, paces: Callable[[], Mapping[str, float]]) -> None:
