@@ -48,6 +48,16 @@ def test_a_pin_of_a_module_is_of_all_units_in_it(chain_profile):
         plan(chain_profile(4), microbatches=4, pins={"net.u": "cpu:1"})
 
 
+def test_a_pin_of_a_unit_is_not_of_those_inside_it(make_profile):
+    """A forward may call a layer past the module that it is in."""
+    profile = make_profile({"a": ["x"], "a.b": ["a"], "c": ["a.b"]})
+    pinned = plan(profile, microbatches=4, pins={"net.a": "cpu:0", "net.a.b": "cpu:1", "net.c": "cpu:1"})
+    assert [(stage.device, stage.units) for stage in pinned.stages] == [
+        ("cpu:0", ("net.a",)),
+        ("cpu:1", ("net.a.b", "net.c")),
+    ]
+
+
 def test_prices_of_pins_are_shown(chain_profile):
     """In percent of the load without the pin."""
     profile = chain_profile(8, speed={"cpu:0": 1.0, "cpu:1": 3.0})

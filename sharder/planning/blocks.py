@@ -20,7 +20,7 @@ from shardwright.profiler.ordering import connected_groups, strong_components, t
 from shardwright.profiler.profile import NodeKind
 from shardwright.profiler.sizes import parse_bytes
 from shardwright.sharder.planning.ledger import ledger_of
-from shardwright.sharder.planning.patterns import matches
+from shardwright.sharder.planning.patterns import Pinned, matching
 from shardwright.sharder.planning.problem import Block, Crossing, Link, Problem, Recompute, Schedule, Tie, Transfers
 from shardwright.sharder.planning.together import groups_together
 
@@ -137,17 +137,17 @@ def _allowed(
     graph: CostGraph,
     nodes: tuple[str, ...],
     devices: tuple[str, ...],
-    pins: Mapping[str, str],
+    pinned: Pinned,
     unfit: tuple[bool, ...],
 ) -> tuple[bool, ...]:
     """Which devices the pins leave for a block of ``nodes``, and each of them fits on."""
-    if not pins:
+    if not pinned:
         return tuple(map(operator.not_, unfit))
     wanted = {
         device: name
-        for pattern, device in pins.items()
+        for device, units in pinned
         for name in (graph.nodes[node].get("unit") or node for node in nodes)
-        if matches(name, pattern)
+        if name in units
     }
     if len(wanted) > 1:
         (one, a), (other, b) = list(wanted.items())[:2]
@@ -165,16 +165,19 @@ def _unfit(graph: CostGraph, nodes: tuple[str, ...], devices: tuple[str, ...]) -
     return tuple(device in found for device in devices) if found else (False,) * len(devices)
 
 
-def _check_pins(graph: CostGraph, devices: tuple[str, ...], pins: Mapping[str, str]) -> None:
-    """Refuse a pin that names nothing."""
-    names = [data.get("unit") or name for name, data in graph.nodes.items()]
+def _pinned(graph: CostGraph, devices: tuple[str, ...], pins: Mapping[str, str]) -> Pinned:
+    """What each pin names; one that names nothing is refused."""
+    names = {data.get("unit") or name for name, data in graph.nodes.items()}
+    found = []
     for pattern, device in pins.items():
         if device not in devices:
             raise ShardwrightError(
                 f"pin {pattern}={device}: unknown device {device}; the profile has {', '.join(devices)}"
             )
-        if not any(matches(name, pattern) for name in names):
+        if not (units := matching(names, pattern)):
             raise ShardwrightError(f"pin {pattern}={device}: no unit matches {pattern!r}; `profile` lists the units")
+        found.append((device, units))
+    return found
 
 
 def _check(graph: CostGraph, devices: tuple[str, ...]) -> None:
@@ -224,11 +227,11 @@ def problem_from_graph(
         graph: node, edge and graph attributes as documented there.
         devices: which of the graph's devices to use; all by default.
         memory: caps in bytes, or text such as ``"10GiB"``, that replace the devices' own.
-        pins: unit name or pattern -> device.
+        pins: unit, module or pattern -> device.
         schedule: ``"1f1b"`` or ``"gpipe"``; it decides how many micro-batches a stage holds at once.
         transfers: ``"relayed"``, ``"staged"`` or ``"direct"``; see :mod:`shardwright.sharder.planning.problem`.
         overlap: whether transfers go on beside compute.
-        together: unit names or patterns, or groups of them, whose units must share a device.
+        together: units, modules or patterns, or groups of them, whose units must share a device.
         recompute: whether stages are computed anew in the backward, in training.
 
     Raises:
@@ -246,10 +249,10 @@ def problem_from_graph(
     if not names or len(set(names)) < len(names):
         raise ShardwrightError(f"devices must be named once each, and at least one; got {', '.join(names) or 'none'}")
     _check(graph, names)
-    _check_pins(graph, names, pins)
+    pinned = _pinned(graph, names, pins)
 
     own = _own_copies(graph)
-    groups = groups_together(graph, together, pins)
+    groups = groups_together(graph, together, pinned)
     cut = graph
     if own or groups:
         copied = ((node, reader) for node, readers in own.items() for reader in readers[1:])
@@ -265,7 +268,7 @@ def problem_from_graph(
             update_s=_seconds([data[n]["update_s"] for n in nodes], names),
             static_bytes=sum(data[n]["static_bytes"] for n in nodes),
             units=tuple(data[n].get("unit") or n for n in nodes if data[n]["kind"] == "unit"),
-            allowed=_allowed(graph, nodes, names, pins, lacking),
+            allowed=_allowed(graph, nodes, names, pinned, lacking),
             unfit=lacking,
             recompute_s=_again_s([data[n] for n in nodes], names),
             parts_s=_parts_s([data[n] for n in nodes], names),

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
-__all__ = ["matches"]
+__all__ = ["Pinned", "matching"]
+
+Pinned = Sequence[tuple[str, Collection[str]]]
+"""Of each pin its device, and the units that it names."""
 
 
-def matches(unit: str, pattern: str) -> bool:
-    """Whether the path of a unit is the shell pattern's, or is inside a module whose path is."""
-    return fnmatchcase(unit, pattern) or fnmatchcase(unit, f"{pattern}.*")
+def matching(names: Collection[str], pattern: str) -> set[str]:
+    """The units among ``names`` that a shell pattern is of; where there are none, those inside modules that it is of.
+
+    A unit may be inside another, as a layer that a forward calls past the module around it. The path of that is its
+    own alone.
+    """
+    return {n for n in names if fnmatchcase(n, pattern)} or {n for n in names if fnmatchcase(n, f"{pattern}.*")}
