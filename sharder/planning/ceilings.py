@@ -14,7 +14,7 @@ from shardwright.sharder.planning.relaxed import in_shares
 from shardwright.sharder.planning.search import OutOfTimeError, Stages, fluid_s
 from shardwright.sharder.planning.windows import ChainSearch, Row, UndecidedError
 
-__all__ = ["Narrowed", "can_list", "lists_loads", "narrowed", "within"]
+__all__ = ["NEAR", "Narrowed", "can_list", "lists_loads", "narrowed", "within"]
 
 MOST_ORDERS = 24
 """Of as many devices that differ as have a stage: each is asked for by itself, then those of fewer."""
@@ -132,6 +132,8 @@ def narrowed(
     best: Callable[[], tuple[Stages, float]],
     bound_s: float,
     out_of_time: Callable[[], bool],
+    *,
+    quick: bool = False,
 ) -> Iterator[Narrowed]:
     """Better splits, were there no memory, ties and pins, and bounds on all splits, until they meet or time is up.
 
@@ -140,6 +142,7 @@ def narrowed(
     Args:
         best: the stages of the best split that was taken, and its largest load.
         bound_s: a proven bound.
+        quick: whether the first question that is not decided within the first of the ``STEPS`` is the last one.
     """
     if not can_list(problem) or not 0 < best()[1] < math.inf:
         return
@@ -151,7 +154,7 @@ def narrowed(
         return
     slack_s = 4 * listed[0].slack_s
     asked: tuple[float, ChainSearch] | None = None
-    for steps in STEPS:
+    for steps in STEPS[:1] if quick else STEPS:
         last = steps == STEPS[-1]
         undecided_s = math.inf
         while (ceiling_s := _next_ceiling_s(bound_s, best()[1], undecided_s, slack_s)) is not None:

@@ -61,6 +61,8 @@ def what_binds(chosen: Option, deadline_s: float) -> str:
     """The part of the largest load, or the cap, that keeps it from being smaller."""
     problem, split, loads = chosen.problem, chosen.split, chosen.loads
     for what, relaxed, enough in _relaxations(problem):
+        if simple_bound_s(relaxed) >= enough * split.value_s:
+            continue  # no split of it is so much better
         free = None
         with contextlib.suppress(ShardwrightError):  # no time is left to find a split of the relaxed problem
             free = partition(relaxed, time_limit_s=max(0.0, min(5.0, deadline_s - time.monotonic())))

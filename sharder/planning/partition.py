@@ -15,7 +15,7 @@ from functools import partial
 
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.afresh import begun_afresh
-from shardwright.sharder.planning.ceilings import can_list, lists_loads, narrowed
+from shardwright.sharder.planning.ceilings import NEAR, Narrowed, can_list, lists_loads, narrowed
 from shardwright.sharder.planning.differing import differing_bound_s
 from shardwright.sharder.planning.direct import Direct
 from shardwright.sharder.planning.even import best_even_split, even_splits
@@ -50,6 +50,8 @@ UNTIL_LISTED = 0.05, 0.3, 0.95
 UNTIL_FITTED = 0.45, 0.75, 0.95
 """Shares of the time until which, in a graph with too many closed sets, orders, moves of blocks and lists of cuts are
 tried: where there are no lists, where there are, and where a split that fits was to be found first."""
+QUICK = 0.1
+"""Lists are tried for a moment before moves, until this share of the time at most: they may be short."""
 MORE_LISTS = 0.2
 """Lists without an answer in so much of the time have no more of it, and moves have the rest. Where the transfers that
 are summed up with compute are not in what is listed each answer counts anew, else one is enough."""
@@ -198,6 +200,11 @@ class _Best:
         """Whether nothing better exists."""
         return bool(self.stages) and self.bound_s >= self.value_s * (1 - ROUNDING)
 
+    @property
+    def near(self) -> bool:
+        """Whether no more than ``NEAR`` can be gained, which measurements do not know."""
+        return self.value_s - self.bound_s <= NEAR * self.value_s < math.inf
+
     def offer(self, stages: Stages) -> None:
         """Take ``stages`` if they are feasible and better."""
         loads = stage_loads(self.problem, stages)
@@ -260,12 +267,10 @@ class _Best:
         if self.stages:
             for stages in best_of_orders(problem, classes, device_orders, best, self.bound_s, orders_over):
                 self.offer(stages)
-        for stages in shifted(problem, best, self.bound_s, moves_over, start):
-            self.offer(stages)
-        if problem.times_differ:
-            self.bound_s = max(self.bound_s, differing_bound_s(problem, self.bound_s, self.value_s, moves_over))
-        for stages in begun_afresh(problem, classes, device_orders, best, self.bound_s, moves_over):
-            self.offer(stages)
+            for found in narrowed(problem, best, self.bound_s, partial(spent, QUICK), quick=True):
+                self._narrow(found)
+        if not self.near:
+            self._take_moves(start, device_orders, moves_over)
         known = lists_loads(problem) or problem.overlap  # what binds is in what is listed, or may well be
         without_answer = shares[1] if known else _passed(spent)
 
@@ -274,14 +279,35 @@ class _Best:
 
         for found in narrowed(problem, best, self.bound_s, lists_idle):
             without_answer = 1.0 if known else _passed(spent)
-            self.offer(found.stages)
-            self.bound_s = max(self.bound_s, min(self.value_s, found.bound))
+            self._narrow(found)
+        if self.near:
+            return
         if listable and self.stages:
             for stages in shifted(problem, best, self.bound_s, lists_over):
                 self.offer(stages)
         if not spent(1.0):
             moved_s = transfer_bound_s(problem, self.value_s, partial(spent, 1.0))
             self.bound_s = max(self.bound_s, min(self.value_s, moved_s))
+
+    def _take_moves(self, start: Stages, device_orders: list[list[int]], over: Callable[[], bool]) -> None:
+        """Take what moves from stage to stage lead to, from ``start`` and begun afresh, and the bound of devices that
+        differ."""
+        problem = self.problem
+
+        def best() -> tuple[Stages, float]:
+            return self.stages, self.value_s
+
+        for stages in shifted(problem, best, self.bound_s, over, start):
+            self.offer(stages)
+        if problem.times_differ:
+            self.bound_s = max(self.bound_s, differing_bound_s(problem, self.bound_s, self.value_s, over))
+        for stages in begun_afresh(problem, _classes(problem), device_orders, best, self.bound_s, over):
+            self.offer(stages)
+
+    def _narrow(self, found: Narrowed) -> None:
+        """Take the split of an answer, or its bound."""
+        self.offer(found.stages)
+        self.bound_s = max(self.bound_s, min(self.value_s, found.bound))
 
     def _make_room(self, spent: Callable[[float], bool]) -> Stages:
         """Take the first split that fits, or see that none does; a split that is near to it, if there is one."""
