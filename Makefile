@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test zoo test-slow test-random lint format setup clean
+.PHONY: demo test zoo test-zoo test-slow test-random lint format setup clean
 
 setup: $(READY)
 
@@ -29,6 +29,10 @@ test: $(READY)
 # The zoo's models come from other libraries; without them `make test` leaves those out.
 zoo: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[zoo]"
+
+# Each model of the libraries in both tests of tests/test_zoo.py; `make test` has it in one of them.
+test-zoo: $(READY)
+	$(BIN)/python -m pytest -n 2 -m slow tests/test_zoo.py
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

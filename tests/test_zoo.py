@@ -1,5 +1,6 @@
 """The zoo: models that nobody adapted are captured, split over four devices, and trained over two."""
 
+import itertools
 import os
 import warnings
 from contextlib import suppress
@@ -46,12 +47,18 @@ def plain(tensor):
     return tensor.host if isinstance(tensor, SimTensor) else tensor
 
 
-def names(entries):
-    """Of the models to test; those that another stands for are slow tests."""
-    return [pytest.param(entry.name, marks=[pytest.mark.slow] * entry.slow) for entry in entries]
+def names(*, train):
+    """Of the models to test. As slow tests those that another stands for, and every second of the libraries' models that
+    train, which the other test has.
+    """
+    turns = itertools.cycle([True, False])
+    for entry in ZOO.values():
+        other = entry.trains and entry.library.replace("-", "_") in LIBRARIES and next(turns) == train
+        if entry.trains or not train:
+            yield pytest.param(entry.name, marks=[pytest.mark.slow] * (entry.slow or other))
 
 
-@pytest.mark.parametrize("name", names(ZOO.values()))
+@pytest.mark.parametrize("name", names(train=False))
 def test_placed_over_four_devices(captured_profile, name):
     """The checked capture gives a plan over four devices that verifies: no device mismatch, equal outputs."""
     model, args, kwargs = make(ZOO[name])
@@ -61,7 +68,7 @@ def test_placed_over_four_devices(captured_profile, name):
     assert sw.verify(model, plan, args, kwargs).ok, str(sw.verify(model, plan, args, kwargs))
 
 
-@pytest.mark.parametrize("name", names(entry for entry in ZOO.values() if entry.trains))
+@pytest.mark.parametrize("name", names(train=True))
 def test_trained_over_two_devices(captured_profile, name):
     """Placed on (cpu, sim:0), loss and gradients are the model's own."""
     model, args, kwargs = make(ZOO[name])
