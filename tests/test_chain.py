@@ -138,7 +138,7 @@ def chains(draw):
     return dataclasses.replace(problem, predecessors=everything)
 
 
-@settings(max_examples=120, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=90, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(chains())
 def test_chains_with_ties_caps_and_pins(problem):
     """On chains with all that a problem may have, the value is that of brute force."""

@@ -385,7 +385,7 @@ ARGUMENTS = st.lists(st.one_of(SCALARS, TENSORS, st.lists(st.one_of(SCALARS, TEN
 
 
 @given(ARGUMENTS, ARGUMENTS, st.booleans())
-@settings(max_examples=300)
+@settings(max_examples=200)
 def test_calls_of_one_form_have_one_text(one, other, named):
     """Forms are compared in place of texts, and agree where these do."""
     operator = _operator(torch.ops.aten.add.Tensor)

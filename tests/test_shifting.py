@@ -36,7 +36,7 @@ def is_split(problem, stages):
     return closed == (1 << len(problem.blocks)) - 1
 
 
-@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(problems(), st.randoms(use_true_random=False))
 def test_loads_are_those_that_a_split_is_priced_at(problem, random_):
     """After any moves, each block by one stage, as often as it may."""
@@ -59,7 +59,7 @@ def test_loads_are_those_that_a_split_is_priced_at(problem, random_):
         assert shifts.loads == pytest.approx(stage_loads(problem, stages))
 
 
-@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=35, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(problems(), st.data())
 def test_a_move_is_refused_only_where_it_makes_no_split(problem, data):
     """An order that breaks, a pin, an empty stage, or a stage that does not exist."""

@@ -196,7 +196,7 @@ def check(problem, found, expected):
     assert max(priced) == found.value_s
 
 
-@settings(max_examples=200, **QUIET)
+@settings(max_examples=130, **QUIET)
 @given(problems())
 def test_the_split_is_the_best_of_all(problem):
     """For every kind of transfers the value is that of brute force, proven; none is found where none exists."""
@@ -239,7 +239,7 @@ def test_a_search_cut_short_is_honest(problem, limit, time_limit_s):
     assert not found.exact or found.bound_s == found.value_s
 
 
-@settings(max_examples=150, **QUIET)
+@settings(max_examples=100, **QUIET)
 @given(problems(most_blocks=6), st.sampled_from([1.0, 1.3, 2.0]))
 def test_the_bound_by_cuts_is_never_above_the_optimum(problem, share):
     """With devices alike and any ceiling from the optimum up."""
@@ -254,7 +254,7 @@ def test_the_bound_by_cuts_is_never_above_the_optimum(problem, share):
         assert transfer_bound_s(problem, share * expected) <= expected * (1 + 1e-9)
 
 
-@settings(max_examples=200, **QUIET)
+@settings(max_examples=130, **QUIET)
 @given(problems(most_blocks=6, kinds=["direct"]))
 def test_staged_over_the_best_links_is_no_dearer_than_direct(problem):
     """Each stage of any split, and so a staged optimum is a bound on the direct one."""

@@ -48,8 +48,8 @@ def plain(tensor):
 
 
 def names(*, train):
-    """Of the models to test. As slow tests those that another stands for, and every second of the libraries' models that
-    train, which the other test has.
+    """Of the models to test. Slow tests are of those that another stands for, and of every second of the libraries'
+    models that train, which the other test has.
     """
     turns = itertools.cycle([True, False])
     for entry in ZOO.values():
