@@ -1,4 +1,4 @@
-"""A captured graph as a module over what it calls, whatever the names of that are.
+"""A captured graph as a module over what it calls.
 
 ``fx.GraphModule`` has attributes of its own, such as ``graph`` and ``code``, which hide children of the model that are
 named so. Here nothing beside what every ``nn.Module`` has.
@@ -22,6 +22,8 @@ _numbers = itertools.count()
 
 class Replayed(nn.Module):
     """Takes the tensors of the placeholders of ``graph`` in their order, and returns its output.
+
+    It can be copied, not pickled: what is sent elsewhere is made anew there.
 
     Args:
         attributes: modules, tensors and constants that the graph may refer to, by target. Those that it does refer to
@@ -55,7 +57,7 @@ def _hold(module: nn.Module, target: str, value: Any) -> None:
         if part not in module._modules:
             module.add_module(part, nn.Module())
         module = module.get_submodule(part)
-    if getattr(module, name, None) is value:
+    if hasattr(module, name) and getattr(module, name) is value:
         return
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         module.register_buffer(name, value)

@@ -121,7 +121,7 @@ def _make_profile(
 
 
 @pytest.fixture(autouse=True)
-def same_numbers() -> None:
+def seeded() -> None:
     """Each test draws the same random numbers, whichever ran before it."""
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)

@@ -48,6 +48,19 @@ def test_a_pin_of_a_module_is_of_all_units_in_it(chain_profile):
         plan(chain_profile(4), microbatches=4, pins={"net.u": "cpu:1"})
 
 
+def test_glue_of_the_same_name_hides_no_module(make_profile):
+    """Both are pinned; and a pattern is of units and of modules at once."""
+    profile = make_profile(
+        {"a": ["x"], "add.one": ["a"], "add.two": ["add.one"], "add": ["add.two"]}, kinds={"add": "glue"}
+    )
+    pinned = plan(profile, microbatches=4, pins={"net.a": "cpu:0", "add": "cpu:1", "net.add": "cpu:1"})
+    assert [stage.units for stage in pinned.stages] == [("net.a",), ("net.add.one", "net.add.two")]
+    wide = plan(profile, microbatches=4, pins={"net.a*": "cpu:1"})
+    assert [stage.device for stage in wide.stages] == ["cpu:1"]
+    mixed = make_profile({"0": ["x"], "1.one": ["0"], "1.two": ["1.one"], "2": ["1.two"]})
+    assert [stage.device for stage in plan(mixed, microbatches=4, pins={"net.?": "cpu:1"}).stages] == ["cpu:1"]
+
+
 def test_a_pin_of_a_unit_is_not_of_those_inside_it(make_profile):
     """A forward may call a layer past the module that it is in."""
     profile = make_profile({"a": ["x"], "a.b": ["a"], "c": ["a.b"]})

@@ -36,7 +36,7 @@ def test_what_a_graph_module_has_for_itself_is_no_name():
 
 
 @pytest.mark.parametrize("names", [("graph", "code", "recompile"), ("code", "recompile", "graph"), TAKEN[-3:]])
-def test_children_of_any_name(names):
+def test_children_named_as_attributes_of_a_graph_module(names):
     """At the top and below: outputs, gradients and the names of the state are the model's."""
     model = nn.Sequential(named(names), nn.ReLU(), named(names))
     for whole, name in ((model, "0."), (model[0], "")):

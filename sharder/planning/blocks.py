@@ -167,14 +167,13 @@ def _unfit(graph: CostGraph, nodes: tuple[str, ...], devices: tuple[str, ...]) -
 
 def _pinned(graph: CostGraph, devices: tuple[str, ...], pins: Mapping[str, str]) -> Pinned:
     """What each pin names; one that names nothing is refused."""
-    names = {data.get("unit") or name for name, data in graph.nodes.items()}
     found = []
     for pattern, device in pins.items():
         if device not in devices:
             raise ShardwrightError(
                 f"pin {pattern}={device}: unknown device {device}; the profile has {', '.join(devices)}"
             )
-        if not (units := matching(names, pattern)):
+        if not (units := matching(graph, pattern)):
             raise ShardwrightError(f"pin {pattern}={device}: no unit matches {pattern!r}; `profile` lists the units")
         found.append((device, units))
     return found

@@ -14,7 +14,7 @@ from shardwright.sharder.planning.relaxed import in_shares
 from shardwright.sharder.planning.search import OutOfTimeError, Stages, fluid_s
 from shardwright.sharder.planning.windows import ChainSearch, Row, UndecidedError
 
-__all__ = ["NEAR", "Narrowed", "can_list", "lists_loads", "narrowed", "within"]
+__all__ = ["NEAR", "Narrowed", "can_list", "listed_with_transfers", "narrowed", "within"]
 
 MOST_ORDERS = 24
 """Of as many devices that differ as have a stage: each is asked for by itself, then those of fewer."""
@@ -47,11 +47,8 @@ def can_list(problem: Problem) -> bool:
     return 0 < _how_many_orders(problem) <= MOST_ORDERS
 
 
-def lists_loads(problem: Problem) -> bool:
-    """Whether the loads by which sets are listed are those of the problem, but for ties, memory and worse links.
-
-    Else transfers are left out, and what is listed may tell little.
-    """
+def listed_with_transfers(problem: Problem) -> bool:
+    """Whether the loads by which sets are listed have all transfers in them; else the bounds are on work alone."""
     summed = problem.transfers == "relayed" and not problem.overlap
     return summed or not any(least_transfer_s(problem, tensor) for tensor in problem.crossings)
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 from shardwright.errors import ShardwrightError
+from shardwright.sharder.planning.ceilings import NEAR
 from shardwright.sharder.planning.interleave import device_loads
 from shardwright.sharder.planning.partition import Partition, partition
 from shardwright.sharder.planning.plan import Certificate
@@ -66,11 +67,16 @@ def what_binds(chosen: Option, deadline_s: float) -> str:
         free = None
         with contextlib.suppress(ShardwrightError):  # no time is left to find a split of the relaxed problem
             free = partition(relaxed, time_limit_s=max(0.0, min(5.0, deadline_s - time.monotonic())))
-        if free is not None and free.exact and free.value_s < enough * split.value_s:
+        if free is not None and _is_known(free) and free.value_s < enough * split.value_s:
             return f"{what}: without them the largest load would be {free.value_s / split.value_s:.0%} of this"
     if not max(loads):
         return "nothing: no unit takes time"
     return _of_interleaved(problem, split) if problem.stages_per_device > 1 else _of_stages(chosen)
+
+
+def _is_known(split: Partition) -> bool:
+    """Whether its largest load is the least there is, or as near to it as is looked for."""
+    return split.exact or split.value_s - split.bound_s <= NEAR * split.value_s
 
 
 def _of_stages(chosen: Option) -> str:

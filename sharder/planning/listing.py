@@ -163,7 +163,9 @@ class Listing:
         self.slack_s = ROUNDING * self.whole_s
         dear = 2 * self.whole_s + 1  # no set may have it cut, and it is a number
         summed = problem.transfers == "relayed" and not problem.overlap
-        self.price = [summed and min(least_transfer_s(problem, tensor) / 2, dear) for tensor in problem.crossings]
+        self.price = [
+            min(least_transfer_s(problem, tensor) / 2, dear) if summed else 0.0 for tensor in problem.crossings
+        ]
         self.maker, self.readers, self.made, self.read = by_block(problem)
         before = np.eye(count, dtype=bool)
         for v, direct in enumerate(problem.predecessors):

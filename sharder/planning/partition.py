@@ -15,7 +15,7 @@ from functools import partial
 
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.afresh import begun_afresh
-from shardwright.sharder.planning.ceilings import NEAR, Narrowed, can_list, lists_loads, narrowed
+from shardwright.sharder.planning.ceilings import NEAR, Narrowed, can_list, listed_with_transfers, narrowed
 from shardwright.sharder.planning.differing import differing_bound_s
 from shardwright.sharder.planning.direct import Direct
 from shardwright.sharder.planning.even import best_even_split, even_splits
@@ -202,7 +202,7 @@ class _Best:
 
     @property
     def near(self) -> bool:
-        """Whether no more than ``NEAR`` can be gained, which measurements do not know."""
+        """Whether no more than ``NEAR`` can be gained, for which nothing is moved: measurements do not know it."""
         return self.value_s - self.bound_s <= NEAR * self.value_s < math.inf
 
     def offer(self, stages: Stages) -> None:
@@ -253,7 +253,7 @@ class _Best:
         """
         problem = self.problem
         classes, device_orders, listable = _classes(problem), _orders(problem), can_list(problem)
-        shares = UNTIL_LISTED if listable and lists_loads(problem) else UNTIL
+        shares = UNTIL_LISTED if listable and listed_with_transfers(problem) else UNTIL
         start = self.stages
         if not start:
             start, shares = self._make_room(spent), UNTIL_FITTED
@@ -271,14 +271,14 @@ class _Best:
                 self._narrow(found)
         if not self.near:
             self._take_moves(start, device_orders, moves_over)
-        known = lists_loads(problem) or problem.overlap  # what binds is in what is listed, or may well be
-        without_answer = shares[1] if known else _passed(spent)
+        telling = listed_with_transfers(problem) or problem.overlap  # what binds is in what is listed, or may well be
+        without_answer = shares[1] if telling else _passed(spent)
 
         def lists_idle() -> bool:
             return lists_over() or spent(without_answer + MORE_LISTS)
 
         for found in narrowed(problem, best, self.bound_s, lists_idle):
-            without_answer = 1.0 if known else _passed(spent)
+            without_answer = 1.0 if telling else _passed(spent)
             self._narrow(found)
         if self.near:
             return

@@ -31,7 +31,7 @@ def groups_together(
         words = ",".join(patterns)
         units = set[str]()
         for pattern in patterns:
-            if not (found := matching(set(names.values()), pattern)):
+            if not (found := matching(graph, pattern)):
                 raise ShardwrightError(f"together {words}: no unit matches {pattern!r}; `profile` lists the units")
             units |= found
         nodes = tuple(node for node, name in names.items() if name in units)
