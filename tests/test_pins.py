@@ -50,10 +50,10 @@ def test_a_pin_of_a_module_is_of_all_units_in_it(chain_profile):
 
 def test_glue_of_the_same_name_hides_no_module(make_profile):
     """Both are pinned; and a pattern is of units and of modules at once."""
-    profile = make_profile(
-        {"a": ["x"], "add.one": ["a"], "add.two": ["add.one"], "add": ["add.two"]}, kinds={"add": "glue"}
-    )
-    pinned = plan(profile, microbatches=4, pins={"net.a": "cpu:0", "add": "cpu:1", "net.add": "cpu:1"})
+    wiring = {"a": ["x"], "add.one": ["a"], "add.two": ["add.one"], "net.add": ["add.two"]}
+    profile = make_profile(wiring, kinds={"net.add": "glue"})
+    assert "net.add" in {node.name for node in profile.nodes if node.kind == "glue"}
+    pinned = plan(profile, microbatches=4, pins={"net.a": "cpu:0", "net.add": "cpu:1"})
     assert [stage.units for stage in pinned.stages] == [("net.a",), ("net.add.one", "net.add.two")]
     wide = plan(profile, microbatches=4, pins={"net.a*": "cpu:1"})
     assert [stage.device for stage in wide.stages] == ["cpu:1"]
