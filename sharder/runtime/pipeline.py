@@ -331,6 +331,7 @@ def weigh_stage(name: str = "plan") -> int:
     it.
     """
     held: _Held = resident[_key(name)]
+    gc.collect()  # what earlier steps left in cycles is not this step's
     _meet(held)
     if held.optimizer is not None:
         held.optimizer.zero_grad()
