@@ -1,4 +1,4 @@
-"""Captured graphs as modules: held by name, whatever the name."""
+"""Captured graphs as modules over what they call, held by its names."""
 
 import traceback
 
@@ -30,14 +30,9 @@ def named(names):
     return Part(*names)
 
 
-def test_what_a_graph_module_has_for_itself_is_no_name():
-    """The names that this is for: two that models have, and whatever else there is."""
-    assert {"graph", "code", "recompile"} <= set(TAKEN)
-
-
 @pytest.mark.parametrize("names", [("graph", "code", "recompile"), ("code", "recompile", "graph"), TAKEN[-3:]])
 def test_children_named_as_attributes_of_a_graph_module(names):
-    """At the top and below: outputs, gradients and the names of the state are the model's."""
+    """At the top and below: outputs, parameters and the names of the state are the model's."""
     model = nn.Sequential(named(names), nn.ReLU(), named(names))
     for whole, name in ((model, "0."), (model[0], "")):
         capture = trace(whole, (torch.randn(2, 4),))

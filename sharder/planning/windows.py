@@ -1,8 +1,7 @@
 r"""Graphs with too many closed sets: whether any split is below a ceiling, from the few sets that its cuts may be.
 
 For devices that are alike, or few. Let all loads of S stages be at most T, and I1 < ... < IS-1 be what comes before
-their cuts. With w the work of a set and x the transfers of the cut behind it, for
-one end, where all devices are alike
+their cuts. With w the work of a set and x the transfers of the cut behind it, for one end, where all devices are alike
 
     w(Is) + x(Is)  <=  w(Is-1) - x(Is-1) + T        w(Is) - x(Is)  >=  w(Is+1) + x(Is+1) - T
 

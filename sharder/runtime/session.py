@@ -52,8 +52,8 @@ from shardwright.sharder.runtime.pipeline import (
 
 __all__ = ["COPIES", "Session", "Split", "job_of", "steps_in_row"]
 
-LONG_S = 1.5
-"""Steps of so many seconds are timed one by one."""
+LONG_S = 0.5
+"""Steps of so many seconds hardly feel that their core waited before."""
 MOST_IN_ROW = 4
 HOST_LIMIT_S = 1800.0
 """What fits on no device is computed on the host once, which may take long."""
@@ -226,9 +226,8 @@ def steps_in_row(expected_s: float) -> int:
     """How many steps, expected to take so long, are taken in a row to time one.
 
     A core that has waited for its turn is slow at first: of two cores of a virtual machine, by a fifth to a third for
-    some hundredths of a second; and memory that nothing has touched for some seconds is slow for a whole step, by a
-    quarter for a network with large activations. A training loop does not wait between its steps. So steps come in a
-    row, of which the first does not count.
+    some hundredths of a second. A training loop does not wait between its steps. So short steps come in a row, of
+    which the first does not count.
     """
     return 1 if expected_s >= LONG_S else min(MOST_IN_ROW, 1 + math.ceil(LONG_S / max(expected_s, 1e-9) / 2))
 
