@@ -13,6 +13,7 @@ the model itself.
 """
 
 import argparse
+import contextlib
 import copy
 import gc
 import itertools
@@ -29,6 +30,7 @@ import torch
 from torch import nn
 
 import shardwright as sw
+from shardwright.profiler import collect
 from shardwright.profiler.capture import captures_of
 from shardwright.profiler.catalogue import model_of
 from shardwright.profiler.estimate import ASSUMED, NOMINAL, demand_of, fit, roofline_s
@@ -239,14 +241,31 @@ def unit_times(capture, profile):
     return rows
 
 
+@contextlib.contextmanager
+def remembered_captures():
+    """Fill the list with what profiles capture meanwhile: to capture a model again takes as long as all the rest."""
+    found = []
+
+    def captured(*args, **kwargs):
+        found.append(captures_of(*args, **kwargs))
+        return found[-1]
+
+    collect.captures_of = captured
+    try:
+        yield found
+    finally:
+        collect.captures_of = captures_of
+
+
 def one(name, make, device, options):
     """Print a model's row; the times of its units, the errors of step and memory in percent."""
     torch.manual_seed(0)
     model, args, kwargs = make()
     began = time.perf_counter()
-    profile = sw.profile(model, args, kwargs, devices=[options.device], microbatches=[1], rounds=options.rounds)
+    with remembered_captures() as found:
+        profile = sw.profile(model, args, kwargs, devices=[options.device], microbatches=[1], rounds=options.rounds)
     took = time.perf_counter() - began
-    captures, _ = captures_of(model, args, kwargs, [1], devices=2, train=True)
+    ((captures, _),) = found
     plan = sw.plan(profile, microbatches=1)
     stage = plan.stages[0]
     predicted = stage.forward_s + stage.backward_s + stage.update_s
@@ -304,6 +323,7 @@ def main():
     parser.add_argument("--models", default=MODELS)
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--steps", type=int, default=30, help="of the plain model")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no further model is begun")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore")
@@ -320,7 +340,10 @@ def main():
     )
     rows, errors = {}, []
     known = makers()
+    began = time.monotonic()
     for name in options.models.split(","):
+        if time.monotonic() - began > options.seconds:
+            break
         try:
             rows[name], error = one(name, known[name], device, options)
             errors.append(error)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from shardwright.profiler.optimizers import make_optimizer
-from shardwright.profiler.stopwatch import Enqueued, QueueFiller, Reading, Stopwatch
+from shardwright.profiler.stopwatch import Clock, Enqueued, QueueFiller, Reading, Stopwatch
 from shardwright.profiler.subject import Subject, as_input
 from shardwright.profiler.timing import LEAST_REPEATS, Series
 from shardwright.profiler.worker import resident
@@ -48,6 +48,16 @@ def excess_s(parts: Sequence[float], together: float) -> float:
     return 0.0
 
 
+@dataclass
+class Readings(Generic[Key]):
+    """What a run of a pass read for one clock."""
+
+    of_steps: dict[Key, dict[str, Reading]]
+    """By step and phase."""
+    empty_backward: Reading | None = None
+    whole_update: Reading | None = None
+
+
 class Pass(Generic[Key]):
     """Steps that go forward and back together, as in a training step: those at one number of micro-batches.
 
@@ -58,7 +68,8 @@ class Pass(Generic[Key]):
     A step that goes back by itself enters PyTorch's engine once more than it does as a part of a model, and its
     parameters' update calls the optimizer once more. Amid the steps an empty backward is timed, as cold as they are,
     and before their updates one of all parameters at once; what the steps take longer by that is taken off, the same
-    for each. Where work is enqueued, this holds for the device's clock and for the host's, each by itself.
+    for each. Where work is enqueued, all is run once for the device's clock and once for the host's, and this holds for
+    each of them by itself.
     """
 
     def __init__(self, subjects: Mapping[Key, Subject], *, alike: Mapping[Key, Key] | None = None) -> None:
@@ -68,10 +79,9 @@ class Pass(Generic[Key]):
         parted = any(subject.parted for subject in self.subjects.values())
         self.phases = PHASES if parted else tuple(phase for phase in PHASES if phase not in PARTS)
         self.optimizer: torch.optim.Optimizer | None = None
-        self.readings: dict[Key, dict[str, Reading]] = {}
-        self.empty_backward: Reading | None = None
-        self.whole_update: Reading | None = None
-        self.excess: dict[str, dict[str, list[float]]] = {}
+        self.readings: dict[Clock, Readings[Key]] = {}
+        """Of the last run."""
+        self.excess: dict[Clock, dict[str, list[float]]] = {}
         """By clock and phase."""
         self.pace_s: float | None = None
         """The pace during the last run, where it is taken: the host's, where work is enqueued."""
@@ -85,12 +95,23 @@ class Pass(Generic[Key]):
         on_refused: Callable[[Key, Exception], None] | None = None,
         broken_off: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Time every step once; see :func:`measure`. ``broken_off`` is asked before each step."""
-        self.readings = {key: {} for key in self.subjects}
-        self.empty_backward = self.whole_update = None
+        """Time every step once on each clock; see :func:`measure`. ``broken_off`` is asked before each step."""
+        self.readings = {}
+        for clock in stopwatch.clocks():
+            self.readings[clock] = Readings({key: {} for key in self.subjects})
+            self._run(self.readings[clock], stopwatch, before, on_refused, broken_off)
+
+    def _run(
+        self,
+        readings: Readings[Key],
+        stopwatch: Stopwatch,
+        before: Callable[[Iterable[Subject]], None],
+        on_refused: Callable[[Key, Exception], None] | None,
+        broken_off: Callable[[], bool],
+    ) -> None:
         for phase in self.phases:
             if phase == "update":
-                self._update_all(stopwatch)
+                readings.whole_update = self._update_all(stopwatch)
             if phase in ("forward", "backward", *PARTS):
                 before(self.subjects.values())
             keys = [*self.subjects] if phase not in ("backward", *PARTS) else [*reversed(self.subjects)]
@@ -98,7 +119,7 @@ class Pass(Generic[Key]):
                 if broken_off():
                     break
                 if phase == "backward" and position == len(keys) // 2:
-                    self.empty_backward = self._empty_backward(stopwatch)
+                    readings.empty_backward = self._empty_backward(stopwatch)
                 if key not in self.subjects:
                     continue
                 try:
@@ -110,7 +131,7 @@ class Pass(Generic[Key]):
                     on_refused(self.named[key], error)
                     continue
                 if reading is not None:
-                    self.readings[key][phase] = reading
+                    readings.of_steps[key][phase] = reading
         if self.optimizer is None:
             self.optimizer = self._optimizer()
         for subject in self.subjects.values():
@@ -126,60 +147,57 @@ class Pass(Generic[Key]):
                 made.state.update(subject.optimizer.state)
         return made
 
-    def _update_all(self, stopwatch: Stopwatch) -> None:
+    def _update_all(self, stopwatch: Stopwatch) -> Reading | None:
         """Time the update of all at once, before one by one: so parameters are as cold as after a backward."""
         if self.optimizer is None:
-            return
+            return None
         try:
-            self.whole_update = self.fillers["update"].time(stopwatch, self.optimizer.step)[1]
+            return self.fillers["update"].time(stopwatch, self.optimizer.step)[1]
         except Exception as error:
             if not is_out_of_memory(error):  # one by one they may fit
                 raise
+            return None
 
     def _drop(self, key: Key) -> None:
         """Leave out a step, and those that do the same work."""
         for other in [other for other in self.subjects if self.named[other] == self.named[key]]:
             self.subjects.pop(other).release()
-            del self.readings[other]
+            for readings in self.readings.values():
+                del readings.of_steps[other]
         self.optimizer = None
 
     def note(self, series: Mapping[Key, Series], *, first: bool) -> None:
-        """Add what the last runs read, once the stopwatch has finished."""
-        self._note("device", series, lambda reading: reading(), first=first)
-        for key in self.readings:
-            series[self.named[key]].peak_bytes = self.subjects[key].peak.bytes
-        if self._paced() == "host":
-            hosts = {}
-            for key in self.readings:
-                own = series[self.named[key]]
-                own.host = hosts[self.named[key]] = own.host or Series()
-            self._note("host", hosts, _host_s, first=first)
+        """Add what the last run read, once the stopwatch has finished."""
+        for clock, readings in self.readings.items():
+            on_clock: Mapping[Key, Series] = series
+            if clock == "host":
+                on_clock = {}
+                for key in readings.of_steps:
+                    own = series[self.named[key]]
+                    on_clock[self.named[key]] = own.host = own.host or Series()
+            self._note(clock, readings, on_clock, first=first)
+        for key, subject in self.subjects.items():
+            series[self.named[key]].peak_bytes = subject.peak.bytes
 
-    def _note(self, clock: str, series: Mapping[Key, Series], seconds_of: _Clock, *, first: bool) -> None:
+    def _note(self, clock: Clock, readings: Readings[Key], series: Mapping[Key, Series], *, first: bool) -> None:
         """Add what was read on one clock."""
         found: dict[Key, dict[str, list[float]]] = {}
-        for key, readings in self.readings.items():
-            for phase, reading in readings.items():
-                found.setdefault(self.named[key], {}).setdefault(phase, []).append(seconds_of(reading))
+        for key, phases in readings.of_steps.items():
+            for phase, reading in phases.items():
+                found.setdefault(self.named[key], {}).setdefault(phase, []).append(_seconds(reading, clock))
         excess = self.excess.setdefault(clock, {"backward": [], "update": []})
         if not first:
-            if self.empty_backward is not None:
-                excess["backward"].append(seconds_of(self.empty_backward))
-            if self.whole_update is not None:
+            if readings.empty_backward is not None:
+                excess["backward"].append(_seconds(readings.empty_backward, clock))
+            if readings.whole_update is not None:
                 updates = [seconds for phases in found.values() for seconds in phases.get("update", ())]
-                excess["update"].append(excess_s(updates, seconds_of(self.whole_update)))
+                excess["update"].append(excess_s(updates, _seconds(readings.whole_update, clock)))
+        paced: Clock = "host" if "host" in self.readings else "device"
         for key, phases in found.items():
             means = {f"{phase}_s": statistics.fmean(each) for phase, each in phases.items()}
-            series[key].add(**means, pace_s=self.pace_s if clock == self._paced() else None, first=first)
+            series[key].add(**means, pace_s=self.pace_s if clock == paced else None, first=first)
             for phase, each in excess.items():
                 series[key].excess_s[phase] = statistics.median(each) if each else 0.0
-
-    def _paced(self) -> str:
-        """The clock whose times go by the pace."""
-        enqueued = any(
-            isinstance(reading, Enqueued) for phases in self.readings.values() for reading in phases.values()
-        )
-        return "host" if enqueued else "device"
 
     def _empty_backward(self, stopwatch: Stopwatch) -> Reading:
         """Time the backward of a step that hands on what it gets: one number."""
@@ -188,12 +206,9 @@ class Pass(Generic[Key]):
         return self.fillers["backward"].time(stopwatch, backward)[1]
 
 
-_Clock = Callable[[Reading], float]
-
-
-def _host_s(reading: Reading) -> float:
-    assert isinstance(reading, Enqueued)  # a stopwatch reads all in one way
-    return reading.host_s
+def _seconds(reading: Reading, clock: Clock) -> float:
+    """What was read on ``clock``."""
+    return reading.host_s if clock == "host" and isinstance(reading, Enqueued) else reading()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

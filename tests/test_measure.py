@@ -282,6 +282,9 @@ class Ordered:
         self.host = HostStopwatch(clock)
         self.updates = []
 
+    def clocks(self):
+        yield "device"
+
     def time(self, function):
         before = self.host.clock.now
         result, reading = self.host.time(function)
@@ -432,7 +435,7 @@ def test_an_optimizer_of_all_is_made_as_each_is(monkeypatch):
     for _ in range(2):
         steps.run(HostStopwatch())
     assert steps.optimizer.base == 0.5
-    assert steps.whole_update is not None
+    assert steps.readings["device"].whole_update is not None
 
 
 class Marked(torch.Tensor):
@@ -462,8 +465,11 @@ class Launches(nn.Module):
 
 
 def test_work_that_is_enqueued_is_timed_on_both_clocks():
-    """In a full queue the device is not charged for launches; the slower clock decides when a step is settled."""
-    queue = Queue()
+    """The device in a full queue, not charged for launches, and the host with an empty one.
+
+    The slower clock decides when a step is settled.
+    """
+    queue = Queue(behind=1.25)
     x = torch.ones(3, requires_grad=True)
     subjects = {
         "large": subject(Launches(queue, 1 / 1024, 4 / 1024), x),

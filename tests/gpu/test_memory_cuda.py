@@ -73,8 +73,15 @@ def test_the_plan_is_the_allocator(captured_profile, microbatches):
     assert predicted == pytest.approx(total_bytes(held) + allocator_peak(step), rel=0.10)
 
 
+OWN_BYTES = 1 << 30
+"""A process takes no more of a GPU by being there."""
+
+
 def test_the_budget_leaves_room_for_the_context():
     """What a plan may use of a GPU, a worker process can really allocate."""
+    free, whole = torch.cuda.mem_get_info()
+    if whole - free > OWN_BYTES:
+        pytest.skip(f"{(whole - free) >> 20} MiB of the GPU are in use: it has to be free, so no tests beside")
     profile = sw.profile(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), (torch.randn(4, 8),), devices=["cuda:0"], rounds=1)
     budget = profile.devices[0].memory_bytes
     program = f"import torch; torch.empty({budget}, dtype=torch.uint8, device='cuda:0'); torch.cuda.synchronize()"
