@@ -182,8 +182,8 @@ class Pass(Generic[Key]):
     def _note(self, clock: Clock, readings: Readings[Key], series: Mapping[Key, Series], *, first: bool) -> None:
         """Add what was read on one clock."""
         found: dict[Key, dict[str, list[float]]] = {}
-        for key, phases in readings.of_steps.items():
-            for phase, reading in phases.items():
+        for key, read in readings.of_steps.items():
+            for phase, reading in read.items():
                 found.setdefault(self.named[key], {}).setdefault(phase, []).append(_seconds(reading, clock))
         excess = self.excess.setdefault(clock, {"backward": [], "update": []})
         if not first:
