@@ -263,7 +263,9 @@ def one(name, make, device, options):
     model, args, kwargs = make()
     began = time.perf_counter()
     with remembered_captures() as found:
-        profile = sw.profile(model, args, kwargs, devices=[options.device], microbatches=[1], rounds=options.rounds)
+        profile = sw.profile(
+            model, args, kwargs, devices=[options.device], microbatches=[1], rounds=options.rounds, refresh=True
+        )
     took = time.perf_counter() - began
     ((captures, _),) = found
     plan = sw.plan(profile, microbatches=1)

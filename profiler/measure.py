@@ -3,8 +3,9 @@
 Steps are measured in rounds, and a round goes like a training step at each number of micro-batches: the forwards of all
 steps in their order, then the backwards in reverse, then the updates. So a step finds the caches as it does in the real
 run, with its inputs just written, its weights cold and the code that calls it warm, and a slow second of the machine
-falls on all steps alike instead of spoiling one of them. Rounds go on until every step's median is known well enough,
-or the time for it is used up; a number of micro-batches at which all steps are known takes part no longer.
+falls on all steps alike instead of spoiling one of them. On a GPU a pass has two turns, one for each clock. Rounds go
+on until every step's median is known well enough, or the time for it is used up; a number of micro-batches at which all
+steps are known takes part no longer.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from shardwright.profiler.subject import Subject, as_input
 from shardwright.profiler.timing import LEAST_REPEATS, Series
 from shardwright.profiler.worker import resident
 
-__all__ = ["Goal", "Pass", "excess_s", "is_out_of_memory", "measure", "prepare", "round_totals"]
+__all__ = ["Goal", "Pass", "Readings", "excess_s", "is_out_of_memory", "measure", "prepare", "round_totals"]
 
 Key = TypeVar("Key")
 PHASES = ("forward", "backward_input", "backward_weight", "backward", "update", "recompute")
@@ -84,7 +85,7 @@ class Pass(Generic[Key]):
         self.excess: dict[Clock, dict[str, list[float]]] = {}
         """By clock and phase."""
         self.pace_s: float | None = None
-        """The pace during the last run, where it is taken: the host's, where work is enqueued."""
+        """The pace during the last run, where it is taken: the host's in its own turn, where work is enqueued."""
         self.fillers = {"backward": QueueFiller(), "update": QueueFiller()}
 
     def run(
@@ -93,13 +94,18 @@ class Pass(Generic[Key]):
         *,
         before: Callable[[Iterable[Subject]], None] = lambda _: None,
         on_refused: Callable[[Key, Exception], None] | None = None,
+        pace: Callable[[], float] | None = None,
         broken_off: Callable[[], bool] = lambda: False,
     ) -> None:
         """Time every step once on each clock; see :func:`measure`. ``broken_off`` is asked before each step."""
         self.readings = {}
+        paces = [pace()] if pace is not None else []
         for clock in stopwatch.clocks():
             self.readings[clock] = Readings({key: {} for key in self.subjects})
             self._run(self.readings[clock], stopwatch, before, on_refused, broken_off)
+            if pace is not None:
+                paces.append(pace())
+        self.pace_s = statistics.fmean(paces[-2:]) if paces else None
 
     def _run(
         self,
@@ -110,7 +116,7 @@ class Pass(Generic[Key]):
         broken_off: Callable[[], bool],
     ) -> None:
         for phase in self.phases:
-            if phase == "update":
+            if phase == "update" and not broken_off():
                 readings.whole_update = self._update_all(stopwatch)
             if phase in ("forward", "backward", *PARTS):
                 before(self.subjects.values())
@@ -164,10 +170,12 @@ class Pass(Generic[Key]):
             self.subjects.pop(other).release()
             for readings in self.readings.values():
                 del readings.of_steps[other]
+        for readings in self.readings.values():
+            readings.whole_update = None  # of more than are left
         self.optimizer = None
 
     def note(self, series: Mapping[Key, Series], *, first: bool) -> None:
-        """Add what the last run read, once the stopwatch has finished."""
+        """Add what the last run read, once the stopwatch has finished; of the ``first`` run, its first call."""
         for clock, readings in self.readings.items():
             on_clock: Mapping[Key, Series] = series
             if clock == "host":
@@ -175,7 +183,8 @@ class Pass(Generic[Key]):
                 for key in readings.of_steps:
                     own = series[self.named[key]]
                     on_clock[self.named[key]] = own.host = own.host or Series()
-            self._note(clock, readings, on_clock, first=first)
+            # What is made and tuned once is made in the turn of the device, which comes first.
+            self._note(clock, self.readings["device"] if first else readings, on_clock, first=first)
         for key, subject in self.subjects.items():
             series[self.named[key]].peak_bytes = subject.peak.bytes
 
@@ -208,7 +217,10 @@ class Pass(Generic[Key]):
 
 def _seconds(reading: Reading, clock: Clock) -> float:
     """What was read on ``clock``."""
-    return reading.host_s if clock == "host" and isinstance(reading, Enqueued) else reading()
+    if clock == "device":
+        return reading()
+    assert isinstance(reading, Enqueued)  # a stopwatch that has the host's clock reads all in this way
+    return reading.host_s
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -255,7 +267,7 @@ def measure(
         on_refused: told the steps that there is no memory for, and the error, which is raised without it.
         on_round: told the number of each round that is done, 0 for the warm-up.
         before: called with the steps before all their forwards and before all their backwards, its time not counted.
-        pace: gives the pace that times go by (:mod:`shardwright.profiler.pace`), before and after each pass.
+        pace: gives the pace that times go by (:mod:`shardwright.profiler.pace`), before a pass and after each turn.
 
     Returns:
         The seconds of each round over all steps, the warm-up apart; see :func:`round_totals`.
@@ -272,12 +284,8 @@ def measure(
     start = clock()
     for round_ in range(max(1, goal.repeats) + 1):
         running = [steps for steps in passes if not open_.keys().isdisjoint(steps.named.values())]
-        begin_s = pace() if pace else None
         for steps in running:
-            steps.run(stopwatch, before=before, on_refused=refuse if on_refused is not None else None)
-            if pace and begin_s is not None:
-                end_s = pace()
-                steps.pace_s, begin_s = (begin_s + end_s) / 2, end_s
+            steps.run(stopwatch, before=before, on_refused=refuse if on_refused is not None else None, pace=pace)
         stopwatch.finish()
         for steps in running:
             steps.note(series, first=round_ == 0)

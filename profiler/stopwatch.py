@@ -90,7 +90,7 @@ class CudaStopwatch:
     in the queue when the first of them begins.
 
     Where the host sets the pace, the queue is all but empty, and to enqueue is cheaper than behind a GPU that does
-    nothing: 34.7 ms, not 42.8, for a step of BERT. So for the host's clock the queue is left empty.
+    nothing. So for the host's clock the queue is left empty.
     """
 
     CALIBRATION_CYCLES = 2_000_000
@@ -98,18 +98,17 @@ class CudaStopwatch:
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
         self.device = device
         self.clock = clock
-        self.fills = True
-        """Whether the queue is filled ahead, for the device's clock."""
+        self.reads: Clock = "device"
+        """The clock that is read; for the device's the queue is filled ahead."""
         self.cycles_per_s = 0.0
         """Of the GPU's clock while it does nothing."""
 
     def clocks(self) -> Iterator[Clock]:
         """See :class:`Stopwatch`."""
-        self.fills = True
-        yield "device"
-        self.fills = False
-        yield "host"
-        self.fills = True
+        clocks: tuple[Clock, ...] = ("device", "host")
+        for self.reads in clocks:
+            yield self.reads
+        self.reads = "device"
 
     def time(self, function: Callable[[], Any], ahead_s: float = 0.0) -> tuple[Any, Enqueued]:
         """See :class:`Stopwatch`. What was enqueued before is waited for: a queue that is full stops the host.
@@ -192,10 +191,11 @@ class QueueFiller:
         if not isinstance(stopwatch, CudaStopwatch):
             return stopwatch.time(function)
         if self.waits is None:
+            stopwatch.finish()  # which waits for the GPU itself
             with stopwatch.watching() as places:
                 result, enqueued = stopwatch.time(function)
             self.waits = bool(places)
-        elif not stopwatch.fills:
+        elif stopwatch.reads == "host":
             return stopwatch.time(function)
         else:
             ahead_s = 0.0 if self.waits else min(self.MORE * self.host_s, self.MOST_S)
@@ -223,7 +223,6 @@ def cuda_timer(device: torch.device) -> Timer:
     stopwatch = CudaStopwatch(device)
 
     def timer(function: Callable[[], Any]) -> tuple[Any, float]:
-        torch.cuda.synchronize(device)
         result, reading = stopwatch.time(function)
         stopwatch.finish()
         return result, reading()
