@@ -243,7 +243,7 @@ def unit_times(capture, profile):
 
 @contextlib.contextmanager
 def remembered_captures():
-    """Fill the list with what profiles capture meanwhile: to capture a model again takes as long as all the rest."""
+    """Fill the list with what profiles capture meanwhile: to capture a model takes most of the time."""
     found = []
 
     def captured(*args, **kwargs):

@@ -1,19 +1,15 @@
 """Measurement with a clock of our own, so that what is timed can be stated exactly."""
 
 import itertools
-from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_stopwatch import Queue
 from torch import nn
 
-from shardwright.profiler.measure import Goal, Pass, Readings, excess_s, measure, round_totals
-from shardwright.profiler.profile import Clocked, Timing
-from shardwright.profiler.records import measurements_of
-from shardwright.profiler.stopwatch import Enqueued, HostStopwatch
+from shardwright.profiler.measure import Goal, Pass, excess_s, measure, round_totals
+from shardwright.profiler.stopwatch import HostStopwatch
 from shardwright.profiler.subject import Subject, as_input
 from shardwright.profiler.timing import LEAST_REPEATS, Series, at_pace, summarise
 from shardwright.profiler.unitgraph import Call
@@ -447,144 +443,3 @@ def test_an_input_keeps_its_class():
     """A unit may go by it."""
     marked = torch.ones(3).as_subclass(Marked).requires_grad_()
     assert type(as_input(marked)) is Marked
-
-
-class Launches(nn.Module):
-    """A unit that launches one kernel in its forward and one in its backward, on a simulated device."""
-
-    def __init__(self, queue, launch_s, run_s):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(3))
-        self.work = queue.kernels([(launch_s, run_s, False)])
-
-    def forward(self, x):
-        self.work()
-        y = x * self.weight
-        if y.requires_grad:
-            y.register_hook(lambda _: self.work())
-        return y
-
-
-def test_work_that_is_enqueued_is_timed_on_both_clocks():
-    """The device in a full queue, not charged for launches, and the host with an empty one.
-
-    The slower clock decides when a step is settled.
-    """
-    queue = Queue(behind=1.25)
-    x = torch.ones(3, requires_grad=True)
-    subjects = {
-        "large": subject(Launches(queue, 1 / 1024, 4 / 1024), x),
-        "small": subject(Launches(queue, 2 / 1024, 1 / 1024), x),
-    }
-    settled = {}
-    measure([Pass(subjects)], queue, Goal(repeats=6), on_settled=settled.__setitem__, pace=lambda: 1.0)
-    assert settled["large"].pace_s == []
-    assert settled["large"].host.pace_s == [1.0] * 6
-    for name, launch_s, run_s in (("large", 1 / 1024, 4 / 1024), ("small", 2 / 1024, 1 / 1024)):
-        timing = summarise(settled[name])
-        assert (timing.forward_s, timing.backward_s) == pytest.approx((run_s, run_s))
-        assert (timing.host.forward_s, timing.host.backward_s) == pytest.approx((launch_s, launch_s))
-    assert settled["large"].slower is settled["large"]
-    assert settled["small"].slower is settled["small"].host
-
-
-SIDES = st.tuples(st.integers(0, 9), st.integers(0, 9))
-
-
-@given(st.lists(st.tuples(SIDES, SIDES, SIDES), min_size=1, max_size=5), st.sampled_from([1, 4]))
-def test_the_slower_of_host_and_device_sets_the_pace_of_all(steps, count):
-    """Forward, backward and update of each step, on the device and on the host: one side's times for all of them."""
-
-    def timing(side):
-        return {
-            "repeats": 6,
-            "forward_s": side[0],
-            "forward_spread_s": 0,
-            "backward_s": side[1],
-            "backward_spread_s": 0,
-            "update_s": side[2],
-        }
-
-    sides = [[[phase[side] for phase in step] for step in steps] for side in (0, 1)]
-    timings = {
-        ("cuda:0", microbatches, f"s{number}"): Clocked(**timing(device), host=Timing(**timing(host)))
-        for number, (device, host) in enumerate(zip(*sides, strict=True))
-        for microbatches in {1, count}
-    }
-    names = [f"s{number}" for number in range(len(steps))]
-    found = [m for m in measurements_of(names, timings) if m.microbatches == count]
-    totals = [sum(count * (f + b) + u for f, b, u in side) for side in sides]
-    assert sum(count * (m.forward_s + m.backward_s) + m.update_s for m in found) == max(totals)
-    assert {m.host_bound for m in found} == {totals[1] > totals[0]}
-
-
-def test_the_host_has_the_pace_of_its_own_turn():
-    """Between the turns a pace is taken, too."""
-    queue, paces = Queue(), iter([9.0, 1.0, 3.0] * 8)
-    settled = {}
-    subjects = {"a": subject(Launches(queue, 1 / 1024, 1 / 1024), torch.ones(3))}
-    measure([Pass(subjects)], queue, Goal(repeats=6), on_settled=settled.__setitem__, pace=lambda: next(paces))
-    assert settled["a"].host.pace_s == [2.0] * 6
-
-
-def enqueued(device_s, host_s):
-    return Enqueued(lambda: device_s, host_s)
-
-
-def test_each_clock_is_read_in_its_turn_and_has_its_own_excess():
-    """But for the first call, which is in the turn of the device on both."""
-    steps, series = Pass({"a": subject(nn.Linear(3, 3), torch.ones(3))}), {"a": Series()}
-    for times in (10.0, 1.0):
-        phases = {"forward": 4.0, "backward": 9.0, "update": 5.0}
-        on_device = {phase: enqueued(times * seconds, 90.0 * times) for phase, seconds in phases.items()}
-        phases = {"forward": 2.0, "backward": 7.0, "update": 6.0}
-        on_host = {phase: enqueued(80.0 * times, times * seconds) for phase, seconds in phases.items()}
-        steps.readings = {
-            "device": Readings({"a": on_device}, enqueued(1.0 * times, 90.0), enqueued(3.0 * times, 90.0)),
-            "host": Readings({"a": on_host}, enqueued(80.0, 2.0 * times), enqueued(80.0, 2.0 * times)),
-        }
-        steps.note(series, first=times == 10.0)
-    device, host = series["a"], series["a"].host
-    assert (device.forwards(), device.backwards(), device.updates()) == ([4.0], [8.0], [3.0])
-    assert (host.forwards(), host.backwards(), host.updates()) == ([2.0], [5.0], [2.0])
-    assert (device.first_call_s, host.first_call_s) == (130.0, 1800.0)
-
-
-class RunsOut(Launches):
-    """A unit that there is no memory for in its n-th forward."""
-
-    def __init__(self, queue, at):
-        super().__init__(queue, 1 / 1024, 1 / 1024)
-        self.left = at
-
-    def forward(self, x):
-        self.left -= 1
-        if not self.left:
-            raise torch.OutOfMemoryError("out of memory")
-        return super().forward(x)
-
-
-@pytest.mark.parametrize("at", range(1, 9))
-def test_what_runs_out_of_memory_is_left_out_in_either_turn(at):
-    """With what is like it, and the others are measured on both clocks as often as without it."""
-    queue, settled, refused = Queue(), {}, {}
-    x = torch.ones(3, requires_grad=True)
-    unit = partial(Launches, queue, 1 / 1024, 1 / 1024)
-    subjects = {"a": subject(unit(), x), "b": subject(RunsOut(queue, at), x), "c": subject(unit(), x)}
-    steps = Pass(subjects, alike={"c": "b"})
-    measure([steps], queue, Goal(repeats=6), on_settled=settled.__setitem__, on_refused=refused.__setitem__)
-    assert (list(settled), list(refused)) == (["a"], ["b"])
-    assert settled["a"].repeats == settled["a"].host.repeats == 6
-
-
-@pytest.mark.parametrize("asked", range(5))
-def test_what_is_broken_off_holds_and_updates_nothing(asked):
-    """At whatever step before the updates."""
-    queue, x = Queue(), torch.ones(3, requires_grad=True)
-    steps = Pass({name: subject(Launches(queue, 1 / 1024, 1 / 1024), x) for name in "ab"})
-    steps.run(queue)
-    answers = iter([False] * asked)
-    steps.run(queue, broken_off=lambda: next(answers, True))
-    assert all(not held.outputs for held in steps.subjects.values())
-    assert len(steps.readings) == 2
-    assert all(readings.whole_update is None for readings in steps.readings.values())
