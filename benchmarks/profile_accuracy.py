@@ -26,7 +26,7 @@ from torch import nn
 
 import shardwright as sw
 from shardwright.profiler.cache import FOLDER_VARIABLE
-from shardwright.profiler.campaign import Few, Item, hold, passes_held, work_bytes
+from shardwright.profiler.campaign import Few, How, Item, hold, passes_held, work_bytes
 from shardwright.profiler.capture import captures_of
 from shardwright.profiler.devices import find_devices
 from shardwright.profiler.inputs import outputs_of
@@ -103,12 +103,13 @@ def compare(name, model, args, kwargs, rounds, cpu_time):
     called = [one for one in captures[1].steps if one.call is not None]
     keys = {one.name: step_key(one, train=True, optimizer="adam", accumulate=False) for one in called}
     few = Few()
+    how = How(train=True, optimizer="adam")
     chosen = [one for one in called if few.admits(keys[one.name], work_bytes(one, train=True))]
     with Pool(find_devices(["cpu:0"])) as pool:
         pool.call({"cpu:0": (prepare, ("cpu:0", 1))}, limit_s=120)
         for number, one in enumerate(chosen):
             key = {Item(1, one.name): keys[one.name]}
-            pool.call({"cpu:0": (hold, (one.name, {1: one.call}, key, True, "adam", number == 0))}, limit_s=120)
+            pool.call({"cpu:0": (hold, (one.name, {1: one.call}, key, how, number == 0))}, limit_s=120)
         pool.call({"cpu:0": (hold_whole, (model, args, kwargs, captures[1].output_places))}, limit_s=120)
         times, whole = pool.call({"cpu:0": (alternate, (rounds, cpu_time))}, limit_s=600)["cpu:0"]
     parts = [np.sum([times[keys[one.name]][phase] for one in called], axis=0) for phase in range(3)]

@@ -37,7 +37,7 @@ from shardwright.profiler.timing import Series, at_pace, summarise
 from shardwright.profiler.unitgraph import Call, Step, UnitGraph
 from shardwright.profiler.worker import report, resident
 
-__all__ = ["START_LIMIT_S", "Few", "Findings", "Item", "Workers", "hold", "investigate", "passes_held", "work_bytes"]
+__all__ = ["START_LIMIT_S", "Few", "Findings", "How", "Item", "Workers", "hold", "investigate", "passes_held", "work_bytes"]
 
 
 class Item(NamedTuple):
@@ -117,7 +117,7 @@ class Findings:
                 self.timings[place] = at_pace(timing, self.paces[place[0]])
 
 
-class _How(NamedTuple):
+class How(NamedTuple):
     """What is measured."""
 
     train: bool
@@ -178,7 +178,7 @@ def investigate(
     tell("known", len(set(keys.values()) - missing), len(set(keys.values())))
     found = Findings()
     jobs = {device.name: _jobs(device, items, keys, missing, inputs, train=train) for device in devices}
-    how = _How(train, optimizer, parted)
+    how = How(train, optimizer, parted)
     _run(workers, devices, jobs, found, whole, how, goal=goal, cache=cache, tell=tell)
     refused = {keys[m.device, Item(m.microbatches, m.node)]: m for m in found.misfits}
     found.misfits.clear()
@@ -309,7 +309,7 @@ def _run(
     jobs: Mapping[str, list[_Job]],
     found: Findings,
     whole: _Whole,
-    how: _How,
+    how: How,
     *,
     goal: Goal,
     cache: Cache,
@@ -343,7 +343,7 @@ def _run(
             cache.put(whole.key(name), Variation(device=name, relative=tuple(t / middle for t in totals)))
 
 
-def _send(workers: Workers, groups: Mapping[str, list[_Job]], how: _How, *, tell: Progress) -> None:
+def _send(workers: Workers, groups: Mapping[str, list[_Job]], how: How, *, tell: Progress) -> None:
     """Hand every job of the groups to its device."""
     pool = workers.pool
     count = max(map(len, groups.values()))
@@ -395,7 +395,7 @@ def _measure(
 # What runs inside the workers.
 
 
-def hold(name: str, calls: dict[int, Call], keys: dict[Item, str], how: _How, first: bool) -> None:
+def hold(name: str, calls: dict[int, Call], keys: dict[Item, str], how: How, first: bool) -> None:
     """Take in the calls of one step, which share the module; ``first`` lets go of what was held before."""
     if first:
         resident["held"] = {}
@@ -412,7 +412,7 @@ def hold(name: str, calls: dict[int, Call], keys: dict[Item, str], how: _How, fi
         resident["held"][item] = keys[item], make
 
 
-def _subject(call: Call, how: _How, *, optimizer: str | None, accumulate: bool) -> Subject:
+def _subject(call: Call, how: How, *, optimizer: str | None, accumulate: bool) -> Subject:
     device = resident["device"]
     return Subject(filled(call), device, train=how.train, optimizer=optimizer, accumulate=accumulate, parted=how.parted)
 

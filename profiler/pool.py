@@ -90,6 +90,8 @@ class Worker:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(SILENCE_S), 0))
         self.connection = Connection(ours.detach())
         self.last_beat = time.monotonic()
+        self.calls = 0
+        """Submitted so far."""
         self.mark: Mark | None = None
         """How far it has come, as of its last heartbeat."""
 
@@ -106,17 +108,20 @@ class Worker:
             self.connection.send_bytes(data)
         except OSError:
             raise self.post_mortem() from None
+        self.calls += 1
 
-    def receive(self) -> Message:
-        """The next message; the connection must be readable."""
+    def receive(self) -> Message | None:
+        """The next message, None where it is of a call before the last; the connection must be readable."""
         try:
-            message = pickle.loads(self.connection.recv_bytes())
+            message = Message(*pickle.loads(self.connection.recv_bytes()))
         except (EOFError, OSError):
             raise self.post_mortem() from None
         self.last_beat = time.monotonic()
+        if message.kind != "beat" and message.call != self.calls:
+            return None
         if message.kind == "error":
             raise WorkerError(self.device.name, f"failed: {message.content}", detail=message.detail)
-        return Message(*message)
+        return message
 
     def check_alive(self) -> None:
         """Raise when no heartbeat has come for too long."""
@@ -230,6 +235,8 @@ class Pool:
                     errors.append(error)
                     pending.discard(device)
                     deadline = min(deadline, time.monotonic() + SETTLE_S)
+                    continue
+                if message is None:
                     continue
                 if message.kind == "result":
                     results[device] = message.content

@@ -28,6 +28,7 @@ resident: dict[str, Any] = {}
 _connection: Connection | None = None
 _lock = threading.Lock()
 _taken_bytes = 0
+_calls = 0
 
 
 class Mark(NamedTuple):
@@ -74,11 +75,13 @@ class Message(NamedTuple):
     kind: Literal["beat", "progress", "result", "error"]
     content: Any = None
     detail: str = ""
+    call: int = 0
+    """How many calls had been taken when it was sent: what a caller gave up waiting for is told by it."""
 
 
 def _send(message: Message) -> None:
     assert _connection is not None  # set before anything is sent
-    data = pickle.dumps(message)
+    data = pickle.dumps(message._replace(call=_calls))
     with _lock:
         _connection.send_bytes(data)
 
@@ -119,7 +122,7 @@ def serve(descriptor: int, cores: tuple[int, ...]) -> None:
 
     A call is a cloudpickled (function, args, kwargs); the answer is a :class:`Message`.
     """
-    global _connection  # noqa: PLW0603  one worker, one parent
+    global _connection, _calls  # noqa: PLW0603  one worker, one parent
     _connection = Connection(descriptor)
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
@@ -129,6 +132,7 @@ def serve(descriptor: int, cores: tuple[int, ...]) -> None:
             data = _connection.recv_bytes()
         except (EOFError, OSError):
             sys.exit(0)
+        _calls += 1
         try:
             function, args, kwargs = pickle.load(_Taken(data))
             _send(Message("result", function(*args, **kwargs)))

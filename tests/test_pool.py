@@ -133,6 +133,19 @@ def test_a_worker_that_only_lives_is_hung():
                 pool.call({"cpu:0": (stuck, ("/nowhere",))}, limit_s=2, loading=True)
 
 
+def report_and_return(file):
+    """Be late, with a number of its own."""
+    waits_for(file)
+    report("late")
+    return "late"
+
+
+def report_and_fail(file):
+    """Be late, and fail then."""
+    waits_for(file)
+    fail()
+
+
 def turns_until(file):
     """Compute until there is ``file``."""
     while not os.path.exists(file):
@@ -161,6 +174,21 @@ def test_an_error_is_one_line_with_its_traceback_kept():
             pool.call({"cpu:0": (fail, ())}, limit_s=60)
         assert "in fail" in caught.value.detail
         assert pool.call({"cpu:0": (square, (2,))}, limit_s=60) == {"cpu:0": 4}
+
+
+@pytest.mark.parametrize("late", [report_and_return, report_and_fail])
+def test_what_comes_too_late_is_nobodys_answer(monkeypatch, tmp_path, late):
+    """One failed, the other was no longer waited for: what it says later is not taken for the next call's."""
+    monkeypatch.setattr(pool_module, "SETTLE_S", 0.0)
+    heard = []
+    with Pool([device(0), device(1)]) as pool:
+        pool.call(dict.fromkeys(("cpu:0", "cpu:1"), (square, (1,))), limit_s=60)
+        with pytest.raises(WorkerError, match="worker cpu:1 failed"):
+            pool.call({"cpu:0": (late, (str(tmp_path / "go"),)), "cpu:1": (fail, ())}, limit_s=60)
+        (tmp_path / "go").touch()
+        calls = {"cpu:0": (square, (3,)), "cpu:1": (square, (4,))}
+        assert pool.call(calls, limit_s=60, on_progress=lambda *what: heard.append(what)) == {"cpu:0": 9, "cpu:1": 16}
+    assert heard == []
 
 
 @pytest.mark.parametrize(
