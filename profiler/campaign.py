@@ -37,7 +37,18 @@ from shardwright.profiler.timing import Series, at_pace, summarise
 from shardwright.profiler.unitgraph import Call, Step, UnitGraph
 from shardwright.profiler.worker import report, resident
 
-__all__ = ["START_LIMIT_S", "Few", "Findings", "How", "Item", "Workers", "hold", "investigate", "passes_held", "work_bytes"]
+__all__ = [
+    "START_LIMIT_S",
+    "Few",
+    "Findings",
+    "How",
+    "Item",
+    "Workers",
+    "hold",
+    "investigate",
+    "passes_held",
+    "work_bytes",
+]
 
 
 class Item(NamedTuple):

@@ -110,15 +110,15 @@ class Worker:
             raise self.post_mortem() from None
         self.calls += 1
 
-    def receive(self) -> Message | None:
-        """The next message, None where it is of a call before the last; the connection must be readable."""
+    def receive(self) -> Message:
+        """The next message, "late" where it is of a call before the last; the connection must be readable."""
         try:
             message = Message(*pickle.loads(self.connection.recv_bytes()))
         except (EOFError, OSError):
             raise self.post_mortem() from None
         self.last_beat = time.monotonic()
         if message.kind != "beat" and message.call != self.calls:
-            return None
+            return Message("late")
         if message.kind == "error":
             raise WorkerError(self.device.name, f"failed: {message.content}", detail=message.detail)
         return message
@@ -235,8 +235,6 @@ class Pool:
                     errors.append(error)
                     pending.discard(device)
                     deadline = min(deadline, time.monotonic() + SETTLE_S)
-                    continue
-                if message is None:
                     continue
                 if message.kind == "result":
                     results[device] = message.content

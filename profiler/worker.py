@@ -70,9 +70,9 @@ class _Taken(io.BytesIO):
 
 class Message(NamedTuple):
     """What a worker sends: a heartbeat with its :class:`Mark`, progress of a call, its result, or its error (text and
-    traceback)."""
+    traceback); what comes after the next call was sent is late."""
 
-    kind: Literal["beat", "progress", "result", "error"]
+    kind: Literal["beat", "progress", "result", "error", "late"]
     content: Any = None
     detail: str = ""
     call: int = 0

@@ -19,6 +19,7 @@ from test_shifting import plain, tangled
 from shardwright.sharder.planning import ceilings, shifting
 from shardwright.sharder.planning import listing as listing_module
 from shardwright.sharder.planning.ceilings import ASKED, NEAR, _next_ceiling_s, narrowed
+from shardwright.sharder.planning.device_sets import DeviceSetSearch
 from shardwright.sharder.planning.listing import Family, Listing, TooManyError
 from shardwright.sharder.planning.partition import partition, stage_loads
 from shardwright.sharder.planning.problem import bits
@@ -107,6 +108,23 @@ def test_sets_next_to_a_family_are_a_stage_away(problem, share, forwards, at_onc
     for i, origin in enumerate(sets.origin):
         first, last = (family.mask(origin), sets.mask(i)) if forwards else (sets.mask(i), family.mask(origin))
         assert not first & ~last
+
+
+@often
+@given(problems(), st.randoms(use_true_random=False))
+def test_a_part_lists_what_is_between_its_ends(problem, random_):
+    """Work and transfers are those of the whole problem, of its ends too."""
+    problem = one_link(problem)
+    closed = sorted(closed_sets(problem.predecessors, MANY))
+    before, behind = random_.choice(closed), random_.choice(closed)
+    assume(not before & ~behind)
+    part = Listing(problem).between(before, behind)
+    sets = part.sets(0.0, math.inf, math.inf, MANY)
+    assert masks_of(sets) == [one for one in closed if not before & ~one and not one & ~behind]
+    for cuts in (sets, *part.ends):
+        for i in range(len(cuts.work_s)):
+            expected = weights(problem, cuts.mask(i))
+            assert (cuts.work_s[i], cuts.moved_s[i]) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 @often
@@ -318,8 +336,9 @@ def test_wide_graphs_on_devices_that_differ_are_split_exactly(seed, monkeypatch)
     assert {d for d, _ in cut.stages} == {0, 1, 2}
 
 
+@pytest.mark.parametrize(("most_orders", "search"), [(24, ChainSearch), (0, DeviceSetSearch)])
 @pytest.mark.parametrize("slow", [1e-2, 1e-6, 1e-8])
-def test_rounding_hides_no_split_on_devices_that_are_far_slower(slow):
+def test_rounding_hides_no_split_on_devices_that_are_far_slower(slow, most_orders, search, monkeypatch):
     """Every device has blocks that take a second there: that split is found at a ceiling just above its load."""
     for seed in range(20):
         random_ = random.Random(seed)
@@ -332,9 +351,11 @@ def test_rounding_hides_no_split_on_devices_that_are_far_slower(slow):
         blocks = tuple(dataclasses.replace(block(0.0, 4), forward_s=times, units=("u",)) for times in rows)
         problem = dataclasses.replace(chain([1.0] * 9, 4), crossings=(), blocks=blocks)
         value_s = max(stage_loads(problem, [(0, 7), *((d, 6 << 2 * d) for d in range(1, 4))]))
-        listed = ceilings._listed(problem, lambda: False)
+        monkeypatch.setattr(ceilings, "MOST_ORDERS", most_orders)
+        asked = ceilings._asked_of(problem, lambda: False)
+        assert isinstance(asked.search(value_s), search)
         for above in (1e-12, 1e-11, 1e-10, 1e-9):
-            assert ChainSearch(*listed, value_s * (1 + above)).stages(MANY) is not None
+            assert asked.search(value_s * (1 + above)).stages(MANY) is not None
 
 
 def test_orders_of_devices_are_told_apart_by_their_times():
@@ -356,11 +377,15 @@ def test_orders_of_devices_are_told_apart_by_their_times():
         (1, 3, 0, 2),
     ]
     assert [row.weights for row in rows if len(row.devices) == 1] == [(0.1,), (0.2,)]
-    assert ceilings.can_list(in_proportion(four, (1.0, 2.0, 3.0, 4.0)))
+    assert ceilings._few_orders(in_proportion(four, (1.0, 2.0, 3.0, 4.0)))
     five = dataclasses.replace(four, devices=(*"abcde",), caps=problem.caps[:1] * 5)
     five = dataclasses.replace(five, links=((problem.links[0][1],) * 5,) * 5)
-    assert not ceilings.can_list(in_proportion(five, (1.0, 2.0, 3.0, 4.0, 5.0)))
+    assert not ceilings._few_orders(in_proportion(five, (1.0, 2.0, 3.0, 4.0, 5.0)))
+    assert ceilings.can_list(in_proportion(five, (1.0, 2.0, 3.0, 4.0, 5.0)))  # by sets of devices
     short = dataclasses.replace(five, microbatches=2)
     assert short.most_stages == 2  # in twenty orders
-    assert ceilings.can_list(in_proportion(short, (1.0, 2.0, 3.0, 4.0, 5.0)))
-    assert ceilings._how_many_orders(in_proportion(five, (1.0, 2.0, 1.0, 2.0, 1.0))) == 10
+    assert ceilings._few_orders(in_proportion(short, (1.0, 2.0, 3.0, 4.0, 5.0)))
+    ten = dataclasses.replace(five, devices=(*"abcdefghij",), caps=problem.caps[:1] * 10)
+    ten = dataclasses.replace(ten, links=((problem.links[0][1],) * 10,) * 10)
+    assert not ceilings.can_list(in_proportion(ten, tuple(1.0 + d for d in range(10))))
+    assert ceilings.can_list(in_proportion(ten, (1.0, 2.0) * 5))

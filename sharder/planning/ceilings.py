@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
+from shardwright.sharder.planning.device_sets import MOST_STATES, DeviceSetSearch, LittleCut, how_many_states
 from shardwright.sharder.planning.listing import Listing
 from shardwright.sharder.planning.mincut import least_transfer_s
 from shardwright.sharder.planning.problem import Problem
@@ -14,7 +16,7 @@ from shardwright.sharder.planning.relaxed import in_shares
 from shardwright.sharder.planning.search import OutOfTimeError, Stages, fluid_s
 from shardwright.sharder.planning.windows import ChainSearch, Row, UndecidedError
 
-__all__ = ["NEAR", "Narrowed", "can_list", "listed_with_transfers", "narrowed", "within"]
+__all__ = ["NEAR", "Narrowed", "can_list", "listed_with_transfers", "listing_of", "narrowed", "within"]
 
 MOST_ORDERS = 24
 """Of as many devices that differ as have a stage: each is asked for by itself, then those of fewer."""
@@ -23,6 +25,8 @@ MOST_BLOCKS = 128
 STEPS = (2_000_000, 20_000_000, 150_000_000)
 """So many undecided sets are gone through for what one cut may be, in words of 64 blocks: at first, and when what was
 left undecided is asked for again."""
+LOWER = 3
+"""So often that is done where devices differ: a lower ceiling is soon seen to be too low there."""
 AIM = 0.0098
 """A ceiling that is so much below the best split is asked for: if nothing is under it, the gap is below 1%."""
 ASKED = 0.2, 0.35
@@ -32,6 +36,9 @@ CLOSE = 3e-3
 """A gap that is no wider is asked for as a whole."""
 NEAR = 2e-4
 """Between a ceiling that is proven and one that is undecided nothing is tried if they are nearer than that."""
+
+SAME = 1e-9
+"""Loads that differ by less than this share are the same, summed up in another order."""
 
 
 class Narrowed(NamedTuple):
@@ -44,7 +51,8 @@ class Narrowed(NamedTuple):
 
 def can_list(problem: Problem) -> bool:
     """Whether the devices are alike, or few."""
-    return 0 < _how_many_orders(problem) <= MOST_ORDERS
+    classes = _classes(problem)
+    return len(classes) == 1 or (all(problem.total_s) and how_many_states(classes) <= MOST_STATES)
 
 
 def listed_with_transfers(problem: Problem) -> bool:
@@ -53,14 +61,11 @@ def listed_with_transfers(problem: Problem) -> bool:
     return summed or not any(least_transfer_s(problem, tensor) for tensor in problem.crossings)
 
 
-def _how_many_orders(problem: Problem) -> int:
-    """Of the devices, those with the same times as one, or one more than are asked for; 0 where none is."""
+def _few_orders(problem: Problem) -> bool:
+    """Whether the orders of the devices are so few, and the blocks, that each is asked for by itself."""
     classes = _classes(problem)
-    if len(classes) == 1:
-        return 1
-    if not all(problem.total_s) or len(problem.blocks) > MOST_BLOCKS:
-        return 0
-    return sum(1 for _ in itertools.islice(_orders(classes, problem.most_stages), MOST_ORDERS + 1))
+    few = sum(1 for _ in itertools.islice(_orders(classes, problem.most_stages), MOST_ORDERS + 1)) <= MOST_ORDERS
+    return len(classes) == 1 or (few and len(problem.blocks) <= MOST_BLOCKS)
 
 
 def _classes(problem: Problem) -> list[list[int]]:
@@ -89,22 +94,48 @@ def _rows(problem: Problem, weights: Sequence[float]) -> list[Row]:
     return [Row(order, tuple(weights[d] for d in order)) for order in every]
 
 
-def _listed(problem: Problem, out_of_time: Callable[[], bool]) -> tuple[Listing, list[Row]] | None:
-    """What is asked for chains, and the orders of the devices; None where blocks are pinned so that no work is left.
+def listing_of(problem: Problem, out_of_time: Callable[[], bool]) -> tuple[Listing, list[float]] | None:
+    """What is asked for chains, and the weight of each device; None where blocks are pinned so that no work is left.
 
     Raises:
         OutOfTimeError: the time has passed.
     """
     devices = range(len(problem.devices))
     if len(_classes(problem)) == 1:
-        counts = range(problem.most_stages, 0, -1)
-        return Listing(problem, out_of_time), [Row(tuple(range(count)), (1.0,) * count) for count in counts]
+        return Listing(problem, out_of_time), [1.0 for _ in devices]
     share = fluid_s(problem, devices)
-    if not math.isfinite(sum(share)):
+    if not math.isfinite(sum(share)) or not all(problem.total_s):
         return None
     whole = sum(1 / total_s for total_s in problem.total_s)
     weights = [1 / total_s / whole for total_s in problem.total_s]
-    return Listing(in_shares(problem, share), out_of_time), _rows(problem, weights)
+    return Listing(in_shares(problem, share), out_of_time), weights
+
+
+class _Asked(NamedTuple):
+    """What ceilings are asked of."""
+
+    search: Callable[[float], ChainSearch | DeviceSetSearch]
+    """For a ceiling."""
+    slack_s: float
+    """Loads nearer than that to a ceiling are not told from it: what rounding may take from work, on any device."""
+    lower: int = 0
+    """So often a lower ceiling is asked for before the next of the ``STEPS``."""
+
+
+def _asked_of(problem: Problem, out_of_time: Callable[[], bool]) -> _Asked | None:
+    """What is asked; None where blocks are pinned so that no work is left.
+
+    Raises:
+        OutOfTimeError: the time has passed.
+    """
+    if (found := listing_of(problem, out_of_time)) is None:
+        return None
+    listing, weights = found
+    slack_s = 4 * listing.slack_s / min(weights)
+    if _few_orders(problem):
+        return _Asked(partial(ChainSearch, listing, _rows(problem, weights)), slack_s)
+    little, classes = LittleCut(listing), _classes(problem)
+    return _Asked(partial(DeviceSetSearch, little, classes, weights, problem.most_stages), slack_s, LOWER)
 
 
 def within(problem: Problem, ceiling_s: float, out_of_time: Callable[[], bool]) -> Narrowed | None:
@@ -116,9 +147,9 @@ def within(problem: Problem, ceiling_s: float, out_of_time: Callable[[], bool]) 
     if not can_list(problem):
         return None
     try:
-        if (listed := _listed(problem, out_of_time)) is None:
+        if (asked := _asked_of(problem, out_of_time)) is None:
             return None
-        found = ChainSearch(*listed, ceiling_s).stages(STEPS[0])
+        found = asked.search(ceiling_s).stages(STEPS[0])
     except (OutOfTimeError, UndecidedError):
         return None
     return Narrowed((), math.nextafter(ceiling_s, math.inf)) if found is None else Narrowed(found, 0.0)
@@ -144,34 +175,33 @@ def narrowed(
     if not can_list(problem) or not 0 < best()[1] < math.inf:
         return
     try:
-        listed = _listed(problem, out_of_time)
+        asked = _asked_of(problem, out_of_time)
     except OutOfTimeError:
         return
-    if listed is None:
+    if asked is None:
         return
-    slack_s = 4 * listed[0].slack_s
-    asked: tuple[float, ChainSearch] | None = None
+    slack_s = asked.slack_s
+    latest: tuple[float, ChainSearch | DeviceSetSearch] | None = None
     for steps in STEPS[:1] if quick else STEPS:
         last = steps == STEPS[-1]
-        undecided_s = math.inf
+        undecided_s, undecided = math.inf, 0
         while (ceiling_s := _next_ceiling_s(bound_s, best()[1], undecided_s, slack_s)) is not None:
-            if undecided_s < math.inf and not last:
+            if undecided > (0 if quick else asked.lower) and not last:
                 break
             value_s = best()[1]
             try:
                 # Where nothing can be proven a split may still be found.
                 some = last and undecided_s == math.inf
-                if asked is None or asked[0] != ceiling_s:
-                    asked = ceiling_s, ChainSearch(*listed, ceiling_s)
-                found = asked[1].stages(steps, some=some)
+                if latest is None or latest[0] != ceiling_s:
+                    latest = ceiling_s, asked.search(ceiling_s)
+                found = latest[1].stages(steps, some=some)
             except OutOfTimeError:
                 return
             except UndecidedError:
-                undecided_s = ceiling_s
+                undecided_s, undecided = ceiling_s, undecided + 1
                 continue
             if found is None:
-                # What is nearer to the best is the same loads, summed up in another order.
-                bound_s = value_s if ceiling_s >= value_s - slack_s else ceiling_s
+                bound_s = value_s if ceiling_s >= value_s * (1 - SAME) else ceiling_s
                 yield Narrowed((), bound_s)
                 continue
             yield Narrowed(found, bound_s)

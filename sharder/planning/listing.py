@@ -10,6 +10,8 @@ after a set of a family, or before one, with a load of T at most in the stage be
 
     I < J        work(J) - work(I) + w (X(I) + X(J)) <= w T
 
+A part of the problem may be asked for: the sets between two given ones, as :meth:`Listing.between` has it.
+
 Blocks are decided one by one in a topological order, inside or outside, for all undecided sets at once. What is decided
 bounds all three: work and transfers only grow, a tensor crosses once its maker is inside and a reader outside, and of
 the work that may still come what is behind a block outside is lost. Between a low and a high that are near each
@@ -18,7 +20,8 @@ other the blocks that must be inside, or outside, whatever the set, are known fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -61,7 +64,10 @@ class Cuts(NamedTuple):
 
     def first(self, count: int, order: Floats) -> Cuts:
         """So many of them, those with the least ``order``."""
-        which = np.argsort(order)[:count]
+        return self.take(np.argsort(order)[:count])
+
+    def take(self, which: npt.NDArray[np.int64]) -> Cuts:
+        """Those of these numbers."""
         return Cuts(self.masks[which], self.work_s[which], self.moved_s[which], self.origin[which])
 
     def mask(self, index: int) -> int:
@@ -159,9 +165,9 @@ class Listing:
         self.out_of_time = out_of_time
         self.words = (count + 63) // 64
         self.work = np.array([seconds[0] for seconds in problem.seconds])
-        self.whole_s = float(self.work.sum())
-        self.slack_s = ROUNDING * self.whole_s
-        dear = 2 * self.whole_s + 1  # no set may have it cut, and it is a number
+        all_s = float(self.work.sum())
+        self.all_s, self.slack_s = all_s, ROUNDING * all_s
+        dear = 2 * all_s + 1  # no set may have it cut, and it is a number
         summed = problem.transfers == "relayed" and not problem.overlap
         self.price = [
             min(least_transfer_s(problem, tensor) / 2, dear) if summed else 0.0 for tensor in problem.crossings
@@ -178,27 +184,44 @@ class Listing:
         padded[:count] = self.work
         bits_of_byte = (np.arange(256)[:, None] >> np.arange(8) & 1).astype(float)
         self.of_byte = padded.reshape(self.words, 8, 8) @ bits_of_byte.T
+        self.ends = self._one([]), self._one(range(count))
+        """What is before the first stage, and what is behind the last one."""
 
     def _check_time(self) -> None:
         if self.out_of_time():
             raise OutOfTimeError
 
-    @property
-    def nothing(self) -> Cuts:
-        """The empty set alone, as what is before the first stage."""
-        return Cuts(np.zeros((1, self.words), np.uint64), np.zeros(1), np.zeros(1), np.zeros(1, np.int64))
+    def between(self, before: int, behind: int) -> Listing:
+        """The stages behind the closed set ``before`` alone, up to the closed set ``behind``; both are bit masks."""
+        part = copy.copy(self)
+        part.ends = self._one(list(bits(before))), self._one(list(bits(behind)))
+        return part
 
     @property
-    def everything(self) -> Cuts:
-        """The set of all blocks alone."""
-        whole = self._mask(range(len(self.work)))
-        return Cuts(whole[None, :], np.full(1, self.whole_s), np.zeros(1), np.zeros(1, np.int64))
+    def whole_s(self) -> float:
+        """The work of all that there is to be split."""
+        first, last = self.ends
+        return float(last.work_s[0] - first.work_s[0])
+
+    def _one(self, blocks: Sequence[int]) -> Cuts:
+        """One closed set alone."""
+        inside = np.zeros(len(self.work), dtype=bool)
+        inside[list(blocks)] = True
+        crossing = zip(self.price, self.maker, self.readers, strict=True)
+        moved_s = sum(price for price, maker, readers in crossing if inside[maker] and not inside[readers].all())
+        work_s = np.full(1, self.work[inside].sum())
+        return Cuts(self._mask(blocks)[None, :], work_s, np.full(1, float(moved_s)), np.zeros(1, np.int64))
 
     def _mask(self, blocks: Iterable[int]) -> Masks:
         mask = np.zeros(self.words, np.uint64)
         for k, word in words_of(blocks):
             mask[k] = word
         return mask
+
+    def _flags(self, one: Cuts) -> Flags:
+        """By block: whether the only set has it."""
+        of_words = np.unpackbits(one.masks[0].view(np.uint8), bitorder="little")
+        return of_words[: len(self.work)].astype(bool)
 
     def _work_of(self, words: Masks, k: int) -> Floats:
         """The work of the blocks in some masks' word number ``k``."""
@@ -234,8 +257,9 @@ class Listing:
                 No more than twice the ``steps`` are taken, but for some two a block.
             OutOfTimeError: the time has passed.
         """
-        forced = self.whole_s - self.behind_s < low_s - self.slack_s
-        barred = self.needed_s > high_s + self.slack_s
+        first, last = (self._flags(end) for end in self.ends)
+        forced = (self.all_s - self.behind_s < low_s - self.slack_s) | first
+        barred = (self.needed_s > high_s + self.slack_s) | ~last
         if (forced & barred).any():
             return self._cuts([])
         count = 1 if beside is None else len(beside.cuts.work_s)
@@ -258,7 +282,7 @@ class Listing:
             inside,
             outside,
             self._works_of(inside),
-            self.whole_s - self._works_of(outside),
+            self.all_s - self._works_of(outside),
             np.full(count, float(moved_s)),
             np.arange(count),
         ).take(apart)

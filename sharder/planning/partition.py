@@ -16,7 +16,6 @@ from functools import partial
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.afresh import begun_afresh
 from shardwright.sharder.planning.ceilings import NEAR, Narrowed, can_list, listed_with_transfers, narrowed
-from shardwright.sharder.planning.differing import differing_bound_s
 from shardwright.sharder.planning.direct import Direct
 from shardwright.sharder.planning.even import best_even_split, even_splits
 from shardwright.sharder.planning.interleave import device_loads, interleaved, piece_loads
@@ -24,6 +23,7 @@ from shardwright.sharder.planning.line import is_chain, split_line
 from shardwright.sharder.planning.mincut import transfer_bound_s
 from shardwright.sharder.planning.orders import best_of_orders
 from shardwright.sharder.planning.problem import Problem, bits
+from shardwright.sharder.planning.recut import recut
 from shardwright.sharder.planning.room import making_room
 from shardwright.sharder.planning.search import (
     ROUNDING,
@@ -45,11 +45,13 @@ __all__ = ["Partition", "largest_load_s", "partition", "stage_loads"]
 LONG_SUMS = 1e-9
 """Differences of sums over ten thousand blocks differ from the sums of a few of them by less than this share."""
 
-UNTIL = 0.7, 0.95, 0.95
-UNTIL_LISTED = 0.05, 0.3, 0.95
-UNTIL_FITTED = 0.45, 0.75, 0.95
-"""Shares of the time until which, in a graph with too many closed sets, orders, moves of blocks and lists of cuts are
-tried: where there are no lists, where there are, and where a split that fits was to be found first."""
+UNTIL = 0.7, 0.95, 0.95, 0.95
+UNTIL_LISTED = 0.05, 0.2, 0.4, 0.95
+UNTIL_SETS = 0.15, 0.25, 0.5, 0.95
+UNTIL_FITTED = 0.45, 0.6, 0.75, 0.95
+"""Shares of the time until which, in a graph with too many closed sets, orders, moves of blocks, neighbours split anew
+and lists of cuts are tried: where there are no lists, where there are, where these are over sets of devices, and where
+a split that fits was to be found first."""
 QUICK = 0.1
 """Lists are tried for a moment before moves, until this share of the time at most: they may be short."""
 MORE_LISTS = 0.2
@@ -253,13 +255,14 @@ class _Best:
         """
         problem = self.problem
         classes, device_orders, listable = _classes(problem), _orders(problem), can_list(problem)
-        shares = UNTIL_LISTED if listable and listed_with_transfers(problem) else UNTIL
+        listed = UNTIL_SETS if problem.times_differ else UNTIL_LISTED
+        shares = listed if listed_with_transfers(problem) else UNTIL
         start = self.stages
         if not start:
             start, shares = self._make_room(spent), UNTIL_FITTED
         if self.none_fits or not start:
             return
-        orders_over, moves_over, lists_over = (partial(spent, share) for share in shares)
+        orders_over, moves_over, recut_over, lists_over = (partial(spent, share) for share in shares)
 
         def best() -> tuple[Stages, float]:
             return self.stages, self.value_s
@@ -270,9 +273,10 @@ class _Best:
             for found in narrowed(problem, best, self.bound_s, partial(spent, QUICK), quick=True):
                 self._narrow(found)
         if not self.near:
-            self._take_moves(start, device_orders, moves_over)
+            afresh_over = recut_over if listable else lists_over
+            self._take_moves(start, device_orders, moves_over, recut_over, afresh_over)
         telling = listed_with_transfers(problem) or problem.overlap  # what binds is in what is listed, or may well be
-        without_answer = shares[1] if telling else _passed(spent)
+        without_answer = shares[2] if telling else _passed(spent)
 
         def lists_idle() -> bool:
             return lists_over() or spent(without_answer + MORE_LISTS)
@@ -289,19 +293,26 @@ class _Best:
             moved_s = transfer_bound_s(problem, self.value_s, partial(spent, 1.0))
             self.bound_s = max(self.bound_s, min(self.value_s, moved_s))
 
-    def _take_moves(self, start: Stages, device_orders: list[list[int]], over: Callable[[], bool]) -> None:
-        """Take what moves from stage to stage lead to, from ``start`` and begun afresh, and the bound of devices that
-        differ."""
+    def _take_moves(
+        self,
+        start: Stages,
+        device_orders: list[list[int]],
+        moves_over: Callable[[], bool],
+        recut_over: Callable[[], bool],
+        afresh_over: Callable[[], bool],
+    ) -> None:
+        """Take what moves from stage to stage lead to, from ``start`` and begun afresh, and neighbours split anew."""
         problem = self.problem
 
         def best() -> tuple[Stages, float]:
             return self.stages, self.value_s
 
-        for stages in shifted(problem, best, self.bound_s, over, start):
+        for stages in shifted(problem, best, self.bound_s, moves_over, start):
             self.offer(stages)
-        if problem.times_differ:
-            self.bound_s = max(self.bound_s, differing_bound_s(problem, self.bound_s, self.value_s, over))
-        for stages in begun_afresh(problem, _classes(problem), device_orders, best, self.bound_s, over):
+        if not self.near:
+            for stages in recut(problem, best, partial(stage_loads, problem), recut_over):
+                self.offer(stages)
+        for stages in begun_afresh(problem, _classes(problem), device_orders, best, self.bound_s, afresh_over):
             self.offer(stages)
 
     def _narrow(self, found: Narrowed) -> None:

@@ -72,7 +72,7 @@ class _Chain:
         self.listing, self.weights, self.count, self.ceiling_s = listing, weights, len(weights), ceiling_s
         self.steps, self.some = 0, False
         self.left, self.right = 0, self.count
-        self.cuts = {0: listing.nothing, self.count: listing.everything}
+        self.cuts = dict(zip((0, self.count), listing.ends, strict=True))
         self.least = [0.0] * (self.count + 1)
         """By cut: what x is not below."""
         self.complete = True
@@ -211,8 +211,7 @@ class _Chain:
             origin, too_many = error.some, True
         finally:
             del self.cuts[cut]
-        kept = np.flatnonzero(origin >= 0)
-        found = Cuts(sets.masks[kept], sets.work_s[kept], sets.moved_s[kept], origin[kept])
+        found = sets._replace(origin=origin).take(np.flatnonzero(origin >= 0))
         if too_many:
             raise TooManyError(found)
         return found
@@ -275,6 +274,7 @@ class ChainSearch:
     def __init__(self, listing: Listing, rows: Iterable[Row], ceiling_s: float) -> None:
         enough = (row for row in rows if ceiling_s * sum(row.weights) >= listing.whole_s - listing.slack_s)
         self.left = [(row.devices, _Chain(listing, row.weights, ceiling_s)) for row in enough]
+        self.before = listing.ends[0].mask(0)
 
     def stages(self, steps: int, *, some: bool = True) -> Stages | None:
         """A split with no load above the ceiling, but for rounding; None where there is none.
@@ -293,7 +293,7 @@ class ChainSearch:
             devices, chain = self.left[0]
             found = chain.found(steps, some=some)
             if found is not None:
-                members = (b & ~a for a, b in itertools.pairwise([0, *found]))
+                members = (b & ~a for a, b in itertools.pairwise([self.before, *found]))
                 return tuple(stage for stage in zip(devices, members, strict=True) if stage[1])
             self.left.pop(0)
         return None

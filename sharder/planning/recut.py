@@ -1,0 +1,131 @@
+"""Graphs with too many closed sets: some stages beside each other are split anew, as well as they can be together.
+
+Moves of a block or two (shifting.py) end where each move by itself is for the worse. What a few neighbours may be
+together is far less than what all stages may be, since what comes before them and behind them stays: so it is listed
+(windows.py), for each order of their devices. All loads are to be brought below a ceiling, a little under the best
+largest load. As long as one is above, the neighbours of the largest are asked whether they can be split with loads
+below it; first two of them, then more. Such a search of large neighbourhoods by an exact method is that of Shaw, "Using
+constraint programming and local search methods to solve vehicle routing problems", CP 1998.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+from shardwright.sharder.planning.ceilings import listed_with_transfers, listing_of
+from shardwright.sharder.planning.device_sets import DeviceSetSearch, LittleCut
+from shardwright.sharder.planning.listing import Listing
+from shardwright.sharder.planning.problem import Problem
+from shardwright.sharder.planning.search import OutOfTimeError, Stages
+from shardwright.sharder.planning.windows import ChainSearch, Row, UndecidedError
+
+__all__ = ["recut"]
+
+AIMS = 4e-3, 1e-3, 3e-4
+"""Ceilings are so much below the best, in turn while each can be reached."""
+WIDEST = 6
+"""So many stages are split anew together, at most."""
+STEPS = 300_000
+"""So many undecided sets are gone through for what a cut may be, in words of 64 blocks."""
+ROUNDING = 1e-9
+
+Loads = Callable[[Stages], list[float] | None]
+
+
+def recut(
+    problem: Problem,
+    best: Callable[[], tuple[Stages, float]],
+    loads_of: Loads,
+    out_of_time: Callable[[], bool],
+) -> Iterator[Stages]:
+    """Splits that are better than the best one, each than the one before.
+
+    There are none where the transfers are not all in what is listed.
+
+    Args:
+        problem: blocks, devices and links.
+        best: the stages of the best split that was taken, and its largest load.
+        loads_of: of each stage of a split, in seconds of a step, or None where it does not fit.
+        out_of_time: asked now and then.
+    """
+    if len(best()[0]) < 2 or not listed_with_transfers(problem):
+        return
+    try:
+        if (listed := listing_of(problem, out_of_time)) is None:
+            return
+        neighbours = _Neighbours(*listed, loads_of)
+        for aim in AIMS:
+            reached = True
+            while reached:
+                stages, value_s = best()
+                found = neighbours.below(stages, (1 - aim) * value_s)
+                if found is not None:
+                    yield found
+                reached = best()[1] < value_s
+    except OutOfTimeError:
+        return
+
+
+class _Neighbours:
+    """Stages that are split anew, with what could not be."""
+
+    def __init__(self, listing: Listing, weights: Sequence[float], loads_of: Loads) -> None:
+        self.listing, self.weights, self.loads_of = listing, weights, loads_of
+        self.failed: dict[tuple[int, int, tuple[int, ...]], float] = {}
+        """By what comes before, what comes up to their end, and devices: the highest ceiling that was not reached."""
+        self.little: LittleCut | None = None
+
+    def below(self, stages: Stages, ceiling_s: float) -> Stages | None:
+        """``stages`` made anew until no load is above the ceiling; None where that is not reached."""
+        while True:
+            loads = self.loads_of(stages)
+            assert loads is not None  # the best split fits, and so does what is made of it
+            if max(loads) <= ceiling_s * (1 + ROUNDING):
+                return stages
+            better = next(self._better(stages, loads, ceiling_s), None)
+            if better is None:
+                return None
+            stages = better
+
+    def _better(self, stages: Stages, loads: Sequence[float], ceiling_s: float) -> Iterator[Stages]:
+        """Splits with fewer loads above the ceiling."""
+        most = ceiling_s * (1 + ROUNDING)
+        heaviest, above = loads.index(max(loads)), sum(load > most for load in loads)
+        for width in range(2, min(WIDEST, len(stages)) + 1):
+            firsts = range(max(0, heaviest - width + 1), min(heaviest, len(stages) - width) + 1)
+            for first in sorted(firsts, key=lambda first: sum(loads[first : first + width])):
+                anew = self._anew(stages, first, first + width, ceiling_s)
+                found = None if anew is None else self.loads_of(anew)
+                if anew is not None and found is not None and sum(load > most for load in found) < above:
+                    yield anew
+
+    def _anew(self, stages: Stages, first: int, last: int, ceiling_s: float) -> Stages | None:
+        """Some stages from ``first`` on, up to ``last``, with loads below the ceiling, by work and transfers alone."""
+        before = sum(members for _, members in stages[:first])
+        behind = before | sum(members for _, members in stages[first:last])
+        devices = tuple(device for device, _ in stages[first:last])
+        asked = before, behind, tuple(sorted(devices))
+        if self.failed.get(asked, 0.0) >= ceiling_s:
+            return None
+        with contextlib.suppress(UndecidedError):
+            found = self._search(before, behind, devices, ceiling_s).stages(STEPS)
+            if found is not None:
+                return (*stages[:first], *found, *stages[last:])
+        self.failed[asked] = ceiling_s
+        return None
+
+    def _search(
+        self, before: int, behind: int, devices: tuple[int, ...], ceiling_s: float
+    ) -> ChainSearch | DeviceSetSearch:
+        """What is asked for the stages between two closed sets on these devices."""
+        kinds: dict[float, list[int]] = {}
+        for device in devices:
+            kinds.setdefault(self.weights[device], []).append(device)
+        if len(kinds) == 1:
+            row = Row(devices, tuple(self.weights[device] for device in devices))
+            return ChainSearch(self.listing.between(before, behind), [row], ceiling_s)
+        if self.little is None:
+            self.little = LittleCut(self.listing)
+        little = self.little.between(before, behind)
+        return DeviceSetSearch(little, [*kinds.values()], self.weights, len(devices), ceiling_s)

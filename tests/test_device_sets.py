@@ -1,0 +1,154 @@
+"""Devices that differ, all their orders at once: a split just where there is one, and bounds that no split is below."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from test_afresh import mixed
+from test_partition import brute_force, problems
+from test_windows import MANY, in_proportion, masks_of, one_link
+
+from shardwright.sharder.planning import ceilings, device_sets, shifting
+from shardwright.sharder.planning import listing as listing_module
+from shardwright.sharder.planning.ceilings import narrowed
+from shardwright.sharder.planning.device_sets import DeviceSetSearch, LittleCut, how_many_states
+from shardwright.sharder.planning.listing import Listing
+from shardwright.sharder.planning.partition import partition, stage_loads
+from shardwright.sharder.planning.search import OutOfTimeError, closed_sets
+from shardwright.sharder.planning.windows import UndecidedError
+
+often = settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+SPEEDS = 1.0, 2.1, 1.0, 0.7, 2.1
+
+
+@pytest.fixture(autouse=True)
+def _no_order_by_itself(monkeypatch):
+    """However few orders there are."""
+    monkeypatch.setattr(ceilings, "MOST_ORDERS", 0)
+
+
+def search(problem, ceiling_s, out_of_time=lambda: False):
+    """What is asked whether there is a split below the ceiling."""
+    asked = ceilings._asked_of(problem, out_of_time)
+    found = asked.search(ceiling_s)
+    assert isinstance(found, DeviceSetSearch)
+    return found
+
+
+def differing(problem):
+    """The problem without memory, ties, pins and other links, on devices of two speeds or three."""
+    problem = one_link(problem)
+    assume(len(problem.devices) > 1)
+    blocks = tuple(dataclasses.replace(block, recompute_s=()) for block in problem.blocks)
+    problem = dataclasses.replace(problem, blocks=blocks, recompute="never")
+    return in_proportion(problem, SPEEDS[: len(problem.devices)])
+
+
+@often
+@given(problems())
+def test_there_is_a_split_just_where_one_is_found(problem):
+    """Below the optimum of all splits there is none, on any of the devices; at it there is one with such loads."""
+    problem = differing(problem)
+    exact = partition(problem)  # which is held against brute force in its own tests
+    assume(exact is not None and exact.exact and exact.value_s > 0)
+    optimum = exact.value_s
+    assert search(problem, optimum * (1 - 1e-6)).stages(MANY) is None
+    stages = search(problem, optimum).stages(MANY)
+    assert stages is not None
+    assert max(stage_loads(problem, stages)) <= optimum * (1 + 1e-9)
+
+
+@often
+@given(problems(), st.sampled_from([0.9, 1.0, 1.1]), st.sampled_from([4, 30]), st.sampled_from([2, 30]))
+def test_some_of_too_many_sets_prove_nothing(problem, share, most_listed, most_kept):
+    """With a few of the sets gone on with there is a split that is below the ceiling, or it is left open."""
+    problem = differing(problem)
+    exact = partition(problem)
+    assume(exact is not None and exact.exact and exact.value_s > 0)
+    ceiling_s = share * exact.value_s
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(listing_module, "MOST_LISTED", most_listed)
+        patch.setattr(device_sets, "MOST_KEPT", most_kept)
+        try:
+            stages = search(problem, ceiling_s).stages(MANY)
+        except UndecidedError:
+            return
+    assert (stages is not None) == (share >= 1)
+    if stages is not None:
+        assert max(stage_loads(problem, stages)) <= ceiling_s * (1 + 1e-9)
+
+
+@often
+@given(problems(), st.sampled_from([1.0, 1.05, 1.5]), st.sampled_from([3, MANY]))
+def test_bounds_are_never_above_the_optimum(problem, share, most_listed):
+    """With times in proportion or not, and whatever transfers, links, ties, caps and pins there are."""
+    expected = brute_force(problem)
+    assume(0 < expected < math.inf)
+    ticks = itertools.count()
+    best = ((0, 1),), share * expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(listing_module, "MOST_LISTED", most_listed)
+        for narrow in narrowed(problem, lambda: best, 0.0, lambda: next(ticks) > 3_000):
+            assert narrow.bound <= expected * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("speeds", [(1.0, 2.1, 0.7), (1.0, 2.1, 1.4, 0.7, 1.1), (1.0, 2.0, 1.0, 2.0)])
+def test_wide_graphs_are_split_exactly(speeds, monkeypatch):
+    """With far fewer closed sets allowed than there are, the value is that of the search through all, and proven."""
+    monkeypatch.setattr(shifting, "PATIENCE", 2)  # few moves: lists have to do it
+    problem = mixed(1, 16, speeds)
+    exact, cut = partition(problem), partition(problem, limit=30)
+    assert (cut.exact, exact.exact) == (True, True)
+    assert cut.value_s == pytest.approx(exact.value_s, rel=1e-9)
+
+
+def test_too_few_steps_and_no_time_leave_it_open(monkeypatch):
+    """It is not said that there is no split where not all sets were looked at."""
+    monkeypatch.setattr(device_sets, "KNOWN_STEPS", 2)
+    problem = mixed(0, 24)
+    below = partition(problem).value_s * 0.999
+    assert search(problem, below).stages(MANY) is None
+    for some in (False, True):
+        asked = search(problem, below)
+        with pytest.raises(UndecidedError):
+            asked.stages(5, some=some)
+    with pytest.raises(UndecidedError):  # that it has gone on with some of the sets
+        asked.stages(MANY)
+    with pytest.raises(OutOfTimeError):
+        search(problem, below, lambda: True)
+    left = iter(range(60))
+    with pytest.raises(OutOfTimeError):
+        search(problem, below, lambda: next(left, None) is None).stages(MANY)
+
+
+@often
+@given(problems(), st.sampled_from([2, 20, MANY]), st.randoms(use_true_random=False))
+def test_all_sets_with_little_transfer_are_known(problem, steps, random_):
+    """Those with less than is said, by their work; and in a part of the problem, those that are in it."""
+    listing = Listing(one_link(problem))
+    assume(listing.whole_s > 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device_sets, "KNOWN_STEPS", steps)
+        little = LittleCut(listing)
+    every = listing.sets(0.0, listing.whole_s, math.inf, MANY)
+    least = [every.mask(i) for i in range(len(every.work_s)) if every.moved_s[i] < little.most_s * (1 - 1e-9)]
+    assert set(least) <= set(masks_of(little.sets))
+    assert np.all(np.diff(little.sets.work_s) >= 0)
+    closed = sorted(closed_sets(problem.predecessors, MANY))
+    before, behind = random_.choice(closed), random_.choice(closed)
+    assume(not before & ~behind)
+    part = little.between(before, behind)
+    assert masks_of(part.sets) == [m for m in masks_of(little.sets) if not before & ~m and not m & ~behind]
+    assert part.listing.whole_s == pytest.approx(listing.between(before, behind).whole_s)
+
+
+def test_kinds_have_few_states():
+    """Sixteen devices of two kinds have 81, where each of nine is another there are 512."""
+    assert how_many_states([range(8), range(8)]) == 81
+    assert how_many_states([range(1)] * 9) == 512

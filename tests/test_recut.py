@@ -1,0 +1,97 @@
+"""Neighbours split anew: valid splits, each better than the one before, and as good as all stages together can be."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from test_afresh import mixed
+from test_partition import problems
+from test_shifting import is_split, tangled
+
+from shardwright.sharder.planning import recut as recut_module
+from shardwright.sharder.planning.even import even_splits
+from shardwright.sharder.planning.partition import _orders, partition, stage_loads
+from shardwright.sharder.planning.recut import AIMS, recut
+
+often = settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def first_split(problem):
+    """The even split that fits with most stages, and its largest load, or None."""
+    fit = ((split.stages, stage_loads(problem, split.stages)) for split in even_splits(problem, _orders(problem)))
+    return max(((stages, max(loads)) for stages, loads in fit if loads), key=lambda one: len(one[0]), default=None)
+
+
+def followed(problem, best, out_of_time=lambda: False):
+    """The best splits in turn, from ``best`` on."""
+    found = [best]
+    for stages in recut(problem, lambda: found[-1], partial(stage_loads, problem), out_of_time):
+        loads = stage_loads(problem, stages)
+        assert loads is not None
+        if max(loads) < found[-1][1]:
+            found.append((stages, max(loads)))
+    return found
+
+
+@pytest.mark.parametrize("speeds", [(1.0, 1.0, 1.0), (1.0, 2.0, 0.7), (1.0, 2.0, 1.0)])
+@pytest.mark.parametrize("seed", range(3))
+def test_all_stages_together_come_near_the_optimum(seed, speeds):
+    """As near as the last aim, from an even split; on the way each split is better."""
+    problem = mixed(seed, 14, speeds) if len(set(speeds)) > 1 else tangled(seed, 14)
+    optimum = partition(problem)
+    assert optimum.exact
+    start = first_split(problem)
+    assert len(start[0]) == len(speeds) <= recut_module.WIDEST
+    found = followed(problem, start)
+    assert all(is_split(problem, stages) for stages, _ in found)
+    assert optimum.value_s * (1 - 1e-9) <= found[-1][1] <= optimum.value_s / (1 - AIMS[-1]) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_two_at_a_time_are_better_than_none(seed, monkeypatch):
+    """Of six stages two are split anew, then two others."""
+    monkeypatch.setattr(recut_module, "WIDEST", 2)
+    problem = mixed(seed, 24, (1.0, 2.0, 0.7, 1.3, 0.9, 1.6))
+    start = first_split(problem)
+    found = followed(problem, start)
+    assert all(is_split(problem, stages) for stages, _ in found)
+    assert found[-1][1] < 0.98 * start[1]
+
+
+@often
+@given(problems())
+def test_whatever_there_is_it_yields_splits_that_fit(problem):
+    """With ties, caps, pins, links of all kinds and transfers that are not listed."""
+    start = first_split(problem)
+    assume(start is not None)
+    for stages, _ in followed(problem, start):
+        assert is_split(problem, stages)
+
+
+def test_what_is_not_listed_is_left():
+    """Other transfers than those that are relayed and summed up, one stage, and no time."""
+    problem = tangled(0, 14)
+    start = first_split(problem)
+    for other in (dataclasses.replace(problem, transfers="staged"), dataclasses.replace(problem, overlap=True)):
+        assert followed(other, start) == [start]
+    assert followed(problem, (((0, (1 << 14) - 1),), 1e9)) == [(((0, (1 << 14) - 1),), 1e9)]
+    assert followed(problem, start, lambda: True) == [start]
+
+
+def test_what_failed_is_not_asked_for_again(monkeypatch):
+    """Each part is asked for a ceiling only if it is higher than what was tried."""
+    asked = []
+    search = recut_module._Neighbours._search
+
+    def noted(self, before, behind, devices, ceiling_s):
+        asked.append((before, behind, devices, ceiling_s))
+        return search(self, before, behind, devices, ceiling_s)
+
+    monkeypatch.setattr(recut_module._Neighbours, "_search", noted)
+    problem = mixed(0, 20, (1.0, 2.0, 0.7, 1.3))
+    followed(problem, first_split(problem))
+    assert asked
+    assert len(set(asked)) == len(asked)
