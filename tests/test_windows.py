@@ -19,7 +19,6 @@ from test_shifting import plain, tangled
 from shardwright.sharder.planning import ceilings, shifting
 from shardwright.sharder.planning import listing as listing_module
 from shardwright.sharder.planning.ceilings import ASKED, NEAR, _next_ceiling_s, narrowed
-from shardwright.sharder.planning.device_sets import DeviceSetSearch
 from shardwright.sharder.planning.listing import Family, Listing, TooManyError
 from shardwright.sharder.planning.partition import partition, stage_loads
 from shardwright.sharder.planning.problem import bits
@@ -336,9 +335,8 @@ def test_wide_graphs_on_devices_that_differ_are_split_exactly(seed, monkeypatch)
     assert {d for d, _ in cut.stages} == {0, 1, 2}
 
 
-@pytest.mark.parametrize(("most_orders", "search"), [(24, ChainSearch), (0, DeviceSetSearch)])
 @pytest.mark.parametrize("slow", [1e-2, 1e-6, 1e-8])
-def test_rounding_hides_no_split_on_devices_that_are_far_slower(slow, most_orders, search, monkeypatch):
+def test_rounding_hides_no_split_on_devices_that_are_far_slower(slow):
     """Every device has blocks that take a second there: that split is found at a ceiling just above its load."""
     for seed in range(20):
         random_ = random.Random(seed)
@@ -351,41 +349,25 @@ def test_rounding_hides_no_split_on_devices_that_are_far_slower(slow, most_order
         blocks = tuple(dataclasses.replace(block(0.0, 4), forward_s=times, units=("u",)) for times in rows)
         problem = dataclasses.replace(chain([1.0] * 9, 4), crossings=(), blocks=blocks)
         value_s = max(stage_loads(problem, [(0, 7), *((d, 6 << 2 * d) for d in range(1, 4))]))
-        monkeypatch.setattr(ceilings, "MOST_ORDERS", most_orders)
         asked = ceilings._asked_of(problem, lambda: False)
-        assert isinstance(asked.search(value_s), search)
+        listing, weights = ceilings.listing_of(problem, lambda: False)
+        row = Row((0, 1, 2, 3), tuple(weights))
         for above in (1e-12, 1e-11, 1e-10, 1e-9):
             assert asked.search(value_s * (1 + above)).stages(MANY) is not None
+            assert ChainSearch(listing, [row], value_s * (1 + above)).stages(MANY) is not None
 
 
-def test_orders_of_devices_are_told_apart_by_their_times():
-    """Two kinds of two devices have six orders, and more of fewer devices; too many differ for any to be asked for."""
+def test_few_kinds_of_devices_can_be_listed():
+    """Devices that are alike, of two kinds, or few; not ten that all differ."""
     problem = tangled(0)
-    four = dataclasses.replace(
+    ten = dataclasses.replace(
         problem,
-        devices=("a", "b", "c", "d"),
-        caps=problem.caps[:1] * 4,
-        links=((problem.links[0][1],) * 4,) * 4,
+        devices=(*"abcdefghij",),
+        caps=problem.caps[:1] * 10,
+        links=((problem.links[0][1],) * 10,) * 10,
     )
-    rows = ceilings._rows(in_proportion(four, (1.0, 2.0, 1.0, 2.0)), (0.1, 0.2, 0.1, 0.2))
-    assert [row.devices for row in rows if len(row.devices) == 4] == [
-        (0, 2, 1, 3),
-        (0, 1, 2, 3),
-        (0, 1, 3, 2),
-        (1, 0, 2, 3),
-        (1, 0, 3, 2),
-        (1, 3, 0, 2),
-    ]
-    assert [row.weights for row in rows if len(row.devices) == 1] == [(0.1,), (0.2,)]
-    assert ceilings._few_orders(in_proportion(four, (1.0, 2.0, 3.0, 4.0)))
-    five = dataclasses.replace(four, devices=(*"abcde",), caps=problem.caps[:1] * 5)
-    five = dataclasses.replace(five, links=((problem.links[0][1],) * 5,) * 5)
-    assert not ceilings._few_orders(in_proportion(five, (1.0, 2.0, 3.0, 4.0, 5.0)))
-    assert ceilings.can_list(in_proportion(five, (1.0, 2.0, 3.0, 4.0, 5.0)))  # by sets of devices
-    short = dataclasses.replace(five, microbatches=2)
-    assert short.most_stages == 2  # in twenty orders
-    assert ceilings._few_orders(in_proportion(short, (1.0, 2.0, 3.0, 4.0, 5.0)))
-    ten = dataclasses.replace(five, devices=(*"abcdefghij",), caps=problem.caps[:1] * 10)
-    ten = dataclasses.replace(ten, links=((problem.links[0][1],) * 10,) * 10)
-    assert not ceilings.can_list(in_proportion(ten, tuple(1.0 + d for d in range(10))))
+    assert ceilings.can_list(in_proportion(ten, (1.0,) * 10))
     assert ceilings.can_list(in_proportion(ten, (1.0, 2.0) * 5))
+    assert not ceilings.can_list(in_proportion(ten, tuple(1.0 + d for d in range(10))))
+    nine = dataclasses.replace(ten, devices=ten.devices[:9], caps=ten.caps[:9], links=((problem.links[0][1],) * 9,) * 9)
+    assert ceilings.can_list(in_proportion(nine, tuple(1.0 + d for d in range(9))))

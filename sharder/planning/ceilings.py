@@ -1,10 +1,12 @@
-"""Graphs with too many closed sets: ceilings are asked for (windows.py) until the best split and its bound meet."""
+"""Graphs with too many closed sets: ceilings are asked for until the best split and its bound meet.
+
+Where devices are alike chains of cuts are looked for (windows.py), else those of all orders at once (device_sets.py).
+"""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -18,10 +20,6 @@ from shardwright.sharder.planning.windows import ChainSearch, Row, UndecidedErro
 
 __all__ = ["NEAR", "Narrowed", "can_list", "listed_with_transfers", "listing_of", "narrowed", "within"]
 
-MOST_ORDERS = 24
-"""Of as many devices that differ as have a stage: each is asked for by itself, then those of fewer."""
-MOST_BLOCKS = 128
-"""On devices that differ: of more there are too many sets for every order, and moves have the time rather."""
 STEPS = (2_000_000, 20_000_000, 150_000_000)
 """So many undecided sets are gone through for what one cut may be, in words of 64 blocks: at first, and when what was
 left undecided is asked for again."""
@@ -61,37 +59,12 @@ def listed_with_transfers(problem: Problem) -> bool:
     return summed or not any(least_transfer_s(problem, tensor) for tensor in problem.crossings)
 
 
-def _few_orders(problem: Problem) -> bool:
-    """Whether the orders of the devices are so few, and the blocks, that each is asked for by itself."""
-    classes = _classes(problem)
-    few = sum(1 for _ in itertools.islice(_orders(classes, problem.most_stages), MOST_ORDERS + 1)) <= MOST_ORDERS
-    return len(classes) == 1 or (few and len(problem.blocks) <= MOST_BLOCKS)
-
-
 def _classes(problem: Problem) -> list[list[int]]:
     """Devices with the same times."""
     classes: dict[tuple[float, ...], list[int]] = {}
     for device, times in enumerate(zip(*problem.seconds, strict=True)):
         classes.setdefault(times, []).append(device)
     return list(classes.values())
-
-
-def _orders(classes: list[list[int]], count: int, taken: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
-    """Orders of so many devices that begin with those that are ``taken``; those of a class in the order given."""
-    if len(taken) == count:
-        yield taken
-        return
-    for class_ in classes:
-        following = next((d for d in class_ if d not in taken), None)
-        if following is not None:
-            yield from _orders(classes, count, (*taken, following))
-
-
-def _rows(problem: Problem, weights: Sequence[float]) -> list[Row]:
-    """All orders of devices that are to be told apart, those with most of them first."""
-    classes = _classes(problem)
-    every = (order for count in range(problem.most_stages, 0, -1) for order in _orders(classes, count))
-    return [Row(order, tuple(weights[d] for d in order)) for order in every]
 
 
 def listing_of(problem: Problem, out_of_time: Callable[[], bool]) -> tuple[Listing, list[float]] | None:
@@ -132,9 +105,11 @@ def _asked_of(problem: Problem, out_of_time: Callable[[], bool]) -> _Asked | Non
         return None
     listing, weights = found
     slack_s = 4 * listing.slack_s / min(weights)
-    if _few_orders(problem):
-        return _Asked(partial(ChainSearch, listing, _rows(problem, weights)), slack_s)
-    little, classes = LittleCut(listing), _classes(problem)
+    classes, counts = _classes(problem), range(problem.most_stages, 0, -1)
+    if len(classes) == 1:
+        rows = [Row(tuple(range(count)), (1.0,) * count) for count in counts]
+        return _Asked(partial(ChainSearch, listing, rows), slack_s)
+    little = LittleCut(listing)
     return _Asked(partial(DeviceSetSearch, little, classes, weights, problem.most_stages), slack_s, LOWER)
 
 

@@ -52,6 +52,8 @@ UNTIL_FITTED = 0.45, 0.6, 0.75, 0.95
 """Shares of the time until which, in a graph with too many closed sets, orders, moves of blocks, neighbours split anew
 and lists of cuts are tried: where there are no lists, where there are, where these are over sets of devices, and where
 a split that fits was to be found first."""
+MOST_RECUT = 1_000
+"""Of more blocks neighbours alone have too many sets, and orders and moves have the time."""
 QUICK = 0.1
 """Lists are tried for a moment before moves, until this share of the time at most: they may be short."""
 MORE_LISTS = 0.2
@@ -255,8 +257,9 @@ class _Best:
         """
         problem = self.problem
         classes, device_orders, listable = _classes(problem), _orders(problem), can_list(problem)
-        listed = UNTIL_SETS if problem.times_differ else UNTIL_LISTED
-        shares = listed if listed_with_transfers(problem) else UNTIL
+        shares = UNTIL
+        if listed_with_transfers(problem) and len(problem.blocks) <= MOST_RECUT:
+            shares = UNTIL_SETS if problem.times_differ else UNTIL_LISTED
         start = self.stages
         if not start:
             start, shares = self._make_room(spent), UNTIL_FITTED

@@ -1,7 +1,8 @@
 r"""Graphs with too many closed sets: whether any split is below a ceiling, from the few sets that its cuts may be.
 
-For devices that are alike, or few. Let all loads of S stages be at most T, and I1 < ... < IS-1 be what comes before
-their cuts. With w the work of a set and x the transfers of the cut behind it, for one end, where all devices are alike
+For devices in a given order; device_sets.py has all orders of devices that differ. Let all loads of S stages be at most
+T, and I1 < ... < IS-1 be what comes before their cuts. With w the work of a set and x the transfers of the cut behind
+it, for one end, where all devices are alike
 
     w(Is) + x(Is)  <=  w(Is-1) - x(Is-1) + T        w(Is) - x(Is)  >=  w(Is+1) + x(Is+1) - T
 
@@ -19,9 +20,9 @@ proven for every split; ties, memory, pins and worse links only rule out more. A
 this way without transfers, are solved so from both ends by Sewell and Jacobson, "A branch, bound, and remember
 algorithm for the simple assembly line balancing problem", INFORMS Journal on Computing 2012.
 
-Where devices differ this is done for every order of theirs. With weights c of the devices of sum 1, w is the sum of the
-least c * work of each block over all devices, and the load of a stage, T and x are multiplied by the c of its device:
-c * load is no less than what is left so, and as much where the devices' times are in proportion.
+Of devices that differ let c be weights, of sum 1, and w the sum of the least c * work of each block over all devices.
+The load of a stage, T and x are multiplied by the c of its device: c * load is no less than what is left so, and as
+much where the devices' times are in proportion.
 
 Other transfers than those that are relayed one by one, and summed up with compute, are left out, which proves less.
 
