@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 from test_shifting import is_split, tangled
@@ -11,6 +12,7 @@ from shardwright.sharder.planning import afresh, shifting
 from shardwright.sharder.planning.afresh import begun_afresh
 from shardwright.sharder.planning.line import split_in_order, split_line
 from shardwright.sharder.planning.partition import partition, stage_loads
+from shardwright.sharder.planning.recut import Neighbours
 from shardwright.sharder.planning.shifting import shifted
 
 
@@ -26,6 +28,11 @@ def mixed(seed, units=12, speeds=(1.0, 2.0, 0.7)):
         for b in problem.blocks
     )
     return dataclasses.replace(problem, blocks=tuple(blocks))
+
+
+def neighbours(problem):
+    """Those that split anew what moves lead to."""
+    return Neighbours(problem, partial(stage_loads, problem), lambda: False)
 
 
 def improved(problem, ways, best):
@@ -53,7 +60,9 @@ def test_new_starts_find_what_moves_of_blocks_do_not_lead_to(seed, monkeypatch):
     start = first.stages, first.value_s
     found_s, optimum_s = improved(
         problem,
-        lambda best, bound_s: begun_afresh(problem, [[0], [1], [2]], [], best, bound_s, lambda: False),
+        lambda best, bound_s: begun_afresh(
+            problem, [[0], [1], [2]], [], best, bound_s, lambda: False, neighbours(problem)
+        ),
         [start],
     )
     moved_s, _ = improved(problem, lambda best, bound_s: shifted(problem, best, bound_s, lambda: False), [start])
@@ -66,13 +75,17 @@ def test_there_are_none_for_devices_alike_other_transfers_or_no_time():
     problem = mixed(0)
     best = ((0, 0b111111), (1, 0b111111 << 6)), 1e9
     classes = [[0], [1], [2]]
-    assert next(begun_afresh(problem, classes, [], lambda: best, 0.0, lambda: False))
-    assert not list(begun_afresh(problem, [[0, 1, 2]], [], lambda: best, 0.0, lambda: False))
-    assert not list(begun_afresh(problem, classes, [], lambda: best, 0.0, lambda: True))
-    assert not list(begun_afresh(problem, classes, [], lambda: (((0, (1 << 12) - 1),), 1e9), 0.0, lambda: False))
+    assert next(begun_afresh(problem, classes, [], lambda: best, 0.0, lambda: False, neighbours(problem)))
+    assert not list(begun_afresh(problem, [[0, 1, 2]], [], lambda: best, 0.0, lambda: False, neighbours(problem)))
+    assert not list(begun_afresh(problem, classes, [], lambda: best, 0.0, lambda: True, neighbours(problem)))
+    assert not list(
+        begun_afresh(
+            problem, classes, [], lambda: (((0, (1 << 12) - 1),), 1e9), 0.0, lambda: False, neighbours(problem)
+        )
+    )
     for other in ({"transfers": "staged"}, {"overlap": True}):
         changed = dataclasses.replace(problem, **other)
-        assert not list(begun_afresh(changed, classes, [], lambda: best, 0.0, lambda: False))
+        assert not list(begun_afresh(changed, classes, [], lambda: best, 0.0, lambda: False, neighbours(changed)))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -102,5 +115,5 @@ def test_each_start_is_looked_at_too(monkeypatch):
     problem = mixed(0)
     optimum = partition(problem)
     best = optimum.stages, optimum.value_s
-    found = {*begun_afresh(problem, [[0], [1], [2]], [], lambda: best, 0.0, lambda: False)}
+    found = {*begun_afresh(problem, [[0], [1], [2]], [], lambda: best, 0.0, lambda: False, neighbours(problem))}
     assert {split.stages for split in starts if split and len(split.stages) > 1} <= found

@@ -14,7 +14,7 @@ from test_shifting import is_split, tangled
 from shardwright.sharder.planning import recut as recut_module
 from shardwright.sharder.planning.even import even_splits
 from shardwright.sharder.planning.partition import _orders, partition, stage_loads
-from shardwright.sharder.planning.recut import AIMS, recut
+from shardwright.sharder.planning.recut import AIMS, Neighbours
 
 often = settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -26,13 +26,13 @@ def first_split(problem):
 
 
 def followed(problem, best, out_of_time=lambda: False):
-    """The best splits in turn, from ``best`` on."""
+    """The splits in turn, from ``best`` on, each with its largest load, which is smaller than the one before."""
     found = [best]
-    for stages in recut(problem, lambda: found[-1], partial(stage_loads, problem), out_of_time):
+    for stages in Neighbours(problem, partial(stage_loads, problem), out_of_time).split_anew(best[0]):
         loads = stage_loads(problem, stages)
         assert loads is not None
-        if max(loads) < found[-1][1]:
-            found.append((stages, max(loads)))
+        assert max(loads) < found[-1][1]
+        found.append((stages, max(loads)))
     return found
 
 
@@ -53,7 +53,7 @@ def test_all_stages_together_come_near_the_optimum(seed, speeds):
 @pytest.mark.parametrize("seed", range(3))
 def test_two_at_a_time_are_better_than_none(seed, monkeypatch):
     """Of six stages two are split anew, then two others."""
-    monkeypatch.setattr(recut_module, "WIDEST", 2)
+    monkeypatch.setattr(Neighbours.split_anew, "__defaults__", (2,))
     problem = mixed(seed, 24, (1.0, 2.0, 0.7, 1.3, 0.9, 1.6))
     start = first_split(problem)
     found = followed(problem, start)
@@ -84,13 +84,13 @@ def test_what_is_not_listed_is_left():
 def test_what_failed_is_not_asked_for_again(monkeypatch):
     """Each part is asked for a ceiling only if it is higher than what was tried."""
     asked = []
-    search = recut_module._Neighbours._search
+    search = Neighbours._search
 
     def noted(self, before, behind, devices, ceiling_s):
         asked.append((before, behind, devices, ceiling_s))
         return search(self, before, behind, devices, ceiling_s)
 
-    monkeypatch.setattr(recut_module._Neighbours, "_search", noted)
+    monkeypatch.setattr(Neighbours, "_search", noted)
     problem = mixed(0, 20, (1.0, 2.0, 0.7, 1.3))
     followed(problem, first_split(problem))
     assert asked

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from shardwright.sharder.planning.line import split_in_order, split_line
 from shardwright.sharder.planning.orders import keys_of, topological
 from shardwright.sharder.planning.problem import Problem
+from shardwright.sharder.planning.recut import Neighbours
 from shardwright.sharder.planning.search import Stages
 from shardwright.sharder.planning.shifting import Shifts, annealed, can_shift
 
@@ -40,6 +41,7 @@ def begun_afresh(
     best: Callable[[], tuple[Stages, float]],
     bound_s: float,
     out_of_time: Callable[[], bool],
+    neighbours: Neighbours,
 ) -> Iterator[Stages]:
     """Splits to be looked at: most are no better than the ``best``, and ties and memory are left out as in shifting.py.
 
@@ -52,6 +54,7 @@ def begun_afresh(
         best: the stages of the best split that was taken, and its largest load.
         bound_s: a largest load that no split is below.
         out_of_time: asked now and then.
+        neighbours: what moves lead to is split anew by them.
     """
     if not can_shift(problem) or len(classes) < 2 or len(best()[0]) < 2:
         return
@@ -75,6 +78,10 @@ def begun_afresh(
         yield stages  # which may fit where what moves make of it does not
         for stages in annealed(Shifts(problem, split.stages), random_, split.value_s, out_of_time):
             yield stages
+        moved = stages
+        if neighbours.loads_of(moved) is not None:
+            for stages in neighbours.split_anew(moved):
+                yield stages
         if stages is not split.stages:
             least_s = max(Shifts(problem, stages).loads)
         known = sorted({*known, (least_s, stages)})[:REMEMBERED]

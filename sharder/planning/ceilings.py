@@ -24,7 +24,7 @@ STEPS = (2_000_000, 20_000_000, 150_000_000)
 """So many undecided sets are gone through for what one cut may be, in words of 64 blocks: at first, and when what was
 left undecided is asked for again."""
 LOWER = 3
-"""So often that is done where devices differ: a lower ceiling is soon seen to be too low there."""
+"""Where devices differ: so many ceilings that are undecided are followed by a lower one before there are more steps."""
 AIM = 0.0098
 """A ceiling that is so much below the best split is asked for: if nothing is under it, the gap is below 1%."""
 ASKED = 0.2, 0.35
@@ -92,7 +92,7 @@ class _Asked(NamedTuple):
     slack_s: float
     """Loads nearer than that to a ceiling are not told from it: what rounding may take from work, on any device."""
     lower: int = 0
-    """So often a lower ceiling is asked for before the next of the ``STEPS``."""
+    """So many ceilings that are undecided are followed by a lower one before the next of the ``STEPS``."""
 
 
 def _asked_of(problem: Problem, out_of_time: Callable[[], bool]) -> _Asked | None:

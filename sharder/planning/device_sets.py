@@ -21,6 +21,7 @@ behind, until the ends meet. Of devices that are not used the last stage leaves 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -30,7 +31,7 @@ import numpy.typing as npt
 
 from shardwright.sharder.planning.listing import Cuts, Family, Listing, TooManyError
 from shardwright.sharder.planning.nesting import Floats, TooManyPairsError, within_each
-from shardwright.sharder.planning.search import Stages
+from shardwright.sharder.planning.search import OutOfTimeError, Stages
 from shardwright.sharder.planning.windows import MOST_KEPT, PAIRS_A_STEP, SMALL_FAMILY, UndecidedError
 
 __all__ = ["MOST_STATES", "DeviceSetSearch", "LittleCut", "how_many_states"]
@@ -70,7 +71,8 @@ class LittleCut:
         allowed = FIRST_KNOWN * listing.whole_s
         while allowed < 2 * listing.whole_s:
             try:
-                sets = listing.sets(0.0, listing.whole_s, allowed, KNOWN_STEPS)
+                # Of whatever work: by weights X may well be more than it.
+                sets = listing.sets(-math.inf, math.inf, allowed, KNOWN_STEPS, weights=(0.0, 0.0))
             except TooManyError:
                 return
             self.most_s, self.sets = allowed, sets.first(len(sets.work_s), sets.work_s)
@@ -87,7 +89,7 @@ class LittleCut:
         return part
 
 
-class _Window(NamedTuple):
+class _Span(NamedTuple):
     """What the sets of a state are within, as :meth:`Listing.sets` has it."""
 
     low_s: float
@@ -222,7 +224,7 @@ class DeviceSetSearch:
                         begins.setdefault(before, {})[kind] = stop - self.weights[kind] * self.ceiling_s
         return begins
 
-    def _window(self, state: State, ends: Ends, begins: Ends) -> _Window | None:
+    def _span(self, state: State, ends: Ends, begins: Ends) -> _Span | None:
         """What the sets of a state are within; None where nothing is."""
         if state not in ends or state not in begins:
             return None
@@ -230,7 +232,7 @@ class DeviceSetSearch:
         low, high = min(behind.values()), max(before.values())
         weights = min(self.weights[kind] for kind in before), min(self.weights[kind] for kind in behind)
         most = (high - low + 2 * self.slack_s) / sum(weights)
-        return _Window(low, high, most, weights) if most >= 0 else None
+        return _Span(low, high, most, weights) if most >= 0 else None
 
     def _may_be(self, state: State, work_s: Floats, moved_s: Floats, ends: Ends, begins: Ends) -> Flags:
         """Whether sets of so much work and X end and begin in time, for some kinds."""
@@ -257,21 +259,23 @@ class DeviceSetSearch:
                     raise _NoneError
             if not raised:
                 break
-        return self._latest_ends(), self._earliest_begins()
+        return ends, begins
 
     def _least_of(self, state: State, ends: Ends, begins: Ends) -> float | None:
         """What X of a state is not below; None where there is no set for it."""
-        window = self._window(state, ends, begins)
-        if window is None:
+        if self.listing.out_of_time():
+            raise OutOfTimeError
+        span = self._span(state, ends, begins)
+        if span is None:
             return None
-        low, high, most, _ = window
+        low, high, most, _ = span
         little = self.little
         first = int(np.searchsorted(little.sets.work_s, low - self.slack_s))
         last = int(np.searchsorted(little.sets.work_s, high + self.slack_s, side="right"))
         work_s, moved_s = little.sets.work_s[first:last], little.sets.moved_s[first:last]
         may_be = self._may_be(state, work_s, moved_s, ends, begins)
         if may_be.any():
-            return float(moved_s[may_be].min()) - self.listing.slack_s
+            return float(moved_s[may_be].min()) - self.slack_s
         return little.most_s if most > little.most_s else None
 
     def _extend(self, ends: Ends, begins: Ends) -> None:
@@ -296,16 +300,16 @@ class DeviceSetSearch:
 
     def _beside(self, state: State, ends: Ends, begins: Ends, *, from_left: bool) -> Cuts:
         """What a state may be that is a stage away from what was listed on that side."""
-        window = self._window(state, ends, begins)
-        assert window is not None  # it is alive
+        span = self._span(state, ends, begins)
+        assert span is not None  # it is alive
         others = self.sets[self.left if from_left else self.right]
         near = self._before(state) if from_left else self._after(state)
         beside = [(kind, others[other]) for kind, other in near if other in others]
         try:
             if sum(len(sets.work_s) for _, sets in beside) <= SMALL_FAMILY:
-                sets = self._next_to_few(window, beside, from_left=from_left)
+                sets = self._next_to_few(span, beside, from_left=from_left)
             else:
-                low, high, most, weights = window
+                low, high, most, weights = span
                 sets = self.listing.sets(low, high, most, self.steps, weights=weights)
                 sets = sets.take(np.flatnonzero(self._may_be(state, sets.work_s, sets.moved_s, ends, begins)))
                 sets = self._next_to(sets, beside, from_left=from_left)
@@ -314,15 +318,15 @@ class DeviceSetSearch:
                 raise UndecidedError from None
             self.complete = False
             sets = self._next_to(error.some, beside, from_left=from_left)
-            low, high, most, weights = window
+            low, high, most, weights = span
             # Those that leave least to the other stages.
             keys = -sets.work_s + weights[1] * sets.moved_s if from_left else sets.work_s + weights[0] * sets.moved_s
             sets = sets.first(MOST_KEPT, keys)
         return sets.take(np.flatnonzero(self._may_be(state, sets.work_s, sets.moved_s, ends, begins)))
 
-    def _next_to_few(self, window: _Window, beside: list[tuple[int, Cuts]], *, from_left: bool) -> Cuts:
-        """All sets within the window that are a stage away from some few."""
-        low, high, most, (before, behind) = window
+    def _next_to_few(self, span: _Span, beside: list[tuple[int, Cuts]], *, from_left: bool) -> Cuts:
+        """All sets within the span that are a stage away from some few."""
+        low, high, most, (before, behind) = span
         found = []
         for kind, sets in beside:
             weight = self.weights[kind]
@@ -383,28 +387,28 @@ class DeviceSetSearch:
 
     def _traced(self, state: State, first: int, kind: int, following: State, last: int) -> Stages:
         """The split through two sets with a stage between them."""
-        chain = [(kind, self.sets[self.right][following].mask(last))]
         sets, index = self.sets[self.left][state], first
-        chain.insert(0, (-1, sets.mask(index)))
+        kinds, cuts = [kind], [sets.mask(index)]
         for level in range(self.left - 1, -1, -1):
             one = sets.take(np.array([index]))
             kind, state, index = self._neighbour(one, self._before(state), self.sets[level], from_left=True)
             sets = self.sets[level][state]
-            chain[0] = (kind, chain[0][1])
-            chain.insert(0, (-1, sets.mask(index)))
-        sets, index, state = self.sets[self.right][following], last, following
+            kinds.insert(0, kind)
+            cuts.insert(0, sets.mask(index))
+        sets, state, index = self.sets[self.right][following], following, last
+        cuts.append(sets.mask(index))
         for level in range(self.right + 1, len(self.levels)):
             one = sets.take(np.array([index]))
             kind, state, index = self._neighbour(one, self._after(state), self.sets[level], from_left=False)
             sets = self.sets[level][state]
-            chain.append((kind, sets.mask(index)))
+            kinds.append(kind)
+            cuts.append(sets.mask(index))
         left = [list(kind) for kind in self.kinds]
-        stages, before = [], chain[0][1]
-        for kind, behind in chain[1:]:
+        stages = []
+        for kind, (before, behind) in zip(kinds, itertools.pairwise(cuts), strict=True):
             device = left[kind].pop(0)
             if behind & ~before:
                 stages.append((device, behind & ~before))
-            before = behind
         return tuple(stages)
 
     def _neighbour(

@@ -23,7 +23,7 @@ from shardwright.sharder.planning.line import is_chain, split_line
 from shardwright.sharder.planning.mincut import transfer_bound_s
 from shardwright.sharder.planning.orders import best_of_orders
 from shardwright.sharder.planning.problem import Problem, bits
-from shardwright.sharder.planning.recut import recut
+from shardwright.sharder.planning.recut import WIDEST, WIDEST_ALIKE, Neighbours
 from shardwright.sharder.planning.room import making_room
 from shardwright.sharder.planning.search import (
     ROUNDING,
@@ -265,7 +265,7 @@ class _Best:
             start, shares = self._make_room(spent), UNTIL_FITTED
         if self.none_fits or not start:
             return
-        orders_over, moves_over, recut_over, lists_over = (partial(spent, share) for share in shares)
+        orders_over, moves_over, anew_over, lists_over = (partial(spent, share) for share in shares)
 
         def best() -> tuple[Stages, float]:
             return self.stages, self.value_s
@@ -276,8 +276,7 @@ class _Best:
             for found in narrowed(problem, best, self.bound_s, partial(spent, QUICK), quick=True):
                 self._narrow(found)
         if not self.near:
-            afresh_over = recut_over if listable else lists_over
-            self._take_moves(start, device_orders, moves_over, recut_over, afresh_over)
+            self._take_moves(start, device_orders, moves_over, anew_over if listable else lists_over)
         telling = listed_with_transfers(problem) or problem.overlap  # what binds is in what is listed, or may well be
         without_answer = shares[2] if telling else _passed(spent)
 
@@ -301,8 +300,7 @@ class _Best:
         start: Stages,
         device_orders: list[list[int]],
         moves_over: Callable[[], bool],
-        recut_over: Callable[[], bool],
-        afresh_over: Callable[[], bool],
+        anew_over: Callable[[], bool],
     ) -> None:
         """Take what moves from stage to stage lead to, from ``start`` and begun afresh, and neighbours split anew."""
         problem = self.problem
@@ -312,10 +310,13 @@ class _Best:
 
         for stages in shifted(problem, best, self.bound_s, moves_over, start):
             self.offer(stages)
+        neighbours = Neighbours(problem, partial(stage_loads, problem), anew_over)
+        widest = WIDEST if problem.times_differ else WIDEST_ALIKE
         if not self.near:
-            for stages in recut(problem, best, partial(stage_loads, problem), recut_over):
+            for stages in neighbours.split_anew(self.stages, widest):
                 self.offer(stages)
-        for stages in begun_afresh(problem, _classes(problem), device_orders, best, self.bound_s, afresh_over):
+        begun = begun_afresh(problem, _classes(problem), device_orders, best, self.bound_s, anew_over, neighbours)
+        for stages in begun:
             self.offer(stages)
 
     def _narrow(self, found: Narrowed) -> None:

@@ -11,7 +11,8 @@ constraint programming and local search methods to solve vehicle routing problem
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import cached_property
 
 from shardwright.sharder.planning.ceilings import listed_with_transfers, listing_of
 from shardwright.sharder.planning.device_sets import DeviceSetSearch, LittleCut
@@ -20,12 +21,12 @@ from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.search import OutOfTimeError, Stages
 from shardwright.sharder.planning.windows import ChainSearch, Row, UndecidedError
 
-__all__ = ["recut"]
+__all__ = ["Neighbours"]
 
 AIMS = 4e-3, 1e-3, 3e-4
 """Ceilings are so much below the best, in turn while each can be reached."""
-WIDEST = 6
-"""So many stages are split anew together, at most."""
+WIDEST, WIDEST_ALIKE = 4, 6
+"""So many stages are split anew together, at most; more where devices are alike, where it does not begin afresh."""
 STEPS = 300_000
 """So many undecided sets are gone through for what a cut may be, in words of 64 blocks."""
 ROUNDING = 1e-9
@@ -33,66 +34,66 @@ ROUNDING = 1e-9
 Loads = Callable[[Stages], list[float] | None]
 
 
-def recut(
-    problem: Problem,
-    best: Callable[[], tuple[Stages, float]],
-    loads_of: Loads,
-    out_of_time: Callable[[], bool],
-) -> Iterator[Stages]:
-    """Splits that are better than the best one, each than the one before.
-
-    There are none where the transfers are not all in what is listed.
+class Neighbours:
+    """Stages of one problem that are split anew, with what could not be.
 
     Args:
-        problem: blocks, devices and links.
-        best: the stages of the best split that was taken, and its largest load.
+        problem: blocks, devices and links. Where the transfers are not all in what is listed nothing is split anew.
         loads_of: of each stage of a split, in seconds of a step, or None where it does not fit.
         out_of_time: asked now and then.
     """
-    if len(best()[0]) < 2 or not listed_with_transfers(problem):
-        return
-    try:
-        if (listed := listing_of(problem, out_of_time)) is None:
-            return
-        neighbours = _Neighbours(*listed, loads_of)
-        for aim in AIMS:
-            reached = True
-            while reached:
-                stages, value_s = best()
-                found = neighbours.below(stages, (1 - aim) * value_s)
-                if found is not None:
-                    yield found
-                reached = best()[1] < value_s
-    except OutOfTimeError:
-        return
 
-
-class _Neighbours:
-    """Stages that are split anew, with what could not be."""
-
-    def __init__(self, listing: Listing, weights: Sequence[float], loads_of: Loads) -> None:
-        self.listing, self.weights, self.loads_of = listing, weights, loads_of
+    def __init__(self, problem: Problem, loads_of: Loads, out_of_time: Callable[[], bool]) -> None:
+        self.problem, self.loads_of, self.out_of_time = problem, loads_of, out_of_time
         self.failed: dict[tuple[int, int, tuple[int, ...]], float] = {}
         """By what comes before, what comes up to their end, and devices: the highest ceiling that was not reached."""
-        self.little: LittleCut | None = None
 
-    def below(self, stages: Stages, ceiling_s: float) -> Stages | None:
+    @cached_property
+    def _listed(self) -> tuple[Listing, list[float]] | None:
+        return listing_of(self.problem, self.out_of_time) if listed_with_transfers(self.problem) else None
+
+    @cached_property
+    def _little(self) -> LittleCut:
+        assert self._listed is not None  # else nothing is split anew
+        return LittleCut(self._listed[0])
+
+    def split_anew(self, stages: Stages, widest: int = WIDEST) -> Iterator[Stages]:
+        """Splits, each with a smaller largest load than the one before; the first than that of ``stages``, which fit.
+
+        Args:
+            stages: where it begins.
+            widest: so many are split anew together, at most.
+        """
+        with contextlib.suppress(OutOfTimeError):
+            if len(stages) < 2 or self._listed is None:
+                return
+            for aim in AIMS:
+                found: Stages | None = stages
+                while found is not None:
+                    stages = found
+                    found = self._below(stages, (1 - aim) * max(self._loads(stages)), widest)
+                    if found is not None:
+                        yield found
+
+    def _loads(self, stages: Stages) -> list[float]:
+        loads = self.loads_of(stages)
+        assert loads is not None  # what it begins with fits, and so does what is made of it
+        return loads
+
+    def _below(self, stages: Stages, ceiling_s: float, widest: int) -> Stages | None:
         """``stages`` made anew until no load is above the ceiling; None where that is not reached."""
-        while True:
-            loads = self.loads_of(stages)
-            assert loads is not None  # the best split fits, and so does what is made of it
-            if max(loads) <= ceiling_s * (1 + ROUNDING):
-                return stages
-            better = next(self._better(stages, loads, ceiling_s), None)
+        while max(self._loads(stages)) > ceiling_s * (1 + ROUNDING):
+            better = next(self._better(stages, ceiling_s, widest), None)
             if better is None:
                 return None
             stages = better
+        return stages
 
-    def _better(self, stages: Stages, loads: Sequence[float], ceiling_s: float) -> Iterator[Stages]:
+    def _better(self, stages: Stages, ceiling_s: float, widest: int) -> Iterator[Stages]:
         """Splits with fewer loads above the ceiling."""
-        most = ceiling_s * (1 + ROUNDING)
+        loads, most = self._loads(stages), ceiling_s * (1 + ROUNDING)
         heaviest, above = loads.index(max(loads)), sum(load > most for load in loads)
-        for width in range(2, min(WIDEST, len(stages)) + 1):
+        for width in range(2, min(widest, len(stages)) + 1):
             firsts = range(max(0, heaviest - width + 1), min(heaviest, len(stages) - width) + 1)
             for first in sorted(firsts, key=lambda first: sum(loads[first : first + width])):
                 anew = self._anew(stages, first, first + width, ceiling_s)
@@ -119,13 +120,13 @@ class _Neighbours:
         self, before: int, behind: int, devices: tuple[int, ...], ceiling_s: float
     ) -> ChainSearch | DeviceSetSearch:
         """What is asked for the stages between two closed sets on these devices."""
+        assert self._listed is not None  # else nothing is split anew
+        listing, weights = self._listed
         kinds: dict[float, list[int]] = {}
         for device in devices:
-            kinds.setdefault(self.weights[device], []).append(device)
+            kinds.setdefault(weights[device], []).append(device)
         if len(kinds) == 1:
-            row = Row(devices, tuple(self.weights[device] for device in devices))
-            return ChainSearch(self.listing.between(before, behind), [row], ceiling_s)
-        if self.little is None:
-            self.little = LittleCut(self.listing)
-        little = self.little.between(before, behind)
-        return DeviceSetSearch(little, [*kinds.values()], self.weights, len(devices), ceiling_s)
+            row = Row(devices, tuple(weights[device] for device in devices))
+            return ChainSearch(listing.between(before, behind), [row], ceiling_s)
+        little = self._little.between(before, behind)
+        return DeviceSetSearch(little, [*kinds.values()], weights, len(devices), ceiling_s)
