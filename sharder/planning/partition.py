@@ -47,7 +47,7 @@ LONG_SUMS = 1e-9
 
 UNTIL = 0.7, 0.95, 0.95, 0.95
 UNTIL_LISTED = 0.05, 0.2, 0.4, 0.95
-UNTIL_SETS = 0.15, 0.25, 0.5, 0.95
+UNTIL_SETS = 0.1, 0.2, 0.4, 0.95
 UNTIL_FITTED = 0.45, 0.6, 0.75, 0.95
 """Shares of the time until which, in a graph with too many closed sets, orders, moves of blocks, neighbours split anew
 and lists of cuts are tried: where there are no lists, where there are, where these are over sets of devices, and where
