@@ -14,6 +14,7 @@ from test_shifting import is_split, tangled
 from shardwright.sharder.planning import recut as recut_module
 from shardwright.sharder.planning.even import even_splits
 from shardwright.sharder.planning.partition import _orders, partition, stage_loads
+from shardwright.sharder.planning.problem import bits
 from shardwright.sharder.planning.recut import AIMS, Neighbours
 
 often = settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
@@ -81,8 +82,9 @@ def test_what_is_not_listed_is_left():
     assert followed(problem, start, lambda: True) == [start]
 
 
-def test_what_failed_is_not_asked_for_again(monkeypatch):
-    """Each part is asked for a ceiling only if it is higher than what was tried."""
+@pytest.mark.parametrize("pinned", [False, True])
+def test_what_failed_is_not_asked_for_again(pinned, monkeypatch):
+    """Each part is asked for a ceiling only if it is higher than what failed, also where what is found breaks a pin."""
     asked = []
     search = Neighbours._search
 
@@ -92,6 +94,14 @@ def test_what_failed_is_not_asked_for_again(monkeypatch):
 
     monkeypatch.setattr(Neighbours, "_search", noted)
     problem = mixed(0, 20, (1.0, 2.0, 0.7, 1.3))
-    followed(problem, first_split(problem))
+    start = first_split(problem)
+    if pinned:  # every block where it is in the split that it begins with
+        where = {v: device for device, members in start[0] for v in bits(members)}
+        blocks = (
+            dataclasses.replace(block, allowed=tuple(d == where[v] for d in range(4)))
+            for v, block in enumerate(problem.blocks)
+        )
+        problem = dataclasses.replace(problem, blocks=tuple(blocks))
+    followed(problem, start)
     assert asked
-    assert len(set(asked)) == len(asked)
+    assert len({(before, behind, tuple(sorted(devices)), s) for before, behind, devices, s in asked}) == len(asked)

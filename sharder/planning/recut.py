@@ -96,24 +96,22 @@ class Neighbours:
         for width in range(2, min(widest, len(stages)) + 1):
             firsts = range(max(0, heaviest - width + 1), min(heaviest, len(stages) - width) + 1)
             for first in sorted(firsts, key=lambda first: sum(loads[first : first + width])):
-                anew = self._anew(stages, first, first + width, ceiling_s)
-                found = None if anew is None else self.loads_of(anew)
+                parts = stages[:first], stages[first : first + width], stages[first + width :]
+                before, inside = (sum(members for _, members in part) for part in parts[:2])
+                devices = tuple(device for device, _ in parts[1])
+                asked = before, before | inside, tuple(sorted(devices))
+                if self.failed.get(asked, 0.0) >= ceiling_s:
+                    continue
+                anew = self._anew(before, before | inside, devices, ceiling_s)
+                found = None if anew is None else self.loads_of((*parts[0], *anew, *parts[2]))
                 if anew is not None and found is not None and sum(load > most for load in found) < above:
-                    yield anew
+                    yield *parts[0], *anew, *parts[2]
+                self.failed[asked] = ceiling_s
 
-    def _anew(self, stages: Stages, first: int, last: int, ceiling_s: float) -> Stages | None:
-        """Some stages from ``first`` on, up to ``last``, with loads below the ceiling, by work and transfers alone."""
-        before = sum(members for _, members in stages[:first])
-        behind = before | sum(members for _, members in stages[first:last])
-        devices = tuple(device for device, _ in stages[first:last])
-        asked = before, behind, tuple(sorted(devices))
-        if self.failed.get(asked, 0.0) >= ceiling_s:
-            return None
+    def _anew(self, before: int, behind: int, devices: tuple[int, ...], ceiling_s: float) -> Stages | None:
+        """Stages between two closed sets with loads below the ceiling, by work and transfers alone."""
         with contextlib.suppress(UndecidedError):
-            found = self._search(before, behind, devices, ceiling_s).stages(STEPS)
-            if found is not None:
-                return (*stages[:first], *found, *stages[last:])
-        self.failed[asked] = ceiling_s
+            return self._search(before, behind, devices, ceiling_s).stages(STEPS)
         return None
 
     def _search(
