@@ -19,8 +19,8 @@ QUICK = {
     "schedule": ("--stages 4 --microbatches 20", "| zero-bubble | overlapped |"),
 }
 SLOW = {
-    "inprocess": ("--layers 2 --batch 4 --tokens 8 --width 32 --rounds 1 --microbatches 2", "| pipelined, 2 micro-"),
-    "links": ("--rounds 1 --steps 1 --products 1", "| 4 MiB |"),
+    "inprocess": ("--layers 2 --batch 4 --tokens 8 --width 32 --rounds 2 --microbatches 2", "| pipelined, 2 micro-"),
+    "links": ("--rounds 2 --steps 1 --products 1", "| 4 MiB |"),
     "pipeline": ("--models hand_mixer --microbatches 2 --modes infer --steps 1 --samples 8", "1 runs: step"),
     "placement": ("--devices cpu,cpu --seconds 0.1 --copies 1", "| chain | shardwright |"),
     "prediction": ("--times 1 --networks Net", "| Net |"),
