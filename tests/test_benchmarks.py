@@ -33,7 +33,9 @@ def output_of(name, options, folder):
     """What it prints; it ends well."""
     command = [sys.executable, str(FOLDER / f"{name}.py"), *options]
     environment = os.environ | {"SHARDWRIGHT_CACHE": str(folder / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=600, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=folder, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -58,6 +58,16 @@ def test_there_is_a_split_just_where_one_is_found(problem):
     assert max(stage_loads(problem, stages)) <= optimum * (1 + 1e-9)
 
 
+def cuts_are_possible(problem, asked, stages):
+    """What is before each cut of a split below the ceiling may be, and its transfers are not below the least."""
+    state, closed = [0] * len(asked.kinds), 0
+    for device, members in stages[:-1]:
+        state[next(kind for kind, devices in enumerate(asked.kinds) if device in devices)] += 1
+        closed |= members
+        assert tuple(state) in asked.alive
+        assert asked.least[tuple(state)] <= weights(problem, closed)[1] * (1 + 1e-9) + 1e-12
+
+
 @pytest.mark.parametrize("speeds", [(1.0, 0.1, 3.0), (1.0, 40.0), (0.05, 1.0, 1.0, 0.3), (1.0, 2.1, 0.7, 1.4, 0.2)])
 @pytest.mark.parametrize("known_steps", [60, MANY])
 def test_no_split_is_overlooked_on_devices_that_are_far_slower(speeds, known_steps, monkeypatch):
@@ -73,8 +83,11 @@ def test_no_split_is_overlooked_on_devices_that_are_far_slower(speeds, known_ste
         optimum = partition(problem)
         assert optimum.exact
         for share in (1 - 1e-6, 1.0, 1.003, 1.02, 1.1):
-            stages = search(problem, share * optimum.value_s).stages(MANY)
+            asked = search(problem, share * optimum.value_s)
+            stages = asked.stages(MANY)
             assert (stages is not None) == (share >= 1)
+            if share >= 1:
+                cuts_are_possible(problem, asked, optimum.stages)
             assert stages is None or max(stage_loads(problem, stages)) <= share * optimum.value_s * (1 + 1e-9)
 
 
