@@ -14,11 +14,12 @@ from test_afresh import mixed
 from test_partition import brute_force, problems
 from test_windows import MANY, in_proportion, masks_of, one_link, weights
 
-from shardwright.sharder.planning import ceilings, device_sets, shifting
+from shardwright.sharder.planning import ceilings, device_sets, little_cut, shifting
 from shardwright.sharder.planning import listing as listing_module
 from shardwright.sharder.planning.ceilings import narrowed
-from shardwright.sharder.planning.device_sets import DeviceSetSearch, LittleCut, how_many_states
+from shardwright.sharder.planning.device_sets import DeviceSetSearch, how_many_states
 from shardwright.sharder.planning.listing import Listing
+from shardwright.sharder.planning.little_cut import LittleCut
 from shardwright.sharder.planning.partition import partition, stage_loads
 from shardwright.sharder.planning.search import OutOfTimeError, closed_sets
 from shardwright.sharder.planning.windows import UndecidedError
@@ -75,7 +76,7 @@ def test_no_split_is_overlooked_on_devices_that_are_far_slower(speeds, known_ste
 
     The sets with little transfer are few, or all that there are.
     """
-    monkeypatch.setattr(device_sets, "KNOWN_STEPS", known_steps)
+    monkeypatch.setattr(little_cut, "KNOWN_STEPS", known_steps)
     for seed in range(8):
         problem = mixed(seed, 7 + seed % 4, speeds)
         dear = (problem.links[0][1][0], problem.links[0][1][1] / (1, 3, 9)[seed % 3])
@@ -137,7 +138,7 @@ def test_wide_graphs_are_split_exactly(speeds, monkeypatch):
 
 def test_too_few_steps_and_no_time_leave_it_open(monkeypatch):
     """It is not said that there is no split where not all sets were looked at."""
-    monkeypatch.setattr(device_sets, "KNOWN_STEPS", 2)
+    monkeypatch.setattr(little_cut, "KNOWN_STEPS", 2)
     problem = mixed(0, 24)
     below = partition(problem).value_s * 0.999
     assert search(problem, below).stages(MANY) is None
@@ -162,7 +163,7 @@ def test_all_sets_with_little_transfer_are_known(problem, steps, random_):
     listing = Listing(problem)
     assume(listing.whole_s > 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device_sets, "KNOWN_STEPS", steps)
+        patch.setattr(little_cut, "KNOWN_STEPS", steps)
         little = LittleCut(listing)
     closed = sorted(closed_sets(problem.predecessors, MANY))
     least = [one for one in closed if weights(problem, one)[1] < little.most_s * (1 - 1e-9)]

@@ -1,14 +1,15 @@
 r"""Graphs with too many closed sets on devices that differ: moves begun again, from other orders of the devices.
 
-Moves of blocks (shifting.py) leave the devices where they are, and lists of cuts (windows.py) are for few orders of
-them. So where devices differ the order of the best split is a chance find, and its neighbourhood is soon looked
+Moves of blocks (shifting.py) leave the devices where they are, and neighbours that are split anew (recut.py) leave most
+of them. So where devices differ the order of the best split is a chance find, and its neighbourhood is soon looked
 through. Moves begin anew from
 
     a topological order that is partly drawn, cut at its best over all orders of the devices         now and then
     one of the best splits so far, with two of its devices swapped, and its order cut anew for that   else
 
-with one run of moves each. What is good is remembered, so that swaps follow each other (an iterated local search:
-Lourenço, Martin and Stützle, "Iterated local search", Handbook of Metaheuristics 2003). This proves nothing.
+with one run of moves each, and neighbours split anew. What is good is remembered, so that swaps follow each other (an
+iterated local search: Lourenço, Martin and Stützle, "Iterated local search", Handbook of Metaheuristics 2003). This
+proves nothing.
 """
 
 from __future__ import annotations

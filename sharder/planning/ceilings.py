@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
-from shardwright.sharder.planning.device_sets import MOST_STATES, DeviceSetSearch, LittleCut, how_many_states
+from shardwright.sharder.planning.device_sets import MOST_STATES, DeviceSetSearch, how_many_states
 from shardwright.sharder.planning.listing import Listing
+from shardwright.sharder.planning.little_cut import LittleCut
 from shardwright.sharder.planning.mincut import least_transfer_s
 from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.relaxed import in_shares

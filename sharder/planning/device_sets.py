@@ -20,7 +20,6 @@ behind, until the ends meet. Of devices that are not used the last stage leaves 
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,12 +28,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from shardwright.sharder.planning.listing import Cuts, Family, Listing, TooManyError
-from shardwright.sharder.planning.nesting import Floats, TooManyPairsError, within_each
+from shardwright.sharder.planning.listing import Cuts, Family, TooManyError
+from shardwright.sharder.planning.little_cut import LittleCut
+from shardwright.sharder.planning.nesting import Floats, TooManyPairsError, stage_between
 from shardwright.sharder.planning.search import OutOfTimeError, Stages
 from shardwright.sharder.planning.windows import MOST_KEPT, PAIRS_A_STEP, SMALL_FAMILY, UndecidedError
 
-__all__ = ["MOST_STATES", "DeviceSetSearch", "LittleCut", "how_many_states"]
+__all__ = ["MOST_STATES", "DeviceSetSearch", "how_many_states"]
 
 State = tuple[int, ...]
 """How many devices of each kind are before a cut."""
@@ -43,10 +43,6 @@ Ends = dict[State, dict[int, float]]
 Flags = npt.NDArray[np.bool_]
 
 MOST_STATES = 512
-KNOWN_STEPS = 2_000_000
-"""So many undecided sets are gone through for the sets with little X."""
-FIRST_KNOWN, MORE_KNOWN = 1e-3, 1.3
-"""X of those, as a share of all work at first, and how many times as much then."""
 ROUNDS = 6
 """So often the least X are raised."""
 
@@ -54,39 +50,6 @@ ROUNDS = 6
 def how_many_states(kinds: Sequence[Sequence[int]]) -> int:
     """Of devices of these kinds."""
     return math.prod(len(kind) + 1 for kind in kinds)
-
-
-class LittleCut:
-    """All closed sets with little X, by their work.
-
-    Raises:
-        OutOfTimeError: the time has passed.
-    """
-
-    def __init__(self, listing: Listing) -> None:
-        self.listing = listing
-        self.most_s = 0.0
-        """X of no other set is less."""
-        self.sets = listing.ends[0]
-        allowed = FIRST_KNOWN * listing.whole_s
-        while allowed < 2 * listing.whole_s:
-            try:
-                # Of whatever work: by weights X may well be more than it.
-                sets = listing.sets(-math.inf, math.inf, allowed, KNOWN_STEPS, weights=(0.0, 0.0))
-            except TooManyError:
-                return
-            self.most_s, self.sets = allowed, sets.first(len(sets.work_s), sets.work_s)
-            allowed *= MORE_KNOWN
-
-    def between(self, before: int, behind: int) -> LittleCut:
-        """Those that have ``before`` and are in ``behind``; both are bit masks."""
-        part = copy.copy(self)
-        part.listing = self.listing.between(before, behind)
-        first, last = (end.masks[0] for end in part.listing.ends)
-        masks = self.sets.masks
-        inside = np.all((masks & first == first) & (masks & ~last == 0), axis=1)
-        part.sets = self.sets.take(np.flatnonzero(inside))
-        return part
 
 
 class _Span(NamedTuple):
@@ -355,16 +318,11 @@ class DeviceSetSearch:
     ) -> npt.NDArray[np.int64]:
         """By set behind a stage, or before it if ``turned``: one of the other that it makes a stage with, or -1."""
         start = self._starts(before, kind) + self.weights[kind] * self.ceiling_s + 2 * self.slack_s
-        stop = self._stops(behind, kind)
-        inner, begin, outer, end = before.masks, start, behind.masks, stop
-        if turned:
-            inner, begin, outer, end = ~behind.masks, -stop, ~before.masks, -start
         try:
-            return within_each(
-                inner,
-                begin,
-                outer,
-                end,
+            return stage_between(
+                (before.masks, start),
+                (behind.masks, self._stops(behind, kind)),
+                turned=turned,
                 pairs=PAIRS_A_STEP * self.steps,
                 out_of_time=self.listing.out_of_time,
                 one_is_enough=one,

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from shardwright.sharder.planning.search import OutOfTimeError
 
-__all__ = ["TooManyPairsError", "within_each"]
+__all__ = ["TooManyPairsError", "stage_between", "within_each"]
 
 Masks = npt.NDArray[np.uint64]
 Floats = npt.NDArray[np.float64]
@@ -99,6 +99,31 @@ def within_each(
             if not len(others):
                 break
     return found
+
+
+def stage_between(
+    before: tuple[Masks, Floats],
+    behind: tuple[Masks, Floats],
+    *,
+    turned: bool,
+    pairs: int,
+    out_of_time: Callable[[], bool],
+    one_is_enough: bool,
+) -> Indices:
+    """By set behind a stage, or before it if ``turned``: the number of one of the other, or -1, as in within_each.
+
+    Args:
+        before: sets that may come before the stage, and the latest that it may end behind each.
+        behind: sets that may come behind it, and when it ends with each.
+        turned: which of the two is asked for.
+        pairs: as there.
+        out_of_time: as there.
+        one_is_enough: as there.
+    """
+    (inner, latest), (outer, end) = before, behind
+    if turned:  # the other way round: what is not in those behind is not in these either
+        inner, latest, outer, end = ~outer, -end, ~inner, -latest
+    return within_each(inner, latest, outer, end, pairs=pairs, out_of_time=out_of_time, one_is_enough=one_is_enough)
 
 
 def _look(

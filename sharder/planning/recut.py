@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 
 from shardwright.sharder.planning.ceilings import listed_with_transfers, listing_of
-from shardwright.sharder.planning.device_sets import DeviceSetSearch, LittleCut
+from shardwright.sharder.planning.device_sets import DeviceSetSearch
 from shardwright.sharder.planning.listing import Listing
+from shardwright.sharder.planning.little_cut import LittleCut
 from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.search import OutOfTimeError, Stages
 from shardwright.sharder.planning.windows import ChainSearch, Row, UndecidedError

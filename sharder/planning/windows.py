@@ -39,7 +39,7 @@ from typing import NamedTuple
 import numpy as np
 
 from shardwright.sharder.planning.listing import Cuts, Family, Listing, TooManyError
-from shardwright.sharder.planning.nesting import Floats, Indices, TooManyPairsError, within_each
+from shardwright.sharder.planning.nesting import Floats, Indices, TooManyPairsError, stage_between
 from shardwright.sharder.planning.search import Stages
 
 __all__ = ["ChainSearch", "Row", "UndecidedError"]
@@ -206,7 +206,7 @@ class _Chain:
         try:
             if from_left:
                 origin = self._stage_between(self.left, cut)
-            else:  # the other way round: what is not in those behind is not in these either
+            else:
                 origin = self._stage_between(cut, self.right, turned=True)
         except TooManyPairsError as error:
             origin, too_many = error.some, True
@@ -219,16 +219,11 @@ class _Chain:
 
     def _stage_between(self, first: int, last: int, *, turned: bool = False, one: bool = False) -> Indices:
         """By set of the last cut, or the first if ``turned``: one of the other that it makes a stage with, or -1."""
-        before, behind = self.cuts[first].masks, self.cuts[last].masks
         start = self._start(first) + self.weights[first] * self.ceiling_s + 2 * self.listing.slack_s
-        inner, begin, outer, end = before, start, behind, self._end(last)
-        if turned:
-            inner, begin, outer, end = ~behind, -end, ~before, -start
-        return within_each(
-            inner,
-            begin,
-            outer,
-            end,
+        return stage_between(
+            (self.cuts[first].masks, start),
+            (self.cuts[last].masks, self._end(last)),
+            turned=turned,
             pairs=PAIRS_A_STEP * self.steps,
             out_of_time=self.listing.out_of_time,
             one_is_enough=one,
