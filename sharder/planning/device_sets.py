@@ -15,7 +15,7 @@ programming approach to sequencing problems", Journal of SIAM 1962, no order is 
 little X are listed once for all ceilings, and tell the least X of each D.
 
 What the cuts are that leave from either end is listed then, from D to D, and joined to the sets of the D before or
-behind, until the ends meet. Of devices that are not used the last stage leaves some; so all blocks may be before any D.
+behind, until the ends meet. Devices that are not used come last, with empty stages: all blocks may be before any D.
 """
 
 from __future__ import annotations
@@ -170,7 +170,6 @@ class DeviceSetSearch:
     def _earliest_begins(self) -> Ends:
         """By state in the middle and kind of the device behind it."""
         begins: Ends = {}
-        whole_s = float(self.listing.ends[1].work_s[0])
         for level in range(self.right, self.left, -1):
             for state in self.levels[level]:
                 if state not in self.alive:
@@ -182,7 +181,7 @@ class DeviceSetSearch:
                     else:
                         after = begins.get(state, {}).items()
                         stops = (begin + self._both(kind, behind, state) for behind, begin in after)
-                        stop = min((whole_s, *stops))  # all blocks may be before it
+                        stop = min(stops, default=math.inf)
                     if before in self.alive and stop < math.inf:
                         begins.setdefault(before, {})[kind] = stop - self.weights[kind] * self.ceiling_s
         return begins
