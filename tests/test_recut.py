@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from functools import partial
 
 import pytest
@@ -14,7 +15,6 @@ from test_shifting import is_split, tangled
 from shardwright.sharder.planning import recut as recut_module
 from shardwright.sharder.planning.even import even_splits
 from shardwright.sharder.planning.partition import _orders, partition, stage_loads
-from shardwright.sharder.planning.problem import bits
 from shardwright.sharder.planning.recut import AIMS, Neighbours
 
 often = settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
@@ -82,26 +82,18 @@ def test_what_is_not_listed_is_left():
     assert followed(problem, start, lambda: True) == [start]
 
 
-@pytest.mark.parametrize("pinned", [False, True])
-def test_what_failed_is_not_asked_for_again(pinned, monkeypatch):
-    """Each part is asked for a ceiling only if it is higher than what failed, also where what is found breaks a pin."""
-    asked = []
-    search = Neighbours._search
-
-    def noted(self, before, behind, devices, ceiling_s):
-        asked.append((before, behind, devices, ceiling_s))
-        return search(self, before, behind, devices, ceiling_s)
-
-    monkeypatch.setattr(Neighbours, "_search", noted)
-    problem = mixed(0, 20, (1.0, 2.0, 0.7, 1.3))
-    start = first_split(problem)
-    if pinned:  # every block where it is in the split that it begins with
-        where = {v: device for device, members in start[0] for v in bits(members)}
-        blocks = (
-            dataclasses.replace(block, allowed=tuple(d == where[v] for d in range(4)))
-            for v, block in enumerate(problem.blocks)
-        )
-        problem = dataclasses.replace(problem, blocks=tuple(blocks))
-    followed(problem, start)
-    assert asked
-    assert len({(before, behind, tuple(sorted(devices)), s) for before, behind, devices, s in asked}) == len(asked)
+@pytest.mark.parametrize("speeds", [(1.0, 1.0, 1.0, 1.0), (1.0, 2.0, 0.7, 1.3)])
+def test_what_there_is_between_two_cuts_is_found(speeds):
+    """Some stages of the best split, for the largest load among them."""
+    problem = mixed(1, 16, speeds) if len(set(speeds)) > 1 else tangled(1, 16, 4)
+    stages = partition(problem).stages
+    loads = stage_loads(problem, stages)
+    neighbours = Neighbours(problem, partial(stage_loads, problem), lambda: False)
+    for first, last in itertools.combinations(range(len(stages) + 1), 2):
+        before = sum(members for _, members in stages[:first])
+        behind = before | sum(members for _, members in stages[first:last])
+        devices = tuple(device for device, _ in stages[first:last])
+        ceiling_s = max(loads[first:last])
+        anew = neighbours._anew(before, behind, devices, ceiling_s * (1 + 1e-12))
+        found = stage_loads(problem, (*stages[:first], *anew, *stages[last:]))
+        assert max(found[first : first + len(anew)]) <= ceiling_s * (1 + 1e-9)

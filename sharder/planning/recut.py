@@ -36,7 +36,7 @@ Loads = Callable[[Stages], list[float] | None]
 
 
 class Neighbours:
-    """Stages of one problem that are split anew, with what could not be.
+    """Stages of one problem that are split anew.
 
     Args:
         problem: blocks, devices and links. Where the transfers are not all in what is listed nothing is split anew.
@@ -46,8 +46,6 @@ class Neighbours:
 
     def __init__(self, problem: Problem, loads_of: Loads, out_of_time: Callable[[], bool]) -> None:
         self.problem, self.loads_of, self.out_of_time = problem, loads_of, out_of_time
-        self.failed: dict[tuple[int, int, tuple[int, ...]], float] = {}
-        """By what comes before, what comes up to their end, and devices: the highest ceiling that was not reached."""
 
     @cached_property
     def _listed(self) -> tuple[Listing, list[float]] | None:
@@ -100,14 +98,10 @@ class Neighbours:
                 parts = stages[:first], stages[first : first + width], stages[first + width :]
                 before, inside = (sum(members for _, members in part) for part in parts[:2])
                 devices = tuple(device for device, _ in parts[1])
-                asked = before, before | inside, tuple(sorted(devices))
-                if self.failed.get(asked, 0.0) >= ceiling_s:
-                    continue
                 anew = self._anew(before, before | inside, devices, ceiling_s)
                 found = None if anew is None else self.loads_of((*parts[0], *anew, *parts[2]))
                 if anew is not None and found is not None and sum(load > most for load in found) < above:
                     yield *parts[0], *anew, *parts[2]
-                self.failed[asked] = ceiling_s
 
     def _anew(self, before: int, behind: int, devices: tuple[int, ...], ceiling_s: float) -> Stages | None:
         """Stages between two closed sets with loads below the ceiling, by work and transfers alone."""
