@@ -82,14 +82,14 @@ class Neighbours:
     def _below(self, stages: Stages, ceiling_s: float, widest: int) -> Stages | None:
         """``stages`` made anew until no load is above the ceiling; None where that is not reached."""
         while max(self._loads(stages)) > ceiling_s * (1 + ROUNDING):
-            better = next(self._better(stages, ceiling_s, widest), None)
+            better = self._better(stages, ceiling_s, widest)
             if better is None:
                 return None
             stages = better
         return stages
 
-    def _better(self, stages: Stages, ceiling_s: float, widest: int) -> Iterator[Stages]:
-        """Splits with fewer loads above the ceiling."""
+    def _better(self, stages: Stages, ceiling_s: float, widest: int) -> Stages | None:
+        """A split with fewer loads above the ceiling, or None where there is none."""
         loads, most = self._loads(stages), ceiling_s * (1 + ROUNDING)
         heaviest, above = loads.index(max(loads)), sum(load > most for load in loads)
         for width in range(2, min(widest, len(stages)) + 1):
@@ -99,9 +99,13 @@ class Neighbours:
                 before, inside = (sum(members for _, members in part) for part in parts[:2])
                 devices = tuple(device for device, _ in parts[1])
                 anew = self._anew(before, before | inside, devices, ceiling_s)
-                found = None if anew is None else self.loads_of((*parts[0], *anew, *parts[2]))
-                if anew is not None and found is not None and sum(load > most for load in found) < above:
-                    yield *parts[0], *anew, *parts[2]
+                if anew is None:
+                    continue
+                better = *parts[0], *anew, *parts[2]
+                found = self.loads_of(better)
+                if found is not None and sum(load > most for load in found) < above:
+                    return better
+        return None
 
     def _anew(self, before: int, behind: int, devices: tuple[int, ...], ceiling_s: float) -> Stages | None:
         """Stages between two closed sets with loads below the ceiling, by work and transfers alone."""
