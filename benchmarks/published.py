@@ -32,7 +32,9 @@ import shardwright as sw
 from shardwright.errors import ShardwrightError
 
 BYTES_PER_TIME = 1e8
-"""Whole bytes stand for times of transfers, and few of them, since the instances have no memory of activations."""
+"""Whole bytes stand for times of transfers."""
+BYTES_PER_BYTE = 2**14
+"""So much more are the instances' own bytes: they have no memory of activations, which ours then hardly add to."""
 MICROBATCHES = 64
 """So many that filling the pipeline does not speak for fewer stages."""
 ROOM = 2**60
@@ -69,7 +71,7 @@ def accelerators(found: dict[str, Any]) -> nx.DiGraph:
     graph: nx.DiGraph = nx.DiGraph()
     for node in found["nodes"]:
         may_be = [d for d in kinds if node["supportedOnFpga"] or d.startswith("cpu")]
-        size = int(node["size"])
+        size = BYTES_PER_BYTE * int(node["size"])
         graph.add_node(
             str(node["id"]),
             forward_s={device: node[kinds[device]] for device in may_be},
@@ -81,7 +83,7 @@ def accelerators(found: dict[str, Any]) -> nx.DiGraph:
     graph.add_edges_from((str(edge["sourceId"]), str(edge["destId"])) for edge in found["edges"])
     way = {"host_latency_s": 0.0, "host_bandwidth_bytes_per_s": BYTES_PER_TIME}
     devices: dict[str, dict[str, Any]] = {
-        name: {"kind": "other", "memory_bytes": int(found["maxSizePerFPGA"]), **way}
+        name: {"kind": "other", "memory_bytes": BYTES_PER_BYTE * int(found["maxSizePerFPGA"]), **way}
         if name.startswith("acc")
         else {"kind": "cpu", "memory_bytes": ROOM, "in_host_memory": True}
         for name in kinds

@@ -11,6 +11,7 @@ from test_shifting import is_split, tangled
 from shardwright.sharder.planning import afresh, shifting
 from shardwright.sharder.planning.afresh import begun_afresh
 from shardwright.sharder.planning.line import split_in_order, split_line
+from shardwright.sharder.planning.lists import Lists
 from shardwright.sharder.planning.partition import partition, stage_loads
 from shardwright.sharder.planning.recut import Neighbours
 from shardwright.sharder.planning.shifting import shifted
@@ -32,7 +33,7 @@ def mixed(seed, units=12, speeds=(1.0, 2.0, 0.7)):
 
 def neighbours(problem):
     """Those that split anew what moves lead to."""
-    return Neighbours(problem, partial(stage_loads, problem), lambda: False)
+    return Neighbours(Lists(problem), partial(stage_loads, problem), lambda: False)
 
 
 def improved(problem, ways, best):

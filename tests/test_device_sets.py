@@ -14,11 +14,12 @@ from test_afresh import mixed
 from test_partition import brute_force, problems
 from test_windows import MANY, in_proportion, masks_of, one_link, weights
 
-from shardwright.sharder.planning import ceilings, device_sets, little_cut, shifting
+from shardwright.sharder.planning import device_sets, little_cut, shifting
 from shardwright.sharder.planning import listing as listing_module
 from shardwright.sharder.planning.ceilings import narrowed
 from shardwright.sharder.planning.device_sets import DeviceSetSearch, how_many_states
 from shardwright.sharder.planning.listing import Listing
+from shardwright.sharder.planning.lists import Lists
 from shardwright.sharder.planning.little_cut import LittleCut
 from shardwright.sharder.planning.partition import partition, stage_loads
 from shardwright.sharder.planning.search import OutOfTimeError, closed_sets
@@ -30,8 +31,7 @@ SPEEDS = 1.0, 2.1, 1.0, 0.7, 2.1
 
 def search(problem, ceiling_s, out_of_time=lambda: False):
     """What is asked whether there is a split below the ceiling."""
-    asked = ceilings._asked_of(problem, out_of_time)
-    found = asked.search(ceiling_s)
+    found = Lists(problem).searched(range(len(problem.devices)), ceiling_s, None, out_of_time)
     assert isinstance(found, DeviceSetSearch)  # two devices differ at least
     return found
 
@@ -122,7 +122,7 @@ def test_bounds_are_never_above_the_optimum(problem, share, most_listed):
     best = ((0, 1),), share * expected
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(listing_module, "MOST_LISTED", most_listed)
-        for narrow in narrowed(problem, lambda: best, 0.0, lambda: next(ticks) > 3_000):
+        for narrow in narrowed(Lists(problem), lambda: best, 0.0, lambda: next(ticks) > 3_000):
             assert narrow.bound <= expected * (1 + 1e-9)
 
 

@@ -14,6 +14,7 @@ from test_shifting import is_split, tangled
 
 from shardwright.sharder.planning import recut as recut_module
 from shardwright.sharder.planning.even import even_splits
+from shardwright.sharder.planning.lists import Lists
 from shardwright.sharder.planning.partition import _orders, partition, stage_loads
 from shardwright.sharder.planning.recut import AIMS, Neighbours
 
@@ -29,7 +30,7 @@ def first_split(problem):
 def followed(problem, best, out_of_time=lambda: False):
     """The splits in turn, from ``best`` on, each with its largest load, which is smaller than the one before."""
     found = [best]
-    for stages in Neighbours(problem, partial(stage_loads, problem), out_of_time).split_anew(best[0]):
+    for stages in Neighbours(Lists(problem), partial(stage_loads, problem), out_of_time).split_anew(best[0]):
         loads = stage_loads(problem, stages)
         assert loads is not None
         assert max(loads) < found[-1][1]
@@ -88,7 +89,7 @@ def test_what_there_is_between_two_cuts_is_found(speeds):
     problem = mixed(1, 16, speeds) if len(set(speeds)) > 1 else tangled(1, 16, 4)
     stages = partition(problem).stages
     loads = stage_loads(problem, stages)
-    neighbours = Neighbours(problem, partial(stage_loads, problem), lambda: False)
+    neighbours = Neighbours(Lists(problem), partial(stage_loads, problem), lambda: False)
     for first, last in itertools.combinations(range(len(stages) + 1), 2):
         before = sum(members for _, members in stages[:first])
         behind = before | sum(members for _, members in stages[first:last])

@@ -16,10 +16,11 @@ from test_mincut import alike
 from test_partition import antichain, block, brute_force, chain, problems
 from test_shifting import plain, tangled
 
-from shardwright.sharder.planning import ceilings, shifting
+from shardwright.sharder.planning import shifting
 from shardwright.sharder.planning import listing as listing_module
 from shardwright.sharder.planning.ceilings import ASKED, NEAR, _next_ceiling_s, narrowed
 from shardwright.sharder.planning.listing import Family, Listing, TooManyError
+from shardwright.sharder.planning.lists import Lists
 from shardwright.sharder.planning.partition import partition, stage_loads
 from shardwright.sharder.planning.problem import bits
 from shardwright.sharder.planning.search import OutOfTimeError, closed_sets
@@ -92,7 +93,8 @@ def test_sets_next_to_a_family_are_a_stage_away(problem, share, forwards, at_onc
         family = listing.sets(0.3 * listing.whole_s, 0.7 * listing.whole_s, math.inf, MANY)
         assume(family)
         kind = "before" if forwards else "behind"
-        sets = listing.sets(-math.inf, math.inf, math.inf, MANY, Family(family, kind, ceiling_s))
+        limits = family.work_s - family.moved_s + ceiling_s if forwards else family.work_s + family.moved_s - ceiling_s
+        sets = listing.sets(-math.inf, math.inf, math.inf, MANY, Family(family, kind, limits))
     finally:
         listing_module.AT_ONCE = listing_module_at_once
     expected = set()
@@ -153,7 +155,7 @@ def test_bounds_are_never_above_the_optimum(problem, share, most_listed):
     ticks = itertools.count()
     try:
         best = ((0, 1),), share * expected
-        for narrow in narrowed(problem, lambda: best, 0.0, lambda: next(ticks) > 300):
+        for narrow in narrowed(Lists(problem), lambda: best, 0.0, lambda: next(ticks) > 300):
             assert narrow.bound <= expected * (1 + 1e-9)
     finally:
         listing_module.MOST_LISTED = kept
@@ -311,7 +313,7 @@ def test_bounds_of_devices_that_differ_are_never_above_the_optimum(problem, shar
     assume(0 < expected < math.inf)
     ticks = itertools.count()
     best = ((0, 1),), share * expected
-    for narrow in narrowed(problem, lambda: best, 0.0, lambda: next(ticks) > 3_000):
+    for narrow in narrowed(Lists(problem), lambda: best, 0.0, lambda: next(ticks) > 3_000):
         assert narrow.bound <= expected * (1 + 1e-9)
 
 
@@ -349,12 +351,13 @@ def test_rounding_hides_no_split_on_devices_that_are_far_slower(slow):
         blocks = tuple(dataclasses.replace(block(0.0, 4), forward_s=times, units=("u",)) for times in rows)
         problem = dataclasses.replace(chain([1.0] * 9, 4), crossings=(), blocks=blocks)
         value_s = max(stage_loads(problem, [(0, 7), *((d, 6 << 2 * d) for d in range(1, 4))]))
-        asked = ceilings._asked_of(problem, lambda: False)
-        listing, weights = ceilings.listing_of(problem, lambda: False)
-        row = Row((0, 1, 2, 3), tuple(weights))
+        lists = Lists(problem)
+        assert lists.classes == [[0], [1], [2], [3]]
+        row = Row((0, 1, 2, 3), tuple(lists.weights))
         for above in (1e-12, 1e-11, 1e-10, 1e-9):
-            assert asked.search(value_s * (1 + above)).stages(MANY) is not None
-            assert ChainSearch(listing, [row], value_s * (1 + above)).stages(MANY) is not None
+            ceiling_s = value_s * (1 + above)
+            assert lists.searched(range(4), ceiling_s, None, lambda: False).stages(MANY) is not None
+            assert ChainSearch(lists.listing(lambda: False), [row], ceiling_s).stages(MANY) is not None
 
 
 def test_few_kinds_of_devices_can_be_listed():
@@ -362,12 +365,13 @@ def test_few_kinds_of_devices_can_be_listed():
     problem = tangled(0)
     ten = dataclasses.replace(
         problem,
+        blocks=tuple(dataclasses.replace(block, allowed=(True,) * 10) for block in problem.blocks),
         devices=(*"abcdefghij",),
         caps=problem.caps[:1] * 10,
         links=((problem.links[0][1],) * 10,) * 10,
     )
-    assert ceilings.can_list(in_proportion(ten, (1.0,) * 10))
-    assert ceilings.can_list(in_proportion(ten, (1.0, 2.0) * 5))
-    assert not ceilings.can_list(in_proportion(ten, tuple(1.0 + d for d in range(10))))
+    assert Lists(in_proportion(ten, (1.0,) * 10)).possible
+    assert Lists(in_proportion(ten, (1.0, 2.0) * 5)).possible
+    assert not Lists(in_proportion(ten, tuple(1.0 + d for d in range(10)))).possible
     nine = dataclasses.replace(ten, devices=ten.devices[:9], caps=ten.caps[:9], links=((problem.links[0][1],) * 9,) * 9)
-    assert ceilings.can_list(in_proportion(nine, tuple(1.0 + d for d in range(9))))
+    assert Lists(in_proportion(nine, tuple(1.0 + d for d in range(9)))).possible

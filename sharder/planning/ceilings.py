@@ -7,19 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import NamedTuple
 
-from shardwright.sharder.planning.device_sets import MOST_STATES, DeviceSetSearch, how_many_states
-from shardwright.sharder.planning.listing import Listing
-from shardwright.sharder.planning.little_cut import LittleCut
-from shardwright.sharder.planning.mincut import least_transfer_s
+from shardwright.sharder.planning.device_sets import DeviceSetSearch
+from shardwright.sharder.planning.lists import Lists
 from shardwright.sharder.planning.problem import Problem
-from shardwright.sharder.planning.relaxed import in_shares
-from shardwright.sharder.planning.search import OutOfTimeError, Stages, fluid_s
-from shardwright.sharder.planning.windows import ChainSearch, Row, UndecidedError
+from shardwright.sharder.planning.search import OutOfTimeError, Stages
+from shardwright.sharder.planning.windows import ChainSearch, UndecidedError
 
-__all__ = ["NEAR", "Narrowed", "can_list", "listed_with_transfers", "listing_of", "narrowed", "within"]
+__all__ = ["NEAR", "Narrowed", "narrowed", "within"]
 
 STEPS = (2_000_000, 20_000_000, 150_000_000)
 """So many undecided sets are gone through for what one cut may be, in words of 64 blocks: at first, and when what was
@@ -48,91 +44,24 @@ class Narrowed(NamedTuple):
     """No largest load is below: seconds, or whatever the loads of the problem are."""
 
 
-def can_list(problem: Problem) -> bool:
-    """Whether the devices are alike, or few."""
-    classes = _classes(problem)
-    return len(classes) == 1 or (all(problem.total_s) and how_many_states(classes) <= MOST_STATES)
-
-
-def listed_with_transfers(problem: Problem) -> bool:
-    """Whether the loads by which sets are listed have all transfers in them; else the bounds are on work alone."""
-    summed = problem.transfers == "relayed" and not problem.overlap
-    return summed or not any(least_transfer_s(problem, tensor) for tensor in problem.crossings)
-
-
-def _classes(problem: Problem) -> list[list[int]]:
-    """Devices with the same times."""
-    classes: dict[tuple[float, ...], list[int]] = {}
-    for device, times in enumerate(zip(*problem.seconds, strict=True)):
-        classes.setdefault(times, []).append(device)
-    return list(classes.values())
-
-
-def listing_of(problem: Problem, out_of_time: Callable[[], bool]) -> tuple[Listing, list[float]] | None:
-    """What is asked for chains, and the weight of each device; None where blocks are pinned so that no work is left.
-
-    Raises:
-        OutOfTimeError: the time has passed.
-    """
-    devices = range(len(problem.devices))
-    if len(_classes(problem)) == 1:
-        return Listing(problem, out_of_time), [1.0 for _ in devices]
-    share = fluid_s(problem, devices)
-    if not math.isfinite(sum(share)) or not all(problem.total_s):
-        return None
-    whole = sum(1 / total_s for total_s in problem.total_s)
-    weights = [1 / total_s / whole for total_s in problem.total_s]
-    return Listing(in_shares(problem, share), out_of_time), weights
-
-
-class _Asked(NamedTuple):
-    """What ceilings are asked of."""
-
-    search: Callable[[float], ChainSearch | DeviceSetSearch]
-    """For a ceiling."""
-    slack_s: float
-    """Loads nearer than that to a ceiling are not told from it: what rounding may take from work, on any device."""
-    lower: int = 0
-    """So many ceilings that are undecided are followed by a lower one before the next of the ``STEPS``."""
-
-
-def _asked_of(problem: Problem, out_of_time: Callable[[], bool]) -> _Asked | None:
-    """What is asked; None where blocks are pinned so that no work is left.
-
-    Raises:
-        OutOfTimeError: the time has passed.
-    """
-    if (found := listing_of(problem, out_of_time)) is None:
-        return None
-    listing, weights = found
-    slack_s = 4 * listing.slack_s / min(weights)
-    classes, counts = _classes(problem), range(problem.most_stages, 0, -1)
-    if len(classes) == 1:
-        rows = [Row(tuple(range(count)), (1.0,) * count) for count in counts]
-        return _Asked(partial(ChainSearch, listing, rows), slack_s)
-    little = LittleCut(listing)
-    return _Asked(partial(DeviceSetSearch, little, classes, weights, problem.most_stages), slack_s, LOWER)
-
-
 def within(problem: Problem, ceiling_s: float, out_of_time: Callable[[], bool]) -> Narrowed | None:
     """A split with loads of ``ceiling_s`` at most, as :func:`narrowed` has it, or a bound above that where none has.
 
     Returns:
         None where this is not decided.
     """
-    if not can_list(problem):
+    lists = Lists(problem)
+    if not lists.possible:
         return None
     try:
-        if (asked := _asked_of(problem, out_of_time)) is None:
-            return None
-        found = asked.search(ceiling_s).stages(STEPS[0])
+        found = lists.searched(range(len(problem.devices)), ceiling_s, None, out_of_time).stages(STEPS[0])
     except (OutOfTimeError, UndecidedError):
         return None
     return Narrowed((), math.nextafter(ceiling_s, math.inf)) if found is None else Narrowed(found, 0.0)
 
 
 def narrowed(
-    problem: Problem,
+    lists: Lists,
     best: Callable[[], tuple[Stages, float]],
     bound_s: float,
     out_of_time: Callable[[], bool],
@@ -144,32 +73,31 @@ def narrowed(
     There are none where the sets cannot be listed.
 
     Args:
+        lists: of the problem.
         best: the stages of the best split that was taken, and its largest load.
         bound_s: a proven bound.
         quick: whether the first question that is not decided within the first of the ``STEPS`` is the last one.
     """
-    if not can_list(problem) or not 0 < best()[1] < math.inf:
+    if not lists.possible or not 0 < best()[1] < math.inf:
         return
+    devices, lower = range(len(lists.problem.devices)), 0 if quick or lists.alike else LOWER
     try:
-        asked = _asked_of(problem, out_of_time)
+        slack_s = lists.slack_s(best()[1], out_of_time)
     except OutOfTimeError:
         return
-    if asked is None:
-        return
-    slack_s = asked.slack_s
     latest: tuple[float, ChainSearch | DeviceSetSearch] | None = None
     for steps in STEPS[:1] if quick else STEPS:
         last = steps == STEPS[-1]
         undecided_s, undecided = math.inf, 0
         while (ceiling_s := _next_ceiling_s(bound_s, best()[1], undecided_s, slack_s)) is not None:
-            if undecided > (0 if quick else asked.lower) and not last:
+            if undecided > lower and not last:
                 break
             value_s = best()[1]
             try:
                 # Where nothing can be proven a split may still be found.
                 some = last and undecided_s == math.inf
                 if latest is None or latest[0] != ceiling_s:
-                    latest = ceiling_s, asked.search(ceiling_s)
+                    latest = ceiling_s, lists.searched(devices, ceiling_s, None, out_of_time)
                 found = latest[1].stages(steps, some=some)
             except OutOfTimeError:
                 return

@@ -5,17 +5,19 @@ come before it and not on their order: of these sets there are 256, and where so
 each kind tell them. Let D be such numbers, c the kind of the device before a cut and e that of the one behind it, w
 their weights, and T the ceiling, all as in windows.py. Closed sets I are listed that D may be before, with
 
-    work(I) + w[c] X(I)  <=  the latest that a stage on c may end        for some c of D
-    work(I) - w[e] X(I)  >=  the earliest that a stage on e may begin    for some e that is left
+    early(I) + w[c] X(I)  <=  the latest that a stage on c may end        for some c of D
+    late(I) - w[e] X(I)   >=  the earliest that a stage on e may begin    for some e that is left
 
-The latest ends follow from the left: that of D is the latest begin of some D without c, and T w[c] later; a begin
+where early(I) is what D have of I at least, and late(I) all work less what the others have of what is not in I
+(measures.py). The latest ends follow from the left: that of D is the latest begin of some D without c, and T w[c] later; a begin
 behind D is w[c] + w[e] times the least X of D before the end. The earliest begins follow from the right. Where there is
 no I within both, D is not what comes before a cut. As in the dynamic programme over sets of Held and Karp, "A dynamic
 programming approach to sequencing problems", Journal of SIAM 1962, no order is gone through twice. The sets with
 little X are listed once for all ceilings, and tell the least X of each D.
 
 What the cuts are that leave from either end is listed then, from D to D, and joined to the sets of the D before or
-behind, until the ends meet. Devices that are not used come last, with empty stages: all blocks may be before any D.
+behind by what the device between them takes, until the ends meet. Devices that are not used come last, with empty
+stages: all blocks may be before any D.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from shardwright.sharder.planning.listing import Cuts, Family, TooManyError
+from shardwright.sharder.planning.listing import Cuts, Family, Listing, Measure, TooManyError
 from shardwright.sharder.planning.little_cut import LittleCut
+from shardwright.sharder.planning.measures import Measures
 from shardwright.sharder.planning.nesting import Floats, TooManyPairsError, stage_between
 from shardwright.sharder.planning.search import OutOfTimeError, Stages
 from shardwright.sharder.planning.windows import MOST_KEPT, PAIRS_A_STEP, SMALL_FAMILY, UndecidedError
@@ -43,6 +46,8 @@ Ends = dict[State, dict[int, float]]
 Flags = npt.NDArray[np.bool_]
 
 MOST_STATES = 512
+AT_ONCE = 4_000
+"""So many sets with little X are looked at together, those with least first."""
 ROUNDS = 6
 """So often the least X are raised."""
 
@@ -71,17 +76,27 @@ class DeviceSetSearch:
     Args:
         little: of the listing that is asked.
         kinds: devices, those together that are alike.
-        weights: of each device.
+        seconds: weighed, by kind and block; infinite where a block may not be.
+        weights: of each kind.
         most: stages.
         ceiling_s: no load is above, by work and transfers alone.
     """
 
     def __init__(
-        self, little: LittleCut, kinds: Sequence[Sequence[int]], weights: Sequence[float], most: int, ceiling_s: float
+        self,
+        little: LittleCut,
+        kinds: Sequence[Sequence[int]],
+        seconds: Floats,
+        weights: Sequence[float],
+        most: int,
+        ceiling_s: float,
     ) -> None:
         self.little, self.listing, self.kinds, self.ceiling_s = little, little.listing, kinds, ceiling_s
-        self.weights = [weights[kind[0]] for kind in kinds]
-        self.slack_s = self.listing.slack_s
+        self.weights = weights
+        self.measures = Measures(
+            self.listing, seconds, [len(kind) for kind in kinds], [weight * ceiling_s for weight in weights]
+        )
+        self.slack_s = self.measures.slack_s
         first, last = self.listing.ends
         self.levels: list[list[State]] = [[tuple(0 for _ in kinds)]]
         for _ in range(most):
@@ -89,7 +104,7 @@ class DeviceSetSearch:
         self.steps, self.some = 0, False
         self.left, self.right = 0, most
         self.sets: list[dict[State, Cuts]] = [{} for _ in self.levels]
-        """By number of devices and state: what was listed from the left, or right."""
+        """By number of devices and state: what was listed from the left, by what is before, or from the right."""
         self.sets[0][self.levels[0][0]] = first
         self.sets[most] = dict.fromkeys(self.levels[most], last)
         self.least = {state: 0.0 for level in self.levels for state in level}
@@ -138,13 +153,13 @@ class DeviceSetSearch:
             if count:
                 yield kind, (*state[:kind], count - 1, *state[kind + 1 :])
 
-    def _starts(self, sets: Cuts, kind: int) -> Floats:
+    def _starts(self, work_s: Floats, moved_s: Floats, kind: int) -> Floats:
         """By set: where a stage behind it on a device of that kind begins, in work."""
-        return sets.work_s - self.weights[kind] * sets.moved_s
+        return work_s - self.weights[kind] * moved_s
 
-    def _stops(self, sets: Cuts, kind: int) -> Floats:
+    def _stops(self, work_s: Floats, moved_s: Floats, kind: int) -> Floats:
         """By set: where a stage before it on a device of that kind ends."""
-        return sets.work_s + self.weights[kind] * sets.moved_s
+        return work_s + self.weights[kind] * moved_s
 
     def _both(self, kind: int, other: int, state: State) -> float:
         """What the least X of a state takes in the stages before it and behind it, on devices of these kinds."""
@@ -160,7 +175,7 @@ class DeviceSetSearch:
                 for kind, following in self._after(state):
                     if level == self.left:
                         sets = self.sets[level].get(state)
-                        start = float(self._starts(sets, kind).max()) if sets else -math.inf
+                        start = float(self._starts(sets.work_s, sets.moved_s, kind).max()) if sets else -math.inf
                     else:
                         start = max(end - self._both(last, kind, state) for last, end in ends[state].items())
                     if following in self.alive and start > -math.inf:
@@ -177,7 +192,7 @@ class DeviceSetSearch:
                 for kind, before in self._before(state):
                     if level == self.right:
                         sets = self.sets[level].get(state)
-                        stop = float(self._stops(sets, kind).min()) if sets else math.inf
+                        stop = float(self._stops(sets.work_s, sets.moved_s, kind).min()) if sets else math.inf
                     else:
                         after = begins.get(state, {}).items()
                         stops = (begin + self._both(kind, behind, state) for behind, begin in after)
@@ -196,13 +211,14 @@ class DeviceSetSearch:
         most = (high - low + 2 * self.slack_s) / sum(weights)
         return _Span(low, high, most, weights) if most >= 0 else None
 
-    def _may_be(self, state: State, work_s: Floats, moved_s: Floats, ends: Ends, begins: Ends) -> Flags:
-        """Whether sets of so much work and X end and begin in time, for some kinds."""
-        stops, starts = (np.zeros(len(work_s), dtype=bool) for _ in range(2))
+    def _may_be(self, state: State, sets: Cuts, ends: Ends, begins: Ends) -> Flags:
+        """Whether sets end and begin in time, for some kinds."""
+        stops, starts = (np.zeros(len(sets.work_s), dtype=bool) for _ in range(2))
+        early, late = self.measures.early(state, sets), self.measures.late(state, sets)
         for kind, end in ends[state].items():
-            stops |= work_s + self.weights[kind] * moved_s <= end + self.slack_s
+            stops |= self._stops(early, sets.moved_s, kind) <= end + self.slack_s
         for kind, begin in begins[state].items():
-            starts |= work_s - self.weights[kind] * moved_s >= begin - self.slack_s
+            starts |= self._starts(late, sets.moved_s, kind) >= begin - self.slack_s
         return stops & starts
 
     def _narrow(self) -> tuple[Ends, Ends]:
@@ -231,14 +247,16 @@ class DeviceSetSearch:
         if span is None:
             return None
         low, high, most, _ = span
-        little = self.little
-        first = int(np.searchsorted(little.sets.work_s, low - self.slack_s))
-        last = int(np.searchsorted(little.sets.work_s, high + self.slack_s, side="right"))
-        work_s, moved_s = little.sets.work_s[first:last], little.sets.moved_s[first:last]
-        may_be = self._may_be(state, work_s, moved_s, ends, begins)
-        if may_be.any():
-            return float(moved_s[may_be].min()) - self.slack_s
-        return little.most_s if most > little.most_s else None
+        known = self.little.sets
+        first = int(np.searchsorted(known.work_s, low - self.slack_s))
+        last = int(np.searchsorted(known.work_s, high + self.slack_s, side="right"))
+        by_transfer = first + np.argsort(known.moved_s[first:last], kind="stable")
+        for start in range(0, last - first, AT_ONCE):
+            some = known.take(by_transfer[start : start + AT_ONCE])
+            may_be = self._may_be(state, some, ends, begins)
+            if may_be.any():
+                return float(some.moved_s[may_be.argmax()]) - self.slack_s
+        return self.little.most_s if most > self.little.most_s else None
 
     def _extend(self, ends: Ends, begins: Ends) -> None:
         """List what is next from the end that has fewer sets; of too many, some."""
@@ -269,32 +287,52 @@ class DeviceSetSearch:
         beside = [(kind, others[other]) for kind, other in near if other in others]
         try:
             if sum(len(sets.work_s) for _, sets in beside) <= SMALL_FAMILY:
-                sets = self._next_to_few(span, beside, from_left=from_left)
+                sets = self._next_to_few(state, span, beside, from_left=from_left)
             else:
                 low, high, most, weights = span
-                sets = self.listing.sets(low, high, most, self.steps, weights=weights)
-                sets = sets.take(np.flatnonzero(self._may_be(state, sets.work_s, sets.moved_s, ends, begins)))
+                listing = self._listing(self.measures.before(state), self.measures.behind(state))
+                sets = listing.sets(low, high, most, self.steps, weights=weights)
+                sets = sets.take(np.flatnonzero(self._may_be(state, sets, ends, begins)))
                 sets = self._next_to(sets, beside, from_left=from_left)
         except TooManyError as error:
             if not self.some:
                 raise UndecidedError from None
             self.complete = False
             sets = self._next_to(error.some, beside, from_left=from_left)
-            low, high, most, weights = span
             # Those that leave least to the other stages.
-            keys = -sets.work_s + weights[1] * sets.moved_s if from_left else sets.work_s + weights[0] * sets.moved_s
+            if from_left:
+                keys = -self.measures.late(state, sets) + span.weights[1] * sets.moved_s
+            else:
+                keys = self.measures.early(state, sets) + span.weights[0] * sets.moved_s
             sets = sets.first(MOST_KEPT, keys)
-        return sets.take(np.flatnonzero(self._may_be(state, sets.work_s, sets.moved_s, ends, begins)))
+        sets = sets.take(np.flatnonzero(self._may_be(state, sets, ends, begins)))
+        work_s = self.measures.early(state, sets) if from_left else self.measures.late(state, sets)
+        return sets._replace(work_s=work_s)
 
-    def _next_to_few(self, span: _Span, beside: list[tuple[int, Cuts]], *, from_left: bool) -> Cuts:
+    def _listing(self, inside: Measure, outside: Measure) -> Listing:
+        """What is listed by these."""
+        if self.measures.in_proportion:
+            return self.listing
+        return self.listing.measured(inside, outside, self.slack_s)
+
+    def _next_to_few(self, state: State, span: _Span, beside: list[tuple[int, Cuts]], *, from_left: bool) -> Cuts:
         """All sets within the span that are a stage away from some few."""
         low, high, most, (before, behind) = span
-        found = []
+        measures, found = self.measures, []
         for kind, sets in beside:
-            weight = self.weights[kind]
-            family = Family(sets, "before" if from_left else "behind", self.ceiling_s, weight)
-            weights = (weight, behind) if from_left else (before, weight)
-            found.append(self.listing.sets(low, high, most, self.steps, family, weights))
+            weight, on = self.weights[kind], measures.of_kind(kind)
+            if from_left:
+                latest = self._starts(measures.on(kind, sets), sets.moved_s, kind) + weight * self.ceiling_s
+                family, weights = Family(sets, "before", latest), (weight, behind)
+                listing = self._listing(on, measures.behind(state))
+                span_s = low, high if measures.in_proportion else math.inf
+            else:
+                work_s = sets.work_s if measures.in_proportion else measures.behind_of(on, sets)
+                earliest = self._stops(work_s, sets.moved_s, kind) - weight * self.ceiling_s
+                family, weights = Family(sets, "behind", earliest), (before, weight)
+                listing = self._listing(measures.before(state), on)
+                span_s = low if measures.in_proportion else -math.inf, high
+            found.append(listing.sets(*span_s, most, self.steps, family, weights))
         return _together(found)
 
     def _next_to(self, sets: Cuts, beside: list[tuple[int, Cuts]], *, from_left: bool) -> Cuts:
@@ -316,11 +354,12 @@ class DeviceSetSearch:
         self, before: Cuts, behind: Cuts, kind: int, *, turned: bool = False, one: bool = False
     ) -> npt.NDArray[np.int64]:
         """By set behind a stage, or before it if ``turned``: one of the other that it makes a stage with, or -1."""
-        start = self._starts(before, kind) + self.weights[kind] * self.ceiling_s + 2 * self.slack_s
+        start = self._starts(self.measures.on(kind, before), before.moved_s, kind) + 2 * self.slack_s
+        stop = self._stops(self.measures.on(kind, behind), behind.moved_s, kind)
         try:
             return stage_between(
-                (before.masks, start),
-                (behind.masks, self._stops(behind, kind)),
+                (before.masks, start + self.weights[kind] * self.ceiling_s),
+                (behind.masks, stop),
                 turned=turned,
                 pairs=PAIRS_A_STEP * self.steps,
                 out_of_time=self.listing.out_of_time,

@@ -6,11 +6,11 @@ each for one end of the transfers. Listed are all I with
     work(I) - b X(I) >= low        work(I) + a X(I) <= high        X(I) <= most
 
 for weights a and b of the devices before the cut and behind it, 1 where they are alike; or those that may come next
-after a set of a family, or before one, with a load of T at most in the stage between, on a device of weight w:
+after a set of a family, or before one, with limits of its own for each.
 
-    I < J        work(J) - work(I) + w (X(I) + X(J)) <= w T
-
-A part of the problem may be asked for: the sets between two given ones, as :meth:`Listing.between` has it.
+A part of the problem may be asked for: the sets between two given ones, as :meth:`Listing.between` has it. And what is
+inside a set may count otherwise than what is not, as :meth:`Listing.measured` has it: the work in the second condition
+is that of all blocks, less what is not inside.
 
 Blocks are decided one by one in a topological order, inside or outside, for all undecided sets at once. What is decided
 bounds all three: work and transfers only grow, a tensor crosses once its maker is inside and a reader outside, and of
@@ -32,7 +32,7 @@ from shardwright.sharder.planning.problem import Problem, bits
 from shardwright.sharder.planning.search import OutOfTimeError
 from shardwright.sharder.planning.transfers import by_block
 
-__all__ = ["Cuts", "Family", "Listing", "TooManyError"]
+__all__ = ["Cuts", "Family", "Listing", "Measure", "TooManyError"]
 
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -84,10 +84,8 @@ class Family(NamedTuple):
     cuts: Cuts
     come: Literal["before", "behind"]
     """Whether the stage comes behind them, or before."""
-    ceiling_s: float
-    """What its load is not above."""
-    weight: float = 1.0
-    """That of its device."""
+    limits: Floats
+    """By set: ``high`` of those that come behind it, or ``low`` of those before it."""
 
 
 class TooManyError(Exception):
@@ -109,6 +107,9 @@ class _Undecided(NamedTuple):
     """The work of all that is not outside."""
     moved_s: Floats
     origin: npt.NDArray[np.int64]
+    excess_s: Floats | None
+    """Where blocks count otherwise inside than outside: so much more than all work count those that are decided, and
+    the others at least."""
 
     def take(self, which: slice | Flags) -> _Undecided:
         if not isinstance(which, slice):
@@ -117,7 +118,59 @@ class _Undecided(NamedTuple):
         return self._each(lambda array: array[which])
 
     def _each(self, change: Callable[[Any], Any]) -> _Undecided:
-        return _Undecided(*map(change, self))
+        return _Undecided(*(None if array is None else change(array) for array in self))
+
+    @classmethod
+    def together(cls, parts: Sequence[_Undecided]) -> _Undecided:
+        """All sets of all parts."""
+        return cls(*(None if arrays[0] is None else np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+class Measure:
+    """What each block counts, and so sets of them.
+
+    Args:
+        of_block: seconds.
+        words: of 64 blocks.
+    """
+
+    def __init__(self, of_block: Floats, words: int) -> None:
+        self.of_block = of_block
+        padded = np.zeros(64 * words)
+        padded[: len(of_block)] = of_block
+        bits_of_byte = (np.arange(256)[:, None] >> np.arange(8) & 1).astype(float)
+        self.of_byte = padded.reshape(words, 8, 8) @ bits_of_byte.T
+
+    def of_word(self, words: Masks, k: int) -> Floats:
+        """Of the blocks in some masks' word number ``k``."""
+        eighths = range(8)
+        return sum(
+            (self.of_byte[k][b][(words >> np.uint64(8 * b)).astype(np.uint8)] for b in eighths), np.zeros(len(words))
+        )
+
+    def of(self, masks: Masks) -> Floats:
+        """Of each set."""
+        return sum((self.of_word(masks[:, k], k) for k in range(masks.shape[1])), np.zeros(len(masks)))
+
+
+class _Excess:
+    """What blocks count inside and outside beyond the less of both.
+
+    Args:
+        inside: what they count there.
+        outside: likewise.
+        all_s: all work.
+        words: of 64 blocks.
+    """
+
+    def __init__(self, inside: Floats, outside: Floats, all_s: float, words: int) -> None:
+        least = np.minimum(inside, outside)
+        self.inside, self.outside = Measure(inside - least, words), Measure(outside - least, words)
+        self.least_s = float(least.sum()) - all_s
+
+    def of(self, inside: Masks, outside: Masks) -> Floats:
+        """Of sets with so much inside and outside, as :class:`_Undecided` has it."""
+        return self.least_s + self.inside.of(inside) + self.outside.of(outside)
 
 
 class _Window(NamedTuple):
@@ -130,14 +183,16 @@ class _Window(NamedTuple):
     shut: list[bool]
     """By tensor: whether some reader is outside whatever the set."""
 
-    def keeps(self, work_s: Floats, left_s: Floats, moved_s: Floats, origin: npt.NDArray[np.int64]) -> Flags:
-        """Whether sets with so much or more may still be what is asked for."""
+    def keeps(self, sets: _Undecided) -> Flags:
+        """Which of the sets may still be what is asked for."""
         before, behind = self.weights
-        return (
-            (moved_s <= self.most)
-            & (left_s - behind * moved_s >= self.low[origin])
-            & (work_s + before * moved_s <= self.high[origin])
+        low, high, moved_s = self.low[sets.origin], self.high[sets.origin], sets.moved_s
+        kept: Flags = (
+            (moved_s <= self.most) & (sets.left_s - behind * moved_s >= low) & (sets.work_s + before * moved_s <= high)
         )
+        if sets.excess_s is not None:  # both of these together, where low and high are of one measure
+            kept &= sets.excess_s + (before + behind) * moved_s <= high - low
+        return kept
 
 
 def words_of(blocks: Iterable[int]) -> Words:
@@ -165,6 +220,7 @@ class Listing:
         self.out_of_time = out_of_time
         self.words = (count + 63) // 64
         self.work = np.array([seconds[0] for seconds in problem.seconds])
+        """By block, in seconds."""
         all_s = float(self.work.sum())
         self.all_s, self.slack_s = all_s, ROUNDING * all_s
         dear = 2 * all_s + 1  # no set may have it cut, and it is a number
@@ -178,12 +234,12 @@ class Listing:
             self._check_time()
             for u in bits(direct):
                 before[v] |= before[u]
-        self.needed_s, self.behind_s = before @ self.work, self.work @ before
+        self.before = before
         self.behind = [words_of(np.flatnonzero(before[:, v])) for v in range(count)]
-        padded = np.zeros(64 * self.words)
-        padded[:count] = self.work
-        bits_of_byte = (np.arange(256)[:, None] >> np.arange(8) & 1).astype(float)
-        self.of_byte = padded.reshape(self.words, 8, 8) @ bits_of_byte.T
+        self.inside = self.outside = Measure(self.work, self.words)
+        """What counts in a set, and what is lost outside it."""
+        self.excess: _Excess | None = None
+        self.needed_s, self.behind_s = before @ self.work, self.work @ before
         self.ends = self._one([]), self._one(range(count))
         """What is before the first stage, and what is behind the last one."""
 
@@ -196,6 +252,20 @@ class Listing:
         part = copy.copy(self)
         part.ends = self._one(list(bits(before))), self._one(list(bits(behind)))
         return part
+
+    def timed(self, out_of_time: Callable[[], bool]) -> Listing:
+        """The same with another clock."""
+        other = copy.copy(self)
+        other.out_of_time = out_of_time
+        return other
+
+    def measured(self, inside: Measure, outside: Measure, slack_s: float) -> Listing:
+        """The same sets, but blocks inside count by one measure and those outside by another, with some slack."""
+        other = copy.copy(self)
+        other.inside, other.outside, other.slack_s = inside, outside, slack_s
+        other.excess = _Excess(inside.of_block, outside.of_block, self.all_s, self.words)
+        other.needed_s, other.behind_s = self.before @ inside.of_block, outside.of_block @ self.before
+        return other
 
     @property
     def whole_s(self) -> float:
@@ -218,20 +288,10 @@ class Listing:
             mask[k] = word
         return mask
 
-    def _flags(self, one: Cuts) -> Flags:
+    def flags(self, one: Cuts) -> Flags:
         """By block: whether the only set has it."""
         of_words = np.unpackbits(one.masks[0].view(np.uint8), bitorder="little")
         return of_words[: len(self.work)].astype(bool)
-
-    def _work_of(self, words: Masks, k: int) -> Floats:
-        """The work of the blocks in some masks' word number ``k``."""
-        eighths = range(8)
-        return sum(
-            (self.of_byte[k][b][(words >> np.uint64(8 * b)).astype(np.uint8)] for b in eighths), np.zeros(len(words))
-        )
-
-    def _works_of(self, masks: Masks) -> Floats:
-        return sum((self._work_of(masks[:, k], k) for k in range(self.words)), np.zeros(len(masks)))
 
     def sets(
         self,
@@ -242,7 +302,7 @@ class Listing:
         beside: Family | None = None,
         weights: tuple[float, float] = (1.0, 1.0),
     ) -> Cuts:
-        """All sets between ``low_s`` and ``high_s``; a stage away from one of ``beside``, if given.
+        """All sets between ``low_s`` and ``high_s``; within the limits of one of ``beside``, if given.
 
         Args:
             low_s: as above.
@@ -257,7 +317,7 @@ class Listing:
                 No more than twice the ``steps`` are taken, but for some two a block.
             OutOfTimeError: the time has passed.
         """
-        first, last = (self._flags(end) for end in self.ends)
+        first, last = (self.flags(end) for end in self.ends)
         forced = (self.all_s - self.behind_s < low_s - self.slack_s) | first
         barred = (self.needed_s > high_s + self.slack_s) | ~last
         if (forced & barred).any():
@@ -267,10 +327,10 @@ class Listing:
         inside = np.repeat(self._mask(np.flatnonzero(forced))[None, :], count, axis=0)
         outside = np.repeat(self._mask(np.flatnonzero(barred))[None, :], count, axis=0)
         if beside is not None and beside.come == "before":
-            high = np.minimum(high, beside.cuts.work_s - beside.weight * (beside.cuts.moved_s - beside.ceiling_s))
+            high = np.minimum(high, beside.limits)
             inside |= beside.cuts.masks
         elif beside is not None:
-            low = np.maximum(low, beside.cuts.work_s + beside.weight * (beside.cuts.moved_s - beside.ceiling_s))
+            low = np.maximum(low, beside.limits)
             outside |= ~beside.cuts.masks & self._mask(range(len(self.work)))
         shut = [bool(barred[readers].any()) for readers in self.readers]
         moved_s = sum(
@@ -281,10 +341,11 @@ class Listing:
         start = _Undecided(
             inside,
             outside,
-            self._works_of(inside),
-            self.all_s - self._works_of(outside),
+            self.inside.of(inside),
+            self.all_s - self.outside.of(outside),
             np.full(count, float(moved_s)),
             np.arange(count),
+            None if self.excess is None else self.excess.of(inside, outside),
         ).take(apart)
         parts: list[Cuts] = []
         left = min(MOST_LISTED, MOST_WORDS // self.words)
@@ -329,7 +390,7 @@ class Listing:
                 at += 1
                 self._check_time()
                 yield len(sets.work_s), None
-            done = sets.take(window.keeps(sets.work_s, sets.work_s, sets.moved_s, sets.origin))
+            done = sets.take(window.keeps(sets))
             yield 0, Cuts(done.inside, done.work_s, done.moved_s, done.origin)
 
     def _decide(self, sets: _Undecided, window: _Window, v: int) -> _Undecided:
@@ -337,7 +398,6 @@ class Listing:
         k, bit = v >> 6, np.uint64(1 << (v & 63))
         lost = (sets.outside[:, k] & bit) != 0
         there = (sets.inside[:, k] & bit) != 0
-        work_in = np.where(there, sets.work_s, sets.work_s + self.work[v])
         moved_in = sets.moved_s + sum(self.price[t] for t in self.made[v] if window.shut[t])
         moved_out = sets.moved_s.copy()
         for t in self.read[v]:
@@ -345,20 +405,27 @@ class Listing:
                 moved_out += self.price[t] * self._all_inside(
                     sets, [self.maker[t], *(r for r in self.readers[t] if r < v)]
                 )
-        kept = ~lost & window.keeps(work_in, sets.left_s, moved_in, sets.origin)
-        enter = sets.take(kept)
+        enter = sets._replace(
+            work_s=np.where(there, sets.work_s, sets.work_s + self.inside.of_block[v]), moved_s=moved_in
+        )
+        if self.excess is not None and sets.excess_s is not None:
+            enter = enter._replace(
+                excess_s=np.where(there, sets.excess_s, sets.excess_s + self.excess.inside.of_block[v])
+            )
+        enter = enter.take(~lost & window.keeps(enter))
         enter.inside[:, k] |= bit
-        enter = enter._replace(work_s=work_in[kept], moved_s=moved_in[kept])
-        out = ~there & window.keeps(sets.work_s, sets.left_s, moved_out, sets.origin)
-        stay = sets._replace(moved_s=moved_out).take(out & lost)
-        leave = sets._replace(moved_s=moved_out).take(out & ~lost)
-        left_s = leave.left_s
+        out = sets._replace(moved_s=moved_out)
+        kept = ~there & window.keeps(out)
+        stay, leave = out.take(kept & lost), out.take(kept & ~lost)
+        left_s, excess_s = leave.left_s, leave.excess_s
         for word, behind in self.behind[v]:
-            left_s = left_s - self._work_of(behind & ~leave.outside[:, word], word)
+            lose = behind & ~leave.outside[:, word]
+            left_s = left_s - self.outside.of_word(lose, word)
+            if self.excess is not None and excess_s is not None:
+                excess_s = excess_s + self.excess.outside.of_word(lose, word)
             leave.outside[:, word] |= behind
-        leave = leave._replace(left_s=left_s)
-        leave = leave.take(window.keeps(leave.work_s, leave.left_s, leave.moved_s, leave.origin))
-        return _Undecided(*(np.concatenate(parts) for parts in zip(stay, leave, enter, strict=True)))
+        leave = leave._replace(left_s=left_s, excess_s=excess_s)
+        return _Undecided.together([stay, leave.take(window.keeps(leave)), enter])
 
     def _all_inside(self, sets: _Undecided, blocks: Iterable[int]) -> Flags:
         """By set: whether ``blocks`` are all inside."""

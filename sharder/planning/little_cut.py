@@ -39,6 +39,12 @@ class LittleCut:
             self.most_s, self.sets = allowed, sets.first(len(sets.work_s), sets.work_s)
             allowed *= MORE_KNOWN
 
+    def of(self, listing: Listing) -> LittleCut:
+        """The same of a listing with another clock."""
+        other = copy.copy(self)
+        other.listing = listing
+        return other
+
     def between(self, before: int, behind: int) -> LittleCut:
         """Those that have ``before`` and are in ``behind``; both are bit masks."""
         part = copy.copy(self)

@@ -11,15 +11,16 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.afresh import begun_afresh
-from shardwright.sharder.planning.ceilings import NEAR, Narrowed, can_list, listed_with_transfers, narrowed
+from shardwright.sharder.planning.ceilings import NEAR, Narrowed, narrowed
 from shardwright.sharder.planning.direct import Direct
 from shardwright.sharder.planning.even import best_even_split, even_splits
 from shardwright.sharder.planning.interleave import device_loads, interleaved, piece_loads
 from shardwright.sharder.planning.line import is_chain, split_line
+from shardwright.sharder.planning.lists import Lists
 from shardwright.sharder.planning.mincut import transfer_bound_s
 from shardwright.sharder.planning.orders import best_of_orders
 from shardwright.sharder.planning.problem import Problem, bits
@@ -199,6 +200,11 @@ class _Best:
         self.none_fits = False
         """Whether that is proven."""
 
+    @cached_property
+    def lists(self) -> Lists:
+        """Of the sets that cuts may be."""
+        return Lists(self.problem)
+
     @property
     def proven(self) -> bool:
         """Whether nothing better exists."""
@@ -256,9 +262,9 @@ class _Best:
             spent: whether a share of the time has passed.
         """
         problem = self.problem
-        classes, device_orders, listable = _classes(problem), _orders(problem), can_list(problem)
+        classes, device_orders, listable = _classes(problem), _orders(problem), self.lists.possible
         shares = UNTIL
-        if listed_with_transfers(problem) and len(problem.blocks) <= MOST_RECUT:
+        if self.lists.with_transfers and len(problem.blocks) <= MOST_RECUT:
             shares = UNTIL_SETS if problem.times_differ else UNTIL_LISTED
         start = self.stages
         if not start:
@@ -273,17 +279,17 @@ class _Best:
         if self.stages:
             for stages in best_of_orders(problem, classes, device_orders, best, self.bound_s, orders_over):
                 self.offer(stages)
-            for found in narrowed(problem, best, self.bound_s, partial(spent, QUICK), quick=True):
+            for found in narrowed(self.lists, best, self.bound_s, partial(spent, QUICK), quick=True):
                 self._narrow(found)
         if not self.near:
             self._take_moves(start, device_orders, moves_over, anew_over if listable else lists_over)
-        telling = listed_with_transfers(problem) or problem.overlap  # what binds is in what is listed, or may well be
+        telling = self.lists.with_transfers or problem.overlap  # what binds is in what is listed, or may well be
         without_answer = shares[2] if telling else _passed(spent)
 
         def lists_idle() -> bool:
             return lists_over() or spent(without_answer + MORE_LISTS)
 
-        for found in narrowed(problem, best, self.bound_s, lists_idle):
+        for found in narrowed(self.lists, best, self.bound_s, lists_idle):
             without_answer = 1.0 if telling else _passed(spent)
             self._narrow(found)
         if self.near:
@@ -310,7 +316,7 @@ class _Best:
 
         for stages in shifted(problem, best, self.bound_s, moves_over, start):
             self.offer(stages)
-        neighbours = Neighbours(problem, partial(stage_loads, problem), anew_over)
+        neighbours = Neighbours(self.lists, partial(stage_loads, problem), anew_over)
         widest = WIDEST if problem.times_differ else WIDEST_ALIKE
         if not self.near:
             for stages in neighbours.split_anew(self.stages, widest):

@@ -12,15 +12,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import cached_property
 
-from shardwright.sharder.planning.ceilings import listed_with_transfers, listing_of
-from shardwright.sharder.planning.device_sets import DeviceSetSearch
-from shardwright.sharder.planning.listing import Listing
-from shardwright.sharder.planning.little_cut import LittleCut
-from shardwright.sharder.planning.problem import Problem
+from shardwright.sharder.planning.lists import Lists
 from shardwright.sharder.planning.search import OutOfTimeError, Stages
-from shardwright.sharder.planning.windows import ChainSearch, Row, UndecidedError
+from shardwright.sharder.planning.windows import UndecidedError
 
 __all__ = ["Neighbours"]
 
@@ -39,22 +34,13 @@ class Neighbours:
     """Stages of one problem that are split anew.
 
     Args:
-        problem: blocks, devices and links. Where the transfers are not all in what is listed nothing is split anew.
+        lists: of the problem. Where the transfers are not all in what is listed nothing is split anew.
         loads_of: of each stage of a split, in seconds of a step, or None where it does not fit.
         out_of_time: asked now and then.
     """
 
-    def __init__(self, problem: Problem, loads_of: Loads, out_of_time: Callable[[], bool]) -> None:
-        self.problem, self.loads_of, self.out_of_time = problem, loads_of, out_of_time
-
-    @cached_property
-    def _listed(self) -> tuple[Listing, list[float]] | None:
-        return listing_of(self.problem, self.out_of_time) if listed_with_transfers(self.problem) else None
-
-    @cached_property
-    def _little(self) -> LittleCut:
-        assert self._listed is not None  # else nothing is split anew
-        return LittleCut(self._listed[0])
+    def __init__(self, lists: Lists, loads_of: Loads, out_of_time: Callable[[], bool]) -> None:
+        self.lists, self.loads_of, self.out_of_time = lists, loads_of, out_of_time
 
     def split_anew(self, stages: Stages, widest: int = WIDEST) -> Iterator[Stages]:
         """Splits, each with a smaller largest load than the one before; the first than that of ``stages``, which fit.
@@ -64,7 +50,7 @@ class Neighbours:
             widest: so many are split anew together, at most.
         """
         with contextlib.suppress(OutOfTimeError):
-            if len(stages) < 2 or self._listed is None:
+            if len(stages) < 2 or not (self.lists.possible and self.lists.with_transfers):
                 return
             for aim in AIMS:
                 found: Stages | None = stages
@@ -110,20 +96,5 @@ class Neighbours:
     def _anew(self, before: int, behind: int, devices: tuple[int, ...], ceiling_s: float) -> Stages | None:
         """Stages between two closed sets with loads below the ceiling, by work and transfers alone."""
         with contextlib.suppress(UndecidedError):
-            return self._search(before, behind, devices, ceiling_s).stages(STEPS)
+            return self.lists.searched(devices, ceiling_s, (before, behind), self.out_of_time).stages(STEPS)
         return None
-
-    def _search(
-        self, before: int, behind: int, devices: tuple[int, ...], ceiling_s: float
-    ) -> ChainSearch | DeviceSetSearch:
-        """What is asked for the stages between two closed sets on these devices."""
-        assert self._listed is not None  # else nothing is split anew
-        listing, weights = self._listed
-        kinds: dict[float, list[int]] = {}
-        for device in devices:
-            kinds.setdefault(weights[device], []).append(device)
-        if len(kinds) == 1:
-            row = Row(devices, tuple(weights[device] for device in devices))
-            return ChainSearch(listing.between(before, behind), [row], ceiling_s)
-        little = self._little.between(before, behind)
-        return DeviceSetSearch(little, [*kinds.values()], weights, len(devices), ceiling_s)

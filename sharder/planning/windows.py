@@ -194,9 +194,10 @@ class _Chain:
             except TooManyError:
                 if not self.some:
                     raise
-        family = Family(beside, "before", self.ceiling_s, weights[0])
-        if not from_left:
-            family = Family(beside, "behind", self.ceiling_s, weights[1])
+        if from_left:
+            family = Family(beside, "before", self._start(self.left) + weights[0] * self.ceiling_s)
+        else:
+            family = Family(beside, "behind", self._end(self.right) - weights[1] * self.ceiling_s)
         return self.listing.sets(low, high, most, self.steps, family, weights)
 
     def _next_to(self, cut: int, sets: Cuts, *, from_left: bool) -> Cuts:
