@@ -16,8 +16,8 @@ from test_mincut import alike
 from test_partition import antichain, block, brute_force, chain, problems
 from test_shifting import plain, tangled
 
-from shardwright.sharder.planning import shifting
 from shardwright.sharder.planning import listing as listing_module
+from shardwright.sharder.planning import shifting
 from shardwright.sharder.planning.ceilings import ASKED, NEAR, _next_ceiling_s, narrowed
 from shardwright.sharder.planning.listing import Family, Listing, TooManyError
 from shardwright.sharder.planning.lists import Lists

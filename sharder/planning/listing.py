@@ -118,12 +118,14 @@ class _Undecided(NamedTuple):
         return self._each(lambda array: array[which])
 
     def _each(self, change: Callable[[Any], Any]) -> _Undecided:
-        return _Undecided(*(None if array is None else change(array) for array in self))
+        changed: list[Any] = [None if array is None else change(array) for array in self]
+        return _Undecided(*changed)
 
     @classmethod
     def together(cls, parts: Sequence[_Undecided]) -> _Undecided:
         """All sets of all parts."""
-        return cls(*(None if arrays[0] is None else np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        all_: list[Any] = [None if arrays[0] is None else np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+        return cls(*all_)
 
 
 class Measure:

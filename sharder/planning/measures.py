@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shardwright.sharder.planning.listing import Cuts, Floats, Listing, Measure
+from shardwright.sharder.planning.listing import Cuts, Flags, Floats, Listing, Measure
 
 __all__ = ["Measures"]
 
@@ -81,7 +81,7 @@ class Measures:
             self._after[kinds] = self._measure(self._least(kinds, self._behind))
         return self._after[kinds]
 
-    def _least(self, kinds: tuple[int, ...], elsewhere: Floats) -> Floats:
+    def _least(self, kinds: tuple[int, ...], elsewhere: Flags) -> Floats:
         """By block: the least over these kinds; as it is over all where there are none, or it is ``elsewhere``."""
         if not kinds:
             return self.listing.work
