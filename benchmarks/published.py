@@ -9,7 +9,7 @@ The files are others' and are not here. Two forms are read:
   1993): the number of tasks, their times, pairs of tasks of which the first comes before the second, and -1,-1. With a
   given number of stations the least cycle time (SALBP-2) is the least largest load of as many devices that are alike,
   with transfers that take no time.
-- ``.json``: graphs for inference on accelerators and CPU cores by Tarnawski et al. ("Efficient algorithms for device
+- ``.json``: graphs for inference, or training, on accelerators and CPU cores by Tarnawski et al. ("Efficient algorithms for device
   placement of DNN graph operators", NeurIPS 2020; github.com/msr-fiddle/dnn-partitioning, throughput-inputs): each
   device has one contiguous part, and a tensor that leaves an accelerator or comes to one goes through the host's
   memory.
@@ -60,27 +60,38 @@ def accelerators(found: dict[str, Any]) -> nx.DiGraph:
     """The cost graph of a ``.json`` file.
 
     Raises:
-        ShardwrightError: it is one for training, whose nodes of the backward have edges of their own.
+        ShardwrightError: it is for training, and its backward is not that of its forward.
     """
-    if any(node["isBackwardNode"] for node in found["nodes"]):
-        raise ShardwrightError("instances for training are not read: their backward has edges of its own")
     kinds = {f"acc:{d}": "fpgaLatency" for d in range(found["maxFPGAs"])}
     kinds |= {f"cpu:{d}": "cpuLatency" for d in range(found["maxCPUs"])}
     outputs = {edge["sourceId"]: edge["cost"] for edge in found["edges"]}
+    forward = {node["id"]: node for node in found["nodes"] if not node["isBackwardNode"]}
+    backward = [node for node in found["nodes"] if node["isBackwardNode"]]
     colours: dict[object, list[str]] = {}
     graph: nx.DiGraph = nx.DiGraph()
-    for node in found["nodes"]:
+    for number, node in forward.items():
         may_be = [d for d in kinds if node["supportedOnFpga"] or d.startswith("cpu")]
-        size = BYTES_PER_BYTE * int(node["size"])
         graph.add_node(
-            str(node["id"]),
+            str(number),
             forward_s={device: node[kinds[device]] for device in may_be},
             unfit=[device for device in kinds if device not in may_be],
-            static_bytes=size,
-            output_bytes=round(outputs.get(node["id"], 0.0) * BYTES_PER_TIME),
+            static_bytes=BYTES_PER_BYTE * int(node["size"]),
+            output_bytes=round(outputs.get(number, 0.0) * BYTES_PER_TIME),
         )
-        colours.setdefault(node.get("colorClass", str(node["id"])), []).append(str(node["id"]))
-    graph.add_edges_from((str(edge["sourceId"]), str(edge["destId"])) for edge in found["edges"])
+        if backward:
+            graph.nodes[str(number)]["backward_s"] = dict.fromkeys(may_be, 0.0)
+        colours.setdefault(node.get("colorClass", str(number)), []).append(str(number))
+    for node in backward:
+        if (home := colours.get(node.get("colorClass"))) is None:
+            raise ShardwrightError(f"node {node['id']} is of the backward, and of no forward node's colour class")
+        own = graph.nodes[home[0]]
+        own["static_bytes"] += BYTES_PER_BYTE * int(node["size"])
+        for device in own["backward_s"]:
+            own["backward_s"][device] += node[kinds[device]]
+    edges = {(edge["sourceId"], edge["destId"]) for edge in found["edges"]}
+    graph.add_edges_from((str(a), str(b)) for a, b in edges if a in forward and b in forward)
+    if backward:
+        _hold_backward_edges(found["edges"], found["nodes"], forward)
     way = {"host_latency_s": 0.0, "host_bandwidth_bytes_per_s": BYTES_PER_TIME}
     devices: dict[str, dict[str, Any]] = {
         name: {"kind": "other", "memory_bytes": BYTES_PER_BYTE * int(found["maxSizePerFPGA"]), **way}
@@ -88,14 +99,33 @@ def accelerators(found: dict[str, Any]) -> nx.DiGraph:
         else {"kind": "cpu", "memory_bytes": ROOM, "in_host_memory": True}
         for name in kinds
     }
-    graph = described(graph, devices, "staged")
+    graph = described(graph, devices, "staged", train=bool(backward))
     graph.graph["colocate"] = [names for names in colours.values() if len(names) > 1]
     return graph
 
 
-def described(graph: nx.DiGraph, devices: dict[str, dict[str, Any]], transfers: str) -> nx.DiGraph:
-    """``graph`` with what it says of itself: inference, and links that take no time; and how it is to be planned."""
-    graph.graph.update(train=False, microbatches=MICROBATCHES, devices=devices, transfers=transfers)
+def _hold_backward_edges(edges: list[dict[str, Any]], nodes: list[dict[str, Any]], forward: dict[int, Any]) -> None:
+    """See that a gradient goes wherever a tensor does, and takes as long.
+
+    Raises:
+        ShardwrightError: another one does.
+    """
+    colour = {node["id"]: node.get("colorClass", str(node["id"])) for node in nodes}
+    costs: dict[bool, dict[frozenset[object], float]] = {True: {}, False: {}}
+    for edge in edges:
+        ends = edge["sourceId"], edge["destId"]
+        between = frozenset(colour[end] for end in ends)
+        if len(between) > 1:
+            costs[all(end in forward for end in ends)][between] = edge["cost"]
+    if costs[True] != costs[False]:
+        raise ShardwrightError("instances for training are read where gradients go and take as long as the tensors")
+
+
+def described(
+    graph: nx.DiGraph, devices: dict[str, dict[str, Any]], transfers: str, *, train: bool = False
+) -> nx.DiGraph:
+    """``graph`` with what it says of itself, and links that take no time; and how it is to be planned."""
+    graph.graph.update(train=train, microbatches=MICROBATCHES, devices=devices, transfers=transfers)
     return graph
 
 

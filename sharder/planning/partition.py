@@ -16,6 +16,7 @@ from functools import cached_property, partial
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.afresh import begun_afresh
 from shardwright.sharder.planning.ceilings import NEAR, Narrowed, narrowed
+from shardwright.sharder.planning.coarse import Coarse, coarsened
 from shardwright.sharder.planning.direct import Direct
 from shardwright.sharder.planning.even import best_even_split, even_splits
 from shardwright.sharder.planning.interleave import device_loads, interleaved, piece_loads
@@ -342,6 +343,35 @@ class _Best:
             stages = found.stages or stages
         return self.stages or stages
 
+    def on_coarse(
+        self, coarse: Coarse, limit: int, deadline_s: float, clock: Callable[[], float]
+    ) -> Partition | None:
+        """The better of this and the best split of a problem with fewer blocks.
+
+        Raises:
+            ShardwrightError: as :func:`partition`.
+        """
+        try:
+            found = partition(coarse.problem, limit=limit, time_limit_s=deadline_s - clock(), clock=clock)
+        except ShardwrightError:
+            if not self.stages:
+                raise
+        else:
+            if found is None and not self.stages:
+                return None
+            if found is None:  # what it leaves out is no better
+                self.bound_s = self.value_s
+            else:
+                self.offer(coarse.unfolded(found.stages))
+                same = found.exact and self.value_s <= found.value_s * (1 + LONG_SUMS)
+                self.bound_s = self.value_s if same else max(self.bound_s, min(self.value_s, found.bound_s))
+        return self.result
+
+    @property
+    def result(self) -> Partition:
+        """What was found."""
+        return Partition(self.stages, self.value_s, self.value_s if self.proven else self.bound_s, self.proven)
+
     def improve(self, search: AnySearch, *, proves: bool) -> None:
         """Take the best split of ``search``; one that ``proves`` knows every split, so its failures raise the bound."""
         low, slack = self.bound_s, 0.01
@@ -389,6 +419,9 @@ def partition(
         best.take_line(partial(spent, 1.0))
     if not best.proven:
         best.take_even_splits(spent)
+    coarse = None if best.proven or is_chain(problem) else coarsened(problem, best.value_s)
+    if coarse is not None:
+        return best.on_coarse(coarse, limit, start_s + time_limit_s, clock)
     if problem.transfers == "direct" and not best.proven:
         with contextlib.suppress(ShardwrightError):  # the relaxed search was cut short, and knows nothing
             relaxed = partition(as_staged(problem), limit=limit, time_limit_s=time_limit_s / 3, clock=clock)
@@ -410,7 +443,7 @@ def partition(
                 f"no split that fits was found along one order of the {len(problem.blocks)} blocks, and there are too "
                 "many other orders to search: give the devices more memory with --memory, or add a device"
             )
-    return Partition(best.stages, best.value_s, best.value_s if best.proven else best.bound_s, best.proven)
+    return best.result
 
 
 def _search_all(problem: Problem, best: _Best, limit: int, spent: Callable[[float], bool]) -> bool:
