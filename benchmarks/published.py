@@ -9,10 +9,10 @@ The files are others' and are not here. Two forms are read:
   1993): the number of tasks, their times, pairs of tasks of which the first comes before the second, and -1,-1. With a
   given number of stations the least cycle time (SALBP-2) is the least largest load of as many devices that are alike,
   with transfers that take no time.
-- ``.json``: graphs for inference, or training, on accelerators and CPU cores by Tarnawski et al. ("Efficient algorithms for device
-  placement of DNN graph operators", NeurIPS 2020; github.com/msr-fiddle/dnn-partitioning, throughput-inputs): each
-  device has one contiguous part, and a tensor that leaves an accelerator or comes to one goes through the host's
-  memory.
+- ``.json``: graphs for inference, or training, on accelerators and CPU cores by Tarnawski et al. ("Efficient algorithms
+  for device placement of DNN graph operators", NeurIPS 2020; github.com/msr-fiddle/dnn-partitioning,
+  throughput-inputs): each device has one contiguous part, and a tensor that leaves an accelerator or comes to one goes
+  through the host's memory.
 
 Printed is the largest load for one micro-batch, in the file's unit of time, and the proven bound.
 """

@@ -2,11 +2,12 @@ r"""Blocks that may as well share a stage become one, before closed sets are cou
 
 Two kinds, with U the largest load of a split that is known:
 
-- Dear tensors. If t crosses a cut, the stage of its maker, and that of each reader elsewhere, has a load of that block's
-  work and the transfer of t at least. Where that is more than U they share a stage in every split that is better, and so
-  does all that lies between them.
-- Idle blocks, which take no time, where memory is enough for any stage, links are the same between any two devices and
-  no stage must have a unit of an idle block. With u in an earlier stage than the idle v, v may be moved to
+- Dear tensors. If t crosses a cut, the stage of its maker, and that of each reader elsewhere, has a load of that
+  block's work and the transfer of t at least. Where that is more than U they share a stage in every split that is
+  better, and so does all that lies between them.
+- Idle blocks, which take no time, where memory is enough for any stage, links are the same between any two devices if
+  they relay, and no stage must have a unit of an idle block. With u in an earlier stage than the idle v, or w in a
+  later one, v may be moved to
 
       u, if v reads nothing else, and what v makes is no more than the tensors of u that v alone reads
       u, if all readers of u are such idle blocks, and all that they make is no more than what u makes
@@ -213,58 +214,73 @@ def _idle(problem: Problem) -> Iterator[tuple[int, ...]]:
     idle = [v for v, seconds in enumerate(problem.seconds) if not any(seconds)]
     if not idle or problem.transfers == "direct" or not _roomy(problem):
         return
-    tied = 0
-    for tie in problem.ties:
-        tied |= tie.users
     if problem.transfers == "relayed" and not _uniform(problem):
         return
-    all_units = all(b.units for b in problem.blocks)
-    idle = [v for v in idle if not tied >> v & 1 and (all_units or not problem.blocks[v].units)]
-    made: list[list[Crossing]] = [[] for _ in problem.blocks]
-    read: list[list[Crossing]] = [[] for _ in problem.blocks]
-    for tensor in problem.crossings:
-        made[tensor.producer].append(tensor)
-        for v in bits(tensor.readers):
-            read[v].append(tensor)
-    after = [0] * len(problem.blocks)
-    for v, before in enumerate(problem.predecessors):
-        for u in bits(before):
-            after[u] |= 1 << v
-    free = problem.transfers == "relayed"
-    costless = all(not latency for ways in problem.ways for latency, _ in ways)
-    movable = set(idle)
+    moves = _Moves(problem, idle)
+    for v in moves.idle:
+        group = moves.with_what_it_reads(v) or moves.with_what_reads_it(v)
+        if group:
+            yield group
 
-    def may_join(v: int, other: int) -> bool:
-        return all(b or not a for a, b in zip(problem.blocks[other].allowed, problem.blocks[v].allowed, strict=True))
 
-    for v in idle:
-        before = problem.predecessors[v]
-        makes, reads = _Amount.of(made[v]), _Amount.of(read[v])
-        if before and not before & (before - 1):  # one
-            u = before.bit_length() - 1
-            own = [t for t in read[v] if t.readers == 1 << v]
-            if may_join(v, u) and makes.within(_Amount.of(own)):
-                yield u, v
-                continue
-            others = [*bits(after[u])]
-            if (
-                all(w in movable and problem.predecessors[w] == before and may_join(w, u) for w in others)
-                and all(w in others for t in made[u] for w in bits(t.readers))
-                and _Amount.of([t for w in others for t in made[w]]).within(_Amount.of(made[u]))
-            ):
-                yield (u, *others)
-                continue
-        if after[v]:
-            w = min(bits(after[v]))
-            sole = after[v] == 1 << w
-            if not may_join(v, w):
-                continue
-            if sole and reads.within(makes):
-                yield v, w
-            elif not before and (free or (costless and not makes.forward_bytes + makes.backward_bytes)):
-                behind = _behind(after, w)
-                if not after[v] & ~(behind | 1 << w):
-                    yield v, w
+class _Moves:
+    """Where ``idle`` blocks may be moved."""
+
+    def __init__(self, problem: Problem, idle: Sequence[int]) -> None:
+        self.problem = problem
+        tied, all_units = 0, all(b.units for b in problem.blocks)
+        for tie in problem.ties:
+            tied |= tie.users
+        self.idle = {v for v in idle if not tied >> v & 1 and (all_units or not problem.blocks[v].units)}
+        self.made: list[list[Crossing]] = [[] for _ in problem.blocks]
+        self.read: list[list[Crossing]] = [[] for _ in problem.blocks]
+        for tensor in problem.crossings:
+            self.made[tensor.producer].append(tensor)
+            for v in bits(tensor.readers):
+                self.read[v].append(tensor)
+        self.after = [0] * len(problem.blocks)
+        for v, before in enumerate(problem.predecessors):
+            for u in bits(before):
+                self.after[u] |= 1 << v
+
+    def _may_join(self, v: int, other: int) -> bool:
+        """Whether pins let ``v`` be wherever ``other`` may be."""
+        own, others = (self.problem.blocks[w].allowed for w in (v, other))
+        return all(may_be or not there for may_be, there in zip(own, others, strict=True))
+
+    def with_what_it_reads(self, v: int) -> tuple[int, ...]:
+        """The only block before ``v`` with it, or with all its readers; nothing where they may not be together."""
+        before = self.problem.predecessors[v]
+        if before.bit_count() != 1:
+            return ()
+        u = before.bit_length() - 1
+        alone = [t for t in self.read[v] if t.readers == 1 << v]
+        if self._may_join(v, u) and _Amount.of(self.made[v]).within(_Amount.of(alone)):
+            return u, v
+        readers = [*bits(self.after[u])]
+        if all(w in self.idle and self.problem.predecessors[w] == before and self._may_join(w, u) for w in readers):
+            together = _Amount.of([t for w in readers for t in self.made[w]])
+            if together.within(_Amount.of(self.made[u])):
+                return u, *readers
+        return ()
+
+    def with_what_reads_it(self, v: int) -> tuple[int, ...]:
+        """The first block behind ``v`` with it; nothing where they may not be together."""
+        if not self.after[v]:
+            return ()
+        w = min(bits(self.after[v]))
+        if not self._may_join(v, w):
+            return ()
+        if self.after[v] == 1 << w:
+            return (v, w) if _Amount.of(self.read[v]).within(_Amount.of(self.made[v])) else ()
+        if self.problem.predecessors[v] or self.after[v] & ~(_behind(self.after, w) | 1 << w):
+            return ()
+        return (v, w) if self.problem.transfers == "relayed" or self._costs_nothing(v) else ()
+
+    def _costs_nothing(self, v: int) -> bool:
+        """Whether staging what a block makes takes no time."""
+        ways = (latency_s for both in self.problem.ways for latency_s, _ in both)
+        return not any(ways) and not any(t.forward_bytes or t.backward_bytes for t in self.made[v])
 
 
 def _behind(after: Sequence[int], block: int) -> int:
@@ -309,6 +325,8 @@ def _roomy(problem: Problem) -> bool:
     moving += sum(s.saved + s.forward + s.backward + s.deferred + s.gradient for s in steps)
     moving += sum(s.size for s in problem.ledger.storages)
     moving += sum(g.size + g.added for g in problem.ledger.gradients)
-    static = sum(b.static_bytes for b in problem.blocks) + sum(t.copy_bytes * len(problem.devices) for t in problem.ties)
+    static = sum(b.static_bytes for b in problem.blocks) + sum(
+        t.copy_bytes * len(problem.devices) for t in problem.ties
+    )
     update = sum(s.update + s.update_left + s.update_together for s in steps)
     return static + update + 4 * (problem.microbatches + 1) * moving <= min(problem.caps)

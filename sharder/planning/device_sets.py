@@ -9,11 +9,11 @@ their weights, and T the ceiling, all as in windows.py. Closed sets I are listed
     late(I) - w[e] X(I)   >=  the earliest that a stage on e may begin    for some e that is left
 
 where early(I) is what D have of I at least, and late(I) all work less what the others have of what is not in I
-(measures.py). The latest ends follow from the left: that of D is the latest begin of some D without c, and T w[c] later; a begin
-behind D is w[c] + w[e] times the least X of D before the end. The earliest begins follow from the right. Where there is
-no I within both, D is not what comes before a cut. As in the dynamic programme over sets of Held and Karp, "A dynamic
-programming approach to sequencing problems", Journal of SIAM 1962, no order is gone through twice. The sets with
-little X are listed once for all ceilings, and tell the least X of each D.
+(measures.py). The latest ends follow from the left: that of D is the latest begin of some D without c, and T w[c]
+later; a begin behind D is w[c] + w[e] times the least X of D before the end. The earliest begins follow from the right.
+Where there is no I within both, D is not what comes before a cut. As in the dynamic programme over sets of Held and
+Karp, "A dynamic programming approach to sequencing problems", Journal of SIAM 1962, no order is gone through twice. The
+sets with little X are listed once for all ceilings, and tell the least X of each D.
 
 What the cuts are that leave from either end is listed then, from D to D, and joined to the sets of the D before or
 behind by what the device between them takes, until the ends meet. Devices that are not used come last, with empty

@@ -30,10 +30,9 @@ def listed_with_transfers(problem: Problem) -> bool:
 def _classes(problem: Problem, *, pinned: bool) -> dict[tuple[float, ...], list[int]]:
     """Devices by the seconds of each block, infinite where it may not be if that counts."""
     classes: dict[tuple[float, ...], list[int]] = {}
-    for device, times in enumerate(zip(*problem.seconds, strict=True)):
-        if pinned:
-            allowed = (block.allowed[device] for block in problem.blocks)
-            times = tuple(s if may_be else math.inf for s, may_be in zip(times, allowed, strict=True))
+    for device in range(len(problem.devices)):
+        own = zip(problem.seconds, problem.blocks, strict=True)
+        times = tuple(s[device] if block.allowed[device] or not pinned else math.inf for s, block in own)
         classes.setdefault(times, []).append(device)
     return classes
 

@@ -343,9 +343,7 @@ class _Best:
             stages = found.stages or stages
         return self.stages or stages
 
-    def on_coarse(
-        self, coarse: Coarse, limit: int, deadline_s: float, clock: Callable[[], float]
-    ) -> Partition | None:
+    def on_coarse(self, coarse: Coarse, limit: int, deadline_s: float, clock: Callable[[], float]) -> Partition | None:
         """The better of this and the best split of a problem with fewer blocks.
 
         Raises:
