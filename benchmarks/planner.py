@@ -108,6 +108,20 @@ def problem_of(graph: Graph, speeds: Sequence[float], seed: int, *, room: float 
     )
 
 
+def with_own_times(problem: Problem, seed: int) -> Problem:
+    """Each unit takes up to some 1.8 times as long on a device as in proportion, or as much shorter."""
+    random_ = random.Random(seed)
+    blocks = []
+    for block in problem.blocks:
+        factors = [random_.lognormvariate(0, 0.3) for _ in block.forward_s]
+        forward, backward = (
+            tuple(seconds * factor for seconds, factor in zip(times, factors, strict=True))
+            for times in (block.forward_s, block.backward_s)
+        )
+        blocks.append(dataclasses.replace(block, forward_s=forward, backward_s=backward))
+    return dataclasses.replace(problem, blocks=tuple(blocks))
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A row of the table."""
@@ -149,7 +163,9 @@ def cases(*, quick: bool) -> Iterator[Case]:
     for devices in () if quick else (2, 3, 4):
         wide = layered(50, 12, random.Random(50)), tangled(50, 40, random.Random(50))
         for name, graph in zip(("layered, 12 wide", "random, reach 40"), wide, strict=True):
-            yield Case(f"{name}, all differ", problem_of(graph, MIXED[:devices], 50))
+            differing = problem_of(graph, MIXED[:devices], 50)
+            yield Case(f"{name}, all differ", differing)
+            yield Case(f"{name}, each its own times", with_own_times(differing, 50))
     if not quick:  # nearly as many closed sets as are searched exactly
         yield Case("layered, 4 wide", problem_of(layered(101, 4, random.Random(101)), [1.0] * 8, 101))
 
