@@ -17,7 +17,7 @@ from shardwright.sharder.planning.partition import largest_load_s, partition
 from shardwright.sharder.planning.problem import Crossing, Problem, Tie, bits
 from shardwright.sharder.planning.search import closed_sets
 
-often = settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+often = settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 ROOM = 10**9
 
 
@@ -54,6 +54,61 @@ def test_idle_blocks_join_others_and_the_optimum_stays(problem, idle):
     of_all(problem, coarse)
     expected = brute_force(problem)
     assert brute_force(coarse.problem) == pytest.approx(expected)
+
+
+@st.composite
+def with_idle_readers(draw):
+    """A block that takes time, idle ones that read it, and some that read these; several tensors for any of them."""
+    readers, last = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    count, first = 1 + readers + last, 1 + readers
+    size = st.sampled_from([0, 3, 9])
+    tensors = []
+
+    def make(producer, start, end):
+        for i in range(draw(st.integers(0 if producer else 1, 2))):
+            mask = draw(st.integers(1, (1 << end - start) - 1)) << start
+            tensors.append(Crossing(f"t{producer}.{i}", producer, mask, draw(size), draw(size)))
+
+    make(0, 1, first)
+    for v in range(1, first):
+        make(v, first, count)
+    before = [0, *[1] * readers]
+    for v in range(first, count):
+        before.append(sum({1 << t.producer for t in tensors if t.readers >> v & 1} | {1 << v - 1 if v > first else 0}))
+    works = [draw(st.sampled_from([4.0, 9.0])) if v == 0 or v >= first else 0.0 for v in range(count)]
+    problem = chain(works, 2, cap=ROOM, microbatches=2)
+    link = draw(st.sampled_from([0.0, 1.0])), draw(st.sampled_from([1.0, 4.0]))
+    return dataclasses.replace(
+        problem,
+        predecessors=tuple(before),
+        crossings=tuple(tensors),
+        links=((link,) * 2,) * 2,
+        transfers=draw(st.sampled_from(["relayed", "staged"])),
+        overlap=draw(st.booleans()),
+    )
+
+
+@settings(often, max_examples=300)
+@given(with_idle_readers())
+def test_idle_readers_join_only_where_no_cut_gets_dearer(problem):
+    """With several tensors, which some of the readers read or all."""
+    coarse = coarsened(problem, math.inf)
+    assume(coarse is not None)
+    of_all(problem, coarse)
+    assert brute_force(coarse.problem) == pytest.approx(brute_force(problem))
+
+
+@pytest.mark.parametrize("transfers", ["relayed", "staged"])
+def test_tensors_that_only_some_readers_read_may_stay_uncut(transfers):
+    """The second reader stays with the first block and its tensor, the first goes with what it makes."""
+    problem = dataclasses.replace(
+        chain([10.0, 0.0, 0.0, 10.0], 2, cap=ROOM, microbatches=2),
+        links=(((0.0, 1.0),) * 2,) * 2,
+        predecessors=(0, 1, 1, 2),
+        transfers=transfers,
+        crossings=(Crossing("t1", 0, 2, 0, 0), Crossing("t2", 0, 4, 9, 0), Crossing("T", 1, 8, 9, 0)),
+    )
+    assert partition(problem).value_s == brute_force(problem) == 20.0
 
 
 @often

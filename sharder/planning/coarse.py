@@ -10,7 +10,7 @@ Two kinds, with U the largest load of a split that is known:
   later one, v may be moved to
 
       u, if v reads nothing else, and what v makes is no more than the tensors of u that v alone reads
-      u, if all readers of u are such idle blocks, and all that they make is no more than what u makes
+      u, if all readers of u are such idle blocks, and all that they make is no more than the tensors that they all read
       w, if w alone reads what v makes, and what v reads is no more than that
       w, if v reads nothing, its tensors are relayed or cost nothing, and w comes before all other readers
 
@@ -136,7 +136,7 @@ def _one(blocks: Sequence[Block]) -> Block:
         unfit=tuple(map(any, zip(*(b.unfit for b in blocks if b.unfit), strict=True))),
         recompute_s=_sums([b.recompute_s or b.forward_s for b in blocks]) if again else (),
         parts_s=_parts(blocks),
-        sum_s=_sums([b.sum_s for b in blocks]) if all(b.sum_s for b in blocks) else (),
+        sum_s=_sums([b.sum_s or (0.0,) * len(b.forward_s) for b in blocks]) if any(b.sum_s for b in blocks) else (),
     )
 
 
@@ -254,13 +254,16 @@ class _Moves:
         if before.bit_count() != 1:
             return ()
         u = before.bit_length() - 1
+        if any(t.producer != u for t in self.read[v]):
+            return ()
         alone = [t for t in self.read[v] if t.readers == 1 << v]
         if self._may_join(v, u) and _Amount.of(self.made[v]).within(_Amount.of(alone)):
             return u, v
         readers = [*bits(self.after[u])]
         if all(w in self.idle and self.problem.predecessors[w] == before and self._may_join(w, u) for w in readers):
             together = _Amount.of([t for w in readers for t in self.made[w]])
-            if together.within(_Amount.of(self.made[u])):
+            shared = [t for t in self.made[u] if t.readers == self.after[u]]
+            if together.within(_Amount.of(shared)):
                 return u, *readers
         return ()
 
@@ -293,7 +296,10 @@ def _behind(after: Sequence[int], block: int) -> int:
 
 
 def _apart(problem: Problem, groups: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Some groups, none of which has to do with another's blocks: each move is proven for itself."""
+    """Some groups, none of which has to do with another's blocks: each move is proven for itself.
+
+    No cycle comes of them, as no way through the blocks is new: what an idle block is behind, its new place is too.
+    """
     near = list(problem.predecessors)
     for v, before in enumerate(problem.predecessors):
         for u in bits(before):
