@@ -109,7 +109,7 @@ def problem_of(graph: Graph, speeds: Sequence[float], seed: int, *, room: float 
 
 
 def with_own_times(problem: Problem, seed: int) -> Problem:
-    """Each unit takes up to some 1.8 times as long on a device as in proportion, or as much shorter."""
+    """Each unit takes its own times on each device, with a spread of 30% about those in proportion."""
     random_ = random.Random(seed)
     blocks = []
     for block in problem.blocks:
