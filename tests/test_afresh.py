@@ -12,9 +12,10 @@ from shardwright.sharder.planning import afresh, shifting
 from shardwright.sharder.planning.afresh import begun_afresh
 from shardwright.sharder.planning.line import split_in_order, split_line
 from shardwright.sharder.planning.lists import Lists
-from shardwright.sharder.planning.partition import partition, stage_loads
+from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.recut import Neighbours
 from shardwright.sharder.planning.shifting import shifted
+from shardwright.sharder.planning.split_loads import stage_loads
 
 
 def mixed(seed, units=12, speeds=(1.0, 2.0, 0.7)):

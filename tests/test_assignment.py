@@ -22,8 +22,9 @@ from shardwright.sharder.planning.assignment import (
 )
 from shardwright.sharder.planning.bounds import bound_s, grain_bound_s
 from shardwright.sharder.planning.cpsat import has_ortools, improve_by_cpsat
-from shardwright.sharder.planning.partition import partition, stage_loads
+from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import bits
+from shardwright.sharder.planning.split_loads import stage_loads
 from shardwright.sharder.planning.tally import Tally
 
 needs_ortools = pytest.mark.skipif(not has_ortools(), reason="OR-tools is an extra")

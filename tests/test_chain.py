@@ -17,8 +17,9 @@ from shardwright.sharder.planning import line as lines
 from shardwright.sharder.planning.chain import least_load, solve
 from shardwright.sharder.planning.chain_line import Line, counted, in_order
 from shardwright.sharder.planning.line import is_chain, split_line
-from shardwright.sharder.planning.partition import partition, stage_loads
+from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import Block, Crossing, Problem
+from shardwright.sharder.planning.split_loads import stage_loads
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import random
 
 import numpy as np
 import pytest
@@ -18,11 +19,13 @@ from shardwright.sharder.planning import device_sets, little_cut, shifting
 from shardwright.sharder.planning import listing as listing_module
 from shardwright.sharder.planning.ceilings import narrowed
 from shardwright.sharder.planning.device_sets import DeviceSetSearch, how_many_states
+from shardwright.sharder.planning.device_weights import best_weights
 from shardwright.sharder.planning.listing import Listing
 from shardwright.sharder.planning.lists import Lists
 from shardwright.sharder.planning.little_cut import LittleCut
-from shardwright.sharder.planning.partition import partition, stage_loads
+from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.search import OutOfTimeError, closed_sets
+from shardwright.sharder.planning.split_loads import stage_loads
 from shardwright.sharder.planning.windows import UndecidedError
 
 often = settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
@@ -45,11 +48,33 @@ def differing(problem):
     return in_proportion(problem, SPEEDS[: len(problem.devices)])
 
 
+def with_own_times(problem, seed, pins=0.0):
+    """Each block takes its own times on each device, some far longer, and is barred from some."""
+    random_ = random.Random(seed)
+    blocks = []
+    for block in problem.blocks:
+        rows = [
+            tuple(s * random_.choice((0.3, 0.7, 1.0, 1.0, 1.6, 40.0)) for s in times)
+            for times in (block.forward_s, block.backward_s, block.update_s)
+        ]
+        allowed = [random_.random() >= pins for _ in block.allowed]
+        allowed[random_.randrange(len(allowed))] = True
+        fields = dict(zip(("forward_s", "backward_s", "update_s"), rows, strict=True))
+        blocks.append(dataclasses.replace(block, **fields, allowed=tuple(allowed)))
+    return dataclasses.replace(problem, blocks=tuple(blocks))
+
+
 @often
-@given(problems())
-def test_there_is_a_split_just_where_one_is_found(problem):
-    """Below the optimum of all splits there is none, on any of the devices; at it there is one with such loads."""
+@given(problems(), st.sampled_from([None, 0, 1, 2]), st.sampled_from([0.0, 0.3]))
+def test_there_is_a_split_just_where_one_is_found(problem, seed, pins):
+    """Below the optimum of all splits there is none, on any of the devices; at it there is one with such loads.
+
+    Where devices' times are in proportion, or where they are not, and with pins.
+    """
     problem = differing(problem)
+    if seed is not None:
+        problem = with_own_times(problem, seed, pins)
+        assume(Lists(problem).possible and not Lists(problem).alike)
     exact = partition(problem)  # which is held against brute force in its own tests
     assume(exact is not None and exact.exact and exact.value_s > 0)
     optimum = exact.value_s
@@ -134,6 +159,69 @@ def test_wide_graphs_are_split_exactly(speeds, monkeypatch):
     exact, cut = partition(problem), partition(problem, limit=30)
     assert (cut.exact, exact.exact) == (True, True)
     assert cut.value_s == pytest.approx(exact.value_s, rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("pins", [0.0, 0.2])
+def test_times_that_are_not_in_proportion_are_split_exactly(count, pins, monkeypatch):
+    """As if there were few closed sets: what is before a cut takes the times of the devices there."""
+    monkeypatch.setattr(shifting, "PATIENCE", 2)
+    for seed in range(3):
+        problem = with_own_times(mixed(seed, 16, (1.0, 2.1, 0.7)[:count]), seed, pins)
+        exact, cut = partition(problem), partition(problem, limit=30)
+        assert (cut.exact, exact.exact) == (True, True)
+        assert cut.value_s == pytest.approx(exact.value_s, rel=1e-9)
+
+
+@pytest.mark.parametrize("pins", [0.0, 0.4])
+def test_what_is_before_a_cut_and_behind_it_is_counted_by_its_devices(pins):
+    """No less than on any device, and no more than on those that are there; with two devices, just that."""
+    for seed in range(5):
+        problem = with_own_times(mixed(seed, 9, (1.0, 2.1, 0.7)[: 2 + seed % 2]), seed, pins)
+        lists = Lists(problem)
+        kinds = len(lists.classes)
+        ceiling_s = partition(problem).value_s
+        asked = lists.searched(range(kinds), ceiling_s, None, lambda: False)
+        measures, listing, weight = asked.measures, asked.listing, asked.weights
+        sets = listing.sets(-math.inf, math.inf, math.inf, MANY)
+        allowed = np.array([block.allowed for block in problem.blocks])
+        seconds = np.where(allowed, np.array(problem.seconds), math.inf)
+        for state in itertools.product((0, 1), repeat=kinds):
+            early, late = measures.early(state, sets), measures.late(state, sets)
+            assert np.all(early >= sets.work_s - measures.slack_s)
+            assert np.all(late <= sets.work_s + measures.slack_s)
+            for i in range(len(sets.work_s)):
+                inside = [v for v in range(9) if sets.mask(i) >> v & 1]
+                outside = [v for v in range(9) if not sets.mask(i) >> v & 1]
+                for part, devices, counted in (
+                    (inside, [k for k in range(kinds) if state[k]], early[i]),
+                    (outside, [k for k in range(kinds) if not state[k]], listing.all_s - late[i]),
+                ):
+                    if devices and part:
+                        most = sum(min(weight[k] * seconds[v, k] for k in devices) for v in part)
+                        assert counted <= most * (1 + 1e-9)
+                        if len(devices) == 1 and most <= weight[devices[0]] * ceiling_s:
+                            assert counted == pytest.approx(most)
+
+
+@often
+@given(st.integers(1, 4), st.integers(1, 12), st.integers(0, 999), st.sampled_from([0.0, 0.3, 2.0]))
+def test_weights_have_the_sum_one_and_bounds_no_worse_than_by_speed(kinds, blocks, seed, spread):
+    """And no weights that are tried by chance have a better one by far: it is the best of a concave function."""
+    random_ = np.random.default_rng(seed)
+    seconds = random_.lognormal(0, 1, blocks) * random_.lognormal(0, spread, (kinds, blocks))
+    counts = random_.integers(1, 4, kinds)
+
+    def bound(weights):
+        return float((weights[:, None] * seconds).min(axis=0).sum())
+
+    weights = np.array(best_weights(seconds, counts.tolist()))
+    assert float(weights @ counts) == pytest.approx(1.0)
+    speed = 1 / seconds.sum(axis=1)
+    others = [speed, *random_.lognormal(0, 1, (30, kinds))]
+    for other in others:
+        assert bound(weights) >= bound(other / (other @ counts)) * (1 - 1e-2)
+    assert bound(weights) >= bound(speed / (speed @ counts)) * (1 - 1e-9)
 
 
 def test_too_few_steps_and_no_time_leave_it_open(monkeypatch):

@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwright.sharder.planning import partition as driver
+from shardwright.sharder.planning import incumbent
 from shardwright.sharder.planning.even import EvenSplit, best_even_split, even_splits
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import Block, Crossing, Problem
@@ -74,9 +74,9 @@ def looked_at(problem, monkeypatch, time_limit_s):
         seen.append(next(now))
         return loads_of(problem, stages)
 
-    loads_of = driver.stage_loads
+    loads_of = incumbent.stage_loads
     with monkeypatch.context() as patch:
-        patch.setattr(driver, "stage_loads", slow)
+        patch.setattr(incumbent, "stage_loads", slow)
         found = partition(problem, limit=0, time_limit_s=time_limit_s, clock=lambda: len(seen) + next(asked) / 50)
     return len(seen), found
 

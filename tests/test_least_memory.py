@@ -24,7 +24,7 @@ from shardwright.sharder.planning.least_memory import (
     share_of,
     stages_fit,
 )
-from shardwright.sharder.planning.partition import stage_loads
+from shardwright.sharder.planning.split_loads import stage_loads
 
 needs_ortools = pytest.mark.skipif(not has_ortools(), reason="OR-tools is an extra")
 quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])

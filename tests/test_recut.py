@@ -13,17 +13,19 @@ from test_partition import problems
 from test_shifting import is_split, tangled
 
 from shardwright.sharder.planning import recut as recut_module
+from shardwright.sharder.planning.device_classes import orders_to_try
 from shardwright.sharder.planning.even import even_splits
 from shardwright.sharder.planning.lists import Lists
-from shardwright.sharder.planning.partition import _orders, partition, stage_loads
+from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.recut import AIMS, Neighbours
+from shardwright.sharder.planning.split_loads import stage_loads
 
 often = settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def first_split(problem):
     """The even split that fits with most stages, and its largest load, or None."""
-    fit = ((split.stages, stage_loads(problem, split.stages)) for split in even_splits(problem, _orders(problem)))
+    fit = ((split.stages, stage_loads(problem, split.stages)) for split in even_splits(problem, orders_to_try(problem)))
     return max(((stages, max(loads)) for stages, loads in fit if loads), key=lambda one: len(one[0]), default=None)
 
 

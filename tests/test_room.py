@@ -17,10 +17,11 @@ from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning import least_memory, shifting
 from shardwright.sharder.planning.assignment import Budget
 from shardwright.sharder.planning.least_memory import least_share
-from shardwright.sharder.planning.partition import partition, stage_loads
+from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.room import in_bytes, making_room
 from shardwright.sharder.planning.search import closed_sets
 from shardwright.sharder.planning.shifting import Shifts, shifted
+from shardwright.sharder.planning.split_loads import stage_loads
 
 often = settings(max_examples=30, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 

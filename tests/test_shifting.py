@@ -13,9 +13,10 @@ from test_partition import block, chain, problems
 
 from shardwright.sharder.planning import shifting
 from shardwright.sharder.planning.memory import Ledger
-from shardwright.sharder.planning.partition import partition, stage_loads
+from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import Crossing, bits
 from shardwright.sharder.planning.shifting import Shifts, shifted
+from shardwright.sharder.planning.split_loads import stage_loads
 
 
 def plain(problem):

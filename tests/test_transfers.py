@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.memory import Ledger, Step
 from shardwright.sharder.planning.mincut import transfer_bound_s
-from shardwright.sharder.planning.partition import partition, stage_loads
+from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import Block, Crossing, Problem, Tie
+from shardwright.sharder.planning.split_loads import stage_loads
 from shardwright.sharder.planning.transfers import as_staged
 
 KINDS = ["relayed", "staged", "direct"]

@@ -21,9 +21,10 @@ from shardwright.sharder.planning import shifting
 from shardwright.sharder.planning.ceilings import ASKED, NEAR, _next_ceiling_s, narrowed
 from shardwright.sharder.planning.listing import Family, Listing, TooManyError
 from shardwright.sharder.planning.lists import Lists
-from shardwright.sharder.planning.partition import partition, stage_loads
+from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import bits
 from shardwright.sharder.planning.search import OutOfTimeError, closed_sets
+from shardwright.sharder.planning.split_loads import stage_loads
 from shardwright.sharder.planning.windows import ChainSearch, Row, UndecidedError
 
 MANY = 10**6

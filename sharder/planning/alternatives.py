@@ -23,13 +23,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from shardwright.profiler.profile import Profile
-from shardwright.sharder.planning.partition import Partition, stage_loads
+from shardwright.sharder.planning.partition import Partition
 from shardwright.sharder.planning.plan import Alternative, SplitStage
 from shardwright.sharder.planning.pricing import Option, price
 from shardwright.sharder.planning.problem import Block, Problem
 from shardwright.sharder.planning.recorded import split_ties, stage_of_nodes, stages_of
 from shardwright.sharder.planning.relaxed import unpinned
 from shardwright.sharder.planning.search import Stages
+from shardwright.sharder.planning.split_loads import stage_loads
 
 __all__ = ["alternatives_of", "cut_evenly", "data_parallel_s", "kept_whole", "priced_in_parallel"]
 

@@ -11,11 +11,11 @@ from typing import Literal, NamedTuple
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.interleave import possible_devices
-from shardwright.sharder.planning.partition import stage_loads
 from shardwright.sharder.planning.plan import WORTHWHILE, Change, Gain
 from shardwright.sharder.planning.pricing import Option, price, solve
 from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.relaxed import with_links_times
+from shardwright.sharder.planning.split_loads import stage_loads
 from shardwright.sharder.planning.zero_bubble import divides
 
 __all__ = ["changes_tried"]

@@ -10,10 +10,11 @@ from typing import Literal, TypedDict
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
-from shardwright.sharder.planning.partition import Partition, partition, stage_loads
+from shardwright.sharder.planning.partition import Partition, partition
 from shardwright.sharder.planning.problem import Problem, Schedule
 from shardwright.sharder.planning.replicas import expected_step_of_replicas_s
 from shardwright.sharder.planning.simulate import StageCost, expected_step_s, simulate
+from shardwright.sharder.planning.split_loads import stage_loads
 from shardwright.sharder.planning.stage_costs import shares_of, stage_costs
 from shardwright.sharder.planning.timeline import Timeline
 

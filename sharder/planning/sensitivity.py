@@ -25,12 +25,13 @@ import numpy.typing as npt
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Measurement, Profile
-from shardwright.sharder.planning.partition import largest_load_s, partition
+from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.plan import Replans, Sensitivity
 from shardwright.sharder.planning.pricing import Option, Rules, rules_of
 from shardwright.sharder.planning.problem import Problem, Replica, bits
 from shardwright.sharder.planning.replicas import own_factors, slowest_steps
 from shardwright.sharder.planning.simulate import steps_at
+from shardwright.sharder.planning.split_loads import largest_load_s
 from shardwright.sharder.planning.stage_costs import Stages, shares_of
 
 __all__ = ["rivals_of", "sensitivity_of"]

@@ -100,13 +100,13 @@ class _Chain:
             raise UndecidedError
         return None
 
-    def _start(self, cut: int) -> Floats:
-        """By set of a cut: the earliest that the stage behind it begins, in work."""
-        return self.cuts[cut].work_s - self.weights[cut] * self.cuts[cut].moved_s
+    def _start(self, cut: int, sets: Cuts) -> Floats:
+        """By set that a cut may be: the earliest that the stage behind it begins, in work."""
+        return sets.work_s - self.weights[cut] * sets.moved_s
 
-    def _end(self, cut: int) -> Floats:
-        """By set of a cut: the latest that the stage before it ends."""
-        return self.cuts[cut].work_s + self.weights[cut - 1] * self.cuts[cut].moved_s
+    def _end(self, cut: int, sets: Cuts) -> Floats:
+        """By set that a cut may be: the latest that the stage before it ends."""
+        return sets.work_s + self.weights[cut - 1] * sets.moved_s
 
     def _both(self, cut: int) -> float:
         """What x counts in the two stages at a cut in the middle."""
@@ -119,8 +119,8 @@ class _Chain:
 
     def _range(self, cut: int) -> tuple[float, float]:
         """What the start of a cut in the middle is not below, and its end not above."""
-        low = float(self._end(self.right).min()) - self._between(cut, self.right)
-        return low, float(self._start(self.left).max()) + self._between(self.left, cut)
+        low = float(self._end(self.right, self.cuts[self.right]).min()) - self._between(cut, self.right)
+        return low, float(self._start(self.left, self.cuts[self.left]).max()) + self._between(self.left, cut)
 
     def _narrow(self) -> None:
         """Raise the least x of each cut in the middle, those at the ends first."""
@@ -165,8 +165,8 @@ class _Chain:
                 raise UndecidedError from None
             self.complete = False
             # Those that leave least to the other stages.
-            some = self.cuts[cut] = error.some
-            sets = some.first(MOST_KEPT, -self._start(cut) if from_left else self._end(cut))
+            some = error.some
+            sets = some.first(MOST_KEPT, -self._start(cut, some) if from_left else self._end(cut, some))
         self.cuts[cut] = sets
         if from_left:
             self.left = cut
@@ -195,35 +195,42 @@ class _Chain:
                 if not self.some:
                     raise
         if from_left:
-            family = Family(beside, "before", self._start(self.left) + weights[0] * self.ceiling_s)
+            family = Family(beside, "before", self._start(self.left, beside) + weights[0] * self.ceiling_s)
         else:
-            family = Family(beside, "behind", self._end(self.right) - weights[1] * self.ceiling_s)
+            family = Family(beside, "behind", self._end(self.right, beside) - weights[1] * self.ceiling_s)
         return self.listing.sets(low, high, most, self.steps, family, weights)
 
     def _next_to(self, cut: int, sets: Cuts, *, from_left: bool) -> Cuts:
         """Those of ``sets``, which a cut may be, that are a stage away from what was listed on that side."""
-        self.cuts[cut] = sets  # but for those
         too_many = False
         try:
             if from_left:
-                origin = self._stage_between(self.left, cut)
+                origin = self._stage_between((self.left, self.cuts[self.left]), (cut, sets))
             else:
-                origin = self._stage_between(cut, self.right, turned=True)
+                origin = self._stage_between((cut, sets), (self.right, self.cuts[self.right]), turned=True)
         except TooManyPairsError as error:
             origin, too_many = error.some, True
-        finally:
-            del self.cuts[cut]
         found = sets._replace(origin=origin).take(np.flatnonzero(origin >= 0))
         if too_many:
             raise TooManyError(found)
         return found
 
-    def _stage_between(self, first: int, last: int, *, turned: bool = False, one: bool = False) -> Indices:
-        """By set of the last cut, or the first if ``turned``: one of the other that it makes a stage with, or -1."""
-        start = self._start(first) + self.weights[first] * self.ceiling_s + 2 * self.listing.slack_s
+    def _stage_between(
+        self, before: tuple[int, Cuts], behind: tuple[int, Cuts], *, turned: bool = False, one: bool = False
+    ) -> Indices:
+        """By set of the cut behind a stage, or before it if ``turned``: one of the other that makes it, or -1.
+
+        Args:
+            before: the cut, and what it may be.
+            behind: likewise.
+            turned: which of the two is asked for.
+            one: whether one answer is enough.
+        """
+        (first, some), (last, others) = before, behind
+        start = self._start(first, some) + self.weights[first] * self.ceiling_s + 2 * self.listing.slack_s
         return stage_between(
-            (self.cuts[first].masks, start),
-            (self.cuts[last].masks, self._end(last)),
+            (some.masks, start),
+            (others.masks, self._end(last, others)),
             turned=turned,
             pairs=PAIRS_A_STEP * self.steps,
             out_of_time=self.listing.out_of_time,
@@ -244,7 +251,8 @@ class _Chain:
 
     def _pair(self) -> tuple[int, int] | None:
         try:
-            inside = self._stage_between(self.left, self.right, one=True)
+            left, right = ((cut, self.cuts[cut]) for cut in (self.left, self.right))
+            inside = self._stage_between(left, right, one=True)
         except TooManyPairsError:
             raise UndecidedError from None
         last = int(inside.argmax())
