@@ -167,6 +167,9 @@ def cases(*, quick: bool) -> Iterator[Case]:
             differing = problem_of(graph, MIXED[:devices], 50)
             yield Case(f"{name}, all differ", differing)
             yield Case(f"{name}, each its own times", with_own_times(differing, 50))
+    for devices in () if quick else (5, 8):
+        differing = problem_of(tangled(50, 40, random.Random(50)), MIXED[:devices], 50)
+        yield Case("random, reach 40, each its own times", with_own_times(differing, 50))
     if not quick:  # nearly as many closed sets as are searched exactly
         yield Case("layered, 4 wide", problem_of(layered(101, 4, random.Random(101)), [1.0] * 8, 101))
 
