@@ -161,17 +161,23 @@ def cases(*, quick: bool) -> Iterator[Case]:
         if devices == 16:
             speeds = [1.0] * 8 + [2.0] * 8
             yield Case("random, two kinds", problem_of(tangled(units, 40, random_), speeds, units))
-    for devices in () if quick else (2, 3, 4):
+    if not quick:
+        yield from cases_of_few()
+        # Nearly as many closed sets as are searched exactly.
+        yield Case("layered, 4 wide", problem_of(layered(101, 4, random.Random(101)), [1.0] * 8, 101))
+
+
+def cases_of_few() -> Iterator[Case]:
+    """Wide graphs on some devices that differ, their times in proportion and not."""
+    for devices in (2, 3, 4):
         wide = layered(50, 12, random.Random(50)), tangled(50, 40, random.Random(50))
         for name, graph in zip(("layered, 12 wide", "random, reach 40"), wide, strict=True):
             differing = problem_of(graph, MIXED[:devices], 50)
             yield Case(f"{name}, all differ", differing)
             yield Case(f"{name}, each its own times", with_own_times(differing, 50))
-    for devices in () if quick else (5, 8):
+    for devices in (5, 8):
         differing = problem_of(tangled(50, 40, random.Random(50)), MIXED[:devices], 50)
         yield Case("random, reach 40, each its own times", with_own_times(differing, 50))
-    if not quick:  # nearly as many closed sets as are searched exactly
-        yield Case("layered, 4 wide", problem_of(layered(101, 4, random.Random(101)), [1.0] * 8, 101))
 
 
 def load_of(problem: Problem, shares: Sequence[int]) -> float | None:

@@ -22,6 +22,9 @@ Floats = npt.NDArray[np.float64]
 ROUNDS = 200
 PACE = 0.5
 """The first step, as a share of a weight that has twice its part of the load; later ones are smaller."""
+LEAST = 0.05
+"""No weight is less than this share of the one by speed: where a device must have too much all the weight would be
+its, and loads of the others could not be told from rounding."""
 
 
 def best_weights(seconds: Floats, counts: Sequence[int]) -> list[float]:
@@ -35,8 +38,8 @@ def best_weights(seconds: Floats, counts: Sequence[int]) -> list[float]:
     finite = np.where(np.isfinite(seconds), seconds, 0.0).sum(axis=1)
     if not finite.all():
         return [1 / float(many.sum())] * len(counts)
-    weights = 1 / finite / (many / finite).sum()
-    best, best_bound = weights, -1.0
+    by_speed: Floats = 1 / finite / (many / finite).sum()
+    weights, best, best_bound = by_speed, by_speed, -1.0
     for number in range(ROUNDS):
         weighed = weights[:, None] * seconds
         where = weighed.argmin(axis=0)
@@ -49,4 +52,5 @@ def best_weights(seconds: Floats, counts: Sequence[int]) -> list[float]:
             break
         moved = weights * np.exp(PACE / (1 + number / 10) * np.clip(loads / mean - 1, -1, 1))
         weights = moved / float((moved * many).sum())
-    return [float(weight) for weight in best]
+    least = np.maximum(best, LEAST * by_speed)
+    return [float(weight) for weight in least / (least @ many)]

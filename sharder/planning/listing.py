@@ -48,6 +48,8 @@ MOST_WAITING = 60_000_000
 MOST_LISTED = 1_000_000
 MOST_WORDS = 10_000_000
 """Of the sets that are listed."""
+NEVER = 1e300
+"""Seconds of a tensor that no link takes, as a number."""
 ROUNDING = 1e-12
 """Of the whole work: two sums of the same differ by less."""
 
@@ -225,10 +227,9 @@ class Listing:
         """By block, in seconds."""
         all_s = float(self.work.sum())
         self.all_s, self.slack_s = all_s, ROUNDING * all_s
-        dear = 2 * all_s + 1  # no set may have it cut, and it is a number
         summed = problem.transfers == "relayed" and not problem.overlap
         self.price = [
-            min(least_transfer_s(problem, tensor) / 2, dear) if summed else 0.0 for tensor in problem.crossings
+            min(least_transfer_s(problem, tensor) / 2, NEVER) if summed else 0.0 for tensor in problem.crossings
         ]
         self.maker, self.readers, self.made, self.read = by_block(problem)
         before = np.eye(count, dtype=bool)
