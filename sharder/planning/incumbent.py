@@ -239,6 +239,7 @@ class Incumbent:
             self.bound_s = self.value_s
             return
         self.offer(coarse.unfolded(found.stages))
+        assert self.stages  # what fits as coarse blocks fits
         same = found.exact and self.value_s <= found.value_s * (1 + LONG_SUMS)
         self.bound_s = self.value_s if same else max(self.bound_s, min(self.value_s, found.bound_s))
 
