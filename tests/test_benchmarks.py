@@ -1,11 +1,15 @@
 """Benchmarks run to their last line: each with the least that it can be asked for."""
 
+import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from shardwright.errors import ShardwrightError
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -60,6 +64,24 @@ def test_published_instances_are_read_and_solved(tmp_path):
     """Of four tasks that take 12 seconds two stations can have 5 and 7 at best."""
     (tmp_path / "line.IN2").write_text(ASSEMBLY_LINE)
     assert "| line | 4 | 2 | 7 | 7 | exact |" in output_of("published", ["line.IN2", "--devices", "2"], tmp_path)
+
+
+def test_published_graphs_for_training_are_read(tmp_path):
+    """Three layers that take 3, 5 and 4 there and back, on two accelerators: 8 and 4, and a transfer each way."""
+    nodes, edges = [], []
+    for number, (forward, backward) in enumerate([(1, 2), (2, 3), (2, 2)], start=1):
+        for of_backward, seconds in ((0, forward), (1, backward)):
+            node = {"id": number + 3 * of_backward, "colorClass": number, "isBackwardNode": of_backward, "size": 1}
+            nodes.append(node | {"supportedOnFpga": 1, "fpgaLatency": seconds, "cpuLatency": 99})
+    for first, second in ((1, 2), (2, 3), (4, 5), (5, 6)):
+        edges.append({"sourceId": first, "destId": second, "cost": 0.25})
+    graph = {"maxSizePerFPGA": 1e9, "maxFPGAs": 2, "maxCPUs": 1, "nodes": nodes, "edges": edges}
+    (tmp_path / "layers.json").write_text(json.dumps(graph))
+    # 3 | 5, 4 would be 9.5: a tensor goes out, and its gradient comes in.
+    assert "| layers | 3 | 3 | 8.5 | 8.5 | exact |" in output_of("published", ["layers.json"], tmp_path)
+    edges[-1]["cost"] = 0.5
+    with pytest.raises(ShardwrightError, match="where gradients go and take as long"):
+        runpy.run_path(str(FOLDER / "published.py"))["accelerators"](graph)
 
 
 def test_each_benchmark_is_run_here():

@@ -272,9 +272,8 @@ def test_weights_have_the_sum_one_and_good_bounds(kinds, blocks, seed, spread):
     assert float(weights @ counts) == pytest.approx(1.0)
     speed = 1 / seconds.sum(axis=1)
     others = [speed, *random_.lognormal(0, 1, (30, kinds))]
-    assert np.all(weights >= 0.04 * speed / (speed @ counts))
     for other in others:
-        assert bound(weights) >= bound(other / (other @ counts)) * 0.94
+        assert bound(weights) >= bound(other / (other @ counts)) * 0.99
 
 
 def test_too_few_steps_and_no_time_leave_it_open(monkeypatch):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
+from shardwright.sharder.planning.device_weights import best_weights
 from shardwright.sharder.planning.problem import Problem
 
 __all__ = ["bound_s", "fluid_bound_s", "grain_bound_s"]
@@ -23,34 +26,17 @@ def bound_s(problem: Problem) -> float:
     return fluid_bound_s(_work_s(problem))
 
 
-def fluid_bound_s(work_s: Sequence[Sequence[float]], rounds: int = 50) -> float:
-    """What no assignment of divisible work is below; ``work_s`` by block and device, infinite where it may not be.
-
-    For any weights w of the devices that sum to 1, the largest load is at least the weighed mean of the loads, and
-    that at least the sum over blocks of the least w(d) * work(d): the dual of the linear relaxation. The weights move
-    towards the devices that the minimum overloads.
-    """
+def fluid_bound_s(work_s: Sequence[Sequence[float]]) -> float:
+    """What no assignment of divisible work is below; ``work_s`` by block and device, infinite where it may not be."""
     if not work_s:
         return 0.0
-    devices = range(len(work_s[0]))
-    weights = [1.0 / len(devices)] * len(devices)
-    best = max(min(row) for row in work_s)
-    for number in range(rounds):
-        loads = [0.0] * len(devices)
-        value = 0.0
-        for row in work_s:
-            device = min(devices, key=lambda d: weights[d] * row[d] if math.isfinite(row[d]) else math.inf)
-            value += weights[device] * row[device]
-            loads[device] += row[device]
-        best = max(best, value)
-        most = max(loads)
-        if not most or not math.isfinite(most):
-            break
-        step = 1.0 / (1 + number)
-        weights = [w * math.exp(step * load / most) for w, load in zip(weights, loads, strict=True)]
-        whole = sum(weights)
-        weights = [w / whole for w in weights]
-    return best * (1 - 1e-12)  # sums in another order
+    largest = max(min(row) for row in work_s)
+    if math.isinf(largest):
+        return largest
+    by_device = np.array(work_s).T
+    weights = np.array(best_weights(by_device, [1] * len(by_device)))
+    shared = float((weights[:, None] * by_device).min(axis=0).sum())
+    return max(largest, shared) * (1 - 1e-12)  # sums in another order
 
 
 def grain_bound_s(problem: Problem, ceiling_s: float) -> float:

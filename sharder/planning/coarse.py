@@ -331,8 +331,6 @@ def _roomy(problem: Problem) -> bool:
     moving += sum(s.saved + s.forward + s.backward + s.deferred + s.gradient for s in steps)
     moving += sum(s.size for s in problem.ledger.storages)
     moving += sum(g.size + g.added for g in problem.ledger.gradients)
-    static = sum(b.static_bytes for b in problem.blocks) + sum(
-        t.copy_bytes * len(problem.devices) for t in problem.ties
-    )
+    static = sum(b.static_bytes for b in problem.blocks) + sum(t.copy_bytes for t in problem.ties)
     update = sum(s.update + s.update_left + s.update_together for s in steps)
     return static + update + 4 * (problem.microbatches + 1) * moving <= min(problem.caps)

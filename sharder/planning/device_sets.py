@@ -32,15 +32,13 @@ import numpy.typing as npt
 
 from shardwright.sharder.planning.listing import Cuts, Family, Listing, Measure, TooManyError
 from shardwright.sharder.planning.little_cut import LittleCut
-from shardwright.sharder.planning.measures import Measures
+from shardwright.sharder.planning.measures import Measures, State
 from shardwright.sharder.planning.nesting import Floats, TooManyPairsError, stage_between
 from shardwright.sharder.planning.search import OutOfTimeError, Stages
 from shardwright.sharder.planning.windows import MOST_KEPT, PAIRS_A_STEP, SMALL_FAMILY, UndecidedError
 
 __all__ = ["MOST_STATES", "DeviceSetSearch", "how_many_states"]
 
-State = tuple[int, ...]
-"""How many devices of each kind are before a cut."""
 Ends = dict[State, dict[int, float]]
 """By state and kind."""
 Flags = npt.NDArray[np.bool_]

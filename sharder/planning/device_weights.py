@@ -15,16 +15,13 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["best_weights"]
+__all__ = ["best_weights", "weights_by_speed"]
 
 Floats = npt.NDArray[np.float64]
 
 ROUNDS = 200
 PACE = 0.5
 """The first step, as a share of a weight that has twice its part of the load; later ones are smaller."""
-LEAST = 0.05
-"""No weight is less than this share of the one by speed: where a device must have too much all the weight would be
-its, and loads of the others could not be told from rounding."""
 
 
 def best_weights(seconds: Floats, counts: Sequence[int]) -> list[float]:
@@ -35,11 +32,8 @@ def best_weights(seconds: Floats, counts: Sequence[int]) -> list[float]:
         counts: devices of each kind.
     """
     many = np.array(counts, dtype=float)
-    finite = np.where(np.isfinite(seconds), seconds, 0.0).sum(axis=1)
-    if not finite.all():
-        return [1 / float(many.sum())] * len(counts)
-    by_speed: Floats = 1 / finite / (many / finite).sum()
-    weights, best, best_bound = by_speed, by_speed, -1.0
+    weights: Floats = np.array(weights_by_speed(seconds, counts))
+    best, best_bound = weights, -1.0
     for number in range(ROUNDS):
         weighed = weights[:, None] * seconds
         where = weighed.argmin(axis=0)
@@ -52,5 +46,12 @@ def best_weights(seconds: Floats, counts: Sequence[int]) -> list[float]:
             break
         moved = weights * np.exp(PACE / (1 + number / 10) * np.clip(loads / mean - 1, -1, 1))
         weights = moved / float((moved * many).sum())
-    least = np.maximum(best, LEAST * by_speed)
-    return [float(weight) for weight in least / (least @ many)]
+    return [float(weight) for weight in best]
+
+
+def weights_by_speed(seconds: Floats, counts: Sequence[int]) -> list[float]:
+    """The weights for times in proportion, of the same arguments; equal ones where a device has nothing to do."""
+    many = np.array(counts, dtype=float)
+    finite = np.where(np.isfinite(seconds), seconds, 0.0).sum(axis=1)
+    speed: Floats = 1 / finite if finite.all() else np.ones(len(many))
+    return [float(weight) for weight in speed / (speed @ many)]

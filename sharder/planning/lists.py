@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from shardwright.sharder.planning.device_sets import MOST_STATES, DeviceSetSearch, how_many_states
-from shardwright.sharder.planning.device_weights import best_weights
+from shardwright.sharder.planning.device_weights import best_weights, weights_by_speed
 from shardwright.sharder.planning.listing import Floats, Listing
 from shardwright.sharder.planning.little_cut import LittleCut
 from shardwright.sharder.planning.measures import Measures, in_proportion
@@ -18,10 +18,13 @@ from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.relaxed import in_shares
 from shardwright.sharder.planning.windows import ChainSearch, Row
 
-__all__ = ["Lists", "listed_with_transfers"]
+__all__ = ["Lists"]
+
+LEAST = 0.05
+"""No weight is less than this share of the one by speed, or loads of that device could not be told from rounding."""
 
 
-def listed_with_transfers(problem: Problem) -> bool:
+def _listed_with_transfers(problem: Problem) -> bool:
     """Whether the loads by which sets are listed have all transfers in them; else the bounds are on work alone."""
     summed = problem.transfers == "relayed" and not problem.overlap
     return summed or not any(least_transfer_s(problem, tensor) for tensor in problem.crossings)
@@ -46,7 +49,7 @@ class Lists:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.with_transfers = listed_with_transfers(problem)
+        self.with_transfers = _listed_with_transfers(problem)
         classes = _classes(problem, pinned=True)
         if how_many_states(list(classes.values())) > MOST_STATES:
             classes = _classes(problem, pinned=False)
@@ -71,8 +74,13 @@ class Lists:
 
     @cached_property
     def weights(self) -> list[float]:
-        """Of each class."""
-        return [1.0] if self.alike else best_weights(self._seconds, [len(class_) for class_ in self.classes])
+        """Of each class; none is next to nothing, as it is the best where another device must have too much."""
+        counts = [len(class_) for class_ in self.classes]
+        if self.alike:
+            return [1.0]
+        least = LEAST * np.array(weights_by_speed(self._seconds, counts))
+        weights = np.maximum(best_weights(self._seconds, counts), least)
+        return [float(weight) for weight in weights / (weights @ counts)]
 
     @cached_property
     def _seconds(self) -> Floats:

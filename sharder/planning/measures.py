@@ -19,7 +19,7 @@ import numpy as np
 
 from shardwright.sharder.planning.listing import Cuts, Flags, Floats, Listing, Measure
 
-__all__ = ["Measures"]
+__all__ = ["Measures", "State", "in_proportion"]
 
 SAME = 1e-13
 """Times that differ by less than this share are in proportion."""
@@ -27,6 +27,7 @@ ABOVE = 1.001
 """A block that may not be on a device, or takes longer there, counts so many times the ceiling."""
 
 State = tuple[int, ...]
+"""How many devices of each kind are before a cut."""
 
 
 def in_proportion(seconds: Floats) -> bool:
