@@ -259,7 +259,12 @@ class PlanReport:
         if plan.replicas > 1:
             within += f" over this mesh of {plan.replicas} replicas"
         gap = percent(certificate.gap_percent)
-        if certificate.exact:
+        if certificate.least_s is not None:
+            gap += (
+                f", for a step of {seconds(plan.predicted.step_s)}: that of the split with the least largest load, "
+                f"{seconds(certificate.least_s)}, is {seconds(certificate.least_step_s or 0.0)}"
+            )
+        elif certificate.exact:
             gap += f", exact: no split{within} has a smaller largest load"
         elif certificate.gap_percent < 0.05:
             gap += ", it meets the bound"
@@ -273,8 +278,12 @@ class PlanReport:
                 ("largest load", f"{seconds(certificate.value_s)} a step, {where}"),
                 ("lower bound", f"{seconds(certificate.bound_s)}, proven for every split{within}"),
                 ("gap", gap),
+                *([("step", f"no split{within} has a shorter one at these times")] if certificate.shortest else []),
                 ("what binds", certificate.binds),
-                *((f"pin {pin.unit}={pin.device}", _price_of(pin, certificate.value_s)) for pin in plan.pins),
+                *(
+                    (f"pin {pin.unit}={pin.device}", _price_of(pin, certificate.least_s or certificate.value_s))
+                    for pin in plan.pins
+                ),
                 *self._uncertainty(),
             ]
         )

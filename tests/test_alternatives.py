@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwright.sharder.planning.alternatives import cut_evenly, data_parallel_s
+from shardwright.sharder.planning.alternatives import data_parallel_s
+from shardwright.sharder.planning.even import cut_evenly
 from shardwright.sharder.planning.planner import plan
 from shardwright.sharder.planning.problem import Block, Problem
 from shardwright.sharder.planning.relaxed import unpinned

@@ -345,7 +345,7 @@ def test_time_limit_holds_for_any_graph(make_profile, wiring):
     result = plan(profile, time_limit_s=1.0)
     certificate = result.certificate
     assert certificate.bound_s <= certificate.value_s
-    assert certificate.gap_percent < 15
+    assert (certificate.least_s or certificate.value_s) < 1.15 * certificate.bound_s
     assert len(result.stages) == 8
 
 

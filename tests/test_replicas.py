@@ -200,8 +200,9 @@ def test_the_record(chain_profile):
     assert timeline_of(found).step_s == pytest.approx(found.predicted.step_s)
     each = 2 * 0.5 * (1e-6 + 0.0)  # a ring of two: both latencies, and the bytes once
     for stage in found.stages:
-        assert stage.sum_s == pytest.approx(2 * each + 4 * 10**6 / 1e9)
-        assert stage.load_s == pytest.approx(2 * 4 * 3 / 4 + 4 * 10**6 / 1e9, rel=1e-4)
+        units = len(stage.units)
+        assert stage.sum_s == pytest.approx(2 * each + units * 10**6 / 1e9)
+        assert stage.load_s == pytest.approx(2 * units * 3 / 4 + units * 10**6 / 1e9, rel=1e-4)
     assert max(stage.load_s for stage in found.stages) == found.certificate.value_s
     memory = found.memory()
     assert list(memory) == list(found.devices)

@@ -38,7 +38,7 @@ KEY_NUMBERS = {
         "0, 2",
         "264 ms",
     ],
-    "plan-replicas": ["in 2 replicas of 2 stages", "takes 4 of 8", "this mesh of 2 replicas", "cuda:1, cuda:3", "sum"],
+    "plan-replicas": ["in 2 replicas of 2 stages", "takes 4 of 8", "this mesh of 2 replicas", "cuda:3, cuda:1", "sum"],
     "plan-memory": ["41%", "6.036 GiB of 14.9 GiB", "micro-batches of this size", "no larger peak share"],
     "profile-cluster": ["≈6.46 ms", "~6.71 ms", "~85.0 us", "~3.20 GB/s", "all assumed", "scaled: as a device"],
     "plan": [

@@ -19,20 +19,20 @@ import dataclasses
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from shardwright.profiler.profile import Profile
+from shardwright.sharder.planning.even import NAIVE, naive_split
 from shardwright.sharder.planning.partition import Partition
 from shardwright.sharder.planning.plan import Alternative, SplitStage
 from shardwright.sharder.planning.pricing import Option, price
-from shardwright.sharder.planning.problem import Block, Problem
+from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.recorded import split_ties, stage_of_nodes, stages_of
 from shardwright.sharder.planning.relaxed import unpinned
-from shardwright.sharder.planning.search import Stages
 from shardwright.sharder.planning.split_loads import stage_loads
 
-__all__ = ["alternatives_of", "cut_evenly", "data_parallel_s", "kept_whole", "priced_in_parallel"]
+__all__ = ["alternatives_of", "data_parallel_s", "kept_whole", "priced_in_parallel"]
 
 DRAWS = 101
 
@@ -50,8 +50,7 @@ def alternatives_of(
     if len(problems[0].devices) < 2:
         return ()
     found = (
-        _naive("equal count", problems, profile, lambda block: len(block.units)),
-        _naive("by parameters", problems, profile, lambda block: block.static_bytes),
+        *(_naive(name, problems, profile) for name in NAIVE),
         _data_parallel(every, profile),
     )
     return tuple(
@@ -95,31 +94,11 @@ def priced_in_parallel(alternatives: Iterable[Alternative], every: Iterable[Prob
     return None
 
 
-def cut_evenly(weights: Sequence[float], parts: int) -> list[int]:
-    """Where each part ends for equal shares of ``weights``, as nearly as whole items allow; every part gets one."""
-    ends: list[int] = []
-    total, running, position = sum(weights), 0.0, 0
-    for part in range(1, parts):
-        target = total * part / parts
-        last = len(weights) - (parts - part)  # the others need one each
-        first = ends[-1] + 1 if ends else 1
-        while position < last and (position < first or running + weights[position] / 2 < target):
-            running += weights[position]
-            position += 1
-        ends.append(position)
-    return [*ends, len(weights)]
-
-
-def _naive(
-    name: Literal["equal count", "by parameters"],
-    problems: Sequence[Problem],
-    profile: Profile,
-    weight: Callable[[Block], float],
-) -> Alternative:
-    """A split into equal shares of ``weight`` over the devices as given, at its best number of micro-batches."""
+def _naive(name: Literal["equal count", "by parameters"], problems: Sequence[Problem], profile: Profile) -> Alternative:
+    """The naive split of that ``name``, at its best number of micro-batches."""
     priced = []
     for problem in map(unpinned, problems):
-        stages = _even_stages(problem, weight)
+        stages = naive_split(problem, NAIVE[name])
         loads = stage_loads(problem, stages) if stages else None
         if loads is not None:
             priced.append(price(problem, Partition(stages, max(loads), max(loads), exact=False), profile))
@@ -149,18 +128,6 @@ def _with_nodes(profile: Profile, option: Option) -> tuple[SplitStage, ...]:
         SplitStage(**dict(stage), nodes=tuple(own))
         for stage, own in zip(stages_of(profile, option), nodes, strict=True)
     )
-
-
-def _even_stages(problem: Problem, weight: Callable[[Block], float]) -> Stages:
-    """The equal split over most devices that is possible; nothing if there is none over two."""
-    weights = [weight(block) for block in problem.blocks]
-    for parts in range(min(problem.most_stages, len(weights)), 1, -1):
-        ends = cut_evenly(weights, parts)
-        members = [(1 << end) - (1 << start) for start, end in zip([0, *ends], ends, strict=False)]
-        stages = tuple(enumerate(members))
-        if stage_loads(problem, stages) is not None:
-            return stages
-    return ()
 
 
 def _data_parallel(problems: Sequence[Problem], profile: Profile) -> Alternative:

@@ -12,7 +12,7 @@ from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.interleave import possible_devices
 from shardwright.sharder.planning.plan import WORTHWHILE, Change, Gain
-from shardwright.sharder.planning.pricing import Option, price, solve
+from shardwright.sharder.planning.pricing import Option, price, solve, with_short_step
 from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.relaxed import with_links_times
 from shardwright.sharder.planning.split_loads import stage_loads
@@ -102,4 +102,5 @@ def _over_links(problem: Problem, baseline: Option, profile: Profile, deadline_s
             time_limit_s = max(0.0, deadline_s - time.monotonic()) / len(LINKS)
             option = solve(with_links_times(problem, factor), profile, time_limit_s=time_limit_s)
         if option is not None:
+            option = with_short_step(option, profile)
             yield _Pair(factor, option if len(option.split.stages) > 1 else None, baseline)

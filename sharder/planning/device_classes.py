@@ -21,13 +21,14 @@ def as_roomy_devices(problem: Problem) -> list[list[int]]:
 
 
 def alike_devices(problem: Problem) -> list[list[int]]:
-    """Devices in classes that cannot be told apart: same times, cap, optimizer, pins and links.
+    """Devices in classes that cannot be told apart: same times, parts of backwards, cap, optimizer, pins and links.
 
     Of devices with the same links to all others the slowest is the same too, so ties cost them the same.
     """
 
     times = (b.forward_s + b.backward_s + b.update_s + (b.recompute_s or b.forward_s) for b in problem.blocks)
     own = [*zip(*times, strict=True)]
+    parts = [*zip(*(b.parts_s for b in problem.blocks if b.parts_s), strict=True)]
     count = len(problem.devices)
     pins = [*zip(*(block.allowed for block in problem.blocks), strict=True)]
 
@@ -44,6 +45,7 @@ def alike_devices(problem: Problem) -> list[list[int]]:
             and pins[a] == pins[b]
             and (problem.transfers != "staged" or problem.ways[a] == problem.ways[b])
             and all(own[a + i * count] == own[b + i * count] for i in range(4))
+            and parts[a : a + 1] == parts[b : b + 1]
         )
 
     classes: list[list[int]] = []

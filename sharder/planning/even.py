@@ -1,4 +1,6 @@
-"""First incumbents: cuts of the topological order in proportion to the speed of the devices.
+"""Even cuts of the topological order: in proportion to the speed of the devices, and the naive ones.
+
+The first are the first incumbents.
 
 The compute of their stages is quickly summed up, and bounds their largest load from below: mostly that is enough to see
 that a split is not the best of them. Memory and transfers take a hundred times as long to look at.
@@ -8,13 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from shardwright.sharder.planning.problem import Problem
+from shardwright.sharder.planning.problem import Block, Problem
 from shardwright.sharder.planning.search import Stages
+from shardwright.sharder.planning.split_loads import stage_loads
 
-__all__ = ["EvenSplit", "best_even_split", "even_splits"]
+__all__ = ["NAIVE", "EvenSplit", "best_even_split", "cut_evenly", "even_splits", "naive_split"]
 
+NAIVE: dict[Literal["equal count", "by parameters"], Callable[[Block], float]] = {
+    "equal count": lambda block: len(block.units),
+    "by parameters": lambda block: block.static_bytes,
+}
+"""What the naive splits share out evenly."""
 UNTIL = 0.25
 """The share of the time until which they are looked at, once one fits."""
 
@@ -80,3 +88,31 @@ def best_even_split(
             break
     value_s, number = best
     return (splits[number].stages, value_s) if number >= 0 else None
+
+
+def cut_evenly(weights: Sequence[float], parts: int) -> list[int]:
+    """Where each part ends for equal shares of ``weights``, as nearly as whole items allow; every part gets one."""
+    ends: list[int] = []
+    total, running, position = sum(weights), 0.0, 0
+    for part in range(1, parts):
+        target = total * part / parts
+        last = len(weights) - (parts - part)  # the others need one each
+        first = ends[-1] + 1 if ends else 1
+        while position < last and (position < first or running + weights[position] / 2 < target):
+            running += weights[position]
+            position += 1
+        ends.append(position)
+    return [*ends, len(weights)]
+
+
+def naive_split(problem: Problem, weight: Callable[[Block], float]) -> Stages:
+    """Equal shares of ``weight`` over the devices as given, over most of them that is possible; nothing if there are
+    not two."""
+    weights = [weight(block) for block in problem.blocks]
+    for parts in range(min(problem.most_stages, len(weights)), 1, -1):
+        ends = cut_evenly(weights, parts)
+        members = [(1 << end) - (1 << start) for start, end in zip([0, *ends], ends, strict=False)]
+        stages = tuple(enumerate(members))
+        if stage_loads(problem, stages) is not None:
+            return stages
+    return ()

@@ -54,7 +54,7 @@ def prices_of_pins(
         except ShardwrightError as error:
             prices.append(PinPrice(unit=pattern, device=device, without_s=None, exact=False, why=str(error)))
             continue
-        without_s = min(split.value_s, chosen.split.value_s)
+        without_s = min(split.value_s, chosen.of_least_load.split.value_s)
         exact = split.exact and not offloads
         prices.append(PinPrice(unit=pattern, device=device, without_s=without_s, exact=exact))
     return tuple(prices)

@@ -164,6 +164,12 @@ class Certificate(Record):
     exact: bool
     binds: str
     """What stands in the way of a smaller value."""
+    least_s: NonNegativeFloat | None = None
+    """Where the plan has a shorter step than the split with the least largest load: that load."""
+    least_step_s: NonNegativeFloat | None = None
+    """And the step of that split."""
+    shortest: bool = False
+    """Whether no split with so many micro-batches has a shorter step at the median times."""
 
 
 class Prediction(Record):

@@ -31,7 +31,7 @@ from shardwright.sharder.planning.plan import (
     Plan,
     Prediction,
 )
-from shardwright.sharder.planning.pricing import Option, baseline_of, noise_s, solve
+from shardwright.sharder.planning.pricing import Option, baseline_of, noise_s, solve, with_short_step
 from shardwright.sharder.planning.problem import Problem, Recompute, Schedule, Transfers, Wanted
 from shardwright.sharder.planning.recorded import makers_of_numbers, split_ties, stage_of_nodes, stages_of
 from shardwright.sharder.planning.replicas import Replicas, on_mesh_of, replicas_asked
@@ -72,9 +72,9 @@ def plan(
 ) -> Plan:
     """Split the profiled model over its devices.
 
-    At each number of micro-batches the split with the smallest largest load is found and proven; the pipeline's step
-    is then simulated, and the number with the shortest step is chosen. With ``"auto"``, one device alone is chosen
-    when no split is faster.
+    At each number of micro-batches the split with the smallest largest load is found and proven, and from it on one
+    with a shorter step is looked for. The number with the shortest step, simulated, is chosen. With ``"auto"``, one
+    device alone is chosen when no split is faster.
 
     Args:
         profile: times and sizes, as measured or loaded; or a graph of costs from anywhere, with the attributes that
@@ -249,6 +249,7 @@ def _for_memory(profile: Profile, problems: list[Problem], every: list[Problem],
     option = solve(within_share(problem, share.value), profile, time_limit_s=max(0.0, deadline_s - time.monotonic()))
     if option is None:
         raise AssertionError("a split was found with these caps")
+    option = with_short_step(option, profile)
     baseline = baseline_of(every, profile)
     alternatives = alternatives_of(problems, every, profile, baseline.step_s if baseline else None)
     alternatives += kept_whole(option, [option], baseline.step_s if baseline else None)

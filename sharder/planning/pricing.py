@@ -6,24 +6,27 @@ import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.partition import Partition, partition
-from shardwright.sharder.planning.problem import Problem, Schedule
+from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.replicas import expected_step_of_replicas_s
+from shardwright.sharder.planning.search import ROUNDING
 from shardwright.sharder.planning.simulate import StageCost, expected_step_s, simulate
 from shardwright.sharder.planning.split_loads import stage_loads
-from shardwright.sharder.planning.stage_costs import shares_of, stage_costs
+from shardwright.sharder.planning.stage_costs import rules_of, shares_of, stage_costs, stages_anew
+from shardwright.sharder.planning.step_search import shortest_step
 from shardwright.sharder.planning.timeline import Timeline
 
-__all__ = ["Option", "Rules", "baseline_of", "noise_s", "price", "rules_of", "solve", "solve_each", "stages_anew"]
+__all__ = ["Option", "baseline_of", "noise_s", "price", "solve", "solve_each", "with_short_step"]
 
 LEAST_NOISE = 0.05
 """One device counts as faster than an earlier one from this relative difference on, however steady both were."""
 LEAST_GAIN = 0.01
 """For less than this part of the step no stage is computed anew where a split fits without."""
+LEAST_SHORTER = 0.001
+"""For less than this part of the step no split has a larger largest load than it need have."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,16 @@ class Option:
     """Where some stages are computed anew by choice: the best split in which none is, if one was found."""
     why_none_kept: str = ""
     """Why there is none."""
+
+    least: Option | None = None
+    """Where this one has the shorter step: the split with the least largest load that was found."""
+    shortest: bool = False
+    """Whether no split of so many micro-batches has a shorter step at the median times."""
+
+    @property
+    def of_least_load(self) -> Option:
+        """The split with the least largest load."""
+        return self.least or self
 
     @property
     def anew(self) -> list[bool]:
@@ -116,34 +129,20 @@ def _solved(problem: Problem, profile: Profile, time_limit_s: float) -> Option |
     return None
 
 
-class Rules(TypedDict):
-    """How a step is simulated."""
-
-    schedule: Schedule
-    stages_per_device: int
-    train: bool
-    transfers: Literal["serial", "overlapped"]
-    staged: bool
-
-
-def rules_of(problem: Problem, *, train: bool) -> Rules:
-    """How a step of ``problem`` is simulated."""
-    return Rules(
-        schedule=problem.schedule,
-        stages_per_device=problem.stages_per_device,
-        train=train,
-        transfers="overlapped" if problem.overlap else "serial",
-        staged=problem.transfers == "staged",
-    )
-
-
-def stages_anew(problem: Problem, stages: Sequence[tuple[int, int]]) -> list[bool]:
-    """Of each stage of a split that fits, whether it is computed anew."""
-    found, closed = [], 0
-    for position, (device, members) in enumerate(stages):
-        found.append(problem.recomputes(closed, closed | members, device, len(stages) - 1 - position))
-        closed |= members
-    return found
+def with_short_step(option: Option, profile: Profile) -> Option:
+    """``option``, or a split of the same problem whose step is noticeably shorter; not of interleaved stages, whose
+    search has looked for that, nor with weights offloaded."""
+    problem, split = option.problem, option.split
+    if problem.stages_per_device > 1 or option.tiers:
+        return option
+    stages, load_s, proven = shortest_step(problem, split.stages, train=profile.train)
+    if stages == split.stages:
+        return dataclasses.replace(option, shortest=proven)
+    bound_s = min(split.bound_s, load_s)
+    other = price(problem, Partition(stages, load_s, bound_s, exact=load_s <= bound_s * (1 + ROUNDING)), profile)
+    if other.step_s > option.step_s * (1 - LEAST_SHORTER) and load_s >= split.value_s:
+        return option
+    return dataclasses.replace(other, least=option if load_s > split.value_s else None, shortest=proven)
 
 
 def price(problem: Problem, split: Partition, profile: Profile) -> Option:

@@ -54,7 +54,7 @@ ROUNDING = 1e-12
 """Sums of the same times in another order differ by less than this share."""
 
 
-@lru_cache(maxsize=1)  # the same graph is split at several numbers of micro-batches
+@lru_cache(maxsize=2)  # the same graph is split at several numbers of micro-batches, within two limits
 def closed_sets(predecessors: tuple[int, ...], limit: int) -> Lattice | None:
     """All predecessor-closed sets of a DAG; None when there are more than ``limit``."""
     successors: list[list[int]] = [[] for _ in predecessors]

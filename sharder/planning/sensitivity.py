@@ -8,7 +8,7 @@ plan, for all that is known.
 Drawn is what units and glue take to compute, and nothing else. The times of links, with them those in which offloaded
 weights come, are the same in every draw, since a profile does not say how sure these are. Rivals are what one may
 decide for instead: other numbers of micro-batches, one device, data parallel. The equal splits are none: they are
-splits like the plan, with the same costs and no smaller largest load.
+splits like the plan, with the same costs and no shorter step.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Measurement, Profile
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.plan import Replans, Sensitivity
-from shardwright.sharder.planning.pricing import Option, Rules, rules_of
+from shardwright.sharder.planning.pricing import Option
 from shardwright.sharder.planning.problem import Problem, Replica, bits
 from shardwright.sharder.planning.replicas import own_factors, slowest_steps
 from shardwright.sharder.planning.simulate import steps_at
 from shardwright.sharder.planning.split_loads import largest_load_s
-from shardwright.sharder.planning.stage_costs import Stages, shares_of
+from shardwright.sharder.planning.stage_costs import Rules, Stages, rules_of, shares_of
 
 __all__ = ["rivals_of", "sensitivity_of"]
 
@@ -229,7 +229,7 @@ def _replans_of(chosen: Option, draws: _Draws, count: int, deadline_s: float) ->
         split = None
         with contextlib.suppress(ShardwrightError):
             split = partition(drawn, time_limit_s=max(0.0, deadline_s - time.monotonic()) / (count - draw))
-        value_s = largest_load_s(drawn, chosen.split.stages)
+        value_s = largest_load_s(drawn, chosen.of_least_load.split.stages)
         if split is None or value_s is None:
             continue
         planned += 1

@@ -42,7 +42,7 @@ from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.schedule import BACKWARD, FORWARD, KINDS, Order, PipelineSchedule, order
 from shardwright.sharder.planning.timeline import Timeline
 
-__all__ = ["StageCost", "Transfers", "expected_step_s", "simulate", "steps_at"]
+__all__ = ["StageCost", "Transfers", "expected_step_s", "simulate", "steps_at", "steps_of"]
 
 Transfers = Literal["serial", "overlapped"]
 
@@ -209,6 +209,28 @@ def steps_at(
     """
     todo = _order(costs, microbatches, schedule, train, stages_per_device)
     return _steps(costs, np.asarray(factors, float), todo, schedule, train, transfers, staged)
+
+
+def steps_of(
+    splits: Sequence[Sequence[StageCost]],
+    microbatches: int,
+    *,
+    schedule: PipelineSchedule = "1f1b",
+    train: bool = True,
+    stages_per_device: int = 1,
+    transfers: Transfers = "serial",
+    staged: bool = False,
+) -> list[float]:
+    """The step of each of ``splits``, which have as many stages each: seconds.
+
+    The other arguments and the errors are those of :func:`simulate`.
+    """
+    todo = _order(splits[0], microbatches, schedule, train, stages_per_device)
+    once = np.ones((todo.devices, 1))
+    each = [_prices(costs, once, schedule, train, transfers, staged) for costs in splits]
+    prices = _Prices(*(np.concatenate(parts, axis=-1) for parts in zip(*each, strict=True)))
+    steps: list[float] = (_play(todo, prices).free_s + prices.last).max(axis=0).tolist()
+    return steps
 
 
 def _steps(

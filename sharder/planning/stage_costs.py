@@ -1,14 +1,15 @@
-"""What the stages of a split cost, as the simulator wants it."""
+"""What the stages of a split cost, and the rules of their step, as the simulator wants them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, TypedDict
 
-from shardwright.sharder.planning.problem import Block, Problem, bits
+from shardwright.sharder.planning.problem import Block, Problem, Schedule, bits
 from shardwright.sharder.planning.simulate import StageCost
 from shardwright.sharder.planning.transfers import traffic_of
 
-__all__ = ["Stages", "shares_of", "stage_costs", "sums_s_of", "ties_s_of"]
+__all__ = ["Rules", "Stages", "rules_of", "shares_of", "stage_costs", "stages_anew", "sums_s_of", "ties_s_of"]
 
 Stages = Sequence[tuple[int, int]]
 """In order: a device index and a bit mask of blocks each."""
@@ -93,3 +94,33 @@ def _parts_s(blocks: Sequence[Block], device: int, *, first: bool) -> dict[str, 
         return {"backward_input_s": 0.0, "backward_weight_s": sum(b.backward_s[device] for b in blocks)}
     inputs_s, weights_s = (sum(b.parts_s[device][part] for b in blocks) for part in (0, 1))
     return {"backward_input_s": inputs_s, "backward_weight_s": weights_s}
+
+
+class Rules(TypedDict):
+    """How a step is simulated."""
+
+    schedule: Schedule
+    stages_per_device: int
+    train: bool
+    transfers: Literal["serial", "overlapped"]
+    staged: bool
+
+
+def rules_of(problem: Problem, *, train: bool) -> Rules:
+    """How a step of ``problem`` is simulated."""
+    return Rules(
+        schedule=problem.schedule,
+        stages_per_device=problem.stages_per_device,
+        train=train,
+        transfers="overlapped" if problem.overlap else "serial",
+        staged=problem.transfers == "staged",
+    )
+
+
+def stages_anew(problem: Problem, stages: Sequence[tuple[int, int]]) -> list[bool]:
+    """Of each stage of a split that fits, whether it is computed anew."""
+    found, closed = [], 0
+    for position, (device, members) in enumerate(stages):
+        found.append(problem.recomputes(closed, closed | members, device, len(stages) - 1 - position))
+        closed |= members
+    return found

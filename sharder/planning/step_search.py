@@ -1,0 +1,435 @@
+"""The search for a split with a shorter step than that of the least largest load.
+
+Under 1F1B and GPipe a stage begins when the first micro-batch has come through those before it, and the last one's
+gradients go through those once more when it has ended. Its own first backward cannot come before the first micro-batch
+has been through all stages. So with M micro-batches, f(s) and b(s) the forward and backward of one on stage s, and W(s)
+forwards of that stage before its first backward, a step takes at least, for every s,
+
+    sum over the r before s of (f(r) + b(r))  +  M (f(s) + b(s))                                                    (1)
+    sum over all r of (f(r) + b(r))  +  (M - 1) b(s)  +  (M - W(s)) f(s)                                            (2)
+
+Under zero-bubble, whose stages have the gradients of weights left to compute while others' drain, (1) holds without the
+b(r). The search of partition.py makes the largest load least, which is M (f(s) + b(s)) and what is with it, and proves
+it. That is nearly all there is to a step of many micro-batches on devices that are alike. With few, or on devices of
+unlike speed, a split with a larger load may have the shorter step, as it has less before the slowest stage or leaves
+out a device. It is looked for by moves from several splits on, of blocks over one cut and of stages to other devices:
+the move with the shortest simulated step is made. Where there are few splits, all that (1) and (2) allow are simulated,
+and the step is proven the shortest.
+
+How much is tried is counted, not timed, so that a plan does not hang on the speed of the machine that makes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+from shardwright.sharder.planning.device_classes import alike_devices, orders_to_try
+from shardwright.sharder.planning.even import NAIVE, even_splits, naive_split
+from shardwright.sharder.planning.problem import Problem, bits, in_flight
+from shardwright.sharder.planning.search import Lattice, Stages, closed_sets
+from shardwright.sharder.planning.simulate import StageCost, steps_of
+from shardwright.sharder.planning.split_loads import stage_loads
+from shardwright.sharder.planning.stage_costs import rules_of, stage_costs, stages_anew
+from shardwright.sharder.planning.zero_bubble import divides
+
+__all__ = ["Shortest", "shortest_step"]
+
+MOST_BLOCKS = 2_000
+"""For more, nothing is tried: their loads alone take longer than all else."""
+MOST_LOOKED_AT = 10_000
+"""Blocks of all splits that are simulated for moves."""
+FEWEST_SPLITS, MOST_SPLITS = 16, 600
+"""So many are simulated, however many blocks there are."""
+AT_ONCE = 32
+"""Of the moves from a split, so many of the least bounds are simulated."""
+EVEN = 3
+"""Of the even splits of one number of stages so many are starts."""
+HOPEFUL = 1.5
+"""A split with a step longer than so many times the known one's is no start."""
+MOST_PERMUTED = 720
+ORDERS = 64
+"""So many orders of devices at most are cut evenly."""
+HOPS = (1, 2, 4, 8)
+"""So many neighbouring blocks are moved over a cut together."""
+MOST_MOVED = 16
+"""Of a block and those with it."""
+MOST_CLOSED = 2_000
+MOST_CUTS = 10**6
+"""Every split is looked for with so many closed sets at most, and so many ways to choose one for each cut."""
+MOST_STAGES = 20_000
+"""So many beginnings of splits are looked at for that."""
+SHORTER = 1e-6
+"""A step that is not shorter by this share of it is the same one."""
+
+
+class Stepped(NamedTuple):
+    """A split with its step."""
+
+    step_s: float
+    """Simulated, of the median times."""
+    load_s: float
+    """The largest of a device."""
+    stages: Stages
+
+
+class Shortest(NamedTuple):
+    """A split with a short step."""
+
+    stages: Stages
+    load_s: float
+    """The largest of a device."""
+    proven: bool
+    """Whether no split of several stages has a shorter step at the median times."""
+
+
+def shortest_step(problem: Problem, known: Stages, *, train: bool) -> Shortest:
+    """The split with the shortest step that was found.
+
+    Args:
+        problem: of one stage a device.
+        known: a split that fits. Only a split with several stages takes the place of one with several.
+        train: whether there are backwards.
+    """
+    search = _StepSearch(problem, train=train)
+    best = search.best_of([known])
+    assert best is not None, "a split that is known fits"
+    if len(known) < 2 or len(problem.blocks) > MOST_BLOCKS:
+        return Shortest(known, best.load_s, proven=False)
+    for start in search.starts(best):
+        best = min(best, search.descended(start))
+    best, proven = _AllSplits(search, best).shortest()
+    return Shortest(search.in_order(best.stages), best.load_s, proven)
+
+
+class _StepSearch:
+    """Moves from split to split, each of which is looked at once."""
+
+    def __init__(self, problem: Problem, *, train: bool) -> None:
+        self.problem, self.rules = problem, rules_of(problem, train=train)
+        self.left = min(max(MOST_LOOKED_AT // len(problem.blocks), FEWEST_SPLITS), MOST_SPLITS)
+        """So many splits may still be simulated for moves."""
+        self.seen: set[Stages] = set()
+        self._works: dict[tuple[int, int], tuple[float, float]] = {}
+
+    def starts(self, known: Stepped) -> list[Stepped]:
+        """Splits to move from: the known one, the naive ones, and the best even ones of each number of stages."""
+        found = [known]
+        for weight in NAIVE.values():
+            naive = self._new([naive_split(self.problem, weight)])
+            found += filter(None, [self.best_of(naive)])
+        even: dict[int, list[Stages]] = {}
+        for stages in self._new(split.stages for split in even_splits(self.problem, self._device_orders())):
+            even.setdefault(len(stages), []).append(stages)
+        for alike in even.values():
+            fitting = (self._checked(*one) for one in self._simulated(alike) if one[0] <= known.step_s * HOPEFUL)
+            found += itertools.islice(filter(None, fitting), EVEN)
+        return found
+
+    def _device_orders(self) -> list[Sequence[int]]:
+        """Orders of devices, as far as they can be told apart: all if they are few."""
+        count = len(self.problem.devices)
+        if math.factorial(count) > MOST_PERMUTED:
+            return [*orders_to_try(self.problem)]
+        found: dict[tuple[int, ...], Sequence[int]] = {}
+        for order in itertools.permutations(range(count)):
+            found.setdefault(tuple(self.class_of[d] for d in order), order)
+        return [*itertools.islice(found.values(), ORDERS)]
+
+    def descended(self, at: Stepped) -> Stepped:
+        """Where the moves from ``at`` on that make the step shorter lead to."""
+        while self.left > 0:
+            found = self.best_of(self._new(self._moves(at.stages), at.step_s), at.step_s * (1 - SHORTER))
+            if found is None:
+                break
+            at = found
+        return at
+
+    def _new(self, splits: Iterable[Stages], below_s: float = math.inf) -> list[Stages]:
+        """Those of ``splits`` that were not looked at and may be shorter than so many seconds; as many as are left, of
+        the least bounds."""
+        new = [stages for stages in dict.fromkeys(splits) if self.may_be(len(stages)) and stages not in self.seen]
+        hopeful = sorted((bound_s, stages) for stages in new if (bound_s := self._bound_s(stages)) < below_s)
+        return [stages for _, stages in hopeful[: max(0, min(self.left, AT_ONCE))]]
+
+    def may_be(self, stages: int) -> bool:
+        """Whether a split may have so many stages: several, which the engine takes."""
+        parted = self.problem.schedule == "zero-bubble"
+        return stages > 1 and (not parted or divides(stages, self.problem.microbatches))
+
+    def best_of(self, splits: Sequence[Stages], below_s: float = math.inf) -> Stepped | None:
+        """The fitting one of ``splits`` with the shortest step; None where none is below so many seconds."""
+        best: Stepped | None = None
+        for least_s, stages in self._simulated(splits):
+            if least_s >= below_s:
+                break
+            found = self._checked(least_s, stages)
+            if found is not None and found.step_s < below_s:
+                best, below_s = found, found.step_s
+        return best
+
+    def _simulated(self, splits: Sequence[Stages]) -> list[tuple[float, Stages]]:
+        """Steps that ``splits`` do not go below, the shortest first; what does not fit may have one."""
+        groups: dict[int, list[Stages]] = {}
+        for stages in splits:
+            groups.setdefault(len(stages), []).append(stages)
+        self.seen.update(splits)
+        self.left -= len(splits)
+        found: list[tuple[float, Stages]] = []
+        for group in groups.values():
+            steps = steps_of([self._least_costs(s) for s in group], self.problem.microbatches, **self.rules)
+            found += zip(steps, group, strict=True)
+        return sorted(found)
+
+    def _least_costs(self, stages: Stages) -> Sequence[StageCost]:
+        """The costs of ``stages``, or less where some may be computed anew: whether they fit otherwise takes longer."""
+        costs = stage_costs(self.problem, stages, [self.problem.recompute == "always"] * len(stages))
+        if self.problem.recompute != "auto":
+            return costs
+        forwards = (self._work_s(*stage)[0] for stage in stages)
+        return [dataclasses.replace(cost, forward_s=s) for cost, s in zip(costs, forwards, strict=True)]
+
+    def _checked(self, least_s: float, stages: Stages) -> Stepped | None:
+        """``stages`` with their own step, which is not below ``least_s``; None if they do not fit."""
+        loads = stage_loads(self.problem, stages)
+        if loads is None:
+            return None
+        if self.problem.recompute == "auto":
+            costs = stage_costs(self.problem, stages, stages_anew(self.problem, stages))
+            (least_s,) = steps_of([costs], self.problem.microbatches, **self.rules)
+        return Stepped(least_s, max(loads), stages)
+
+    def _bound_s(self, stages: Stages) -> float:
+        """A step of ``stages`` is no shorter: (1) and (2)."""
+        return bound_s(self.problem, [self._work_s(*stage) for stage in stages])
+
+    def _work_s(self, device: int, members: int) -> tuple[float, float]:
+        """What a stage computes for a micro-batch, forward and backward."""
+        key = device, members
+        if key not in self._works:
+            blocks = [*bits(members)]
+            forward_s, backward_s = (sum(each[v][device] for v in blocks) for each in (self.forwards, self.backwards))
+            self._works[key] = forward_s, backward_s
+        return self._works[key]
+
+    @cached_property
+    def forwards(self) -> list[tuple[float, ...]]:
+        """By block and device: the forward of a micro-batch, at least; computed anew it may keep nothing."""
+        blocks, devices = self.problem.blocks, range(len(self.problem.devices))
+        if self.problem.recompute == "never":
+            return [block.forward_s for block in blocks]
+        return [tuple(min(block.forward_s[d], block.again_s(d)) for d in devices) for block in blocks]
+
+    @cached_property
+    def backwards(self) -> list[tuple[float, ...]]:
+        """By block and device: the backward of a micro-batch, at least; in two parts it may be either sum."""
+        blocks = self.problem.blocks
+        if self.problem.schedule != "zero-bubble":
+            return [block.backward_s for block in blocks]
+        return [tuple(map(min, block.backward_s, map(sum, block.parts_s))) for block in blocks]
+
+    def _moves(self, stages: Stages) -> Iterator[Stages]:
+        """Splits that are near to ``stages``: blocks over a cut, stages on other devices, one stage fewer or more."""
+        for position, ((device, members), (after, behind)) in enumerate(itertools.pairwise(stages)):
+            rest = stages[:position], stages[position + 2 :]
+            for moved in self._last(members):
+                yield (*rest[0], (device, members & ~moved), (after, behind | moved), *rest[1])
+            for moved in self._first(behind):
+                yield (*rest[0], (device, members | moved), (after, behind & ~moved), *rest[1])
+            for one in (device, after):
+                yield (*rest[0], (one, members | behind), *rest[1])
+        if len(stages) < self.problem.most_stages:
+            yield from self._with_one_more(stages)
+        for changed in self._other_devices([device for device, _ in stages], self.unused(stages)):
+            yield tuple((device, members) for device, (_, members) in zip(changed, stages, strict=True))
+
+    def _with_one_more(self, stages: Stages) -> Iterator[Stages]:
+        """``stages`` with the first or last blocks of one of them on a device that has none."""
+        for position, (device, members) in enumerate(stages):
+            for other in self.unused(stages):
+                for moved in self._last(members):
+                    yield (*stages[:position], (device, members & ~moved), (other, moved), *stages[position + 1 :])
+                for moved in self._first(members):
+                    yield (*stages[:position], (other, moved), (device, members & ~moved), *stages[position + 1 :])
+
+    def _last(self, members: int) -> Iterator[int]:
+        """Of a stage: the last few blocks, and each block with those that need it."""
+        blocks = [*bits(members)]
+        yield from (sum(1 << v for v in blocks[-hop:]) for hop in HOPS if hop < len(blocks))
+        yield from self._few(members, (self._behind[v] & members for v in blocks))
+
+    def _first(self, members: int) -> Iterator[int]:
+        """Of a stage: the first few blocks, and each block with those that it needs."""
+        blocks = [*bits(members)]
+        yield from (sum(1 << v for v in blocks[:hop]) for hop in HOPS if hop < len(blocks))
+        yield from self._few(members, (self._before[v] & members for v in blocks))
+
+    @staticmethod
+    def _few(members: int, moves: Iterable[int]) -> Iterator[int]:
+        """Of ``moves`` those of few blocks, that leave some."""
+        return (moved for moved in moves if moved != members and moved.bit_count() <= MOST_MOVED)
+
+    @cached_property
+    def _behind(self) -> list[int]:
+        """By block, the mask of all that need it, itself among them."""
+        behind = [1 << v for v in range(len(self.problem.blocks))]
+        for v in reversed(range(len(behind))):
+            for u in bits(self.problem.predecessors[v]):
+                behind[u] |= behind[v]
+        return behind
+
+    @cached_property
+    def _before(self) -> list[int]:
+        """By block, the mask of all that it needs, itself among them."""
+        before: list[int] = []
+        for v, own in enumerate(self.problem.predecessors):
+            before.append(functools.reduce(operator.or_, (before[u] for u in bits(own)), 1 << v))
+        return before
+
+    @cached_property
+    def class_of(self) -> dict[int, int]:
+        """By device: which others it cannot be told from."""
+        return {device: number for number, alike in enumerate(alike_devices(self.problem)) for device in alike}
+
+    def in_order(self, stages: Stages) -> Stages:
+        """The same split, with the first devices of those that are alike, in their order."""
+        first = {kind: iter(each) for kind, each in enumerate(alike_devices(self.problem))}
+        return tuple((next(first[self.class_of[device]]), members) for device, members in stages)
+
+    def unused(self, stages: Stages) -> list[int]:
+        """Devices without a stage, of those that are alike one."""
+        used = {device for device, _ in stages}
+        return [*{self.class_of[d]: d for d in range(len(self.problem.devices)) if d not in used}.values()]
+
+    def _other_devices(self, devices: Sequence[int], unused: Sequence[int]) -> Iterator[list[int]]:
+        """``devices`` with two exchanged, or one of ``unused`` in the place of one."""
+        kind = self.class_of
+        for a, b in itertools.combinations(range(len(devices)), 2):
+            if kind[devices[a]] != kind[devices[b]]:
+                changed = [*devices]
+                changed[a], changed[b] = devices[b], devices[a]
+                yield changed
+        for a, device in enumerate(devices):
+            for other in unused:
+                if kind[other] != kind[device]:
+                    yield [*devices[:a], other, *devices[a + 1 :]]
+
+
+def bound_s(problem: Problem, works: Sequence[tuple[float, float]]) -> float:
+    """A step of stages that compute so long, forward and backward of a micro-batch, is no shorter: (1) and (2)."""
+    count, drains = problem.microbatches, problem.schedule != "zero-bubble"
+    through_s = sum(forward_s + backward_s for forward_s, backward_s in works)
+    least_s = before_s = 0.0
+    for position, (forward_s, backward_s) in enumerate(works):
+        least_s = max(least_s, before_s + count * (forward_s + backward_s))
+        if drains:
+            first = in_flight(problem.schedule, count, len(works) - 1 - position) if backward_s else 1
+            least_s = max(least_s, through_s + (count - 1) * backward_s + (count - first) * forward_s)
+        before_s += forward_s + drains * backward_s
+    return least_s
+
+
+class _AllSplits:
+    """Every split of several stages whose step may be shorter, if they are few enough."""
+
+    def __init__(self, search: _StepSearch, best: Stepped) -> None:
+        self.search, self.best = search, best
+        self.problem = search.problem
+        self.left = MOST_STAGES
+        self._waiting: list[Stages] = []
+
+    def shortest(self) -> tuple[Stepped, bool]:
+        """The best of all, or of those that were looked at, and whether these were all."""
+        lattice = closed_sets(self.problem.predecessors, MOST_CLOSED)
+        if lattice is None or len(lattice) ** (self.problem.most_stages - 1) > MOST_CUTS:
+            return self.best, False
+        self._sums = _sums_of(self.search.forwards, self.search.backwards, lattice)
+        self._everything = (1 << len(self.problem.blocks)) - 1
+        complete = self._go_on((), 0, ())
+        self._simulate()
+        return self.best, complete
+
+    def _go_on(self, stages: Stages, closed: int, works: tuple[tuple[float, float], ...]) -> bool:
+        """Look at all splits that begin with ``stages``, which hold ``closed`` and take ``works``; whether it was."""
+        for device in self.search.unused(stages):
+            if self.search.may_be(len(stages) + 1):
+                self._offer((*stages, (device, self._everything & ~closed)), works)
+            if len(stages) + 1 == self.problem.most_stages:
+                continue
+            for larger in self._sums:
+                if larger & closed != closed or larger in (closed, self._everything):
+                    continue
+                self.left -= 1
+                if self.left < 0:
+                    return False
+                more = (*works, self._work_s(device, closed, larger))
+                if self._least_s(more, larger) < self._ceiling_s and not self._go_on(
+                    (*stages, (device, larger & ~closed)), larger, more
+                ):
+                    return False
+        return True
+
+    @property
+    def _ceiling_s(self) -> float:
+        return self.best.step_s * (1 - SHORTER)
+
+    def _work_s(self, device: int, closed: int, larger: int) -> tuple[float, float]:
+        """Forward and backward of what is between two closed sets."""
+        (forwards, backwards, _), (less, fewer, _) = self._sums[larger], self._sums[closed]
+        return forwards[device] - less[device], backwards[device] - fewer[device]
+
+    def _least_s(self, works: tuple[tuple[float, float], ...], closed: int) -> float:
+        """A step that begins with stages of ``works``, which hold ``closed``, is no shorter: as bound_s, with what is
+        left shared evenly by as many stages as there may be, each where it is fastest."""
+        count, more = self.problem.microbatches, self.problem.most_stages - len(works)
+        drains = self.problem.schedule != "zero-bubble"
+        rest_s = self._sums[self._everything][2] - self._sums[closed][2]
+        forward_s, backward_s = works[-1]
+        before_s = sum(forward_s + drains * backward_s for forward_s, backward_s in works[:-1])
+        least_s = before_s + count * (forward_s + backward_s)
+        behind_s = before_s + forward_s + drains * backward_s
+        if drains:
+            first = in_flight(self.problem.schedule, count, more) if backward_s else 1
+            least_s = max(least_s, behind_s + rest_s + (count - 1) * backward_s + (count - first) * forward_s)
+        return max(least_s, behind_s + count * rest_s / more)
+
+    def _offer(self, stages: Stages, works: tuple[tuple[float, float], ...]) -> None:
+        """Have ``stages`` simulated if they may be shorter; ``works`` are those of all but the last."""
+        if stages in self.search.seen:
+            return
+        device, members = stages[-1]
+        last = self._work_s(device, self._everything & ~members, self._everything)
+        if bound_s(self.problem, [*works, last]) < self._ceiling_s:
+            self._waiting.append(stages)
+        if len(self._waiting) == AT_ONCE:
+            self._simulate()
+
+    def _simulate(self) -> None:
+        """Take the best of those that wait."""
+        self.best = self.search.best_of(self._waiting, self._ceiling_s) or self.best
+        self._waiting.clear()
+
+
+def _sums_of(
+    forwards: Sequence[Sequence[float]], backwards: Sequence[Sequence[float]], lattice: Lattice
+) -> dict[int, tuple[list[float], list[float], float]]:
+    """By closed set: the sums of its blocks' times on each device, and what these take at least."""
+    none = [0.0] * len(forwards[0])
+    least_s = [min(map(operator.add, *both)) for both in zip(forwards, backwards, strict=True)]
+    sums = {0: (none, none, 0.0)}
+    for closed, larger_sets in lattice.items():
+        forward_s, backward_s, so_far_s = sums[closed]
+        for v, larger in larger_sets:
+            if larger not in sums:
+                sums[larger] = (
+                    [*map(operator.add, forward_s, forwards[v])],
+                    [*map(operator.add, backward_s, backwards[v])],
+                    so_far_s + least_s[v],
+                )
+    return sums
