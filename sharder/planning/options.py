@@ -23,7 +23,7 @@ from shardwright.sharder.planning.zero_bubble_options import with_zero_bubble
 __all__ = ["Asked", "nothing_fits", "options_of", "rates_of"]
 
 
-HOPEFUL = 1.3
+MAY_WIN = 1.3
 """For an option whose step is longer than so many times the shortest, no split with a shorter one is looked for."""
 
 
@@ -73,8 +73,8 @@ def options_of(problems: list[Problem], profile: Profile, asked: Asked, deadline
         raise nothing_fits_in(problems, counts[0])
     if not found:
         raise unfinished or nothing_fits(problems, profile, deadline_s)
-    may_be_s = min((option.step_s for option in found), default=0.0) * HOPEFUL
-    found = [with_short_step(option, profile) if option.step_s <= may_be_s else option for option in found]
+    most_s = MAY_WIN * min(option.step_s for option in found)
+    found = [with_short_step(option, profile) if option.step_s <= most_s else option for option in found]
     return sorted(found, key=lambda option: option.problem.stages_per_device)
 
 

@@ -169,7 +169,8 @@ class Certificate(Record):
     least_step_s: NonNegativeFloat | None = None
     """And the step of that split."""
     shortest: bool = False
-    """Whether no split with so many micro-batches has a shorter step at the median times."""
+    """Whether no split of several stages, one a device, has a shorter step at the median times, with so many
+    micro-batches and replicas and under this schedule."""
 
 
 class Prediction(Record):

@@ -52,7 +52,10 @@ class Option:
     least: Option | None = None
     """Where this one has the shorter step: the split with the least largest load that was found."""
     shortest: bool = False
-    """Whether no split of so many micro-batches has a shorter step at the median times."""
+    """Whether no split of several stages, one a device, has a shorter step at the median times, with so many
+    micro-batches and replicas and under this schedule."""
+    narrowed: bool = False
+    """Whether the problem leaves out stages computed anew, which were allowed."""
 
     @property
     def of_least_load(self) -> Option:
@@ -86,7 +89,7 @@ def solve(problem: Problem, profile: Profile, *, time_limit_s: float) -> Option 
     # It is the better one for its step; the certificate is over all splits, of a smaller largest load.
     bound_s = min(kept.split.bound_s, best.split.bound_s)
     exact = kept.split.exact and bound_s == kept.split.value_s
-    return dataclasses.replace(kept, split=dataclasses.replace(kept.split, bound_s=bound_s, exact=exact))
+    return dataclasses.replace(kept, split=dataclasses.replace(kept.split, bound_s=bound_s, exact=exact), narrowed=True)
 
 
 def solve_each(
@@ -136,13 +139,32 @@ def with_short_step(option: Option, profile: Profile) -> Option:
     if problem.stages_per_device > 1 or option.tiers:
         return option
     stages, load_s, proven = shortest_step(problem, split.stages, train=profile.train)
+    proven = proven and not option.narrowed and _is_of_all(problem)
     if stages == split.stages:
         return dataclasses.replace(option, shortest=proven)
+    larger = load_s > split.value_s * (1 + ROUNDING)
     bound_s = min(split.bound_s, load_s)
     other = price(problem, Partition(stages, load_s, bound_s, exact=load_s <= bound_s * (1 + ROUNDING)), profile)
-    if other.step_s > option.step_s * (1 - LEAST_SHORTER) and load_s >= split.value_s:
+    anew_by_choice = problem.recompute == "auto" and any(other.anew)
+    first_anew = anew_by_choice and not any(option.anew)
+    if larger and other.step_s > option.step_s * (1 - (LEAST_GAIN if first_anew else LEAST_SHORTER)):
         return option
-    return dataclasses.replace(other, least=option if load_s > split.value_s else None, shortest=proven)
+    kept = option if first_anew else option.kept
+    return dataclasses.replace(
+        other,
+        least=option if larger else None,
+        shortest=proven,
+        kept=kept and with_short_step(kept, profile) if anew_by_choice and not first_anew else kept,
+        why_none_kept=option.why_none_kept,
+    )
+
+
+def _is_of_all(problem: Problem) -> bool:
+    """Whether what the search of steps proves holds for the plan: a stage under zero-bubble is counted where it holds
+    most, and replicas at the slowest one's times."""
+    if problem.schedule == "zero-bubble" and problem.most_stages > 2:
+        return False
+    return all(replica.seconds == problem.replicas[0].seconds for replica in problem.replicas)
 
 
 def price(problem: Problem, split: Partition, profile: Profile) -> Option:

@@ -7,13 +7,14 @@ forwards of that stage before its first backward, a step takes at least, for eve
 
     sum over the r before s of (f(r) + b(r))  +  M (f(s) + b(s))                                                    (1)
     sum over all r of (f(r) + b(r))  +  (M - 1) b(s)  +  (M - W(s)) f(s)                                            (2)
+    sum over all r of (f(r) + b(r))  +  (M - 1) f(s)                                                                (3)
 
 Under zero-bubble, whose stages have the gradients of weights left to compute while others' drain, (1) holds without the
 b(r). The search of partition.py makes the largest load least, which is M (f(s) + b(s)) and what is with it, and proves
 it. That is nearly all there is to a step of many micro-batches on devices that are alike. With few, or on devices of
 unlike speed, a split with a larger load may have the shorter step, as it has less before the slowest stage or leaves
 out a device. It is looked for by moves from several splits on, of blocks over one cut and of stages to other devices:
-the move with the shortest simulated step is made. Where there are few splits, all that (1) and (2) allow are simulated,
+the move with the shortest simulated step is made. Where there are few splits, all that these allow are simulated,
 and the step is proven the shortest.
 
 How much is tried is counted, not timed, so that a plan does not hang on the speed of the machine that makes it.
@@ -43,27 +44,27 @@ __all__ = ["Shortest", "shortest_step"]
 
 MOST_BLOCKS = 2_000
 """For more, nothing is tried: their loads alone take longer than all else."""
-MOST_LOOKED_AT = 10_000
-"""Blocks of all splits that are simulated for moves."""
-FEWEST_SPLITS, MOST_SPLITS = 16, 600
-"""So many are simulated, however many blocks there are."""
+MOST_WORK = 40_000
+"""Of all splits that are simulated for moves: their blocks, and their stages' micro-batches."""
+MOST_PROOF = 100_000
+"""Likewise, to prove that no step is shorter."""
+FEWEST_SPLITS = 16
+"""So many are simulated, however much each of them is."""
 AT_ONCE = 32
 """Of the moves from a split, so many of the least bounds are simulated."""
 EVEN = 3
 """Of the even splits of one number of stages so many are starts."""
 HOPEFUL = 1.5
 """A split with a step longer than so many times the known one's is no start."""
-MOST_PERMUTED = 720
-ORDERS = 64
-"""So many orders of devices at most are cut evenly."""
+MOST_PERMUTED, ORDERS = 720, 64
+"""So many orders of devices are looked through at most, and so many that can be told apart are cut evenly."""
 HOPS = (1, 2, 4, 8)
 """So many neighbouring blocks are moved over a cut together."""
 MOST_MOVED = 16
 """Of a block and those with it."""
-MOST_CLOSED = 2_000
-MOST_CUTS = 10**6
+MOST_CLOSED, MOST_CUTS = 2_000, 10**6
 """Every split is looked for with so many closed sets at most, and so many ways to choose one for each cut."""
-MOST_STAGES = 20_000
+MOST_BEGINNINGS = 20_000
 """So many beginnings of splits are looked at for that."""
 SHORTER = 1e-6
 """A step that is not shorter by this share of it is the same one."""
@@ -86,11 +87,13 @@ class Shortest(NamedTuple):
     load_s: float
     """The largest of a device."""
     proven: bool
-    """Whether no split of several stages has a shorter step at the median times."""
+    """Whether no split of several stages, one a device, has a shorter step at the median times."""
 
 
 def shortest_step(problem: Problem, known: Stages, *, train: bool) -> Shortest:
-    """The split with the shortest step that was found.
+    """The split with the shortest step that was found; the step is no longer than that of the naive splits that fit.
+
+    Of more than ``MOST_BLOCKS`` blocks it is ``known``.
 
     Args:
         problem: of one stage a device.
@@ -105,17 +108,20 @@ def shortest_step(problem: Problem, known: Stages, *, train: bool) -> Shortest:
     for start in search.starts(best):
         best = min(best, search.descended(start))
     best, proven = _AllSplits(search, best).shortest()
-    return Shortest(search.in_order(best.stages), best.load_s, proven)
+    stages = search.in_order(best.stages)
+    return Shortest(known if stages == search.in_order(known) else stages, best.load_s, proven)
 
 
 class _StepSearch:
-    """Moves from split to split, each of which is looked at once."""
+    """Moves from split to split, each of which is taken once."""
 
     def __init__(self, problem: Problem, *, train: bool) -> None:
         self.problem, self.rules = problem, rules_of(problem, train=train)
-        self.left = min(max(MOST_LOOKED_AT // len(problem.blocks), FEWEST_SPLITS), MOST_SPLITS)
+        self.work = len(problem.blocks) + problem.microbatches * problem.most_stages
+        """Of one split."""
+        self.left = max(MOST_WORK // self.work, FEWEST_SPLITS)
         """So many splits may still be simulated for moves."""
-        self.seen: set[Stages] = set()
+        self._taken: set[Stages] = set()
         self._works: dict[tuple[int, int], tuple[float, float]] = {}
 
     def starts(self, known: Stepped) -> list[Stepped]:
@@ -152,11 +158,14 @@ class _StepSearch:
         return at
 
     def _new(self, splits: Iterable[Stages], below_s: float = math.inf) -> list[Stages]:
-        """Those of ``splits`` that were not looked at and may be shorter than so many seconds; as many as are left, of
+        """Those of ``splits`` that were not taken yet and may be shorter than so many seconds; as many as are left, of
         the least bounds."""
-        new = [stages for stages in dict.fromkeys(splits) if self.may_be(len(stages)) and stages not in self.seen]
+        new = [stages for stages in dict.fromkeys(splits) if self.may_be(len(stages)) and stages not in self._taken]
         hopeful = sorted((bound_s, stages) for stages in new if (bound_s := self._bound_s(stages)) < below_s)
-        return [stages for _, stages in hopeful[: max(0, min(self.left, AT_ONCE))]]
+        taken = [stages for _, stages in hopeful[: max(0, min(self.left, AT_ONCE))]]
+        self._taken.update(taken)
+        self.left -= len(taken)
+        return taken
 
     def may_be(self, stages: int) -> bool:
         """Whether a split may have so many stages: several, which the engine takes."""
@@ -179,8 +188,6 @@ class _StepSearch:
         groups: dict[int, list[Stages]] = {}
         for stages in splits:
             groups.setdefault(len(stages), []).append(stages)
-        self.seen.update(splits)
-        self.left -= len(splits)
         found: list[tuple[float, Stages]] = []
         for group in groups.values():
             steps = steps_of([self._least_costs(s) for s in group], self.problem.microbatches, **self.rules)
@@ -321,18 +328,26 @@ class _StepSearch:
                     yield [*devices[:a], other, *devices[a + 1 :]]
 
 
-def bound_s(problem: Problem, works: Sequence[tuple[float, float]]) -> float:
-    """A step of stages that compute so long, forward and backward of a micro-batch, is no shorter: (1) and (2)."""
+def bound_s(problem: Problem, works: Sequence[tuple[float, float]], rest_s: float = 0.0, more: int = 0) -> float:
+    """A step is no shorter whose first stages compute so long, forward and backward of a micro-batch: (1) to (3).
+
+    Args:
+        works: of these stages.
+        rest_s: what all others compute of a micro-batch, at least.
+        more: so many others there may be.
+    """
     count, drains = problem.microbatches, problem.schedule != "zero-bubble"
-    through_s = sum(forward_s + backward_s for forward_s, backward_s in works)
+    through_s = sum(forward_s + backward_s for forward_s, backward_s in works) + rest_s
     least_s = before_s = 0.0
     for position, (forward_s, backward_s) in enumerate(works):
         least_s = max(least_s, before_s + count * (forward_s + backward_s))
         if drains:
-            first = in_flight(problem.schedule, count, len(works) - 1 - position) if backward_s else 1
-            least_s = max(least_s, through_s + (count - 1) * backward_s + (count - first) * forward_s)
+            first = in_flight(problem.schedule, count, len(works) - 1 - position + more)
+            own_s = (count - 1) * backward_s + (count - first) * forward_s
+            least_s = max(least_s, through_s + max(own_s, (count - 1) * forward_s))
         before_s += forward_s + drains * backward_s
-    return least_s
+    # One of the others has an equal part of what is left, or more.
+    return max(least_s, before_s + count * rest_s / more) if more else least_s
 
 
 class _AllSplits:
@@ -341,7 +356,8 @@ class _AllSplits:
     def __init__(self, search: _StepSearch, best: Stepped) -> None:
         self.search, self.best = search, best
         self.problem = search.problem
-        self.left = MOST_STAGES
+        self.beginnings, self.splits = MOST_BEGINNINGS, max(MOST_PROOF // search.work, FEWEST_SPLITS)
+        """So many may still be looked at, and so many simulated."""
         self._waiting: list[Stages] = []
 
     def shortest(self) -> tuple[Stepped, bool]:
@@ -365,13 +381,13 @@ class _AllSplits:
             for larger in self._sums:
                 if larger & closed != closed or larger in (closed, self._everything):
                     continue
-                self.left -= 1
-                if self.left < 0:
+                self.beginnings -= 1
+                if self.beginnings < 0 or self.splits < 0:
                     return False
                 more = (*works, self._work_s(device, closed, larger))
-                if self._least_s(more, larger) < self._ceiling_s and not self._go_on(
-                    (*stages, (device, larger & ~closed)), larger, more
-                ):
+                rest_s = self._sums[self._everything][2] - self._sums[larger][2]
+                least_s = bound_s(self.problem, more, rest_s, self.problem.most_stages - len(more))
+                if least_s < self._ceiling_s and not self._go_on((*stages, (device, larger & ~closed)), larger, more):
                     return False
         return True
 
@@ -384,29 +400,13 @@ class _AllSplits:
         (forwards, backwards, _), (less, fewer, _) = self._sums[larger], self._sums[closed]
         return forwards[device] - less[device], backwards[device] - fewer[device]
 
-    def _least_s(self, works: tuple[tuple[float, float], ...], closed: int) -> float:
-        """A step that begins with stages of ``works``, which hold ``closed``, is no shorter: as bound_s, with what is
-        left shared evenly by as many stages as there may be, each where it is fastest."""
-        count, more = self.problem.microbatches, self.problem.most_stages - len(works)
-        drains = self.problem.schedule != "zero-bubble"
-        rest_s = self._sums[self._everything][2] - self._sums[closed][2]
-        forward_s, backward_s = works[-1]
-        before_s = sum(forward_s + drains * backward_s for forward_s, backward_s in works[:-1])
-        least_s = before_s + count * (forward_s + backward_s)
-        behind_s = before_s + forward_s + drains * backward_s
-        if drains:
-            first = in_flight(self.problem.schedule, count, more) if backward_s else 1
-            least_s = max(least_s, behind_s + rest_s + (count - 1) * backward_s + (count - first) * forward_s)
-        return max(least_s, behind_s + count * rest_s / more)
-
     def _offer(self, stages: Stages, works: tuple[tuple[float, float], ...]) -> None:
         """Have ``stages`` simulated if they may be shorter; ``works`` are those of all but the last."""
-        if stages in self.search.seen:
-            return
         device, members = stages[-1]
         last = self._work_s(device, self._everything & ~members, self._everything)
         if bound_s(self.problem, [*works, last]) < self._ceiling_s:
             self._waiting.append(stages)
+            self.splits -= 1
         if len(self._waiting) == AT_ONCE:
             self._simulate()
 
