@@ -17,10 +17,9 @@ from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import IO, Any, Self
 
-import cloudpickle
-
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Device
+from shardwright.profiler.sending import dumps
 from shardwright.profiler.worker import BEAT_S, Mark, Message
 
 __all__ = ["Pool", "Worker", "WorkerError", "loopback_interface"]
@@ -98,7 +97,7 @@ class Worker:
     def submit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Start ``function(*args, **kwargs)`` in the worker."""
         try:
-            data = cloudpickle.dumps((function, args, kwargs))
+            data = dumps((function, args, kwargs))
         except Exception as error:
             raise ShardwrightError(
                 f"a unit or input cannot be sent to its worker: {type(error).__name__}: {error}; "

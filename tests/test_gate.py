@@ -241,6 +241,22 @@ def test_what_is_read_beside_what_changes_is_no_obstacle(planted):
         planted("cpu:1", "layers.4", "output", model=Apart())
 
 
+class Masking(nn.Module):
+    """Leaves out what it draws, whether it trains or not."""
+
+    def forward(self, x):
+        return x * (torch.rand_like(x) < 0.5)
+
+
+def test_a_unit_that_draws_random_numbers_is_named_as_one(captured_profile):
+    """Whatever is drawn in the forward is other than in the unsharded model, and the remedy is said."""
+    model = nn.Sequential(nn.Linear(6, 6), Masking(), nn.Linear(6, 6), nn.Linear(6, 6))
+    plan = sw.plan(captured_profile(model, (torch.randn(8, 6),), microbatches=(1, 4)), microbatches=4)
+    told = r"is 1 \(stage 0 on cpu:0\) in the forward, which draws random numbers, .* as an input: its output for micro"
+    with pytest.raises(sw.ShardwrightError, match=told):
+        sw.run(model, plan, (torch.randn(8, 6),), steps=1, naive=False)
+
+
 def crowded(captured_profile, model, x):
     """A plan for two devices of which neither has room for all of the model."""
     profile = captured_profile(model, (x,), microbatches=(1, 4), counted=True)

@@ -80,7 +80,8 @@ def test_mixed_stages_are_the_model(monkeypatch, tmp_path, captured_profile, sim
         equality = compare(session.check_whole(other), found)
         steps = frozenset(value.node.name for value in capture.values.values())
         seen = [*session.observe(split, steps, gradients=False), *session.observe(split, steps, gradients=True)]
-        assert [{key.stage for key in each} for each in seen] == [{0}, {1}] * 2
+        assert [{key.stage for key in each} for each, _ in seen] == [{0}, {1}] * 2
+        assert not any(drawing for _, drawing in seen)
         with session.reference(other) as call:
             by_units = UnitByUnit(session, split, found, other_kernels=False).compared(call, observing=True)
         assert (by_units.tensors, by_units.how) == (equality.tensors, "unit by unit")

@@ -6,8 +6,12 @@ import subprocess
 import sys
 import threading
 import time
+from contextvars import ContextVar
+from types import MappingProxyType
 
 import pytest
+import torch
+from torch import nn
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler import pool as pool_module
@@ -269,3 +273,76 @@ def test_what_cannot_be_sent_is_said():
     """A lock among the arguments is one clear line."""
     with Pool([device()]) as pool, pytest.raises(ShardwrightError, match="cannot be sent to its worker: TypeError"):
         pool.call({"cpu:0": (square, (threading.Lock(),))}, limit_s=60)
+
+
+REGISTRY: dict[str, str] = {}
+
+
+class Registered(nn.Module):
+    """Works only where its class was constructed, as models of transformers that record hidden states do."""
+
+    _can_record_outputs = MappingProxyType({"hidden_states": nn.Linear})
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.layer = config, nn.Linear(config["width"], 1)
+        REGISTRY[type(self).__name__] = "known"
+
+    def forward(self, x):
+        """One more where the class is known."""
+        return self.layer(x) + len(REGISTRY[type(self).__name__])
+
+
+class Unlike(Registered):
+    """Cannot be constructed from its ``config`` alone."""
+
+    def __init__(self, config, more):
+        super().__init__(config)
+        self.more = more
+
+
+class Recorded:
+    """What hooks record to."""
+
+    def __init__(self):
+        self.context = ContextVar("recorded", default=0)
+
+
+RECORDED = Recorded()
+
+
+def counted_by_a_hook(module, x):
+    """How often a hook was called, by the module's own variable."""
+    RECORDED.context.set(0)
+    module(x)
+    return RECORDED.context.get()
+
+
+def test_a_hook_finds_the_context_variable_of_its_module():
+    """It is the worker's own, as the module that is imported there has it."""
+    module = nn.Linear(2, 2)
+    recorded = RECORDED
+
+    def hook(*_):
+        recorded.context.set(recorded.context.get() + 1)
+
+    module.register_forward_hook(hook)
+    with Pool([device()]) as pool:
+        assert pool.call({"cpu:0": (counted_by_a_hook, (module, torch.ones(1, 2)))}, limit_s=60) == {"cpu:0": 1}
+
+
+def called(module, x):
+    before = torch.get_rng_state()
+    return module(x), torch.equal(before, torch.get_rng_state()), sorted(REGISTRY)
+
+
+def test_a_class_is_known_to_the_process_that_its_instance_comes_to():
+    """A worker constructs one of it first, which takes no storage and no random numbers, and tells no other class."""
+    module, x = nn.Sequential(Registered({"width": 3})), torch.randn(2, 3)
+    with Pool([device()]) as pool:
+        [(found, steady, known)] = pool.call({"cpu:0": (called, (module, x))}, limit_s=60).values()
+        assert torch.equal(found, module(x))
+        assert steady
+        assert known == ["Registered"]
+        with pytest.raises(WorkerError, match="KeyError: 'Unlike'"):
+            pool.call({"cpu:0": (called, (Unlike({"width": 3}, 1), x))}, limit_s=60)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from test_partition import chain
 from test_transfers import assignments, problems
 
-from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning import step_search
 from shardwright.sharder.planning.even import NAIVE, naive_split
 from shardwright.sharder.planning.memory import Ledger, Step
@@ -211,25 +210,19 @@ def test_replicas_of_unlike_devices_are_not_said_to_have_the_shortest_step(chain
 
 def test_what_is_computed_anew_stays_compared_with_keeping_all(make_profile):
     """A split with a shorter step keeps the reason why none with all activations was found, and has no other kind."""
-    said = 0
-    for seed in range(12):
+    for seed in (5, 11, 24, 33, 34):
         random_ = random.Random(seed)
         profile = make_profile(
             {f"u{i}": [f"u{i - 1}" if i else "x"] for i in range(random_.randint(4, 8))},
             forward_s={f"u{i}": float(random_.choice([1, 2, 3, 5, 8])) for i in range(8)},
-            speed={"cpu:0": 1.0, "cpu:1": random_.choice([1.0, 2.0, 3.0])},
-            memory_bytes=random_.randint(6000, 30000),
+            speed={"cpu:0": 1.0, "cpu:1": random_.choice([1.0, 2.0, 3.0]), "cpu:2": 4.0},
+            memory_bytes=random_.randint(6000, 16000),
             saved_bytes=8000,
             param_bytes=100,
             tensor_bytes=200,
             microbatches=(2, 4),
         )
-        try:
-            found = plan(profile, microbatches=4)
-        except ShardwrightError:
-            continue  # nothing fits
-        for other in found.alternatives:
-            if other.name == "nothing anew":
-                said += 1
-                assert other.step_s is not None or other.why
-    assert said > 2
+        found = plan(profile, microbatches=4)
+        assert found.certificate.least_s is not None
+        (other,) = [other for other in found.alternatives if other.name == "nothing anew"]
+        assert other.step_s is not None or other.why

@@ -15,8 +15,9 @@ from torch.distributed.pipelining import PipelineStage
 
 from shardwright.profiler.inputs import outputs_of
 from shardwright.profiler.replayed import Replayed, graph_of
+from shardwright.sharder.runtime.randomness import RandomState
 
-__all__ = ["Key", "Seen", "direct", "hands_on", "observed"]
+__all__ = ["Drawing", "Key", "Seen", "direct", "hands_on", "observed"]
 
 
 class Key(NamedTuple):
@@ -30,6 +31,9 @@ class Key(NamedTuple):
 
 Seen = dict[Key, dict[int, Tensor]]
 """By which of the tensors it is, on the CPU."""
+
+Drawing = set[str]
+"""Steps that drew random numbers."""
 
 
 Given = list[tuple[Tensor, int]]
@@ -59,7 +63,10 @@ class _Observer(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run one node."""
         given = direct(*self.fetch_args_kwargs_from_env(n))
+        before = RandomState.of(self.watch.device)
         result = super().run_node(n)
+        if not before.is_current():
+            self.watch.drawing.add(n.name)
         if n.op not in ("get_attr", "output"):
             self.watch.saw(n.name, result, given)
         return result
@@ -68,8 +75,11 @@ class _Observer(fx.Interpreter):
 class _Watch:
     """The tensors of the ``wanted`` steps of one stage, or their gradients."""
 
-    def __init__(self, stage: int, wanted: frozenset[str], seen: Seen, *, gradients: bool) -> None:
-        self.stage, self.wanted, self.seen, self.gradients = stage, wanted, seen, gradients
+    def __init__(
+        self, stage: PipelineStage, wanted: frozenset[str], seen: Seen, drawing: Drawing, *, gradients: bool
+    ) -> None:
+        self.stage, self.device = stage.stage_index, stage.device
+        self.wanted, self.seen, self.drawing, self.gradients = wanted, seen, drawing, gradients
         self.number, self.open = -1, False
 
     def enter(self, *_: Any) -> None:
@@ -97,11 +107,14 @@ class _Watch:
 
 
 @contextmanager
-def observed(stage: PipelineStage, wanted: frozenset[str], seen: Seen, *, gradients: bool) -> Iterator[None]:
-    """Have ``seen`` filled in this block with what the ``wanted`` steps of ``stage`` make, or with its gradients."""
+def observed(
+    stage: PipelineStage, wanted: frozenset[str], seen: Seen, drawing: Drawing, *, gradients: bool
+) -> Iterator[None]:
+    """Have ``seen`` filled in this block with what the ``wanted`` steps of ``stage`` make, or with its gradients, and
+    ``drawing`` with those that draw random numbers."""
     module: nn.Module = stage.submod
     graph = next(inner for inner in module.modules() if isinstance(inner, Replayed))
-    watch = _Watch(stage.stage_index, wanted, seen, gradients=gradients)
+    watch = _Watch(stage, wanted, seen, drawing, gradients=gradients)
     hooks = [module.register_forward_pre_hook(watch.enter), module.register_forward_hook(watch.leave)]
     # Of this one module, not of its class.
     graph.forward = lambda *received: _Observer(graph, watch).run(*received)  # type: ignore[method-assign]

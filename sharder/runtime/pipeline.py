@@ -29,7 +29,7 @@ from shardwright.sharder.runtime.accounts import Noted
 from shardwright.sharder.runtime.cut import Share, StageProgram, trainable
 from shardwright.sharder.runtime.engine import SharedGradients, SharedParameter, make_schedule, make_stage
 from shardwright.sharder.runtime.noting import Notes
-from shardwright.sharder.runtime.observing import Seen, observed
+from shardwright.sharder.runtime.observing import Drawing, Seen, observed
 from shardwright.sharder.runtime.record import What
 from shardwright.sharder.runtime.replicas import Groups, ReplicaGradients
 from shardwright.sharder.runtime.resting import dropout_resting, full_precision
@@ -365,17 +365,18 @@ def check_whole() -> Comparison:
     return _compared(resident["whole"])
 
 
-def observe_stage(name: str, wanted: frozenset[str], gradients: bool) -> Seen:
+def observe_stage(name: str, wanted: frozenset[str], gradients: bool) -> tuple[Seen, Drawing]:
     """One step of this device's stages without an update; what the ``wanted`` steps of the forward make in it, or the
-    gradients of that."""
+    gradients of that, and which steps draw random numbers."""
     held: _Held = resident[_key(name)]
     seen: Seen = {}
+    drawing: Drawing = set()
     with ExitStack() as watched:
         for stage in held.stages:
-            watched.enter_context(observed(stage, wanted, seen, gradients=gradients))
+            watched.enter_context(observed(stage, wanted, seen, drawing, gradients=gradients))
         _step_at_rest(held)
     held.module.zero_grad()
-    return seen
+    return seen, drawing
 
 
 def release_whole() -> None:

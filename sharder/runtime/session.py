@@ -32,7 +32,7 @@ from shardwright.sharder.runtime.check import units_of
 from shardwright.sharder.runtime.cut import StageProgram
 from shardwright.sharder.runtime.engine import shared_parameters
 from shardwright.sharder.runtime.hosted import GPUS_BACKEND, is_hosted
-from shardwright.sharder.runtime.observing import Seen
+from shardwright.sharder.runtime.observing import Drawing, Seen
 from shardwright.sharder.runtime.pipeline import (
     Comparison,
     Job,
@@ -135,8 +135,9 @@ class Session:
         """One step without an update: what each device's stages gave, in order."""
         return self._all(split, check_stage)
 
-    def observe(self, split: Split, wanted: frozenset[str], *, gradients: bool) -> list[Seen]:
-        """Another such step: what the ``wanted`` steps of the forward make on each device, or the gradients of that."""
+    def observe(self, split: Split, wanted: frozenset[str], *, gradients: bool) -> list[tuple[Seen, Drawing]]:
+        """Another such step: what the ``wanted`` steps of the forward make on each device, or the gradients of that,
+        and which steps draw random numbers."""
         calls = dict.fromkeys(split.plan.devices, (observe_stage, (split.name, wanted, gradients)))
         found = self.pool.call(calls, limit_s=HOST_LIMIT_S)
         return [found[device] for device in split.plan.devices]

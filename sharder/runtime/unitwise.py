@@ -51,6 +51,7 @@ class _Segment(NamedTuple):
     """What the last instruction calls."""
 
 
+DRAWS = ", which draws random numbers, and they are others in each run: give them to the model as an input"
 Observed = dict[tuple[str, int], dict[int, dict[int, Tensor]]]
 """By step and micro-batch: of each stage, by which of the tensors it is."""
 
@@ -76,6 +77,8 @@ class UnitByUnit:
         self.largest_gradient = max((largest_value(t) for each in found for t in each.gradients.values()), default=0.0)
         self.places = _Places(split)
         self.tallies: list[Equality] = []
+        self.drawing: set[str] = set()
+        """Steps that were seen to draw random numbers."""
         # Parameter -> of how many calls, and of the glue, a gradient is still to come; and the sum of those that came.
         self.awaited = Counter(id(it) for it in self.glue.values() if isinstance(it, nn.Parameter))
         for segment in self.segments:
@@ -233,9 +236,10 @@ class UnitByUnit:
         plan = self.split.plan
         replica_of = {device: number for number, devices in enumerate(plan.pipelines) for device in devices}
         found: Observed = {}
-        for device, seen in zip(
+        for device, (seen, drawing) in zip(
             plan.devices, self.session.observe(self.split, names, gradients=gradients), strict=True
         ):
+            self.drawing |= drawing
             for key, tensors in seen.items():
                 number = replica_of[device] * plan.pipeline_microbatches + key.microbatch
                 found.setdefault((key.step, number), {})[key.stage] = tensors
@@ -252,7 +256,8 @@ class UnitByUnit:
                     who = f"what {self.places.stage(stage, number)} receives"
                     what = self.places.step(name) if name in self.inputs else f"the output of {self.places.step(name)}"
                 for index in sorted(tensors.keys() & expected.keys()):
-                    with self._blamed(f"{who} in the forward"):
+                    chance = DRAWS if name in self.drawing else ""
+                    with self._blamed(f"{who} in the forward{chance}"):
                         self._differing(f"{what} for micro-batch {number}", expected[index], tensors[index])
 
     def _check_gradients(self, names: Sequence[str], call: Callable[..., Any], seen: Observed) -> None:

@@ -1,0 +1,68 @@
+"""What is sent to a worker: pickled by value where the worker cannot import it, with what its class tells a process.
+
+A model of transformers whose outputs are recorded while it runs (hidden states, attentions) needs its class to be known
+to the process: its constructor enters it into a table, and one that arrives by pickle was constructed elsewhere. So the
+worker constructs one of the class, without storage, before the first arrives. Hooks that it has by then record to a
+context variable of its module, which is that of the worker's module there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, cast
+
+import cloudpickle
+import torch
+from torch import nn
+
+__all__ = ["dumps"]
+
+TELLS = "_can_record_outputs"
+"""An attribute of the classes that are entered."""
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
+    """Has the worker construct one of a class that is to be entered before it makes what arrives of it."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        """How ``obj`` is pickled."""
+        if isinstance(obj, nn.Module) and getattr(type(obj), TELLS, None) and hasattr(obj, "config"):
+            made, args, *rest = cast("tuple[Any, ...]", obj.__reduce_ex__(4))
+            return (_made_known, (type(obj), obj.config, made, args), *rest)
+        if any(isinstance(it, ContextVar) for it in getattr(obj, "__dict__", {}).values()):
+            module = sys.modules.get(type(obj).__module__)
+            name = next((name for name, it in vars(module).items() if it is obj), None) if module else None
+            if name is not None:
+                return _global, (type(obj).__module__, name)
+        return super().reducer_override(obj)
+
+
+def dumps(call: Any) -> bytes:
+    """``call`` in bytes for ``pickle.loads``."""
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump(call)
+    return buffer.getvalue()
+
+
+def _global(module: str, name: str) -> Any:
+    """What ``module`` calls so in this process."""
+    return getattr(importlib.import_module(module), name)
+
+
+_KNOWN: set[type[nn.Module]] = set()
+"""The classes of which this process has constructed one for that."""
+
+
+def _made_known(kind: type[nn.Module], config: Any, made: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """An instance of ``kind`` as pickle makes it, in a process that knows the class."""
+    if kind not in _KNOWN:
+        _KNOWN.add(kind)
+        # One that cannot be constructed so was made in another way, and its class is as unknown as it would be.
+        with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]), torch.device("meta"):
+            kind(config)
+    return made(*args)
