@@ -278,7 +278,7 @@ class PlanReport:
                 ("largest load", f"{seconds(certificate.value_s)} a step, {where}"),
                 ("lower bound", f"{seconds(certificate.bound_s)}, proven for every split{within}"),
                 ("gap", gap),
-                *([("step", f"no split{within} has a shorter one at these times")] if certificate.shortest else []),
+                *_step_in_words(certificate.step_gap_percent, within),
                 ("what binds", certificate.binds),
                 *(
                     (f"pin {pin.unit}={pin.device}", _price_of(pin, certificate.least_s or certificate.value_s))
@@ -401,6 +401,14 @@ def _change_in_words(what: Literal["batch", "links"], times: str) -> str:
     if what == "links":
         return f"links {times} times as fast"
     return f"a batch {times} times as large, in micro-batches of the same size"
+
+
+def _step_in_words(gap: float | None, within: str) -> Iterator[tuple[str, str]]:
+    """How far the step can be above the shortest."""
+    if gap == 0:
+        yield "step", f"no split{within} has a shorter one at these times"
+    elif gap is not None:
+        yield "step", f"at most {percent(gap)} above the shortest of every split{within}, proven"
 
 
 def _price_of(pin: PinPrice, value_s: float) -> str:

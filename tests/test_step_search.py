@@ -190,7 +190,7 @@ def test_a_plan_says_what_its_step_costs_in_load(chain_profile):
     profile = chain_profile(8, speed={"cpu:0": 1.0, "cpu:1": 3.0})
     found = plan(profile, microbatches=2)
     certificate = found.certificate
-    assert certificate.shortest
+    assert certificate.step_gap_percent == 0
     assert certificate.bound_s <= certificate.least_s < certificate.value_s
     assert found.predicted.step_s < certificate.least_step_s
     assert not certificate.exact
@@ -203,9 +203,9 @@ def test_a_plan_says_what_its_step_costs_in_load(chain_profile):
 def test_replicas_of_unlike_devices_are_not_said_to_have_the_shortest_step(chain_profile):
     """The search takes each stage's slowest device, the plan's step each replica's own."""
     alike = plan(chain_profile(8, speed=FOUR), microbatches=4, replicas=2)
-    assert alike.certificate.shortest
+    assert alike.certificate.step_gap_percent == 0
     unlike = plan(chain_profile(8, speed=FOUR | {"cpu:1": 1.3, "cpu:3": 1.7}), microbatches=4, replicas=2)
-    assert not unlike.certificate.shortest
+    assert unlike.certificate.step_gap_percent is None
 
 
 def test_what_is_computed_anew_stays_compared_with_keeping_all(make_profile):

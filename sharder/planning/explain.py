@@ -17,6 +17,7 @@ from shardwright.sharder.planning.problem import Problem, bits
 from shardwright.sharder.planning.relaxed import all_usable, without_sums
 from shardwright.sharder.planning.search import simple_bound_s
 from shardwright.sharder.planning.stage_costs import shares_of
+from shardwright.sharder.planning.step_bound import step_bound_s
 from shardwright.sharder.planning.words import links_in_words, name_of
 
 __all__ = ["certify", "gap_percent", "what_binds"]
@@ -57,8 +58,21 @@ def certify(chosen: Option, options: list[Option], baseline: Option | None, dead
         binds=what_binds(chosen.of_least_load, deadline_s),
         least_s=chosen.least.split.value_s if chosen.least else None,
         least_step_s=chosen.least.step_s if chosen.least else None,
-        shortest=chosen.shortest,
+        step_gap_percent=_step_gap_percent(chosen),
     )
+
+
+def _step_gap_percent(chosen: Option) -> float | None:
+    """How far the step of ``chosen`` can be above the shortest, if anything is proven of that."""
+    problem = chosen.problem
+    if chosen.shortest:
+        return 0.0
+    if len(chosen.split.stages) == 1 or problem.stages_per_device > 1 or chosen.tiers or chosen.narrowed:
+        return None
+    if any(replica.seconds != problem.replicas[0].seconds for replica in problem.replicas):
+        return None  # the bound is of what the slowest of them takes
+    bound_s = step_bound_s(problem)
+    return gap_percent(chosen.timeline.step_s, max(bound_s, chosen.split.bound_s)) if bound_s else None
 
 
 def what_binds(chosen: Option, deadline_s: float) -> str:

@@ -168,9 +168,10 @@ class Certificate(Record):
     """Where the plan has a shorter step than the split with the least largest load: that load."""
     least_step_s: NonNegativeFloat | None = None
     """And the step of that split."""
-    shortest: bool = False
-    """Whether no split of several stages, one a device, has a shorter step at the median times, with so many
-    micro-batches and replicas and under this schedule."""
+    step_gap_percent: NonNegativeFloat | None = None
+    """How far the step can be above the shortest of all splits into several stages, one a device, with so many
+    micro-batches and replicas and under this schedule, at the median times; 0: no split has a shorter one. None where
+    nothing is proven of that."""
 
 
 class Prediction(Record):

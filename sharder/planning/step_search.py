@@ -40,7 +40,7 @@ from shardwright.sharder.planning.split_loads import stage_loads
 from shardwright.sharder.planning.stage_costs import rules_of, stage_costs, stages_anew
 from shardwright.sharder.planning.zero_bubble import divides
 
-__all__ = ["Shortest", "shortest_step"]
+__all__ = ["Shortest", "bound_s", "least_times", "shortest_step"]
 
 MOST_BLOCKS = 2_000
 """For more, nothing is tried: their loads alone take longer than all else."""
@@ -123,6 +123,7 @@ class _StepSearch:
         """So many splits may still be simulated for moves."""
         self._taken: set[Stages] = set()
         self._works: dict[tuple[int, int], tuple[float, float]] = {}
+        self.forwards, self.backwards = least_times(problem)
 
     def starts(self, known: Stepped) -> list[Stepped]:
         """Splits to move from: the known one, the naive ones, and the best even ones of each number of stages."""
@@ -213,7 +214,7 @@ class _StepSearch:
         return Stepped(least_s, max(loads), stages)
 
     def _bound_s(self, stages: Stages) -> float:
-        """A step of ``stages`` is no shorter: (1) and (2)."""
+        """A step of ``stages`` is no shorter: (1) to (3)."""
         return bound_s(self.problem, [self._work_s(*stage) for stage in stages])
 
     def _work_s(self, device: int, members: int) -> tuple[float, float]:
@@ -224,22 +225,6 @@ class _StepSearch:
             forward_s, backward_s = (sum(each[v][device] for v in blocks) for each in (self.forwards, self.backwards))
             self._works[key] = forward_s, backward_s
         return self._works[key]
-
-    @cached_property
-    def forwards(self) -> list[tuple[float, ...]]:
-        """By block and device: the forward of a micro-batch, at least; computed anew it may keep nothing."""
-        blocks, devices = self.problem.blocks, range(len(self.problem.devices))
-        if self.problem.recompute == "never":
-            return [block.forward_s for block in blocks]
-        return [tuple(min(block.forward_s[d], block.again_s(d)) for d in devices) for block in blocks]
-
-    @cached_property
-    def backwards(self) -> list[tuple[float, ...]]:
-        """By block and device: the backward of a micro-batch, at least; in two parts it may be either sum."""
-        blocks = self.problem.blocks
-        if self.problem.schedule != "zero-bubble":
-            return [block.backward_s for block in blocks]
-        return [tuple(map(min, block.backward_s, map(sum, block.parts_s))) for block in blocks]
 
     def _moves(self, stages: Stages) -> Iterator[Stages]:
         """Splits that are near to ``stages``: blocks over a cut, stages on other devices, one stage fewer or more."""
@@ -326,6 +311,18 @@ class _StepSearch:
             for other in unused:
                 if kind[other] != kind[device]:
                     yield [*devices[:a], other, *devices[a + 1 :]]
+
+
+def least_times(problem: Problem) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
+    """By block and device, seconds of the forward and of the backward of a micro-batch, at least: computed anew, a
+    forward keeps nothing; in two parts, a backward takes the sum of them or the whole."""
+    blocks, devices = problem.blocks, range(len(problem.devices))
+    forwards, backwards = [block.forward_s for block in blocks], [block.backward_s for block in blocks]
+    if problem.recompute != "never":
+        forwards = [tuple(min(block.forward_s[d], block.again_s(d)) for d in devices) for block in blocks]
+    if problem.schedule == "zero-bubble":
+        backwards = [tuple(map(min, block.backward_s, map(sum, block.parts_s))) for block in blocks]
+    return forwards, backwards
 
 
 def bound_s(problem: Problem, works: Sequence[tuple[float, float]], rest_s: float = 0.0, more: int = 0) -> float:

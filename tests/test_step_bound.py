@@ -1,0 +1,57 @@
+"""The bound on steps, against all splits."""
+
+import math
+
+import pytest
+from hypothesis import assume, given, settings
+from test_step_search import chain_of, splits, step_s, tasks
+
+from shardwright.sharder.planning.planner import plan
+from shardwright.sharder.planning.step_bound import step_bound_s
+from shardwright.sharder.planning.step_search import shortest_step
+
+
+@settings(max_examples=40)
+@given(tasks())
+def test_no_split_has_a_shorter_step(problem):
+    """Of any kind of problem, pins, memory and links aside."""
+    steps = [step_s(problem, stages) for stages in splits(problem)]
+    assume(steps)
+    assert step_bound_s(problem) <= min(steps) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("speeds", "microbatches", "gap"), [((1, 1), 16, 0.03), ((1, 3), 16, 0.05), ((1, 1), 4, 0.08)])
+def test_it_is_near_where_units_are_small(speeds, microbatches, gap):
+    """On a chain of many equal units, to within what the bounds leave out: how waits and work alternate."""
+    units = 200
+    rows = [(tuple(1 / s for s in speeds), tuple(2 / s for s in speeds))] * units
+    problem = chain_of(rows, microbatches=microbatches)
+    half = units // 2
+    found = shortest_step(problem, ((0, (1 << half) - 1), (1, (1 << units) - (1 << half))), train=True)
+    shortest_s = step_s(problem, found.stages)
+    assert shortest_s / (1 + gap) < step_bound_s(problem) <= shortest_s
+
+
+def test_inference_is_bounded_by_the_longest_stage_and_the_way():
+    """Two forwards of 1 s and 3 s on either device, four micro-batches: 4 s through and three times 3 s more; divided
+    evenly it would be 4 s and three times 2 s."""
+    problem = chain_of([((1.0, 1.0), (0.0, 0.0)), ((3.0, 3.0), (0.0, 0.0))], microbatches=4)
+    assert step_s(problem, ((0, 1), (1, 2)), train=False) == 13
+    assert 9 < step_bound_s(problem) <= 10
+
+
+def test_devices_in_too_many_rows_have_no_bound():
+    """Seven devices that all differ."""
+    speeds = range(1, 8)
+    problem = chain_of([(tuple(1 / s for s in speeds), tuple(2 / s for s in speeds))] * 10, microbatches=8)
+    assert step_bound_s(problem) == 0
+
+
+def test_a_plan_says_how_far_its_step_can_be_above_the_shortest(make_profile):
+    """Thirty units side by side have too many closed sets for a proof, and a bound."""
+    wide = {f"u{i}": ["x"] for i in range(30)}
+    found = plan(make_profile(wide), microbatches=4, time_limit_s=1.0)
+    assert 0 < found.certificate.step_gap_percent < 10
+    interleaved = plan(make_profile(wide), microbatches=4, schedule="interleaved", time_limit_s=1.0)
+    assert interleaved.certificate.step_gap_percent is None
+    assert math.isfinite(interleaved.predicted.step_s)
