@@ -20,7 +20,7 @@ QUICK = {
     "capture": ("--layers 1 --tokens 16", "captured in"),
     "memory": ("--models mlp --microbatches 1", "1 of 1 models within 3%"),
     "planner": ("--quick --only chain --time-limit 2", "largest gap"),
-    "steps": ("--chains 1 --units 6 --microbatches 2", "| 1, 3 | 2 |"),
+    "steps": ("--graphs 1 --units 6 --microbatches 2", "| 1, 3 | 2 |"),
     "schedule": ("--stages 4 --microbatches 20", "| zero-bubble | overlapped |"),
 }
 SLOW = {
