@@ -65,7 +65,7 @@ def main() -> None:
                 searches_s.append(time.process_time() - start)
                 proven += found.proven
                 start = time.process_time()
-                bound_s = step_bound_s(problem)
+                bound_s = step_bound_s(problem) or 0.0
                 bounds_s.append(time.process_time() - start)
                 shortest_s = step_s(problem, found.stages)
                 above.append(shortest_s / bound_s if bound_s else float("nan"))

@@ -9,14 +9,17 @@ context variable of its module, which is that of the worker's module there.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import io
+import random
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, cast
+from typing import Any
 
 import cloudpickle
+import numpy as np
 import torch
 from torch import nn
 
@@ -32,14 +35,30 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
     def reducer_override(self, obj: Any) -> Any:
         """How ``obj`` is pickled."""
         if isinstance(obj, nn.Module) and getattr(type(obj), TELLS, None) and hasattr(obj, "config"):
-            made, args, *rest = cast("tuple[Any, ...]", obj.__reduce_ex__(4))
-            return (_made_known, (type(obj), obj.config, made, args), *rest)
-        if any(isinstance(it, ContextVar) for it in getattr(obj, "__dict__", {}).values()):
-            module = sys.modules.get(type(obj).__module__)
-            name = next((name for name, it in vars(module).items() if it is obj), None) if module else None
-            if name is not None:
-                return _global, (type(obj).__module__, name)
+            reduced = obj.__reduce_ex__(4)
+            if isinstance(reduced, tuple):
+                made, args, *rest = reduced
+                return (_made_known, (type(obj), obj.config, made, args), *rest)
+        name = _name_of(obj) if _has_context_variable(obj) else None
+        if name is not None:
+            return _global, (type(obj).__module__, name)
         return super().reducer_override(obj)
+
+
+def _has_context_variable(obj: Any) -> bool:
+    try:
+        own = obj.__dict__
+    except Exception:  # there is none, or it is made up by code that fails
+        return False
+    return isinstance(own, dict) and any(type(it) is ContextVar for it in own.values())
+
+
+def _name_of(obj: Any) -> str | None:
+    """What the module of its class calls ``obj``, if a worker imports that module."""
+    module = type(obj).__module__
+    if module == "__main__" or module in cloudpickle.list_registry_pickle_by_value():
+        return None
+    return next((name for name, it in vars(sys.modules.get(module)).items() if it is obj), None)
 
 
 def dumps(call: Any) -> bytes:
@@ -61,8 +80,11 @@ _KNOWN: set[type[nn.Module]] = set()
 def _made_known(kind: type[nn.Module], config: Any, made: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """An instance of ``kind`` as pickle makes it, in a process that knows the class."""
     if kind not in _KNOWN:
-        _KNOWN.add(kind)
+        before = random.getstate(), np.random.get_state()
         # One that cannot be constructed so was made in another way, and its class is as unknown as it would be.
         with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]), torch.device("meta"):
-            kind(config)
+            kind(copy.deepcopy(config))
+            _KNOWN.add(kind)
+        random.setstate(before[0])
+        np.random.set_state(before[1])
     return made(*args)

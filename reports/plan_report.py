@@ -22,6 +22,8 @@ from shardwright.sharder.planning.plan import WORTHWHILE, Change, PinPrice, Plac
 
 __all__ = ["PlanReport", "Verdict", "verdict"]
 
+LEAST_SHOWN = 0.05
+"""Percent: less is rounded to none."""
 SURE = 0.9
 """A plan that beats its rival in fewer of the draws is best only by noise."""
 
@@ -266,7 +268,7 @@ class PlanReport:
             )
         elif certificate.exact:
             gap += f", exact: no split{within} has a smaller largest load"
-        elif certificate.gap_percent < 0.05:
+        elif certificate.gap_percent < LEAST_SHOWN:
             gap += ", it meets the bound"
         else:
             gap += " at most, not proven exact"
@@ -408,7 +410,8 @@ def _step_in_words(gap: float | None, within: str) -> Iterator[tuple[str, str]]:
     if gap == 0:
         yield "step", f"no split{within} has a shorter one at these times"
     elif gap is not None:
-        yield "step", f"at most {percent(gap)} above the shortest of every split{within}, proven"
+        above = f"at most {percent(gap)}" if gap >= LEAST_SHOWN else "less than 0.1%"
+        yield "step", f"{above} above the shortest of every split{within}, proven"
 
 
 def _price_of(pin: PinPrice, value_s: float) -> str:

@@ -1,6 +1,7 @@
 """Workers: pinned, always reaped, and clear about how they ended."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -346,3 +347,52 @@ def test_a_class_is_known_to_the_process_that_its_instance_comes_to():
         assert known == ["Registered"]
         with pytest.raises(WorkerError, match="KeyError: 'Unlike'"):
             pool.call({"cpu:0": (called, (Unlike({"width": 3}, 1), x))}, limit_s=60)
+
+
+class Odd(nn.Module):
+    """What is pickled by its name."""
+
+    _can_record_outputs = Registered._can_record_outputs
+    config = MappingProxyType({})
+
+    def __reduce_ex__(self, _):
+        return "ODD"
+
+
+ODD = Odd()
+
+
+class Changing(Registered):
+    """Its constructor changes the configuration."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        config["width"] = None
+        random.random()
+
+
+def width_and_number(module):
+    return module.config["width"], random.random()
+
+
+def seeded(seed):
+    random.seed(seed)
+
+
+def test_a_class_is_made_known_without_a_trace():
+    """The configuration arrives as it was, random numbers stay, and what goes by its name does so."""
+    module = Changing({"width": 3})
+    module.config["width"] = 5
+    with Pool([device()]) as pool:
+        pool.call({"cpu:0": (seeded, (1,))}, limit_s=60)
+        found = pool.call({"cpu:0": (width_and_number, (module,))}, limit_s=60)["cpu:0"]
+        assert found == (5, random.Random(1).random())
+        assert pool.call({"cpu:0": (type, (ODD,))}, limit_s=60) == {"cpu:0": Odd}
+
+
+def test_a_context_variable_of_a_script_cannot_be_sent(monkeypatch):
+    """A worker does not import the script."""
+    monkeypatch.setattr(Recorded, "__module__", "__main__")
+    with Pool([device()]) as pool, pytest.raises(ShardwrightError, match=r"cannot be sent .*ContextVar.*; remove") as e:
+        pool.call({"cpu:0": (len, ([RECORDED],))}, limit_s=60)
+    assert "\n" not in str(e.value)

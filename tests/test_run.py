@@ -202,9 +202,9 @@ def few_cores(monkeypatch):
 def test_replicas_run_as_one_model(captured_profile):
     """Two replicas of two stages, weights tied across them: every copy of every gradient is the unsharded model's, and
     each device's accounts and memory are told."""
-    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(4)])
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)])
     model[3].weight = model[0].weight
-    x = torch.randn(16, 16)
+    x = torch.randn(16, 64)
     profile = captured_profile(model, (x,), devices=[f"cpu:{i}" for i in range(4)], microbatches=(1, 4))
     plan = sw.plan(profile, microbatches=4, replicas=2)
     assert plan.ties
@@ -212,7 +212,7 @@ def test_replicas_run_as_one_model(captured_profile):
     assert (run.devices, run.replicas) == (plan.devices, 2)
     assert run.equality.tensors == 4 + 2 * (len(list(model.parameters())) + 1)
     assert [each.device for each in run.memory] == list(plan.devices)
-    # Not always to the byte: a kilobyte more was seen once.
+    # Not always to the byte: a message or two more were seen at times.
     assert run.memory[0].measured_bytes == pytest.approx(run.memory[2].measured_bytes, rel=0.15)
     for weighed in run.memory:
         assert weighed.measured_bytes == pytest.approx(weighed.predicted_bytes, rel=0.2), weighed

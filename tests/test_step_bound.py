@@ -1,11 +1,14 @@
 """The bound on steps, against all splits."""
 
+import dataclasses
 import math
+from unittest.mock import patch
 
 import pytest
 from hypothesis import assume, given, settings
 from test_step_search import chain_of, splits, step_s, tasks
 
+from shardwright.sharder.planning import step_search
 from shardwright.sharder.planning.planner import plan
 from shardwright.sharder.planning.step_bound import step_bound_s
 from shardwright.sharder.planning.step_search import shortest_step
@@ -17,7 +20,9 @@ def test_no_split_has_a_shorter_step(problem):
     """Of any kind of problem, pins, memory and links aside."""
     steps = [step_s(problem, stages) for stages in splits(problem)]
     assume(steps)
-    assert step_bound_s(problem) <= min(steps) * (1 + 1e-9)
+    bound_s = step_bound_s(problem)
+    assert bound_s is not None
+    assert bound_s <= min(steps) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(("speeds", "microbatches", "gap"), [((1, 1), 16, 0.03), ((1, 3), 16, 0.05), ((1, 1), 4, 0.08)])
@@ -44,7 +49,7 @@ def test_devices_in_too_many_rows_have_no_bound():
     """Seven devices that all differ."""
     speeds = range(1, 8)
     problem = chain_of([(tuple(1 / s for s in speeds), tuple(2 / s for s in speeds))] * 10, microbatches=8)
-    assert step_bound_s(problem) == 0
+    assert step_bound_s(problem) is None
 
 
 def test_a_plan_says_how_far_its_step_can_be_above_the_shortest(make_profile):
@@ -55,3 +60,26 @@ def test_a_plan_says_how_far_its_step_can_be_above_the_shortest(make_profile):
     interleaved = plan(make_profile(wide), microbatches=4, schedule="interleaved", time_limit_s=1.0)
     assert interleaved.certificate.step_gap_percent is None
     assert math.isfinite(interleaved.predicted.step_s)
+
+
+def test_under_zero_bubble_loads_say_nothing_of_the_step(chain_profile):
+    """A backward in two parts may take less than the whole, of which loads are: what is said of the step is true."""
+    profile = chain_profile(
+        6, forward_s={f"u{i}": 1.0 + i % 3 for i in range(6)}, speed=dict.fromkeys(("a", "b", "c"), 1.0)
+    )
+    parts = tuple(
+        m.model_copy(update={"backward_input_s": m.backward_s / 4, "backward_weight_s": m.backward_s / 4})
+        for m in profile.measurements
+    )
+    with patch.object(step_search, "MOST_CUTS", 0):
+        found = plan(profile.model_copy(update={"measurements": parts}), microbatches=4, schedule="zero-bubble")
+    assert found.certificate.step_gap_percent > 0
+
+
+def test_what_is_computed_anew_counts_twice():
+    """Where every stage is."""
+    rows = [((1.0, 1.0), (2.0, 2.0))] * 6
+    kept = chain_of(rows, microbatches=8)
+    always = dataclasses.replace(kept, recompute="always")
+    assert step_bound_s(always) > 1.25 * step_bound_s(kept)
+    assert step_bound_s(dataclasses.replace(kept, recompute="auto")) == step_bound_s(kept)

@@ -72,7 +72,11 @@ def _step_gap_percent(chosen: Option) -> float | None:
     if any(replica.seconds != problem.replicas[0].seconds for replica in problem.replicas):
         return None  # the bound is of what the slowest of them takes
     bound_s = step_bound_s(problem)
-    return gap_percent(chosen.timeline.step_s, max(bound_s, chosen.split.bound_s)) if bound_s else None
+    if bound_s is None:
+        return None
+    if problem.schedule != "zero-bubble":  # whose steps have the parts of backwards, and its loads the whole
+        bound_s = max(bound_s, chosen.split.bound_s)
+    return gap_percent(chosen.timeline.step_s, bound_s)
 
 
 def what_binds(chosen: Option, deadline_s: float) -> str:

@@ -170,8 +170,8 @@ class Certificate(Record):
     """And the step of that split."""
     step_gap_percent: NonNegativeFloat | None = None
     """How far the step can be above the shortest of all splits into several stages, one a device, with so many
-    micro-batches and replicas and under this schedule, at the median times; 0: no split has a shorter one. None where
-    nothing is proven of that."""
+    micro-batches and replicas and under this schedule, at the median times; 0: no split has a shorter one, but for a
+    millionth. None where nothing is proven of that."""
 
 
 class Prediction(Record):

@@ -156,6 +156,7 @@ def with_short_step(option: Option, profile: Profile) -> Option:
         shortest=proven,
         kept=kept and with_short_step(kept, profile) if anew_by_choice and not first_anew else kept,
         why_none_kept=option.why_none_kept,
+        narrowed=option.narrowed,
     )
 
 

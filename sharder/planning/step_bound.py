@@ -27,30 +27,28 @@ __all__ = ["step_bound_s"]
 
 Floats = npt.NDArray[np.float64]
 
-MOST_ROWS = 64
+MOST_ROWS, MOST_TIMES = 64, 60_000
+"""For more rows of devices, or rows times blocks, there is no bound: it would take seconds."""
 ROUNDS, PACE = 200, 0.5
 """Of weights; PACE as in device_weights.py."""
-MOST_TIMES = 40_000
-"""For more blocks times devices there is no bound: it would take seconds."""
 
 
-def step_bound_s(problem: Problem) -> float:
+def step_bound_s(problem: Problem) -> float | None:
     """Seconds that no step of a split into several stages, one a device, takes less than at the median times.
 
-    It is 0 where the devices can be in too many rows, or units are too many.
+    None where there are too many rows of devices or blocks, or no row may have all blocks.
     """
-    if len(problem.blocks) * len(problem.devices) > MOST_TIMES:
-        return 0.0
     forwards, backwards = (np.array(each, dtype=float).T for each in least_times(problem))
     forwards = np.where(np.array([block.allowed for block in problem.blocks]).T, forwards, np.inf)
     rows = [*itertools.islice(_rows(problem), MOST_ROWS + 1)]
-    if len(rows) > MOST_ROWS:
-        return 0.0
+    if len(rows) > MOST_ROWS or len(rows) * len(problem.blocks) > MOST_TIMES:
+        return None
     least_s = np.inf
     for row in sorted(rows, key=len, reverse=True):
         if np.isfinite(forwards[row]).any(axis=0).all():
-            least_s = min(least_s, _bound_s(*_numbers(problem, len(row)), forwards[row], backwards[row], least_s))
-    return float(least_s) if np.isfinite(least_s) else 0.0
+            times = np.stack([forwards[row], backwards[row]])
+            least_s = min(least_s, _bound_s(_numbers(problem, len(row)), times, least_s))
+    return float(least_s) if np.isfinite(least_s) else None
 
 
 def _rows(problem: Problem) -> Iterator[list[int]]:
@@ -69,36 +67,35 @@ def _rows(problem: Problem) -> Iterator[list[int]]:
     yield from after([])
 
 
-def _numbers(problem: Problem, stages: int) -> tuple[Floats, Floats]:
-    """A and B: by bound and stage, how often it has the stage's forward and its backward."""
+def _numbers(problem: Problem, stages: int) -> Floats:
+    """A and B: by bound and stage, how often it has the stage's forward, and its backward."""
     count, drains = problem.microbatches, problem.schedule != "zero-bubble"
     own, before = np.eye(stages), np.tri(stages, k=-1)
-    forward, backward = [before + count * own], [drains * before + count * own]
+    of_forward, of_backward = [before + count * own], [drains * before + count * own]
     if drains:
         first = [in_flight(problem.schedule, count, stages - 1 - stage) for stage in range(stages)]
-        forward += [1 + np.diag([float(count - each) for each in first]), 1 + (count - 1) * own]
-        backward += [1 + (count - 1) * own, np.ones((stages, stages))]
-    return np.concatenate(forward), np.concatenate(backward)
+        of_forward += [1 + np.diag([float(count - each) for each in first]), 1 + (count - 1) * own]
+        of_backward += [1 + (count - 1) * own, np.ones((stages, stages))]
+    return np.stack([np.concatenate(of_forward), np.concatenate(of_backward)])
 
 
-def _bound_s(many: Floats, more: Floats, forwards: Floats, backwards: Floats, enough_s: float) -> float:
+def _bound_s(numbers: Floats, times: Floats, enough_s: float) -> float:
     """The bound of one row of devices; or any that is not below ``enough_s``.
 
     Args:
-        many, more: A and B.
-        forwards, backwards: by stage and block.
+        numbers: A and B.
+        times: forwards and backwards by stage and block.
     """
-    times = np.stack([forwards, backwards])
-    numbers = np.stack([many, more])
+    blocks, stages = np.arange(times.shape[2]), times.shape[1]
 
     def at(weights: Floats) -> tuple[float, npt.NDArray[np.intp]]:
-        by_stage = weights @ numbers
-        weighed = by_stage[0, :, None] * times[0] + by_stage[1, :, None] * times[1]
+        """The bound by these weights, and by block the stage that makes least of it."""
+        often = weights @ numbers
+        weighed = often[0, :, None] * times[0] + often[1, :, None] * times[1]
         where = weighed.argmin(axis=0)
         return float(weighed[where, blocks].sum()), where
 
-    blocks = np.arange(forwards.shape[1])
-    log, total, best_s = np.zeros(len(many)), np.zeros(len(many)), 0.0
+    log, total, best_s = np.zeros(numbers.shape[1]), np.zeros(numbers.shape[1]), 0.0
     for number in range(1, ROUNDS + 1):
         weights = np.exp(log - log.max())
         weights /= weights.sum()
@@ -109,6 +106,6 @@ def _bound_s(many: Floats, more: Floats, forwards: Floats, backwards: Floats, en
             best_s = max(best_s, at(total / number)[0])
         if best_s >= enough_s or not bound_s:
             break
-        sums = [np.bincount(where, own[where, blocks], len(forwards)) for own in times]
-        log = log + PACE / number**0.5 * ((many @ sums[0] + more @ sums[1]) / bound_s - 1)
+        sums = np.stack([np.bincount(where, own[where, blocks], stages) for own in times])
+        log = log + PACE / number**0.5 * ((numbers[0] @ sums[0] + numbers[1] @ sums[1]) / bound_s - 1)
     return best_s

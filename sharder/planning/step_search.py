@@ -200,8 +200,10 @@ class _StepSearch:
         costs = stage_costs(self.problem, stages, [self.problem.recompute == "always"] * len(stages))
         if self.problem.recompute != "auto":
             return costs
-        forwards = (self._work_s(*stage)[0] for stage in stages)
-        return [dataclasses.replace(cost, forward_s=s) for cost, s in zip(costs, forwards, strict=True)]
+        again = (sum(self.problem.blocks[v].again_s(device) for v in bits(members)) for device, members in stages)
+        return [
+            dataclasses.replace(cost, forward_s=min(cost.forward_s, s)) for cost, s in zip(costs, again, strict=True)
+        ]
 
     def _checked(self, least_s: float, stages: Stages) -> Stepped | None:
         """``stages`` with their own step, which is not below ``least_s``; None if they do not fit."""
@@ -314,12 +316,16 @@ class _StepSearch:
 
 
 def least_times(problem: Problem) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
-    """By block and device, seconds of the forward and of the backward of a micro-batch, at least: computed anew, a
-    forward keeps nothing; in two parts, a backward takes the sum of them or the whole."""
+    """By block and device, seconds of the forward and of the backward of a micro-batch, for (1) to (3).
+
+    A backward in two parts takes the sum of them or the whole. A stage that may be computed anew has another forward,
+    and its own once more in the backward: that makes none of the three smaller.
+    """
     blocks, devices = problem.blocks, range(len(problem.devices))
     forwards, backwards = [block.forward_s for block in blocks], [block.backward_s for block in blocks]
-    if problem.recompute != "never":
-        forwards = [tuple(min(block.forward_s[d], block.again_s(d)) for d in devices) for block in blocks]
+    if problem.recompute == "always":
+        forwards = [tuple(map(block.again_s, devices)) for block in blocks]
+        backwards = [tuple(map(operator.add, block.backward_s, block.forward_s)) for block in blocks]
     if problem.schedule == "zero-bubble":
         backwards = [tuple(map(min, block.backward_s, map(sum, block.parts_s))) for block in blocks]
     return forwards, backwards
