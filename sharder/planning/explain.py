@@ -18,6 +18,7 @@ from shardwright.sharder.planning.relaxed import all_usable, without_sums
 from shardwright.sharder.planning.search import simple_bound_s
 from shardwright.sharder.planning.stage_costs import shares_of
 from shardwright.sharder.planning.step_bound import step_bound_s
+from shardwright.sharder.planning.step_search import SHORTER
 from shardwright.sharder.planning.words import links_in_words, name_of
 
 __all__ = ["certify", "gap_percent", "what_binds"]
@@ -65,8 +66,9 @@ def certify(chosen: Option, options: list[Option], baseline: Option | None, dead
 def _step_gap_percent(chosen: Option) -> float | None:
     """How far the step of ``chosen`` can be above the shortest, if anything is proven of that."""
     problem = chosen.problem
-    if chosen.shortest:
-        return 0.0
+    if chosen.least_step_s is not None:
+        gap = gap_percent(chosen.timeline.step_s, chosen.least_step_s)
+        return gap if gap > 100 * SHORTER else 0.0
     if len(chosen.split.stages) == 1 or problem.stages_per_device > 1 or chosen.tiers or chosen.narrowed:
         return None
     if any(replica.seconds != problem.replicas[0].seconds for replica in problem.replicas):

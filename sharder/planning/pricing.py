@@ -15,7 +15,7 @@ from shardwright.sharder.planning.replicas import expected_step_of_replicas_s
 from shardwright.sharder.planning.search import ROUNDING
 from shardwright.sharder.planning.simulate import StageCost, expected_step_s, simulate
 from shardwright.sharder.planning.split_loads import stage_loads
-from shardwright.sharder.planning.stage_costs import rules_of, shares_of, stage_costs, stages_anew
+from shardwright.sharder.planning.stage_costs import Stages, rules_of, shares_of, stage_costs, stages_anew
 from shardwright.sharder.planning.step_search import shortest_step
 from shardwright.sharder.planning.timeline import Timeline
 
@@ -51,9 +51,9 @@ class Option:
 
     least: Option | None = None
     """Where this one has the shorter step: the split with the least largest load that was found."""
-    shortest: bool = False
-    """Whether no split of several stages, one a device, has a shorter step at the median times, with so many
-    micro-batches and replicas and under this schedule."""
+    least_step_s: float | None = None
+    """Where it is proven: no split of several stages, one a device, has a shorter step at the median times, with so
+    many micro-batches and replicas and under this schedule."""
     narrowed: bool = False
     """Whether the problem leaves out stages computed anew, which were allowed."""
 
@@ -138,13 +138,19 @@ def with_short_step(option: Option, profile: Profile) -> Option:
     problem, split = option.problem, option.split
     if problem.stages_per_device > 1 or option.tiers:
         return option
-    stages, load_s, proven = shortest_step(problem, split.stages, train=profile.train)
-    proven = proven and not option.narrowed and _is_of_all(problem)
-    if stages == split.stages:
-        return dataclasses.replace(option, shortest=proven)
-    larger = load_s > split.value_s * (1 + ROUNDING)
-    bound_s = min(split.bound_s, load_s)
-    other = price(problem, Partition(stages, load_s, bound_s, exact=load_s <= bound_s * (1 + ROUNDING)), profile)
+    found = shortest_step(problem, split.stages, train=profile.train)
+    if found.proven and not option.narrowed and _is_of_all(problem):
+        option = dataclasses.replace(option, least_step_s=found.step_s)
+    varied = any(len(set(variation.relative)) > 1 for variation in profile.variations)
+    others = [
+        price(problem, _partition_of(problem, split, stages), profile)
+        for stages in (found.stages, *(found.others if varied else ()))
+        if stages != split.stages
+    ]
+    if not others:
+        return option
+    other = min(others, key=lambda one: one.step_s)
+    larger = other.split.value_s > split.value_s * (1 + ROUNDING)
     anew_by_choice = problem.recompute == "auto" and any(other.anew)
     first_anew = anew_by_choice and not any(option.anew)
     if larger and other.step_s > option.step_s * (1 - (LEAST_GAIN if first_anew else LEAST_SHORTER)):
@@ -153,11 +159,20 @@ def with_short_step(option: Option, profile: Profile) -> Option:
     return dataclasses.replace(
         other,
         least=option if larger else None,
-        shortest=proven,
+        least_step_s=option.least_step_s,
         kept=kept and with_short_step(kept, profile) if anew_by_choice and not first_anew else kept,
         why_none_kept=option.why_none_kept,
         narrowed=option.narrowed,
     )
+
+
+def _partition_of(problem: Problem, least: Partition, stages: Stages) -> Partition:
+    """Another split of the problem, with the bound of the one that has the ``least`` largest load."""
+    loads = stage_loads(problem, stages)
+    assert loads is not None, "a split that was found is feasible"
+    value_s = max(loads)
+    bound_s = min(least.bound_s, value_s)
+    return Partition(tuple(stages), value_s, bound_s, exact=value_s <= bound_s * (1 + ROUNDING))
 
 
 def _is_of_all(problem: Problem) -> bool:

@@ -40,7 +40,7 @@ from shardwright.sharder.planning.split_loads import stage_loads
 from shardwright.sharder.planning.stage_costs import rules_of, stage_costs, stages_anew
 from shardwright.sharder.planning.zero_bubble import divides
 
-__all__ = ["Shortest", "bound_s", "least_times", "shortest_step"]
+__all__ = ["SHORTER", "Shortest", "bound_s", "least_times", "shortest_step"]
 
 MOST_BLOCKS = 2_000
 """For more, nothing is tried: their loads alone take longer than all else."""
@@ -58,6 +58,8 @@ HOPEFUL = 1.5
 """A split with a step longer than so many times the known one's is no start."""
 MOST_PERMUTED, ORDERS = 720, 64
 """So many orders of devices are looked through at most, and so many that can be told apart are cut evenly."""
+NEAR, OTHERS = 1.1, 6
+"""Splits whose steps are at most so many times the shortest are other ones, and at most so many."""
 HOPS = (1, 2, 4, 8)
 """So many neighbouring blocks are moved over a cut together."""
 MOST_MOVED = 16
@@ -83,11 +85,13 @@ class Stepped(NamedTuple):
 class Shortest(NamedTuple):
     """A split with a short step."""
 
+    step_s: float
+    """At the median times."""
     stages: Stages
-    load_s: float
-    """The largest of a device."""
     proven: bool
     """Whether no split of several stages, one a device, has a shorter step at the median times."""
+    others: tuple[Stages, ...] = ()
+    """Splits with nearly as short a step, the naive ones among them: one of them may be faster where speeds vary."""
 
 
 def shortest_step(problem: Problem, known: Stages, *, train: bool) -> Shortest:
@@ -104,12 +108,15 @@ def shortest_step(problem: Problem, known: Stages, *, train: bool) -> Shortest:
     best = search.best_of([known])
     assert best is not None, "a split that is known fits"
     if len(known) < 2 or len(problem.blocks) > MOST_BLOCKS:
-        return Shortest(known, best.load_s, proven=False)
-    for start in search.starts(best):
-        best = min(best, search.descended(start))
-    best, proven = _AllSplits(search, best).shortest()
+        return Shortest(best.step_s, known, proven=False)
+    starts = search.starts(best)
+    ends = [search.descended(start) for start in starts]
+    best, proven = _AllSplits(search, min([best, *ends])).shortest()
     stages = search.in_order(best.stages)
-    return Shortest(known if stages == search.in_order(known) else stages, best.load_s, proven)
+    stages = known if stages == search.in_order(known) else stages
+    near = (one.stages for one in sorted({*starts, *ends}) if one.step_s <= NEAR * best.step_s)
+    others = [other for other in dict.fromkeys(map(search.in_order, near)) if other not in (stages, known)]
+    return Shortest(best.step_s, stages, proven, tuple(others[:OTHERS]))
 
 
 class _StepSearch:
