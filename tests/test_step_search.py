@@ -231,15 +231,19 @@ def test_what_is_computed_anew_stays_compared_with_keeping_all(make_profile):
         assert other.step_s is not None or other.why
 
 
-def test_no_naive_split_has_a_shorter_step_where_speeds_vary(chain_profile):
-    """Devices of equal medians of which one is unsteady: of splits with nearly the same step at the median times the
-    one is taken that waits least for the other's bad moments."""
-    for seed in range(8):
-        random_ = random.Random(seed)
-        times = {f"u{i}": float(random_.choice([1, 2, 3, 5, 8])) for i in range(9)}
-        profile = chain_profile(9, forward_s=times, speed={"cpu:0": 1.0, "cpu:1": 1.02}, microbatches=(1, 4))
-        unsteady = Variation(device="cpu:1", relative=tuple(random_.uniform(0.7, 1.6) for _ in range(20)))
-        found = plan(profile.model_copy(update={"variations": (unsteady,)}), microbatches=4)
-        naive = [other.step_s for other in found.alternatives if other.name in NAIVE]
-        assert len(naive) == 2
-        assert found.predicted.step_s <= 1.001 * min(naive)
+@pytest.mark.parametrize("seed", [3, 20, 24, 47])
+def test_no_naive_split_has_a_shorter_step_where_speeds_vary(chain_profile, seed):
+    """Of splits with nearly the same step at the median times the one is taken that waits least for bad moments: the
+    shortest at the medians would be 1% to 8% slower than a naive one here."""
+    random_ = random.Random(seed)
+    units = random_.randint(8, 16)
+    times = {f"u{i}": float(random_.choice([1, 2, 3, 5, 8])) for i in range(units)}
+    profile = chain_profile(units, forward_s=times, speed={"cpu:0": 1.0, "cpu:1": 1.02}, microbatches=(1, 8))
+    variations = tuple(
+        Variation(device=device, relative=tuple(random_.uniform(1 - width, 1 + width) for _ in range(20)))
+        for device, width in (("cpu:0", 0.1), ("cpu:1", 0.5))
+    )
+    found = plan(profile.model_copy(update={"variations": variations}), microbatches=8)
+    naive = [other.step_s for other in found.alternatives if other.name in NAIVE]
+    assert len(naive) == 2
+    assert found.predicted.step_s <= 1.001 * min(naive)
