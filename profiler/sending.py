@@ -58,7 +58,9 @@ def _name_of(obj: Any) -> str | None:
     module = type(obj).__module__
     if module == "__main__" or module in cloudpickle.list_registry_pickle_by_value():
         return None
-    return next((name for name, it in vars(sys.modules.get(module)).items() if it is obj), None)
+    if module not in sys.modules:
+        return None
+    return next((name for name, it in vars(sys.modules[module]).items() if it is obj), None)
 
 
 def dumps(call: Any) -> bytes:

@@ -21,7 +21,8 @@ from shardwright.sharder.planning.planner import plan
 from shardwright.sharder.planning.simulate import simulate, steps_of
 from shardwright.sharder.planning.split_loads import stage_loads
 from shardwright.sharder.planning.stage_costs import rules_of, stage_costs, stages_anew
-from shardwright.sharder.planning.step_search import bound_s, shortest_step
+from shardwright.sharder.planning.step_bound import bound_s
+from shardwright.sharder.planning.step_search import shortest_step
 from shardwright.sharder.planning.zero_bubble import divides
 
 FOUR = {f"cpu:{i}": 1.0 for i in range(4)}

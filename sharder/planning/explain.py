@@ -66,8 +66,8 @@ def certify(chosen: Option, options: list[Option], baseline: Option | None, dead
 def _step_gap_percent(chosen: Option) -> float | None:
     """How far the step of ``chosen`` can be above the shortest, if anything is proven of that."""
     problem = chosen.problem
-    if chosen.least_step_s is not None:
-        gap = gap_percent(chosen.timeline.step_s, chosen.least_step_s)
+    if chosen.proven_step_s is not None:
+        gap = gap_percent(chosen.timeline.step_s, chosen.proven_step_s)
         return gap if gap > 100 * SHORTER else 0.0
     if len(chosen.split.stages) == 1 or problem.stages_per_device > 1 or chosen.tiers or chosen.narrowed:
         return None

@@ -51,7 +51,7 @@ class Option:
 
     least: Option | None = None
     """Where this one has the shorter step: the split with the least largest load that was found."""
-    least_step_s: float | None = None
+    proven_step_s: float | None = None
     """Where it is proven: no split of several stages, one a device, has a shorter step at the median times, with so
     many micro-batches and replicas and under this schedule."""
     narrowed: bool = False
@@ -140,7 +140,7 @@ def with_short_step(option: Option, profile: Profile) -> Option:
         return option
     found = shortest_step(problem, split.stages, train=profile.train)
     if found.proven and not option.narrowed and _is_of_all(problem):
-        option = dataclasses.replace(option, least_step_s=found.step_s)
+        option = dataclasses.replace(option, proven_step_s=found.step_s)
     varied = any(len(set(variation.relative)) > 1 for variation in profile.variations)
     others = [
         price(problem, _partition_of(problem, split, stages), profile)
@@ -159,7 +159,7 @@ def with_short_step(option: Option, profile: Profile) -> Option:
     return dataclasses.replace(
         other,
         least=option if larger else None,
-        least_step_s=option.least_step_s,
+        proven_step_s=option.proven_step_s,
         kept=kept and with_short_step(kept, profile) if anew_by_choice and not first_anew else kept,
         why_none_kept=option.why_none_kept,
         narrowed=option.narrowed,

@@ -1,7 +1,19 @@
-"""A step that no split is below, whatever its blocks, of so many micro-batches.
+"""Bounds on a step: of given stages, and of every split.
 
-The bounds (1) to (3) of step_search.py are sums over blocks of what each takes on the stage where it is, times a number
-that hangs on the two stages alone: for a given row of devices
+Under 1F1B and GPipe a stage begins when the first micro-batch has come through those before it, and the last one's
+gradients go through those once more when it has ended. Its own first backward cannot come before the first micro-batch
+has been through all stages. So with M micro-batches, f(s) and b(s) the forward and backward of one on stage s, and W(s)
+forwards of that stage before its first backward, a step takes at least, for every s,
+
+    sum over the r before s of (f(r) + b(r))  +  M (f(s) + b(s))                                                    (1)
+    sum over all r of (f(r) + b(r))  +  (M - 1) b(s)  +  (M - W(s)) f(s)                                            (2)
+    sum over all r of (f(r) + b(r))  +  (M - 1) f(s)                                                                (3)
+
+Under zero-bubble, whose stages have the gradients of weights left to compute while others' drain, (1) holds without the
+b(r).
+
+These are sums over blocks of what each takes on the stage where it is, times a number that hangs on the two stages
+alone. So of every split over a given row of devices
 
     step >= max over the bounds k of  sum over blocks v of  A(k, s(v)) * forward(v) + B(k, s(v)) * backward(v)
 
@@ -13,17 +25,17 @@ Weights are found as in device_weights.py. The bound is the least over all rows 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from shardwright.sharder.planning.device_classes import alike_devices
 from shardwright.sharder.planning.problem import Problem, in_flight
-from shardwright.sharder.planning.step_search import least_times
 from shardwright.sharder.planning.zero_bubble import divides
 
-__all__ = ["step_bound_s"]
+__all__ = ["bound_s", "least_times", "step_bound_s"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -31,6 +43,44 @@ MOST_ROWS, MOST_TIMES = 64, 60_000
 """For more rows of devices, or rows times blocks, there is no bound: it would take seconds."""
 ROUNDS, PACE = 200, 0.5
 """Of weights; PACE as in device_weights.py."""
+
+
+def least_times(problem: Problem) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
+    """By block and device, seconds of the forward and of the backward of a micro-batch, for (1) to (3).
+
+    A backward in two parts takes the sum of them or the whole. A stage that may be computed anew has another forward,
+    and its own once more in the backward: that makes none of the three smaller.
+    """
+    blocks, devices = problem.blocks, range(len(problem.devices))
+    forwards, backwards = [block.forward_s for block in blocks], [block.backward_s for block in blocks]
+    if problem.recompute == "always":
+        forwards = [tuple(map(block.again_s, devices)) for block in blocks]
+        backwards = [tuple(map(operator.add, block.backward_s, block.forward_s)) for block in blocks]
+    if problem.schedule == "zero-bubble":
+        backwards = [tuple(map(min, block.backward_s, map(sum, block.parts_s))) for block in blocks]
+    return forwards, backwards
+
+
+def bound_s(problem: Problem, works: Sequence[tuple[float, float]], rest_s: float = 0.0, more: int = 0) -> float:
+    """A step is no shorter whose first stages compute so long, forward and backward of a micro-batch: (1) to (3).
+
+    Args:
+        works: of these stages.
+        rest_s: what all others compute of a micro-batch, at least.
+        more: so many others there may be.
+    """
+    count, drains = problem.microbatches, problem.schedule != "zero-bubble"
+    through_s = sum(forward_s + backward_s for forward_s, backward_s in works) + rest_s
+    least_s = before_s = 0.0
+    for position, (forward_s, backward_s) in enumerate(works):
+        least_s = max(least_s, before_s + count * (forward_s + backward_s))
+        if drains:
+            first = in_flight(problem.schedule, count, len(works) - 1 - position + more)
+            own_s = (count - 1) * backward_s + (count - first) * forward_s
+            least_s = max(least_s, through_s + max(own_s, (count - 1) * forward_s))
+        before_s += forward_s + drains * backward_s
+    # One of the others has an equal part of what is left, or more.
+    return max(least_s, before_s + count * rest_s / more) if more else least_s
 
 
 def step_bound_s(problem: Problem) -> float | None:

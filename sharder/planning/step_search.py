@@ -1,21 +1,11 @@
 """The search for a split with a shorter step than that of the least largest load.
 
-Under 1F1B and GPipe a stage begins when the first micro-batch has come through those before it, and the last one's
-gradients go through those once more when it has ended. Its own first backward cannot come before the first micro-batch
-has been through all stages. So with M micro-batches, f(s) and b(s) the forward and backward of one on stage s, and W(s)
-forwards of that stage before its first backward, a step takes at least, for every s,
-
-    sum over the r before s of (f(r) + b(r))  +  M (f(s) + b(s))                                                    (1)
-    sum over all r of (f(r) + b(r))  +  (M - 1) b(s)  +  (M - W(s)) f(s)                                            (2)
-    sum over all r of (f(r) + b(r))  +  (M - 1) f(s)                                                                (3)
-
-Under zero-bubble, whose stages have the gradients of weights left to compute while others' drain, (1) holds without the
-b(r). The search of partition.py makes the largest load least, which is M (f(s) + b(s)) and what is with it, and proves
-it. That is nearly all there is to a step of many micro-batches on devices that are alike. With few, or on devices of
-unlike speed, a split with a larger load may have the shorter step, as it has less before the slowest stage or leaves
-out a device. It is looked for by moves from several splits on, of blocks over one cut and of stages to other devices:
-the move with the shortest simulated step is made. Where there are few splits, all that these allow are simulated,
-and the step is proven the shortest.
+The search of partition.py makes the largest load least, and proves it. That is nearly all there is to a step of many
+micro-batches on devices that are alike. With few, or on devices of unlike speed, a split with a larger load may have
+the shorter step, as it has less before the slowest stage or leaves out a device. It is looked for by moves from several
+splits on, of blocks over one cut and of stages to other devices: the move with the shortest simulated step is made.
+Where there are few splits, all that the bounds (1) to (3) of step_bound.py allow are simulated, and the step is proven
+the shortest.
 
 How much is tried is counted, not timed, so that a plan does not hang on the speed of the machine that makes it.
 """
@@ -23,24 +13,23 @@ How much is tried is counted, not timed, so that a plan does not hang on the spe
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from shardwright.sharder.planning.device_classes import alike_devices, orders_to_try
 from shardwright.sharder.planning.even import NAIVE, even_splits, naive_split
-from shardwright.sharder.planning.problem import Problem, bits, in_flight
+from shardwright.sharder.planning.near_splits import NearSplits
+from shardwright.sharder.planning.problem import Problem, bits
 from shardwright.sharder.planning.search import Lattice, Stages, closed_sets
 from shardwright.sharder.planning.simulate import StageCost, steps_of
 from shardwright.sharder.planning.split_loads import stage_loads
 from shardwright.sharder.planning.stage_costs import rules_of, stage_costs, stages_anew
+from shardwright.sharder.planning.step_bound import bound_s, least_times
 from shardwright.sharder.planning.zero_bubble import divides
 
-__all__ = ["SHORTER", "Shortest", "bound_s", "least_times", "shortest_step"]
+__all__ = ["SHORTER", "Shortest", "shortest_step"]
 
 MOST_BLOCKS = 2_000
 """For more, nothing is tried: their loads alone take longer than all else."""
@@ -56,14 +45,8 @@ EVEN = 3
 """Of the even splits of one number of stages so many are starts."""
 HOPEFUL = 1.5
 """A split with a step longer than so many times the known one's is no start."""
-MOST_PERMUTED, ORDERS = 720, 64
-"""So many orders of devices are looked through at most, and so many that can be told apart are cut evenly."""
 NEAR, OTHERS = 1.1, 6
 """Splits whose steps are at most so many times the shortest are other ones, and at most so many."""
-HOPS = (1, 2, 4, 8)
-"""So many neighbouring blocks are moved over a cut together."""
-MOST_MOVED = 16
-"""Of a block and those with it."""
 MOST_CLOSED, MOST_CUTS = 2_000, 10**6
 """Every split is looked for with so many closed sets at most, and so many ways to choose one for each cut."""
 MOST_BEGINNINGS = 20_000
@@ -112,10 +95,10 @@ def shortest_step(problem: Problem, known: Stages, *, train: bool) -> Shortest:
     starts = search.starts(best)
     ends = [search.descended(start) for start in starts]
     best, proven = _AllSplits(search, min([best, *ends])).shortest()
-    stages = search.in_order(best.stages)
-    stages = known if stages == search.in_order(known) else stages
+    stages = search.near.in_order(best.stages)
+    stages = known if stages == search.near.in_order(known) else stages
     near = (one.stages for one in sorted({*starts, *ends}) if one.step_s <= NEAR * best.step_s)
-    others = [other for other in dict.fromkeys(map(search.in_order, near)) if other not in (stages, known)]
+    others = [other for other in dict.fromkeys(map(search.near.in_order, near)) if other not in (stages, known)]
     return Shortest(best.step_s, stages, proven, tuple(others[:OTHERS]))
 
 
@@ -131,6 +114,7 @@ class _StepSearch:
         self._taken: set[Stages] = set()
         self._works: dict[tuple[int, int], tuple[float, float]] = {}
         self.forwards, self.backwards = least_times(problem)
+        self.near = NearSplits(problem)
 
     def starts(self, known: Stepped) -> list[Stepped]:
         """Splits to move from: the known one, the naive ones, and the best even ones of each number of stages."""
@@ -139,27 +123,17 @@ class _StepSearch:
             naive = self._new([naive_split(self.problem, weight)])
             found += filter(None, [self.best_of(naive)])
         even: dict[int, list[Stages]] = {}
-        for stages in self._new(split.stages for split in even_splits(self.problem, self._device_orders())):
+        for stages in self._new(split.stages for split in even_splits(self.problem, self.near.device_orders())):
             even.setdefault(len(stages), []).append(stages)
         for alike in even.values():
             fitting = (self._checked(*one) for one in self._simulated(alike) if one[0] <= known.step_s * HOPEFUL)
             found += itertools.islice(filter(None, fitting), EVEN)
         return found
 
-    def _device_orders(self) -> list[Sequence[int]]:
-        """Orders of devices, as far as they can be told apart: all if they are few."""
-        count = len(self.problem.devices)
-        if math.factorial(count) > MOST_PERMUTED:
-            return [*orders_to_try(self.problem)]
-        found: dict[tuple[int, ...], Sequence[int]] = {}
-        for order in itertools.permutations(range(count)):
-            found.setdefault(tuple(self.class_of[d] for d in order), order)
-        return [*itertools.islice(found.values(), ORDERS)]
-
     def descended(self, at: Stepped) -> Stepped:
         """Where the moves from ``at`` on that make the step shorter lead to."""
         while self.left > 0:
-            found = self.best_of(self._new(self._moves(at.stages), at.step_s), at.step_s * (1 - SHORTER))
+            found = self.best_of(self._new(self.near.of(at.stages), at.step_s), at.step_s * (1 - SHORTER))
             if found is None:
                 break
             at = found
@@ -235,130 +209,6 @@ class _StepSearch:
             self._works[key] = forward_s, backward_s
         return self._works[key]
 
-    def _moves(self, stages: Stages) -> Iterator[Stages]:
-        """Splits that are near to ``stages``: blocks over a cut, stages on other devices, one stage fewer or more."""
-        for position, ((device, members), (after, behind)) in enumerate(itertools.pairwise(stages)):
-            rest = stages[:position], stages[position + 2 :]
-            for moved in self._last(members):
-                yield (*rest[0], (device, members & ~moved), (after, behind | moved), *rest[1])
-            for moved in self._first(behind):
-                yield (*rest[0], (device, members | moved), (after, behind & ~moved), *rest[1])
-            for one in (device, after):
-                yield (*rest[0], (one, members | behind), *rest[1])
-        if len(stages) < self.problem.most_stages:
-            yield from self._with_one_more(stages)
-        for changed in self._other_devices([device for device, _ in stages], self.unused(stages)):
-            yield tuple((device, members) for device, (_, members) in zip(changed, stages, strict=True))
-
-    def _with_one_more(self, stages: Stages) -> Iterator[Stages]:
-        """``stages`` with the first or last blocks of one of them on a device that has none."""
-        for position, (device, members) in enumerate(stages):
-            for other in self.unused(stages):
-                for moved in self._last(members):
-                    yield (*stages[:position], (device, members & ~moved), (other, moved), *stages[position + 1 :])
-                for moved in self._first(members):
-                    yield (*stages[:position], (other, moved), (device, members & ~moved), *stages[position + 1 :])
-
-    def _last(self, members: int) -> Iterator[int]:
-        """Of a stage: the last few blocks, and each block with those that need it."""
-        blocks = [*bits(members)]
-        yield from (sum(1 << v for v in blocks[-hop:]) for hop in HOPS if hop < len(blocks))
-        yield from self._few(members, (self._behind[v] & members for v in blocks))
-
-    def _first(self, members: int) -> Iterator[int]:
-        """Of a stage: the first few blocks, and each block with those that it needs."""
-        blocks = [*bits(members)]
-        yield from (sum(1 << v for v in blocks[:hop]) for hop in HOPS if hop < len(blocks))
-        yield from self._few(members, (self._before[v] & members for v in blocks))
-
-    @staticmethod
-    def _few(members: int, moves: Iterable[int]) -> Iterator[int]:
-        """Of ``moves`` those of few blocks, that leave some."""
-        return (moved for moved in moves if moved != members and moved.bit_count() <= MOST_MOVED)
-
-    @cached_property
-    def _behind(self) -> list[int]:
-        """By block, the mask of all that need it, itself among them."""
-        behind = [1 << v for v in range(len(self.problem.blocks))]
-        for v in reversed(range(len(behind))):
-            for u in bits(self.problem.predecessors[v]):
-                behind[u] |= behind[v]
-        return behind
-
-    @cached_property
-    def _before(self) -> list[int]:
-        """By block, the mask of all that it needs, itself among them."""
-        before: list[int] = []
-        for v, own in enumerate(self.problem.predecessors):
-            before.append(functools.reduce(operator.or_, (before[u] for u in bits(own)), 1 << v))
-        return before
-
-    @cached_property
-    def class_of(self) -> dict[int, int]:
-        """By device: which others it cannot be told from."""
-        return {device: number for number, alike in enumerate(alike_devices(self.problem)) for device in alike}
-
-    def in_order(self, stages: Stages) -> Stages:
-        """The same split, with the first devices of those that are alike, in their order."""
-        first = {kind: iter(each) for kind, each in enumerate(alike_devices(self.problem))}
-        return tuple((next(first[self.class_of[device]]), members) for device, members in stages)
-
-    def unused(self, stages: Stages) -> list[int]:
-        """Devices without a stage, of those that are alike one."""
-        used = {device for device, _ in stages}
-        return [*{self.class_of[d]: d for d in range(len(self.problem.devices)) if d not in used}.values()]
-
-    def _other_devices(self, devices: Sequence[int], unused: Sequence[int]) -> Iterator[list[int]]:
-        """``devices`` with two exchanged, or one of ``unused`` in the place of one."""
-        kind = self.class_of
-        for a, b in itertools.combinations(range(len(devices)), 2):
-            if kind[devices[a]] != kind[devices[b]]:
-                changed = [*devices]
-                changed[a], changed[b] = devices[b], devices[a]
-                yield changed
-        for a, device in enumerate(devices):
-            for other in unused:
-                if kind[other] != kind[device]:
-                    yield [*devices[:a], other, *devices[a + 1 :]]
-
-
-def least_times(problem: Problem) -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
-    """By block and device, seconds of the forward and of the backward of a micro-batch, for (1) to (3).
-
-    A backward in two parts takes the sum of them or the whole. A stage that may be computed anew has another forward,
-    and its own once more in the backward: that makes none of the three smaller.
-    """
-    blocks, devices = problem.blocks, range(len(problem.devices))
-    forwards, backwards = [block.forward_s for block in blocks], [block.backward_s for block in blocks]
-    if problem.recompute == "always":
-        forwards = [tuple(map(block.again_s, devices)) for block in blocks]
-        backwards = [tuple(map(operator.add, block.backward_s, block.forward_s)) for block in blocks]
-    if problem.schedule == "zero-bubble":
-        backwards = [tuple(map(min, block.backward_s, map(sum, block.parts_s))) for block in blocks]
-    return forwards, backwards
-
-
-def bound_s(problem: Problem, works: Sequence[tuple[float, float]], rest_s: float = 0.0, more: int = 0) -> float:
-    """A step is no shorter whose first stages compute so long, forward and backward of a micro-batch: (1) to (3).
-
-    Args:
-        works: of these stages.
-        rest_s: what all others compute of a micro-batch, at least.
-        more: so many others there may be.
-    """
-    count, drains = problem.microbatches, problem.schedule != "zero-bubble"
-    through_s = sum(forward_s + backward_s for forward_s, backward_s in works) + rest_s
-    least_s = before_s = 0.0
-    for position, (forward_s, backward_s) in enumerate(works):
-        least_s = max(least_s, before_s + count * (forward_s + backward_s))
-        if drains:
-            first = in_flight(problem.schedule, count, len(works) - 1 - position + more)
-            own_s = (count - 1) * backward_s + (count - first) * forward_s
-            least_s = max(least_s, through_s + max(own_s, (count - 1) * forward_s))
-        before_s += forward_s + drains * backward_s
-    # One of the others has an equal part of what is left, or more.
-    return max(least_s, before_s + count * rest_s / more) if more else least_s
-
 
 class _AllSplits:
     """Every split of several stages whose step may be shorter, if they are few enough."""
@@ -383,7 +233,7 @@ class _AllSplits:
 
     def _go_on(self, stages: Stages, closed: int, works: tuple[tuple[float, float], ...]) -> bool:
         """Look at all splits that begin with ``stages``, which hold ``closed`` and take ``works``; whether it was."""
-        for device in self.search.unused(stages):
+        for device in self.search.near.unused(stages):
             if self.search.may_be(len(stages) + 1):
                 self._offer((*stages, (device, self._everything & ~closed)), works)
             if len(stages) + 1 == self.problem.most_stages:
