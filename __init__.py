@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shardwright.errors import ShardwrightError
     from shardwright.profiler.collect import profile
-    from shardwright.profiler.costs import Costs
+    from shardwright.profiler.formats.costs import Costs
     from shardwright.profiler.profile import Profile
     from shardwright.sharder.planning.plan import Plan
     from shardwright.sharder.planning.planner import plan
     from shardwright.sharder.runtime.place import place, unplace
+    from shardwright.sharder.runtime.placing.weights import empty_weights
     from shardwright.sharder.runtime.record import Run
     from shardwright.sharder.runtime.run import run
     from shardwright.sharder.runtime.training import Pipe, pipeline
     from shardwright.sharder.runtime.verify import Check, verify
-    from shardwright.sharder.runtime.weights import empty_weights
 
 __version__ = "0.1.0"
 
@@ -42,13 +42,13 @@ __all__ = [
 # Resolved on first use, so that planning from a file does not pay for importing torch.
 _HOMES = {
     "Check": "sharder.runtime.verify",
-    "Costs": "profiler.costs",
+    "Costs": "profiler.formats.costs",
     "Pipe": "sharder.runtime.training",
     "Plan": "sharder.planning.plan",
     "Profile": "profiler.profile",
     "Run": "sharder.runtime.record",
     "ShardwrightError": "errors",
-    "empty_weights": "sharder.runtime.weights",
+    "empty_weights": "sharder.runtime.placing.weights",
     "pipeline": "sharder.runtime.training",
     "place": "sharder.runtime.place",
     "plan": "sharder.planning.planner",

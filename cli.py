@@ -474,7 +474,7 @@ def schema(
     kind: Annotated[str, typer.Argument(metavar="KIND", help="costs, profile, plan or run.")],
 ) -> None:
     """Print the JSON schema of a file."""
-    from shardwright.profiler.costs import Costs
+    from shardwright.profiler.formats.costs import Costs
     from shardwright.profiler.profile import Profile
     from shardwright.sharder.planning.plan import Plan
     from shardwright.sharder.runtime.record import Run
@@ -506,7 +506,7 @@ def _load_profile(path: Path) -> Profile:
 
     found = _format_of(path)
     if found != Profile.kind:
-        from shardwright.profiler.costs import Costs
+        from shardwright.profiler.formats.costs import Costs
 
         if found == Costs.kind:
             return Costs.load(path).profile()
@@ -534,7 +534,7 @@ def _check_exports(csv: Path | None, parquet: Path | None, graphml: Path | None)
     for path in filter(None, (csv, parquet, graphml)):
         _checked_folder(path)
     if parquet is not None:
-        from shardwright.profiler.export import check_parquet
+        from shardwright.profiler.formats.export import check_parquet
 
         check_parquet()
 
@@ -543,7 +543,7 @@ def _export(
     made: Profile, csv: Path | None, parquet: Path | None, graphml: Path | None, microbatches: int | None = None
 ) -> None:
     """Write the profile for other tools, and say where."""
-    from shardwright.profiler.export import write_csv, write_graphml, write_parquet
+    from shardwright.profiler.formats.export import write_csv, write_graphml, write_parquet
 
     if csv is not None:
         write_csv(made, csv)

@@ -32,15 +32,15 @@ from torch import nn
 import shardwright as sw
 from shardwright.profiler import collect
 from shardwright.profiler.capture import captures_of
-from shardwright.profiler.catalogue import model_of
-from shardwright.profiler.estimate import ASSUMED, NOMINAL, demand_of, fit, roofline_s
-from shardwright.profiler.inputs import outputs_of
-from shardwright.profiler.optimizers import make_optimizer
-from shardwright.profiler.pace import pace_of
-from shardwright.profiler.structure import map_tensors
+from shardwright.profiler.estimates.catalogue import model_of
+from shardwright.profiler.estimates.estimate import ASSUMED, NOMINAL, demand_of, fit, roofline_s
+from shardwright.profiler.estimates.workload import Mode, Workloads
+from shardwright.profiler.measuring.optimizers import make_optimizer
+from shardwright.profiler.measuring.pace import pace_of
+from shardwright.profiler.recording.inputs import outputs_of
+from shardwright.profiler.recording.structure import map_tensors
+from shardwright.profiler.recording.unitgraph import mean_square_loss
 from shardwright.profiler.target import load_target
-from shardwright.profiler.unitgraph import mean_square_loss
-from shardwright.profiler.workload import Mode, Workloads
 
 ROOT = Path(__file__).parents[1]
 MODELS = (

@@ -21,13 +21,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-from shardwright.profiler import worker
 from shardwright.profiler.devices import find_devices
 from shardwright.profiler.links import fit, join, one_way
 from shardwright.profiler.measure import prepare
-from shardwright.profiler.messages import exchange, ping_pong
-from shardwright.profiler.pool import Pool
-from shardwright.sharder.planning.simulate import StageCost, simulate
+from shardwright.profiler.measuring.messages import exchange, ping_pong
+from shardwright.profiler.workers import worker
+from shardwright.profiler.workers.pool import Pool
+from shardwright.sharder.planning.schedules.simulate import StageCost, simulate
 
 SIZES = (1 << 16, 1 << 18, 1 << 20, 9 << 18, 1 << 22)
 """Bytes of one micro-batch that cross; 9 << 18 is what crosses in examples/containers.py:Net, by 8 micro-batches."""

@@ -20,12 +20,12 @@ import cloudpickle
 import torch
 
 import shardwright as sw
-from shardwright.profiler.inputs import all_microbatches, outputs_of
+from shardwright.profiler.measuring.optimizers import make_optimizer
 from shardwright.profiler.memory import MemoryCounter, total_bytes
-from shardwright.profiler.optimizers import make_optimizer
-from shardwright.profiler.structure import tensors_in
+from shardwright.profiler.recording.inputs import all_microbatches, outputs_of
+from shardwright.profiler.recording.structure import tensors_in
+from shardwright.profiler.recording.unitgraph import mean_square_loss
 from shardwright.profiler.trace import trace
-from shardwright.profiler.unitgraph import mean_square_loss
 
 WITHIN_PERCENT = 3.0
 

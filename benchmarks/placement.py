@@ -42,11 +42,11 @@ from accelerate.hooks import attach_align_device_hook_on_blocks
 from torch import Tensor, nn
 
 import shardwright as sw
-from shardwright.profiler.placed import placement_hooks
-from shardwright.sharder.runtime.hooks import MoveInputs, UnitForward
-from shardwright.sharder.runtime.relocate import relocate
-from shardwright.sharder.runtime.sim import on_host, parameters_may_move, sim_device
-from shardwright.sharder.runtime.whole import WholeForward
+from shardwright.profiler.recording.placed import placement_hooks
+from shardwright.sharder.runtime.placing.hooks import MoveInputs, UnitForward
+from shardwright.sharder.runtime.placing.relocate import relocate
+from shardwright.sharder.runtime.placing.sim import on_host, parameters_may_move, sim_device
+from shardwright.sharder.runtime.placing.whole import WholeForward
 
 LAYERS, CUT, WIDTH, BATCH = 100, 50, 32, 8
 BY_HAND = "by hand"

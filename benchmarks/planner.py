@@ -28,9 +28,9 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from shardwright.errors import ShardwrightError
+from shardwright.sharder.planning.exact.search import closed_sets
 from shardwright.sharder.planning.partition import Partition, partition
 from shardwright.sharder.planning.problem import Block, Crossing, Problem
-from shardwright.sharder.planning.search import closed_sets
 from shardwright.sharder.planning.split_loads import stage_loads
 
 MIXED = (1.0, 2.1, 1.4, 0.7, 1.1, 1.9, 0.9, 1.3)

@@ -29,14 +29,14 @@ from shardwright.profiler.cache import FOLDER_VARIABLE
 from shardwright.profiler.campaign import Few, How, Item, hold, passes_held, work_bytes
 from shardwright.profiler.capture import captures_of
 from shardwright.profiler.devices import find_devices
-from shardwright.profiler.inputs import outputs_of
 from shardwright.profiler.measure import prepare
-from shardwright.profiler.optimizers import make_optimizer
-from shardwright.profiler.pool import Pool
-from shardwright.profiler.signature import step_key
-from shardwright.profiler.stopwatch import HostStopwatch
-from shardwright.profiler.timing import Series
-from shardwright.profiler.unitgraph import mean_square_loss
+from shardwright.profiler.measuring.optimizers import make_optimizer
+from shardwright.profiler.measuring.signature import step_key
+from shardwright.profiler.measuring.stopwatch import HostStopwatch
+from shardwright.profiler.measuring.timing import Series
+from shardwright.profiler.recording.inputs import outputs_of
+from shardwright.profiler.recording.unitgraph import mean_square_loss
+from shardwright.profiler.workers.pool import Pool
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 MODELS = (
@@ -47,14 +47,14 @@ MODELS = (
 
 def hold_whole(model, args, kwargs, places):
     """Take in a whole model."""
-    from shardwright.profiler.worker import resident  # the worker's own
+    from shardwright.profiler.workers.worker import resident  # the worker's own
 
     resident["whole"] = (model.train(), args, kwargs, places, make_optimizer("adam", model.parameters()))
 
 
 def step(stopwatch):
     """One training step of the whole model: seconds of forward, backward, update, and of all."""
-    from shardwright.profiler.worker import resident
+    from shardwright.profiler.workers.worker import resident
 
     model, args, kwargs, places, optimizer = resident["whole"]
 
@@ -80,7 +80,7 @@ def fail(item, error):
 
 def alternate(rounds, cpu_time):
     """Seconds of the phases of each held step, by key, and of the whole, in each round; one before to warm up."""
-    from shardwright.profiler.worker import resident
+    from shardwright.profiler.workers.worker import resident
 
     stopwatch = HostStopwatch(time.thread_time if cpu_time else time.perf_counter)
     (steps,) = passes_held(fail)

@@ -20,11 +20,11 @@ import torch
 
 from shardwright.profiler.collect import captures_of
 from shardwright.profiler.devices import find_devices
-from shardwright.profiler.estimate import NOMINAL, demand_of, fit, roofline_s
-from shardwright.profiler.stopwatch import HostStopwatch
-from shardwright.profiler.subject import Subject
+from shardwright.profiler.estimates.estimate import NOMINAL, demand_of, fit, roofline_s
+from shardwright.profiler.estimates.workload import Mode, Workloads
+from shardwright.profiler.measuring.stopwatch import HostStopwatch
+from shardwright.profiler.measuring.subject import Subject
 from shardwright.profiler.target import load_target
-from shardwright.profiler.workload import Mode, Workloads
 
 ROOT = Path(__file__).parents[1]
 CALIBRATION = "NetList,transformer,gpt2,resnet"

@@ -14,7 +14,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from shardwright.sharder.planning.simulate import StageCost, simulate
+from shardwright.sharder.planning.schedules.simulate import StageCost, simulate
 
 SCHEDULES = (("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zero-bubble", 1))
 """With stages a device."""

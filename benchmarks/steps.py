@@ -19,14 +19,14 @@ from datetime import UTC, datetime
 
 from planner import chain, problem_of, tangled
 
-from shardwright.sharder.planning.even import NAIVE, naive_split
+from shardwright.sharder.planning.exact.even import NAIVE, naive_split
+from shardwright.sharder.planning.exact.search import Stages
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import Problem
-from shardwright.sharder.planning.search import Stages
-from shardwright.sharder.planning.simulate import simulate
-from shardwright.sharder.planning.stage_costs import rules_of, stage_costs
-from shardwright.sharder.planning.step_bound import step_bound_s
-from shardwright.sharder.planning.step_search import shortest_step
+from shardwright.sharder.planning.schedules.simulate import simulate
+from shardwright.sharder.planning.schedules.stage_costs import rules_of, stage_costs
+from shardwright.sharder.planning.schedules.step_bound import step_bound_s
+from shardwright.sharder.planning.schedules.step_search import shortest_step
 
 SPEEDS = (1.0, 1.0), (1.0, 1.5), (1.0, 3.0), (1.0, 1.0, 1.0), (1.0, 2.0, 3.0), (1.0, 1.0, 3.0, 3.0), (1.0,) * 8
 

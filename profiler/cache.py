@@ -2,8 +2,8 @@
 
 One small JSON file a measurement, named by the digest of its key. The key states everything that the time depends on:
 what is computed, on which device, how it is measured, and by which PyTorch (see
-:mod:`shardwright.profiler.signature`). Files are written beside and renamed, so that any number of processes can
-share the folder, and one that cannot be read counts as absent.
+:mod:`shardwright.profiler.measuring.signature`). Files are written beside and renamed, so that any number of processes
+can share the folder, and one that cannot be read counts as absent.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The campaign: which measurements a profile needs, which are known already, and the workers that make the others.
 
-Work with one signature is measured once on each device model (see :mod:`shardwright.profiler.signature`), and every
-finished measurement goes to the cache at once: a profile that is broken off goes on where it was. What does not fit on
-a device together is measured in groups, and what does not fit alone is a result.
+Work with one signature is measured once on each device model (see :mod:`shardwright.profiler.measuring.signature`), and
+every finished measurement goes to the cache at once: a profile that is broken off goes on where it was. What does not
+fit on a device together is measured in groups, and what does not fit alone is a result.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from torch import Tensor, nn
 from shardwright.profiler.cache import Cache
 from shardwright.profiler.capture import Progress
 from shardwright.profiler.measure import Goal, Pass, is_out_of_memory, measure, prepare
-from shardwright.profiler.pace import pace_of
-from shardwright.profiler.pool import Pool
+from shardwright.profiler.measuring.pace import pace_of
+from shardwright.profiler.measuring.signature import device_key, step_key
+from shardwright.profiler.measuring.stand_ins import filled, sendable
+from shardwright.profiler.measuring.stopwatch import CudaStopwatch, HostStopwatch, Stopwatch
+from shardwright.profiler.measuring.subject import Subject
+from shardwright.profiler.measuring.timing import Series, at_pace, summarise
 from shardwright.profiler.profile import Clocked, Device, Misfit, Variation
-from shardwright.profiler.signature import device_key, step_key
-from shardwright.profiler.stand_ins import filled, sendable
-from shardwright.profiler.stopwatch import CudaStopwatch, HostStopwatch, Stopwatch
-from shardwright.profiler.structure import nbytes, tensors_in
-from shardwright.profiler.subject import Subject
-from shardwright.profiler.timing import Series, at_pace, summarise
-from shardwright.profiler.unitgraph import Call, Step, UnitGraph
-from shardwright.profiler.worker import report, resident
+from shardwright.profiler.recording.structure import nbytes, tensors_in
+from shardwright.profiler.recording.unitgraph import Call, Step, UnitGraph
+from shardwright.profiler.workers.pool import Pool
+from shardwright.profiler.workers.worker import report, resident
 
 __all__ = [
     "START_LIMIT_S",
@@ -141,7 +141,7 @@ class How(NamedTuple):
 class _Job:
     """A step to be measured on a device, at the numbers of micro-batches for which it is not known.
 
-    What it lacks in values is made where it is measured (see :mod:`shardwright.profiler.stand_ins`).
+    What it lacks in values is made where it is measured (see :mod:`shardwright.profiler.measuring.stand_ins`).
     """
 
     step: str

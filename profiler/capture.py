@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.compiler import uncompiled
-from shardwright.profiler.equality import relative_difference, same_values
-from shardwright.profiler.inputs import (
+from shardwright.profiler.recording.compiler import uncompiled
+from shardwright.profiler.recording.equality import relative_difference, same_values
+from shardwright.profiler.recording.inputs import (
     all_microbatches,
     batch_size,
     copied_inputs,
@@ -22,10 +22,10 @@ from shardwright.profiler.inputs import (
     microbatch,
     outputs_of,
 )
-from shardwright.profiler.shapes import has_values
-from shardwright.profiler.state import Snapshot
+from shardwright.profiler.recording.shapes import has_values
+from shardwright.profiler.recording.state import Snapshot
+from shardwright.profiler.recording.unitgraph import UnitGraph
 from shardwright.profiler.trace import CaptureError, checked_trace, evaluating, trace
-from shardwright.profiler.unitgraph import UnitGraph
 from shardwright.profiler.units import choose_units, find_units
 
 __all__ = ["Progress", "captures_of", "check_divisible", "silent"]

@@ -16,21 +16,21 @@ from shardwright.files import Record
 from shardwright.profiler.cache import Cache, default_folder
 from shardwright.profiler.campaign import Workers, investigate
 from shardwright.profiler.capture import Progress, captures_of, silent
-from shardwright.profiler.declared import find_site
 from shardwright.profiler.devices import spare_host_bytes
-from shardwright.profiler.gpu_kernels import kernels_as_on
-from shardwright.profiler.inputs import batch_size, default_counts, input_specs, microbatch
+from shardwright.profiler.estimates.declared import find_site
 from shardwright.profiler.links import disk_rate, fetch_rates, measure_engine, measure_links, warn_of_corrupt
 from shardwright.profiler.measure import Goal
-from shardwright.profiler.optimizers import OptimizerLike, OptimizerMemory, optimizer_name
+from shardwright.profiler.measuring.gpu_kernels import kernels_as_on
+from shardwright.profiler.measuring.optimizers import OptimizerLike, OptimizerMemory, optimizer_name
+from shardwright.profiler.measuring.signature import device_key
 from shardwright.profiler.profile import Device, Link, Measurement, Profile
 from shardwright.profiler.recall import Request, keep, recall
+from shardwright.profiler.recording.inputs import batch_size, default_counts, input_specs, microbatch
+from shardwright.profiler.recording.shapes import shapes_only
+from shardwright.profiler.recording.state import Snapshot
+from shardwright.profiler.recording.structure import tensors_in
+from shardwright.profiler.recording.unitgraph import UnitGraph
 from shardwright.profiler.records import count_steps, measurements_of, nodes_of, tensors_of, ties_of
-from shardwright.profiler.shapes import shapes_only
-from shardwright.profiler.signature import device_key
-from shardwright.profiler.state import Snapshot
-from shardwright.profiler.structure import tensors_in
-from shardwright.profiler.unitgraph import UnitGraph
 from shardwright.profiler.units import structure_digest
 
 __all__ = ["profile"]
@@ -68,8 +68,8 @@ def profile(
         args: a batch, as the model is called.
         kwargs: likewise.
         devices: ``["cuda:0", "cpu:0"]``; all CUDA devices by default, or two CPU workers where there is none.
-        cluster: a file that declares devices and links instead (see :mod:`shardwright.profiler.cluster`). What is not
-            on this machine is estimated.
+        cluster: a file that declares devices and links instead (see :mod:`shardwright.profiler.estimates.cluster`).
+            What is not on this machine is estimated.
         train: measure backward and update too.
         optimizer: one of ``torch.optim`` by its class's name (``"adamw"``, ``"sgd(momentum=0.9)"``), a class of
             optimizers, or a ``functools.partial`` of one.

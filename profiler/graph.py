@@ -1,8 +1,8 @@
 """The cost graph: costs at one number of micro-batches, as a ``networkx.DiGraph``.
 
 ``Profile.graph`` makes one with all of these attributes. A graph from elsewhere can be planned too (see
-:mod:`shardwright.profiler.from_graph`): it needs the times of its units, and takes the defaults, in brackets, for the
-rest. Quantities are of one micro-batch, seconds and bytes.
+:mod:`shardwright.profiler.formats.from_graph`): it needs the times of its units, and takes the defaults, in brackets,
+for the rest. Quantities are of one micro-batch, seconds and bytes.
 
 Graph attributes
     name              what the costs are of ["costs"]

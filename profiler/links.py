@@ -23,8 +23,8 @@ import numpy as np
 import torch.distributed as dist
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.engine_cost import engine_s_of, engine_steps
-from shardwright.profiler.messages import (
+from shardwright.profiler.measuring.engine_cost import engine_s_of, engine_steps
+from shardwright.profiler.measuring.messages import (
     SIZES,
     Turns,
     check_copies,
@@ -37,8 +37,8 @@ from shardwright.profiler.messages import (
     probed_bytes,
     send_patterns,
 )
-from shardwright.profiler.pool import Pool, WorkerError
 from shardwright.profiler.profile import Device, Link
+from shardwright.profiler.workers.pool import Pool, WorkerError
 
 __all__ = [
     "disk_rate",

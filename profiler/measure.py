@@ -20,11 +20,11 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
-from shardwright.profiler.optimizers import make_optimizer
-from shardwright.profiler.stopwatch import Clock, Enqueued, QueueFiller, Reading, Stopwatch
-from shardwright.profiler.subject import Subject, as_input
-from shardwright.profiler.timing import LEAST_REPEATS, Series
-from shardwright.profiler.worker import resident
+from shardwright.profiler.measuring.optimizers import make_optimizer
+from shardwright.profiler.measuring.stopwatch import Clock, Enqueued, QueueFiller, Reading, Stopwatch
+from shardwright.profiler.measuring.subject import Subject, as_input
+from shardwright.profiler.measuring.timing import LEAST_REPEATS, Series
+from shardwright.profiler.workers.worker import resident
 
 __all__ = ["Goal", "Pass", "Readings", "excess_s", "is_out_of_memory", "measure", "prepare", "round_totals"]
 
@@ -267,7 +267,8 @@ def measure(
         on_refused: told the steps that there is no memory for, and the error, which is raised without it.
         on_round: told the number of each round that is done, 0 for the warm-up.
         before: called with the steps before all their forwards and before all their backwards, its time not counted.
-        pace: gives the pace that times go by (:mod:`shardwright.profiler.pace`), before a pass and after each turn.
+        pace: gives the pace that times go by (:mod:`shardwright.profiler.measuring.pace`), before a pass and after each
+            turn.
 
     Returns:
         The seconds of each round over all steps, the warm-up apart; see :func:`round_totals`.

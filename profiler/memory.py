@@ -19,10 +19,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from shardwright.files import Record
-from shardwright.profiler.compiler import compiler_spared
-from shardwright.profiler.parted import edges_of, inputs_first
-from shardwright.profiler.structure import dense_parts, map_tensors, nbytes, tensors_in
-from shardwright.profiler.unitgraph import Call
+from shardwright.profiler.measuring.parted import edges_of, inputs_first
+from shardwright.profiler.recording.compiler import compiler_spared
+from shardwright.profiler.recording.structure import dense_parts, map_tensors, nbytes, tensors_in
+from shardwright.profiler.recording.unitgraph import Call
 
 __all__ = ["CUDA_BLOCK_BYTES", "MemoryCounter", "StepMemory", "count_step", "storages_of", "total_bytes"]
 
@@ -148,7 +148,8 @@ def count_step(call: Call, *, train: bool, called_again: bool = False, parted: b
         call: the step.
         train: whether it runs backward too.
         called_again: whether a later call uses the same parameters, so that autograd adds up two gradients of each.
-        parted: whether to run forward and backward once more, in two parts (:mod:`shardwright.profiler.parted`).
+        parted: whether to run forward and backward once more, in two parts
+            (:mod:`shardwright.profiler.measuring.parted`).
     """
     leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
     gradients: list[Tensor] = []

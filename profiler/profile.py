@@ -60,7 +60,7 @@ class Device(Record):
     work; measured between CPU workers."""
     pace_s: PositiveFloat | None = None
     """What a fixed piece of work took when times were as they are told: on a CPU worker, or, for a GPU, on the host
-    that enqueues (:mod:`shardwright.profiler.pace`)."""
+    that enqueues (:mod:`shardwright.profiler.measuring.pace`)."""
     node: str = ""
     """The host, where a cluster was declared that has several."""
     model: str = ""
@@ -218,7 +218,8 @@ class Clocked(Timing):
     host: Timing | None = None
     """What the host takes to enqueue it."""
     pace_s: PositiveFloat | None = None
-    """The pace at which the times are told, those of the host where it enqueues (:mod:`shardwright.profiler.pace`)."""
+    """The pace at which the times are told, those of the host where it enqueues
+    (:mod:`shardwright.profiler.measuring.pace`)."""
 
 
 class Estimate(Record):
@@ -398,10 +399,10 @@ class Profile(Document):
         """The cost graph at ``microbatches``; see :mod:`shardwright.profiler.graph` for its attributes.
 
         With ``flat``, every attribute is a number or a text, as GraphML needs: ``forward_s:cuda:0``; see
-        :mod:`shardwright.profiler.graphml`. ``sw.plan`` takes both.
+        :mod:`shardwright.profiler.formats.graphml`. ``sw.plan`` takes both.
         """
+        from shardwright.profiler.formats.graphml import flat_graph
         from shardwright.profiler.graph import cost_graph
-        from shardwright.profiler.graphml import flat_graph
 
         graph = cost_graph(self, microbatches)
         return flat_graph(graph) if flat else graph

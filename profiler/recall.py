@@ -1,10 +1,10 @@
 """Recall: a profile that was made before is handed out again where nothing has changed that it follows from.
 
 What is kept with a profile is a fingerprint of the model, its code and its inputs (see
-:mod:`shardwright.profiler.fingerprint`), and what its capture at the smallest micro-batch was like, operator by
-operator. The fingerprint says that the other captures and all checks would come out as they did; that capture is made
-anew every time, and says the same of what no fingerprint can see. Only a forward that never turns numbers of tensors
-into numbers of Python is remembered: its path follows from shapes alone, and so do its captures.
+:mod:`shardwright.profiler.recording.fingerprint`), and what its capture at the smallest micro-batch was like, operator
+by operator. The fingerprint says that the other captures and all checks would come out as they did; that capture is
+made anew every time, and says the same of what no fingerprint can see. Only a forward that never turns numbers of
+tensors into numbers of Python is remembered: its path follows from shapes alone, and so do its captures.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from shardwright.errors import ShardwrightError
 from shardwright.files import Record
 from shardwright.profiler.cache import Cache
-from shardwright.profiler.fingerprint import Fingerprint, Scale, fingerprint_of, raw_bytes
-from shardwright.profiler.inputs import microbatch
+from shardwright.profiler.measuring.signature import step_key
 from shardwright.profiler.profile import Profile
-from shardwright.profiler.shapes import has_values
-from shardwright.profiler.signature import step_key
-from shardwright.profiler.state import Snapshot
-from shardwright.profiler.structure import dense_parts
+from shardwright.profiler.recording.fingerprint import Fingerprint, Scale, fingerprint_of, raw_bytes
+from shardwright.profiler.recording.inputs import microbatch
+from shardwright.profiler.recording.shapes import has_values
+from shardwright.profiler.recording.state import Snapshot
+from shardwright.profiler.recording.structure import dense_parts
+from shardwright.profiler.recording.unitgraph import UnitGraph
 from shardwright.profiler.trace import trace
-from shardwright.profiler.unitgraph import UnitGraph
 
 __all__ = ["Known", "Request", "keep", "recall"]
 

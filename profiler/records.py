@@ -10,15 +10,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.cache import Cache
+from shardwright.profiler.measuring.optimizers import OptimizerMemory
+from shardwright.profiler.measuring.signature import step_key
 from shardwright.profiler.memory import StepMemory, count_step
-from shardwright.profiler.optimizers import OptimizerMemory
 from shardwright.profiler.profile import Clocked, Measurement, Node, Tie
 from shardwright.profiler.profile import Tensor as TensorRecord
-from shardwright.profiler.signature import step_key
-from shardwright.profiler.state import Snapshot
-from shardwright.profiler.structure import nbytes, tensors_in
+from shardwright.profiler.recording.state import Snapshot
+from shardwright.profiler.recording.structure import nbytes, tensors_in
+from shardwright.profiler.recording.unitgraph import Call, Step, UnitGraph
 from shardwright.profiler.trace import as_found
-from shardwright.profiler.unitgraph import Call, Step, UnitGraph
 
 __all__ = ["count_steps", "measurements_of", "nodes_of", "tensors_of", "ties_of"]
 

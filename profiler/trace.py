@@ -1,8 +1,8 @@
 """Capture: one run of a model becomes the graph of its unit calls and the glue between them.
 
-The model runs unchanged, under the :class:`~shardwright.profiler.recorder.Recorder`. So any Python in the forward is
-fine, but the graph holds for the shapes and the path that this run took. :func:`checked_trace` therefore runs the model
-on other values as well, and holds the replayed graph against it.
+The model runs unchanged, under the :class:`~shardwright.profiler.recording.recorder.Recorder`. So any Python in the
+forward is fine, but the graph holds for the shapes and the path that this run took. :func:`checked_trace` therefore
+runs the model on other values as well, and holds the replayed graph against it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.chance import chance_kept, let_draw
-from shardwright.profiler.compiler import eager, uncompiled
-from shardwright.profiler.equality import relative_difference, tolerance
-from shardwright.profiler.inputs import copied_inputs, other_values, outputs_of
-from shardwright.profiler.placed import refuse_placed
-from shardwright.profiler.recorder import Recorder, SavedTensorsUncountedError
-from shardwright.profiler.state import Snapshot, attributes_kept
-from shardwright.profiler.unitgraph import UnitGraph, mean_square_loss
+from shardwright.profiler.recording.chance import chance_kept, let_draw
+from shardwright.profiler.recording.compiler import eager, uncompiled
+from shardwright.profiler.recording.equality import relative_difference, tolerance
+from shardwright.profiler.recording.inputs import copied_inputs, other_values, outputs_of
+from shardwright.profiler.recording.placed import refuse_placed
+from shardwright.profiler.recording.recorder import Recorder, SavedTensorsUncountedError
+from shardwright.profiler.recording.state import Snapshot, attributes_kept
+from shardwright.profiler.recording.unitgraph import UnitGraph, mean_square_loss
 from shardwright.profiler.units import find_units
 
 __all__ = ["CaptureError", "as_found", "attributes_kept", "checked_trace", "evaluating", "trace"]

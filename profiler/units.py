@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.operations import Operation, OperationRecorder
+from shardwright.profiler.recording.operations import Operation, OperationRecorder
 
 __all__ = ["choose_units", "find_units", "module_work", "structure_digest"]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from shardwright.sharder.runtime.checkpoint import Checkpoint
-from shardwright.sharder.runtime.sim import on_host
+from shardwright.sharder.runtime.placing.checkpoint import Checkpoint
+from shardwright.sharder.runtime.placing.sim import on_host
 
 st = pytest.importorskip("safetensors.torch")
 

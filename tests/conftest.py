@@ -156,7 +156,7 @@ def simulated_devices() -> None:
 
     if torch.cuda.is_available():
         return
-    from shardwright.sharder.runtime.sim import sim_device
+    from shardwright.sharder.runtime.placing.sim import sim_device
 
     sim_device(0)
 
@@ -174,7 +174,7 @@ def forked_workers() -> Iterator[Callable[..., Any]]:
     """Workers are copies of a process that has imported PyTorch; gives what starts those of users."""
     from nursery import Nursery
 
-    from shardwright.profiler import pool
+    from shardwright.profiler.workers import pool
 
     with pytest.MonkeyPatch.context() as patch:
         users = pool.launch
@@ -188,7 +188,7 @@ def forked_workers() -> Iterator[Callable[..., Any]]:
 @pytest.fixture
 def new_workers(monkeypatch: pytest.MonkeyPatch, forked_workers: Callable[..., Any]) -> None:
     """Workers begin as users' do: each imports what it needs itself."""
-    from shardwright.profiler import pool
+    from shardwright.profiler.workers import pool
 
     monkeypatch.setattr(pool, "launch", forked_workers)
 
@@ -219,10 +219,11 @@ def captured_profile() -> ProfileMaker:
         counted: bool = False,
         parted: bool = False,
     ) -> Profile:
-        from shardwright.profiler import inputs, records
+        from shardwright.profiler import records
         from shardwright.profiler.capture import captures_of
-        from shardwright.profiler.gpu_kernels import kernels_as_on
-        from shardwright.profiler.optimizers import OptimizerMemory
+        from shardwright.profiler.measuring.gpu_kernels import kernels_as_on
+        from shardwright.profiler.measuring.optimizers import OptimizerMemory
+        from shardwright.profiler.recording import inputs
         from shardwright.profiler.trace import checked_trace
         from shardwright.profiler.units import structure_digest
 

@@ -1,9 +1,9 @@
-"""A plain event-driven simulation of a step, one operation at a time: what sharder/planning/simulate.py must equal."""
+"""A plain event-driven simulation of a step, one operation at a time: what simulate.py of the planning must equal."""
 
 import heapq
 from dataclasses import dataclass, field
 
-from shardwright.sharder.planning.schedule import Operation, operations
+from shardwright.sharder.planning.schedules.schedule import Operation, operations
 
 
 @dataclass

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import IO, Any
 
-from shardwright.profiler.pool import KEEP_MEMORY
+from shardwright.profiler.workers.pool import KEEP_MEMORY
 
 PR_SET_CHILD_SUBREAPER = 36
 LONGEST = 1 << 17
@@ -29,7 +29,7 @@ PRELOADED = (
     "torch",
     "shardwright.profiler.links",
     "shardwright.profiler.measure",
-    "shardwright.profiler.messages",
+    "shardwright.profiler.measuring.messages",
     "shardwright.sharder.runtime.pipeline",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.pipelining",

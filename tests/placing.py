@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import shardwright as sw
-from shardwright.profiler.inputs import outputs_of
-from shardwright.sharder.runtime.sim import Simulated, on_host
+from shardwright.profiler.recording.inputs import outputs_of
+from shardwright.sharder.runtime.placing.sim import Simulated, on_host
 
 PAIR = {"cpu:0": "cpu", "cpu:1": "sim:0"}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from shardwright.profiler.inputs import outputs_of
+from shardwright.profiler.recording.inputs import outputs_of
 from shardwright.profiler.trace import checked_trace
 
 WIDTH, ROWS = 6, 4

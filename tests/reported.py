@@ -7,14 +7,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from shardwright.profiler.costs import Costs
+from shardwright.profiler.formats.costs import Costs
 from shardwright.profiler.profile import Device, Estimate, Link, Measurement, Node, Profile, TensorSpec
 from shardwright.reports.plan_report import PlanReport
 from shardwright.reports.profile_report import ProfileReport
 from shardwright.reports.run_report import RunReport
-from shardwright.sharder.planning.foreseen import costs_of, timeline_of
 from shardwright.sharder.planning.plan import Candidate, Certificate, Placement, Plan, Prediction, Stage
 from shardwright.sharder.planning.planner import plan
+from shardwright.sharder.planning.schedules.foreseen import costs_of, timeline_of
 from shardwright.sharder.runtime.accounts import Mark, Noted, accounts_of, predicted_slots
 from shardwright.sharder.runtime.record import Equality, Naive, Run, Timed
 

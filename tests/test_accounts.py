@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwright.profiler.costs import Costs
-from shardwright.sharder.planning.foreseen import costs_of, timeline_of
+from shardwright.profiler.formats.costs import Costs
 from shardwright.sharder.planning.planner import plan
-from shardwright.sharder.planning.simulate import StageCost, simulate
+from shardwright.sharder.planning.schedules.foreseen import costs_of, timeline_of
+from shardwright.sharder.planning.schedules.simulate import StageCost, simulate
 from shardwright.sharder.runtime.accounts import (
     Mark,
     Noted,

@@ -8,14 +8,14 @@ from functools import partial
 import pytest
 from test_shifting import is_split, tangled
 
-from shardwright.sharder.planning import afresh, shifting
-from shardwright.sharder.planning.afresh import begun_afresh
-from shardwright.sharder.planning.line import split_in_order, split_line
-from shardwright.sharder.planning.lists import Lists
+from shardwright.sharder.planning.exact.line import split_in_order, split_line
 from shardwright.sharder.planning.partition import partition
-from shardwright.sharder.planning.recut import Neighbours
-from shardwright.sharder.planning.shifting import shifted
 from shardwright.sharder.planning.split_loads import stage_loads
+from shardwright.sharder.planning.wide import afresh, shifting
+from shardwright.sharder.planning.wide.afresh import begun_afresh
+from shardwright.sharder.planning.wide.lists import Lists
+from shardwright.sharder.planning.wide.recut import Neighbours
+from shardwright.sharder.planning.wide.shifting import shifted
 
 
 def mixed(seed, units=12, speeds=(1.0, 2.0, 0.7)):

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import shardwright as sw
-from shardwright.sharder.runtime.align import changes_operand
-from shardwright.sharder.runtime.sim import Simulated, on_host
+from shardwright.sharder.runtime.placing.align import changes_operand
+from shardwright.sharder.runtime.placing.sim import Simulated, on_host
 
 PAIR = {"cpu:0": "cpu", "cpu:1": "sim:0"}
 WIDTH = 6

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwright.sharder.planning.alternatives import data_parallel_s
-from shardwright.sharder.planning.even import cut_evenly
+from shardwright.sharder.planning.exact.even import cut_evenly
+from shardwright.sharder.planning.formulation.relaxed import unpinned
 from shardwright.sharder.planning.planner import plan
 from shardwright.sharder.planning.problem import Block, Problem
-from shardwright.sharder.planning.relaxed import unpinned
+from shardwright.sharder.planning.verdict.alternatives import data_parallel_s
 
 
 def problem_of(work, *, links=(0.0, math.inf), microbatches=2):

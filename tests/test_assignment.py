@@ -11,21 +11,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_partition import chain, problems
 
-from shardwright.sharder.planning import assign as assign_module
-from shardwright.sharder.planning.assign import assign, improved, listed
-from shardwright.sharder.planning.assignment import (
+from shardwright.sharder.planning.free import assign as assign_module
+from shardwright.sharder.planning.free.assign import assign, improved, listed
+from shardwright.sharder.planning.free.assignment import (
     Best,
     Budget,
     loads_of,
     masks_of,
     peak_bytes,
 )
-from shardwright.sharder.planning.bounds import bound_s, grain_bound_s
-from shardwright.sharder.planning.cpsat import has_ortools, improve_by_cpsat
+from shardwright.sharder.planning.free.bounds import bound_s, grain_bound_s
+from shardwright.sharder.planning.free.cpsat import has_ortools, improve_by_cpsat
+from shardwright.sharder.planning.free.tally import Tally
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import bits
 from shardwright.sharder.planning.split_loads import stage_loads
-from shardwright.sharder.planning.tally import Tally
 
 needs_ortools = pytest.mark.skipif(not has_ortools(), reason="OR-tools is an extra")
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.planning.replicas import COPIED
-from shardwright.sharder.runtime.batches import BatchForm, Division, OutputForm
-from shardwright.sharder.runtime.engine import SharedGradients
-from shardwright.sharder.runtime.replicas import buckets
+from shardwright.sharder.planning.schedules.replicas import COPIED
+from shardwright.sharder.runtime.piping.batches import BatchForm, Division, OutputForm
+from shardwright.sharder.runtime.piping.engine import SharedGradients
+from shardwright.sharder.runtime.piping.replicas import buckets
 
 
 def test_results_are_joined_as_they_are_received():

@@ -11,10 +11,10 @@ from test_stopwatch import Queue
 from torch import nn
 
 from shardwright.profiler.measure import Goal, Pass, Readings, measure
+from shardwright.profiler.measuring.stopwatch import Enqueued
+from shardwright.profiler.measuring.timing import Series, summarise
 from shardwright.profiler.profile import Clocked, Timing
 from shardwright.profiler.records import measurements_of
-from shardwright.profiler.stopwatch import Enqueued
-from shardwright.profiler.timing import Series, summarise
 
 
 class Launches(nn.Module):

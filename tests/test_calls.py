@@ -12,7 +12,7 @@ from torch import nn
 from torch.overrides import _get_current_function_mode
 
 import shardwright as sw
-from shardwright.sharder.runtime.calls import OPEN, Begun, begin, end, open_calls, settle
+from shardwright.sharder.runtime.placing.calls import OPEN, Begun, begin, end, open_calls, settle
 
 PAIR = {"cpu:0": "cpu", "cpu:1": "sim:0"}
 PINS = {"layers.0": "cpu:0", "layers.1": "cpu:1", "layers.2": "cpu:1"}

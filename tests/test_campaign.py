@@ -19,8 +19,8 @@ from shardwright.profiler.campaign import Workers, investigate
 from shardwright.profiler.capture import captures_of
 from shardwright.profiler.devices import find_devices
 from shardwright.profiler.measure import Goal
+from shardwright.profiler.measuring.signature import device_key, step_key
 from shardwright.profiler.profile import Device
-from shardwright.profiler.signature import device_key, step_key
 from shardwright.profiler.trace import trace
 
 ROOT = Path(__file__).parents[1]

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_partition import brute_force, problems
 
-from shardwright.sharder.planning import line as lines
-from shardwright.sharder.planning.chain import least_load, solve
-from shardwright.sharder.planning.chain_line import Line, counted, in_order
-from shardwright.sharder.planning.line import is_chain, split_line
+from shardwright.sharder.planning.exact import line as lines
+from shardwright.sharder.planning.exact.chain import least_load, solve
+from shardwright.sharder.planning.exact.chain_line import Line, counted, in_order
+from shardwright.sharder.planning.exact.line import is_chain, split_line
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import Block, Crossing, Problem
 from shardwright.sharder.planning.split_loads import stage_loads

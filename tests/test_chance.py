@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from shardwright.profiler.chance import chance_kept, let_draw
+from shardwright.profiler.recording.chance import chance_kept, let_draw
 
 
 @pytest.mark.parametrize(("which", "expected"), [("smallest", 2**-53), ("largest", 1 - 2**-53)])

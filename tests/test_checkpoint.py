@@ -8,8 +8,8 @@ import torch
 from checkpoints import CPU, message, st, write_shards
 
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.runtime.checkpoint import Checkpoint
-from shardwright.sharder.runtime.sim import on_host, sim_device
+from shardwright.sharder.runtime.placing.checkpoint import Checkpoint
+from shardwright.sharder.runtime.placing.sim import on_host, sim_device
 
 TENSORS = {
     "a.weight": torch.arange(6.0).reshape(2, 3),

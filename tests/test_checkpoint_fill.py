@@ -10,9 +10,9 @@ import torch
 from checkpoints import CPU, Net, on_cpu, same, saved, st, write_shards
 from torch import nn
 
-from shardwright.sharder.runtime.checkpoint import Checkpoint
-from shardwright.sharder.runtime.sim import on_host, sim_device
-from shardwright.sharder.runtime.weights import empty_weights, fill
+from shardwright.sharder.runtime.placing.checkpoint import Checkpoint
+from shardwright.sharder.runtime.placing.sim import on_host, sim_device
+from shardwright.sharder.runtime.placing.weights import empty_weights, fill
 
 
 class Marked(nn.Parameter):

@@ -9,9 +9,9 @@ from checkpoints import CPU, Net, message, on_cpu, same, saved, write_shards
 from torch import nn
 
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.runtime.checkpoint import Checkpoint
-from shardwright.sharder.runtime.sim import sim_device
-from shardwright.sharder.runtime.weights import empty_weights, fill
+from shardwright.sharder.runtime.placing.checkpoint import Checkpoint
+from shardwright.sharder.runtime.placing.sim import sim_device
+from shardwright.sharder.runtime.placing.weights import empty_weights, fill
 
 
 @pytest.mark.parametrize(

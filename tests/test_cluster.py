@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.catalogue import catalogue, model_of
-from shardwright.profiler.cluster import load_cluster
+from shardwright.profiler.estimates.catalogue import catalogue, model_of
+from shardwright.profiler.estimates.cluster import load_cluster
 
 TWO_NODES = """
 [[devices]]

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from test_partition import block, chain
 from test_transfers import brute_force, problems
 
-from shardwright.sharder.planning.coarse import coarsened
+from shardwright.sharder.planning.exact.coarse import coarsened
+from shardwright.sharder.planning.exact.search import closed_sets
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import Crossing, Problem, Tie, bits
-from shardwright.sharder.planning.search import closed_sets
 from shardwright.sharder.planning.split_loads import largest_load_s
 
 often = settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))

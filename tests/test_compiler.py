@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from shardwright.profiler.compiler import uncompiled
 from shardwright.profiler.memory import MemoryCounter
-from shardwright.profiler.operations import OperationRecorder
+from shardwright.profiler.recording.compiler import uncompiled
+from shardwright.profiler.recording.operations import OperationRecorder
 
 SCRIPT = """
     import sys

@@ -16,7 +16,7 @@ from torch import nn
 
 import shardwright as sw
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.costs import Costs, CostsOfDevice, CostsOfLink, CostsOfUnit
+from shardwright.profiler.formats.costs import Costs, CostsOfDevice, CostsOfLink, CostsOfUnit
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "costs.json"

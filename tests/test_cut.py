@@ -7,10 +7,10 @@ from torch import nn
 
 import shardwright as sw
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.shapes import shapes_only
+from shardwright.profiler.recording.shapes import shapes_only
 from shardwright.profiler.trace import trace
-from shardwright.sharder.runtime.cut import cut
-from shardwright.sharder.runtime.sim import Simulated, on_host, parameters_may_move, sim_device
+from shardwright.sharder.runtime.piping.cut import cut
+from shardwright.sharder.runtime.placing.sim import Simulated, on_host, parameters_may_move, sim_device
 
 
 class Skips(nn.Module):

@@ -5,14 +5,14 @@ import torch
 from torch import nn
 
 import shardwright as sw
-from shardwright.profiler import declared
-from shardwright.profiler.catalogue import catalogue
 from shardwright.profiler.collect import captures_of
-from shardwright.profiler.declared import Site, find_site
-from shardwright.profiler.estimate import ASSUMED
+from shardwright.profiler.estimates import declared
+from shardwright.profiler.estimates.catalogue import catalogue
+from shardwright.profiler.estimates.declared import Site, find_site
+from shardwright.profiler.estimates.estimate import ASSUMED
+from shardwright.profiler.estimates.workload import Mode, Workloads
 from shardwright.profiler.profile import Device, Link, Measurement
-from shardwright.profiler.shapes import shapes_only
-from shardwright.profiler.workload import Mode, Workloads
+from shardwright.profiler.recording.shapes import shapes_only
 
 FOUR = """
 [[devices]]

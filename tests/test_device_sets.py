@@ -16,19 +16,19 @@ from test_afresh import mixed
 from test_partition import brute_force, problems
 from test_windows import MANY, in_proportion, masks_of, one_link, weights
 
-from shardwright.sharder.planning import device_sets, little_cut, shifting
-from shardwright.sharder.planning import listing as listing_module
-from shardwright.sharder.planning.ceilings import narrowed
-from shardwright.sharder.planning.device_sets import DeviceSetSearch, how_many_states
-from shardwright.sharder.planning.device_weights import best_weights
-from shardwright.sharder.planning.listing import Listing
-from shardwright.sharder.planning.lists import Lists
-from shardwright.sharder.planning.little_cut import LittleCut
+from shardwright.sharder.planning.exact.search import OutOfTimeError, closed_sets
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import bits
-from shardwright.sharder.planning.search import OutOfTimeError, closed_sets
 from shardwright.sharder.planning.split_loads import stage_loads
-from shardwright.sharder.planning.windows import UndecidedError
+from shardwright.sharder.planning.wide import device_sets, little_cut, shifting
+from shardwright.sharder.planning.wide import listing as listing_module
+from shardwright.sharder.planning.wide.ceilings import narrowed
+from shardwright.sharder.planning.wide.device_sets import DeviceSetSearch, how_many_states
+from shardwright.sharder.planning.wide.device_weights import best_weights
+from shardwright.sharder.planning.wide.listing import Listing
+from shardwright.sharder.planning.wide.lists import Lists
+from shardwright.sharder.planning.wide.little_cut import LittleCut
+from shardwright.sharder.planning.wide.windows import UndecidedError
 
 often = settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 SPEEDS = 1.0, 2.1, 1.0, 0.7, 2.1

@@ -8,10 +8,17 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.pipelining import schedules
 
-from shardwright.profiler.costs import Costs
-from shardwright.profiler.engine_cost import LEAST_MICROBATCHES, STEPS, WARMUP, Spent, engine_s_of, engine_steps
-from shardwright.sharder.planning.foreseen import costs_of, timeline_of
+from shardwright.profiler.formats.costs import Costs
+from shardwright.profiler.measuring.engine_cost import (
+    LEAST_MICROBATCHES,
+    STEPS,
+    WARMUP,
+    Spent,
+    engine_s_of,
+    engine_steps,
+)
 from shardwright.sharder.planning.planner import plan
+from shardwright.sharder.planning.schedules.foreseen import costs_of, timeline_of
 
 COSTS = Path(__file__).parents[1] / "examples" / "costs.json"
 

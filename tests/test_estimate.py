@@ -7,9 +7,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.catalogue import Rates
-from shardwright.profiler.estimate import ASSUMED, NOMINAL, Efficiency, _non_negative, demand_of, fit, roofline_s
-from shardwright.profiler.operations import Operation
+from shardwright.profiler.estimates.catalogue import Rates
+from shardwright.profiler.estimates.estimate import (
+    ASSUMED,
+    NOMINAL,
+    Efficiency,
+    _non_negative,
+    demand_of,
+    fit,
+    roofline_s,
+)
+from shardwright.profiler.recording.operations import Operation
 
 RATES = Rates(peak_flops={"float32": 1e12, "bfloat16": 4e12}, memory_bytes_per_s=1e11)
 WHOLE = Efficiency(compute=1.0, memory=1.0, operation_s=0.0)

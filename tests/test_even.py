@@ -7,10 +7,10 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwright.sharder.planning import incumbent
-from shardwright.sharder.planning.even import EvenSplit, best_even_split, even_splits
+from shardwright.sharder.planning.exact.even import EvenSplit, best_even_split, even_splits
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import Block, Crossing, Problem
+from shardwright.sharder.planning.wide import incumbent
 
 
 def two_chains(times, devices, *, bandwidth=1.0):

@@ -11,7 +11,7 @@ from pandas.testing import assert_frame_equal
 
 import shardwright as sw
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.export import check_parquet, write_csv, write_graphml, write_parquet
+from shardwright.profiler.formats.export import check_parquet, write_csv, write_graphml, write_parquet
 
 
 @pytest.fixture

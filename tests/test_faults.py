@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import shardwright as sw
-from shardwright.profiler import pool
+from shardwright.profiler.workers import pool
 from shardwright.sharder.runtime import run as run_module
 from shardwright.sharder.runtime import session
 

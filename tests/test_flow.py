@@ -6,7 +6,7 @@ import networkx as nx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shardwright.sharder.planning.flow import Network
+from shardwright.sharder.planning.wide.flow import Network
 
 NODES = 8
 edges = st.lists(

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwright.sharder.planning.footprint import StageMemory, memory_curve, peak_bytes
 from shardwright.sharder.planning.problem import in_flight
-from shardwright.sharder.planning.schedule import order
-from shardwright.sharder.planning.simulate import StageCost, simulate
+from shardwright.sharder.planning.schedules.footprint import StageMemory, memory_curve, peak_bytes
+from shardwright.sharder.planning.schedules.schedule import order
+from shardwright.sharder.planning.schedules.simulate import StageCost, simulate
 
 COST = StageCost(1.0, 2.0, backward_input_s=1.0, backward_weight_s=1.0)
 HELD = StageMemory(held_bytes=1)

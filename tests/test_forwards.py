@@ -18,12 +18,12 @@ from torch import nn
 from torch.overrides import _get_current_function_mode
 
 import shardwright as sw
-from shardwright.profiler.placed import FORWARDS, placement_hooks
-from shardwright.sharder.runtime.calls import OPEN
-from shardwright.sharder.runtime.forwards import InstanceForward
-from shardwright.sharder.runtime.hooks import MoveInputs, UnitForward
-from shardwright.sharder.runtime.relocate import relocate
-from shardwright.sharder.runtime.whole import WholeForward
+from shardwright.profiler.recording.placed import FORWARDS, placement_hooks
+from shardwright.sharder.runtime.placing.calls import OPEN
+from shardwright.sharder.runtime.placing.forwards import InstanceForward
+from shardwright.sharder.runtime.placing.hooks import MoveInputs, UnitForward
+from shardwright.sharder.runtime.placing.relocate import relocate
+from shardwright.sharder.runtime.placing.whole import WholeForward
 
 PAIR = {"cpu:0": "cpu", "cpu:1": "sim:0"}
 PINS = {"layers.0": "cpu:0", "layers.1": "cpu:1", "layers.2": "cpu:1"}

@@ -10,10 +10,10 @@ from reported import text_of
 
 import shardwright as sw
 from shardwright.reports.plan_report import PlanReport, verdict
-from shardwright.sharder.planning import assign, fastest, free_record
+from shardwright.sharder.planning.free import assign, fastest, free_record
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.planning.planner import plan
-from shardwright.sharder.runtime.sim import sim_device
+from shardwright.sharder.runtime.placing.sim import sim_device
 
 BRANCHES = {"stem": ["x"], "left": ["stem"], "right": ["stem"], "join": ["left", "right"]}
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 import shardwright as sw
 from shardwright.errors import ShardwrightError
-from shardwright.profiler import from_graph
-from shardwright.profiler.costs import Costs
-from shardwright.profiler.from_graph import costs_from_graph, profile_from_graph
-from shardwright.profiler.given_devices import AMPLE_BYTES
-from shardwright.profiler.graphml import graphml
+from shardwright.profiler.formats import from_graph
+from shardwright.profiler.formats.costs import Costs
+from shardwright.profiler.formats.from_graph import costs_from_graph, profile_from_graph
+from shardwright.profiler.formats.given_devices import AMPLE_BYTES
+from shardwright.profiler.formats.graphml import graphml
 from shardwright.profiler.profile import Device, Link, Measurement, Node, Profile, Tensor
 
 

@@ -11,22 +11,22 @@ from torch import nn
 from zoo import ZOO
 
 import shardwright as sw
-from shardwright.profiler.inputs import all_microbatches, outputs_of
 from shardwright.profiler.profile import Device
+from shardwright.profiler.recording.inputs import all_microbatches, outputs_of
+from shardwright.profiler.recording.unitgraph import mean_square_loss
 from shardwright.profiler.trace import trace
-from shardwright.profiler.unitgraph import mean_square_loss
-from shardwright.profiler.worker import resident
+from shardwright.profiler.workers.worker import resident
 from shardwright.reports.run_report import equality
 from shardwright.sharder.runtime import run as run_module
 from shardwright.sharder.runtime import session as session_module
-from shardwright.sharder.runtime import unitwise
 from shardwright.sharder.runtime.check import units_of
-from shardwright.sharder.runtime.cut import cut, whole_program
-from shardwright.sharder.runtime.gate import DifferenceError
+from shardwright.sharder.runtime.gates import unitwise
+from shardwright.sharder.runtime.gates.gate import DifferenceError
+from shardwright.sharder.runtime.gates.resting import dropout_resting
+from shardwright.sharder.runtime.gates.unitwise import UnitByUnit
 from shardwright.sharder.runtime.pipeline import Comparison
-from shardwright.sharder.runtime.resting import dropout_resting
+from shardwright.sharder.runtime.piping.cut import cut, whole_program
 from shardwright.sharder.runtime.session import Session, Split
-from shardwright.sharder.runtime.unitwise import UnitByUnit
 
 
 class Stretch(torch.autograd.Function):

@@ -8,9 +8,9 @@ from torch.nn import functional as F  # noqa: N812
 import shardwright as sw
 from shardwright.profiler.capture import captures_of
 from shardwright.profiler.devices import find_devices
-from shardwright.profiler.gpu_kernels import kernels_as_on, without_dropout
+from shardwright.profiler.measuring.gpu_kernels import kernels_as_on, without_dropout
+from shardwright.profiler.measuring.signature import step_key
 from shardwright.profiler.profile import Device
-from shardwright.profiler.signature import step_key
 
 GPUS = [Device(name=f"cuda:{i}", kind="cuda", description="", memory_bytes=1) for i in range(2)]
 CLUSTER = """

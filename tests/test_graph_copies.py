@@ -9,8 +9,8 @@ import torch
 from torch import fx, nn
 
 import shardwright as sw
-from shardwright.profiler.placed import placement_hooks
-from shardwright.sharder.runtime.graph_copies import _Placement
+from shardwright.profiler.recording.placed import placement_hooks
+from shardwright.sharder.runtime.placing.graph_copies import _Placement
 
 PAIR = {"cpu:0": "cpu", "cpu:1": "sim:0"}
 

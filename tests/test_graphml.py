@@ -9,8 +9,8 @@ from torch import nn
 
 import shardwright as sw
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.from_graph import profile_from_graph
-from shardwright.profiler.graphml import flat_graph, graphml, nested_graph
+from shardwright.profiler.formats.from_graph import profile_from_graph
+from shardwright.profiler.formats.graphml import flat_graph, graphml, nested_graph
 from shardwright.profiler.profile import Tie, Variation
 
 

@@ -8,18 +8,18 @@ from torch import nn
 
 import shardwright as sw
 from shardwright.profiler.measure import prepare
-from shardwright.profiler.pool import Pool
 from shardwright.profiler.profile import Device
 from shardwright.profiler.trace import trace
-from shardwright.profiler.worker import resident
+from shardwright.profiler.workers.pool import Pool
+from shardwright.profiler.workers.worker import resident
 from shardwright.sharder.runtime import session as session_module
 from shardwright.sharder.runtime.check import check_can_be_piped, units_of
-from shardwright.sharder.runtime.cut import cut
-from shardwright.sharder.runtime.gate import compare
-from shardwright.sharder.runtime.hosted import HostedStage, is_hosted
+from shardwright.sharder.runtime.gates.gate import compare
+from shardwright.sharder.runtime.gates.unitwise import UnitByUnit
+from shardwright.sharder.runtime.piping.cut import cut
+from shardwright.sharder.runtime.piping.hosted import HostedStage, is_hosted
+from shardwright.sharder.runtime.placing.sim import parameters_may_move, sim_device
 from shardwright.sharder.runtime.session import Session, Split
-from shardwright.sharder.runtime.sim import parameters_may_move, sim_device
-from shardwright.sharder.runtime.unitwise import UnitByUnit
 
 
 class Positions(nn.Module):

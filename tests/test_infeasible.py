@@ -8,11 +8,16 @@ from hypothesis import strategies as st
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.graph import cost_graph
-from shardwright.sharder.planning.blocks import problem_from_graph
-from shardwright.sharder.planning.infeasible import changes_that_fit
+from shardwright.sharder.planning.formulation.blocks import problem_from_graph
+from shardwright.sharder.planning.formulation.relaxed import (
+    checkpointed,
+    with_another,
+    with_caps_times,
+    with_smaller_microbatches,
+)
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.planner import plan
-from shardwright.sharder.planning.relaxed import checkpointed, with_another, with_caps_times, with_smaller_microbatches
+from shardwright.sharder.planning.verdict.infeasible import changes_that_fit
 
 LATER = float("inf")
 

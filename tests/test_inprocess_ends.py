@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import shardwright as sw
-from shardwright.profiler.placed import placement_hooks
+from shardwright.profiler.recording.placed import placement_hooks
 from shardwright.sharder.runtime import place as place_module
-from shardwright.sharder.runtime.threads import Seat, StageThreads
+from shardwright.sharder.runtime.local.threads import Seat, StageThreads
 
 __all__ = ["piped"]  # fixtures
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import shardwright as sw
-from shardwright.profiler.placed import placement_hooks
-from shardwright.sharder.runtime.sim import sim_device
+from shardwright.profiler.recording.placed import placement_hooks
+from shardwright.sharder.runtime.placing.sim import sim_device
 
 __all__ = ["piped"]  # fixtures
 

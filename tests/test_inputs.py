@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.inputs import batch_size, copied_inputs, default_counts, input_specs, is_mask, microbatch
+from shardwright.profiler.recording.inputs import (
+    batch_size,
+    copied_inputs,
+    default_counts,
+    input_specs,
+    is_mask,
+    microbatch,
+)
 
 
 def test_only_batched_tensors_are_divided():

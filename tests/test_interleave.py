@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Tie as ProfileTie
 from shardwright.reports.plan_report import verdict
-from shardwright.sharder.planning import interleave, interleaved_line
-from shardwright.sharder.planning.foreseen import costs_of, timeline_of
-from shardwright.sharder.planning.interleave import device_loads, piece_loads, possible_devices
-from shardwright.sharder.planning.interleaved_memory import device_peaks
-from shardwright.sharder.planning.memory import Ledger, Step
+from shardwright.sharder.planning.exact.search import closed_sets
+from shardwright.sharder.planning.formulation.memory import Ledger, Step
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.planning.planner import plan
 from shardwright.sharder.planning.problem import Block, Crossing, Problem, Tie, bits
-from shardwright.sharder.planning.schedule import operations
-from shardwright.sharder.planning.search import closed_sets
+from shardwright.sharder.planning.schedules import interleave, interleaved_line
+from shardwright.sharder.planning.schedules.foreseen import costs_of, timeline_of
+from shardwright.sharder.planning.schedules.interleave import device_loads, piece_loads, possible_devices
+from shardwright.sharder.planning.schedules.interleaved_memory import device_peaks
+from shardwright.sharder.planning.schedules.schedule import operations
 
 WITHIN = 1 + interleave.SLACK
 FOUR = dict.fromkeys(("cpu:0", "cpu:1", "cpu:2", "cpu:3"), 1.0)

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from test_assignment import free_problems
 from test_partition import antichain, chain
 
-from shardwright.sharder.planning import fastest as fastest_module
-from shardwright.sharder.planning.assignment import Budget, masks_of, peak_bytes
-from shardwright.sharder.planning.cpsat import has_ortools
-from shardwright.sharder.planning.fastest import Lead, branch_and_bound, fastest, improve_by_cpsat, improved
-from shardwright.sharder.planning.latency import Race, listed
+from shardwright.sharder.planning.free import fastest as fastest_module
+from shardwright.sharder.planning.free.assignment import Budget, masks_of, peak_bytes
+from shardwright.sharder.planning.free.cpsat import has_ortools
+from shardwright.sharder.planning.free.fastest import Lead, branch_and_bound, fastest, improve_by_cpsat, improved
+from shardwright.sharder.planning.free.latency import Race, listed
 from shardwright.sharder.planning.problem import Crossing, bits
 
 needs_ortools = pytest.mark.skipif(not has_ortools(), reason="OR-tools is an extra")

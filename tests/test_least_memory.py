@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from test_assignment import free_problems
 from test_partition import chain, problems
 
-from shardwright.sharder.planning import least_memory
-from shardwright.sharder.planning.assignment import Best, Budget, loads_of, masks_of, peak_bytes
-from shardwright.sharder.planning.cpsat import has_ortools
-from shardwright.sharder.planning.least_memory import (
+from shardwright.sharder.planning.free import least_memory
+from shardwright.sharder.planning.free.assignment import Best, Budget, loads_of, masks_of, peak_bytes
+from shardwright.sharder.planning.free.cpsat import has_ortools
+from shardwright.sharder.planning.free.least_memory import (
     assignment_fits,
     fullest,
     largest_batch,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import shardwright as sw
 from shardwright.profiler.profile import Profile
-from shardwright.sharder.planning.blocks import problem_from_graph
-from shardwright.sharder.planning.memory import Gradient, Ledger, Step, Storage
+from shardwright.sharder.planning.formulation.blocks import problem_from_graph
+from shardwright.sharder.planning.formulation.memory import Gradient, Ledger, Step, Storage
 from shardwright.sharder.planning.problem import Block, Crossing, Problem, in_flight
 
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler import links as links_module
-from shardwright.profiler import messages
 from shardwright.profiler.links import (
     disk_rate,
     fit,
@@ -22,9 +21,10 @@ from shardwright.profiler.links import (
     rounds_of,
     warn_of_corrupt,
 )
-from shardwright.profiler.messages import SIZES, Turns, probed_bytes
-from shardwright.profiler.pool import Pool
+from shardwright.profiler.measuring import messages
+from shardwright.profiler.measuring.messages import SIZES, Turns, probed_bytes
 from shardwright.profiler.profile import Device, Link
+from shardwright.profiler.workers.pool import Pool
 
 lines = {"latency": st.floats(1e-6, 1e-2), "bandwidth": st.floats(1e6, 1e11)}
 """Of those that can be told apart by messages of ``SIZES``."""
@@ -104,7 +104,7 @@ def test_directions_are_told_apart():
 
 def spoil_what_goes_to_rank_1():
     """Flip one bit of every message longer than a page that this worker sends to rank 1."""
-    from shardwright.profiler import messages
+    from shardwright.profiler.measuring import messages
 
     send = messages._send
 
@@ -119,19 +119,19 @@ def spoil_what_goes_to_rank_1():
 
 def talk_less():
     """Send each message twice, not ten times."""
-    from shardwright.profiler import messages
+    from shardwright.profiler.measuring import messages
 
     messages.REPEATS, messages.WARMUP = 2, 1
 
 
 def die_instead_of_talking():
-    from shardwright.profiler import messages
+    from shardwright.profiler.measuring import messages
 
     messages.ping_pong = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def sleep_instead_of_talking():
-    from shardwright.profiler import messages
+    from shardwright.profiler.measuring import messages
 
     messages.ping_pong = lambda *_: time.sleep(60)
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shardwright.profiler.measure import Goal, Pass, excess_s, measure, round_totals
-from shardwright.profiler.stopwatch import HostStopwatch
-from shardwright.profiler.subject import Subject, as_input
-from shardwright.profiler.timing import LEAST_REPEATS, Series, at_pace, summarise
-from shardwright.profiler.unitgraph import Call
+from shardwright.profiler.measuring.stopwatch import HostStopwatch
+from shardwright.profiler.measuring.subject import Subject, as_input
+from shardwright.profiler.measuring.timing import LEAST_REPEATS, Series, at_pace, summarise
+from shardwright.profiler.recording.unitgraph import Call
 
 CPU = torch.device("cpu")
 

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 import shardwright as sw
 from shardwright.profiler.capture import captures_of
 from shardwright.profiler.memory import MemoryCounter, StepMemory, count_step, total_bytes
+from shardwright.profiler.recording.unitgraph import Call, Context
 from shardwright.profiler.records import count_steps
-from shardwright.profiler.unitgraph import Call, Context
 
 KB = 4_000  # 1,000 floats
 

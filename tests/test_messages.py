@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwright.profiler import messages
 from shardwright.profiler.links import fit, one_way
-from shardwright.profiler.messages import (
+from shardwright.profiler.measuring import messages
+from shardwright.profiler.measuring.messages import (
     CASES,
     REPEATS,
     SIZES,

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_partition import brute_force, chain, problems
 
-from shardwright.sharder.planning import mincut
-from shardwright.sharder.planning.flow import Network
-from shardwright.sharder.planning.mincut import least_transfer_s, transfer_bound_s
-from shardwright.sharder.planning.search import simple_bound_s
+from shardwright.sharder.planning.exact.search import simple_bound_s
+from shardwright.sharder.planning.wide import mincut
+from shardwright.sharder.planning.wide.flow import Network
+from shardwright.sharder.planning.wide.mincut import least_transfer_s, transfer_bound_s
 
 
 def alike(problem):

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
-from shardwright.profiler.structure import tensors_in
-from shardwright.sharder.runtime.moving import Mover, containers_in, moved, rewrite
-from shardwright.sharder.runtime.sim import on_host, sim_device
+from shardwright.profiler.recording.structure import tensors_in
+from shardwright.sharder.runtime.placing.moving import Mover, containers_in, moved, rewrite
+from shardwright.sharder.runtime.placing.sim import on_host, sim_device
 
 THERE = sim_device(0)
 CPU = torch.device("cpu")

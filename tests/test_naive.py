@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 import shardwright as sw
-from shardwright.profiler import worker
-from shardwright.profiler.pool import WorkerError
-from shardwright.sharder.runtime import gate
+from shardwright.profiler.workers import worker
+from shardwright.profiler.workers.pool import WorkerError
 from shardwright.sharder.runtime import run as run_module
+from shardwright.sharder.runtime.gates import gate
 from shardwright.sharder.runtime.naive import NAIVE_LIMIT_S, as_plan, naive_plans
 from shardwright.sharder.runtime.pipeline import Job, hold_whole, step_whole
 from shardwright.sharder.runtime.run import _lacks_room

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardwright.sharder.planning import nesting
-from shardwright.sharder.planning.nesting import TooManyPairsError, within_each
-from shardwright.sharder.planning.search import OutOfTimeError
+from shardwright.sharder.planning.exact.search import OutOfTimeError
+from shardwright.sharder.planning.wide import nesting
+from shardwright.sharder.planning.wide.nesting import TooManyPairsError, within_each
 
 MANY = 10**9
 sets = st.lists(st.tuples(st.integers(0, 2**70 - 1) | st.integers(0, 255), st.integers(0, 3)), max_size=30)

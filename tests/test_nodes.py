@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
 import shardwright as sw
-from shardwright.profiler.costs import Costs
-from shardwright.profiler.pool import loopback_interface
+from shardwright.profiler.formats.costs import Costs
+from shardwright.profiler.workers.pool import loopback_interface
 from shardwright.sharder.planning.planner import plan as planned
 from shardwright.sharder.runtime import nodes
 from shardwright.sharder.runtime.nodes import choose_interface, device_order, interface_towards, place_of

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributed.pipelining import PipelineStage, schedules
 
-from shardwright.sharder.runtime.noting import Notes, StreamClock
+from shardwright.sharder.runtime.piping.noting import Notes, StreamClock
 
 
 class Counting:

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import shardwright as sw
-from shardwright.sharder.planning.blocks import problem_from_graph
-from shardwright.sharder.planning.offload import Rates, offload, with_offloaded
+from shardwright.sharder.planning.formulation.blocks import problem_from_graph
 from shardwright.sharder.planning.partition import partition
-from shardwright.sharder.runtime.sim import sim_device
+from shardwright.sharder.planning.verdict.offload import Rates, offload, with_offloaded
+from shardwright.sharder.runtime.placing.sim import sim_device
 
 
 def with_rates(profile, *, fetch=None, disk=None, host=0):

@@ -9,7 +9,14 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from shardwright.profiler.operations import OperationRecorder, _call_form, _known, _operator, _text_of, tensor_bytes
+from shardwright.profiler.recording.operations import (
+    OperationRecorder,
+    _call_form,
+    _known,
+    _operator,
+    _text_of,
+    tensor_bytes,
+)
 
 
 def record(function):

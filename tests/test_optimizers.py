@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import shardwright as sw
+from shardwright.profiler.measuring.optimizers import OPTIMIZERS, OptimizerMemory, make_optimizer, optimizer_name
 from shardwright.profiler.memory import MemoryCounter, total_bytes
-from shardwright.profiler.optimizers import OPTIMIZERS, OptimizerMemory, make_optimizer, optimizer_name
-from shardwright.profiler.structure import tensors_in
+from shardwright.profiler.recording.structure import tensors_in
 
 
 class Half(torch.optim.Optimizer):

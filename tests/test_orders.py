@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_partition import block, chain, problems
 
-from shardwright.sharder.planning.orders import best_of_orders, topological
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import bits
 from shardwright.sharder.planning.split_loads import stage_loads
+from shardwright.sharder.planning.wide.orders import best_of_orders, topological
 
 
 @settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))

@@ -12,14 +12,14 @@ from torch import nn
 
 import shardwright as sw
 from shardwright.profiler.campaign import Findings
-from shardwright.profiler.costs import Costs
+from shardwright.profiler.formats.costs import Costs
 from shardwright.profiler.measure import Goal, Pass, measure
-from shardwright.profiler.pace import Pace, pace_of
-from shardwright.profiler.stopwatch import HostStopwatch
-from shardwright.profiler.timing import LEAST_REPEATS, Series, at_pace, summarise
+from shardwright.profiler.measuring.pace import Pace, pace_of
+from shardwright.profiler.measuring.stopwatch import HostStopwatch
+from shardwright.profiler.measuring.timing import LEAST_REPEATS, Series, at_pace, summarise
 from shardwright.reports.run_report import paces as paces_told
-from shardwright.sharder.planning.foreseen import at_pace as step_at_pace
-from shardwright.sharder.planning.foreseen import timeline_of
+from shardwright.sharder.planning.schedules.foreseen import at_pace as step_at_pace
+from shardwright.sharder.planning.schedules.foreseen import timeline_of
 from shardwright.sharder.runtime import session
 from shardwright.sharder.runtime.turns import Pacing, in_turn
 

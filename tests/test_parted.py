@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from shardwright.profiler.parted import edges_of, inputs_first
+from shardwright.profiler.measuring.parted import edges_of, inputs_first
 
 
 def differs(model, inputs, outputs, gradients):

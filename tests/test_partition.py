@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.planning.memory import Gradient, Ledger, Step, Storage
+from shardwright.sharder.planning.exact.search import closed_sets, simple_bound_s
+from shardwright.sharder.planning.formulation.memory import Gradient, Ledger, Step, Storage
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import Block, Crossing, Problem, Tie, bits
-from shardwright.sharder.planning.search import closed_sets, simple_bound_s
 from shardwright.sharder.planning.split_loads import stage_loads
 
 

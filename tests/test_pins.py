@@ -8,12 +8,12 @@ from rich.console import Console
 
 from shardwright.errors import ShardwrightError
 from shardwright.reports.plan_report import PlanReport
-from shardwright.sharder.planning.blocks import problem_from_graph
-from shardwright.sharder.planning.offload import Rates
+from shardwright.sharder.planning.formulation.blocks import problem_from_graph
 from shardwright.sharder.planning.partition import partition
-from shardwright.sharder.planning.pins import prices_of_pins
 from shardwright.sharder.planning.planner import plan
 from shardwright.sharder.planning.pricing import price
+from shardwright.sharder.planning.verdict.offload import Rates
+from shardwright.sharder.planning.verdict.pins import prices_of_pins
 
 NOWHERE = Rates((None, None), None, 0)
 """No weights can come from anywhere."""

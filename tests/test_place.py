@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import shardwright as sw
-from shardwright.profiler.placed import placement_hooks
-from shardwright.sharder.runtime.hooks import MoveInputs, UnitForward
-from shardwright.sharder.runtime.sim import on_host, sim_device
+from shardwright.profiler.recording.placed import placement_hooks
+from shardwright.sharder.runtime.placing.hooks import MoveInputs, UnitForward
+from shardwright.sharder.runtime.placing.sim import on_host, sim_device
 
 
 @pytest.mark.parametrize("name", ["Net", "NetList", "NetDict"])

@@ -11,7 +11,7 @@ from placing import PAIR, assert_placed_alike, planned
 from torch import nn
 
 import shardwright as sw
-from shardwright.sharder.runtime.calls import open_calls
+from shardwright.sharder.runtime.placing.calls import open_calls
 
 
 class Writes(nn.Module):

@@ -10,9 +10,9 @@ from torch.overrides import TorchFunctionMode, _len_torch_function_stack
 from torch.utils.checkpoint import checkpoint
 
 import shardwright as sw
-from shardwright.profiler.placed import placement_hooks
-from shardwright.sharder.runtime.sim import on_host, sim_device
-from shardwright.sharder.runtime.whole import Window
+from shardwright.profiler.recording.placed import placement_hooks
+from shardwright.sharder.runtime.placing.sim import on_host, sim_device
+from shardwright.sharder.runtime.placing.whole import Window
 
 
 class Outside(nn.Module):

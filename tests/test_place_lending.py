@@ -10,8 +10,8 @@ from placing import PAIR, Tied, assert_placed_alike, planned, relative
 from torch import nn
 
 import shardwright as sw
-from shardwright.profiler.placed import placement_hooks
-from shardwright.sharder.runtime.sim import Simulated, on_host
+from shardwright.profiler.recording.placed import placement_hooks
+from shardwright.sharder.runtime.placing.sim import Simulated, on_host
 
 
 def test_a_tied_weight_stays_one_tensor(captured_profile):

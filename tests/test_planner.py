@@ -14,11 +14,11 @@ import pytest
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Misfit, Profile, Tie, Variation
 from shardwright.reports.plan_report import verdict
-from shardwright.sharder.planning.foreseen import timeline_of
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.planning.planner import plan
-from shardwright.sharder.planning.simulate import StageCost, simulate
+from shardwright.sharder.planning.schedules.foreseen import timeline_of
+from shardwright.sharder.planning.schedules.simulate import StageCost, simulate
 
 MIXED = {f"cuda:{d}": speed for d, speed in enumerate([1.0, 2.1, 1.4, 0.7, 1.1, 1.9, 0.9, 1.3])}
 
@@ -257,7 +257,7 @@ def test_tied_parameter_with_a_huge_gradient_keeps_its_users_together(chain_prof
 
 def test_search_for_what_binds_may_find_nothing(chain_profile, monkeypatch):
     """When no time is left to split without the ties the plan stands, and something else is said to bind."""
-    from shardwright.sharder.planning import explain
+    from shardwright.sharder.planning.verdict import explain
 
     def no_time_without_ties(problem, **options):
         if not problem.ties:

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler import pool as pool_module
-from shardwright.profiler.pool import Pool, Worker, WorkerError
 from shardwright.profiler.profile import Device
-from shardwright.profiler.worker import report
+from shardwright.profiler.workers import pool as pool_module
+from shardwright.profiler.workers.pool import Pool, Worker, WorkerError
+from shardwright.profiler.workers.worker import report
 
 pytestmark = pytest.mark.usefixtures("new_workers")
 
@@ -240,7 +240,7 @@ def test_workers_leave_when_their_parent_is_killed(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(
         "import os, sys, time\n"
-        "from shardwright.profiler.pool import Pool\n"
+        "from shardwright.profiler.workers.pool import Pool\n"
         "from shardwright.profiler.profile import Device\n"
         "with Pool([Device(name='cpu:0', kind='cpu', description='', memory_bytes=1)]) as pool:\n"
         "    print(pool.call({'cpu:0': (os.getpid, ())}, limit_s=60)['cpu:0'], flush=True)\n"

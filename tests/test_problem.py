@@ -11,8 +11,8 @@ import pytest
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Tie
-from shardwright.sharder.planning.blocks import parse_bytes, problem_from_graph
-from shardwright.sharder.planning.memory import Gradient, Step, Storage
+from shardwright.sharder.planning.formulation.blocks import parse_bytes, problem_from_graph
+from shardwright.sharder.planning.formulation.memory import Gradient, Step, Storage
 from shardwright.sharder.planning.problem import Tie as BlockTie
 from shardwright.sharder.planning.problem import in_flight
 

@@ -18,8 +18,8 @@ import shardwright as sw
 from shardwright.profiler import capture, recall
 from shardwright.profiler.cache import Cache
 from shardwright.profiler.capture import captures_of
-from shardwright.profiler.fingerprint import fingerprint_of
-from shardwright.profiler.state import Snapshot
+from shardwright.profiler.recording.fingerprint import fingerprint_of
+from shardwright.profiler.recording.state import Snapshot
 
 __all__ = ["repeatable"]
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import shardwright as sw
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.runtime.recompute import RecomputedStage
+from shardwright.sharder.runtime.piping.recompute import RecomputedStage
 
 WIDTH, BATCH = 6, 12
 

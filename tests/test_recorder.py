@@ -28,8 +28,8 @@ from recording import (
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from shardwright.profiler.inputs import outputs_of
-from shardwright.profiler.structure import dense_parts
+from shardwright.profiler.recording.inputs import outputs_of
+from shardwright.profiler.recording.structure import dense_parts
 from shardwright.profiler.trace import trace
 
 __all__ = ["repeatable"]

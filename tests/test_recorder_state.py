@@ -10,7 +10,7 @@ from recording import ROWS, WIDTH, Layers, batch, faithful, marked, obstacles, r
 from torch import nn
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.inputs import outputs_of
+from shardwright.profiler.recording.inputs import outputs_of
 from shardwright.profiler.trace import checked_trace, trace
 
 # State

@@ -8,8 +8,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.recording.unitgraph import Context
 from shardwright.profiler.trace import checked_trace, trace
-from shardwright.profiler.unitgraph import Context
 
 __all__ = ["repeatable"]
 

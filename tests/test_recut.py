@@ -12,13 +12,13 @@ from test_afresh import mixed
 from test_partition import problems
 from test_shifting import is_split, tangled
 
-from shardwright.sharder.planning import recut as recut_module
-from shardwright.sharder.planning.device_classes import orders_to_try
-from shardwright.sharder.planning.even import even_splits
-from shardwright.sharder.planning.lists import Lists
+from shardwright.sharder.planning.exact.even import even_splits
+from shardwright.sharder.planning.formulation.device_classes import orders_to_try
 from shardwright.sharder.planning.partition import partition
-from shardwright.sharder.planning.recut import AIMS, Neighbours
 from shardwright.sharder.planning.split_loads import stage_loads
+from shardwright.sharder.planning.wide import recut as recut_module
+from shardwright.sharder.planning.wide.lists import Lists
+from shardwright.sharder.planning.wide.recut import AIMS, Neighbours
 
 often = settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 

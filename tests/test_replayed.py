@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from shardwright.profiler.replayed import Replayed
+from shardwright.profiler.recording.replayed import Replayed
 from shardwright.profiler.trace import trace
 
 TAKEN = sorted(set(dir(fx.GraphModule)) - set(dir(nn.Module)) - {"__annotations__", "__module__", "__orig_bases__"})

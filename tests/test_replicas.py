@@ -14,15 +14,15 @@ from shardwright.errors import ShardwrightError
 from shardwright.profiler.graph import cost_graph
 from shardwright.profiler.profile import Link, Tie, Variation
 from shardwright.reports.plan_report import verdict
-from shardwright.sharder.planning.blocks import problem_from_graph
-from shardwright.sharder.planning.foreseen import timeline_of
+from shardwright.sharder.planning.exact.search import closed_sets
+from shardwright.sharder.planning.formulation.blocks import problem_from_graph
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.planning.planner import plan
 from shardwright.sharder.planning.pricing import price
 from shardwright.sharder.planning.problem import bits
-from shardwright.sharder.planning.replicas import meshes, on_meshes, possible_replicas
-from shardwright.sharder.planning.search import closed_sets
+from shardwright.sharder.planning.schedules.foreseen import timeline_of
+from shardwright.sharder.planning.schedules.replicas import meshes, on_meshes, possible_replicas
 
 FOUR = dict.fromkeys(("cpu:0", "cpu:1", "cpu:2", "cpu:3"), 1.0)
 FIXTURES = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])

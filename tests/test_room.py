@@ -14,14 +14,15 @@ from test_partition import brute_force, chain, problems
 from test_shifting import plain, tangled
 
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.planning import least_memory, shifting
-from shardwright.sharder.planning.assignment import Budget
-from shardwright.sharder.planning.least_memory import least_share
+from shardwright.sharder.planning.exact.search import closed_sets
+from shardwright.sharder.planning.free import least_memory
+from shardwright.sharder.planning.free.assignment import Budget
+from shardwright.sharder.planning.free.least_memory import least_share
 from shardwright.sharder.planning.partition import partition
-from shardwright.sharder.planning.room import in_bytes, making_room
-from shardwright.sharder.planning.search import closed_sets
-from shardwright.sharder.planning.shifting import Shifts, shifted
 from shardwright.sharder.planning.split_loads import stage_loads
+from shardwright.sharder.planning.wide import shifting
+from shardwright.sharder.planning.wide.room import in_bytes, making_room
+from shardwright.sharder.planning.wide.shifting import Shifts, shifted
 
 often = settings(max_examples=30, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 

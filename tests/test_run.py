@@ -12,14 +12,14 @@ from torch import nn
 from torch.distributed.pipelining import _utils
 
 import shardwright as sw
-from shardwright.profiler import pool
-from shardwright.profiler.equality import relative_difference
 from shardwright.profiler.profile import Device
+from shardwright.profiler.recording.equality import relative_difference
+from shardwright.profiler.workers import pool
 from shardwright.reports.run_report import conclusion
-from shardwright.sharder.planning.schedule import operations
+from shardwright.sharder.planning.schedules.schedule import operations
 from shardwright.sharder.runtime import run as run_module
 from shardwright.sharder.runtime import session as session_module
-from shardwright.sharder.runtime.gate import compare
+from shardwright.sharder.runtime.gates.gate import compare
 from shardwright.sharder.runtime.pipeline import Comparison
 
 

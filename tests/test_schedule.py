@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.planning import schedule as module
 from shardwright.sharder.planning.problem import in_flight
-from shardwright.sharder.planning.schedule import Operation, operations, order
+from shardwright.sharder.planning.schedules import schedule as module
+from shardwright.sharder.planning.schedules.schedule import Operation, operations, order
 
 SCHEDULES = ["gpipe", "1f1b", "interleaved", "zero-bubble"]
 

@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from test_partition import block, chain, problems
 
-from shardwright.sharder.planning import shifting
-from shardwright.sharder.planning.memory import Ledger
+from shardwright.sharder.planning.formulation.memory import Ledger
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import Crossing, bits
-from shardwright.sharder.planning.shifting import Shifts, shifted
 from shardwright.sharder.planning.split_loads import stage_loads
+from shardwright.sharder.planning.wide import shifting
+from shardwright.sharder.planning.wide.shifting import Shifts, shifted
 
 
 def plain(problem):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from shardwright.sharder.runtime.sim import (
+from shardwright.sharder.runtime.placing.sim import (
     DeviceMismatchError,
     Simulated,
     crossings_watched,

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.planning import simulate as module
-from shardwright.sharder.planning.simulate import StageCost, expected_step_s, simulate
-from shardwright.sharder.planning.timeline import Transfer
+from shardwright.sharder.planning.schedules import simulate as module
+from shardwright.sharder.planning.schedules.simulate import StageCost, expected_step_s, simulate
+from shardwright.sharder.planning.schedules.timeline import Transfer
 
 SHAPES = list(itertools.product([1, 2, 3, 5], [1, 2, 4, 7]))
 SECONDS = st.floats(0, 10, allow_subnormal=False) | st.sampled_from([0.0, 0.5, 1.0, 3.0])

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 import shardwright as sw
-from shardwright.profiler.inputs import microbatch
 from shardwright.profiler.links import join
 from shardwright.profiler.measure import prepare
-from shardwright.profiler.pool import Pool
 from shardwright.profiler.profile import Device
+from shardwright.profiler.recording.inputs import microbatch
 from shardwright.profiler.trace import trace
-from shardwright.sharder.runtime.cut import cut
+from shardwright.profiler.workers.pool import Pool
 from shardwright.sharder.runtime.pipeline import hold_stages, step_stage, weigh_stage
+from shardwright.sharder.runtime.piping.cut import cut
 from shardwright.sharder.runtime.session import job_of
 
 LAYERS = 6

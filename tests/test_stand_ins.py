@@ -7,9 +7,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import shardwright as sw
-from shardwright.profiler.stand_ins import filled, sendable
-from shardwright.profiler.structure import tensors_in
-from shardwright.profiler.unitgraph import Call
+from shardwright.profiler.measuring.stand_ins import filled, sendable
+from shardwright.profiler.recording.structure import tensors_in
+from shardwright.profiler.recording.unitgraph import Call
 
 
 def without_values():

@@ -12,7 +12,7 @@ from recording import WIDTH, Layers, batch, repeatable, rows
 
 import shardwright as sw
 from shardwright.profiler.capture import captures_of
-from shardwright.profiler.state import attributes_kept
+from shardwright.profiler.recording.state import attributes_kept
 from shardwright.profiler.trace import checked_trace
 
 __all__ = ["repeatable"]

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import assume, given, settings
 from test_step_search import chain_of, splits, step_s, tasks
 
-from shardwright.sharder.planning import step_search
 from shardwright.sharder.planning.planner import plan
-from shardwright.sharder.planning.step_bound import step_bound_s
-from shardwright.sharder.planning.step_search import shortest_step
+from shardwright.sharder.planning.schedules import step_search
+from shardwright.sharder.planning.schedules.step_bound import step_bound_s
+from shardwright.sharder.planning.schedules.step_search import shortest_step
 
 
 @settings(max_examples=40)

@@ -13,17 +13,17 @@ from test_partition import chain
 from test_transfers import assignments, problems
 
 from shardwright.profiler.profile import Variation
-from shardwright.sharder.planning import step_search
-from shardwright.sharder.planning.even import NAIVE, naive_split
-from shardwright.sharder.planning.memory import Ledger, Step
+from shardwright.sharder.planning.exact.even import NAIVE, naive_split
+from shardwright.sharder.planning.formulation.memory import Ledger, Step
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.planner import plan
-from shardwright.sharder.planning.simulate import simulate, steps_of
+from shardwright.sharder.planning.schedules import step_search
+from shardwright.sharder.planning.schedules.simulate import simulate, steps_of
+from shardwright.sharder.planning.schedules.stage_costs import rules_of, stage_costs, stages_anew
+from shardwright.sharder.planning.schedules.step_bound import bound_s
+from shardwright.sharder.planning.schedules.step_search import shortest_step
+from shardwright.sharder.planning.schedules.zero_bubble import divides
 from shardwright.sharder.planning.split_loads import stage_loads
-from shardwright.sharder.planning.stage_costs import rules_of, stage_costs, stages_anew
-from shardwright.sharder.planning.step_bound import bound_s
-from shardwright.sharder.planning.step_search import shortest_step
-from shardwright.sharder.planning.zero_bubble import divides
 
 FOUR = {f"cpu:{i}": 1.0 for i in range(4)}
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwright.profiler.stopwatch import CudaStopwatch, QueueFiller
+from shardwright.profiler.measuring.stopwatch import CudaStopwatch, QueueFiller
 
 
 class Queue(CudaStopwatch):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from shardwright.profiler.structure import (
+from shardwright.profiler.recording.structure import (
     Hole,
     copied,
     filled,

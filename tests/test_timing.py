@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardwright.profiler.timing import LEAST_REPEATS, Series, median_error, median_ranks, summarise
+from shardwright.profiler.measuring.timing import LEAST_REPEATS, Series, median_error, median_ranks, summarise
 
 SECONDS = st.floats(1e-7, 1e3, allow_nan=False)
 

@@ -7,12 +7,12 @@ import json
 import pytest
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.costs import Costs
+from shardwright.profiler.formats.costs import Costs
+from shardwright.profiler.formats.graphml import flat_graph
 from shardwright.profiler.graph import cost_graph
-from shardwright.profiler.graphml import flat_graph
-from shardwright.sharder.planning.blocks import problem_from_graph
+from shardwright.sharder.planning.formulation.blocks import problem_from_graph
 from shardwright.sharder.planning.planner import plan
-from shardwright.sharder.planning.simulate import StageCost, simulate
+from shardwright.sharder.planning.schedules.simulate import StageCost, simulate
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.callsites import functions_applied
+from shardwright.profiler.recording.callsites import functions_applied
 from shardwright.profiler.trace import trace
 
 

@@ -110,7 +110,7 @@ def test_the_interface_is_the_script_s_again(workers, captured_profile, given):
 
 def hosted(function, *args):
     """In a rank whose stages exchange through the host's memory, as those of a plan over kinds of devices do."""
-    from shardwright.sharder.runtime import ranks
+    from shardwright.sharder.runtime.piping import ranks
 
     before, ranks.is_hosted = ranks.is_hosted, lambda _: True
     try:

@@ -28,7 +28,7 @@ from training import (
 )
 
 import shardwright as sw
-from shardwright.sharder.runtime.newfiles import NewFiles
+from shardwright.sharder.runtime.placing.newfiles import NewFiles
 
 __all__ = ["alone", "workers"]  # fixtures
 

@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.planning.memory import Ledger, Step
-from shardwright.sharder.planning.mincut import transfer_bound_s
+from shardwright.sharder.planning.exact.transfers import as_staged
+from shardwright.sharder.planning.formulation.memory import Ledger, Step
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import Block, Crossing, Problem, Tie
 from shardwright.sharder.planning.split_loads import stage_loads
-from shardwright.sharder.planning.transfers import as_staged
+from shardwright.sharder.planning.wide.mincut import transfer_bound_s
 
 KINDS = ["relayed", "staged", "direct"]
 CHOICES = {"never": [False], "always": [True], "auto": [False, True]}

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 import shardwright as sw
-from shardwright.profiler.placed import placement_hooks
-from shardwright.sharder.runtime.hooks import UnitForward
-from shardwright.sharder.runtime.sim import sim_device
+from shardwright.profiler.recording.placed import placement_hooks
+from shardwright.sharder.runtime.placing.hooks import UnitForward
+from shardwright.sharder.runtime.placing.sim import sim_device
+from shardwright.sharder.runtime.placing.whole import WholeForward
 from shardwright.sharder.runtime.verify import _verified_apart
-from shardwright.sharder.runtime.whole import WholeForward
 
 
 @pytest.fixture

@@ -16,16 +16,16 @@ from test_mincut import alike
 from test_partition import antichain, block, brute_force, chain, problems
 from test_shifting import plain, tangled
 
-from shardwright.sharder.planning import listing as listing_module
-from shardwright.sharder.planning import shifting
-from shardwright.sharder.planning.ceilings import ASKED, NEAR, _next_ceiling_s, narrowed
-from shardwright.sharder.planning.listing import Family, Listing, TooManyError
-from shardwright.sharder.planning.lists import Lists
+from shardwright.sharder.planning.exact.search import OutOfTimeError, closed_sets
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import bits
-from shardwright.sharder.planning.search import OutOfTimeError, closed_sets
 from shardwright.sharder.planning.split_loads import stage_loads
-from shardwright.sharder.planning.windows import ChainSearch, Row, UndecidedError
+from shardwright.sharder.planning.wide import listing as listing_module
+from shardwright.sharder.planning.wide import shifting
+from shardwright.sharder.planning.wide.ceilings import ASKED, NEAR, _next_ceiling_s, narrowed
+from shardwright.sharder.planning.wide.listing import Family, Listing, TooManyError
+from shardwright.sharder.planning.wide.lists import Lists
+from shardwright.sharder.planning.wide.windows import ChainSearch, Row, UndecidedError
 
 MANY = 10**6
 TIMES = "forward_s", "backward_s", "update_s"

@@ -6,10 +6,10 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.operations import OperationRecorder
-from shardwright.profiler.subject import Subject
-from shardwright.profiler.unitgraph import Call, Context
-from shardwright.profiler.workload import HOST_ONLY, Mode, Workloads
+from shardwright.profiler.estimates.workload import HOST_ONLY, Mode, Workloads
+from shardwright.profiler.measuring.subject import Subject
+from shardwright.profiler.recording.operations import OperationRecorder
+from shardwright.profiler.recording.unitgraph import Call, Context
 
 
 def workload_of(call, mode):

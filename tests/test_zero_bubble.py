@@ -16,14 +16,14 @@ from test_reports import text_of
 
 from shardwright.errors import ShardwrightError
 from shardwright.reports.plan_report import PlanReport, verdict
-from shardwright.sharder.planning.foreseen import at_pace, costs_of, timeline_of
-from shardwright.sharder.planning.memory import Walk
+from shardwright.sharder.planning.formulation.memory import Walk
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.planning.planner import plan
-from shardwright.sharder.planning.schedule import operations
-from shardwright.sharder.planning.zero_bubble import divides, held_at_most, peak_bytes
-from shardwright.sharder.planning.zero_bubble_options import as_zero_bubble
+from shardwright.sharder.planning.schedules.foreseen import at_pace, costs_of, timeline_of
+from shardwright.sharder.planning.schedules.schedule import operations
+from shardwright.sharder.planning.schedules.zero_bubble import divides, held_at_most, peak_bytes
+from shardwright.sharder.planning.schedules.zero_bubble_options import as_zero_bubble
 
 FOUR = dict.fromkeys(("cpu:0", "cpu:1", "cpu:2", "cpu:3"), 1.0)
 

@@ -11,10 +11,10 @@ import torch
 from zoo import ZOO
 
 import shardwright as sw
-from shardwright.profiler.equality import relative_difference, tolerance
-from shardwright.profiler.inputs import outputs_of
-from shardwright.profiler.unitgraph import mean_square_loss
-from shardwright.sharder.runtime.sim import SimTensor, Simulated, sim_device
+from shardwright.profiler.recording.equality import relative_difference, tolerance
+from shardwright.profiler.recording.inputs import outputs_of
+from shardwright.profiler.recording.unitgraph import mean_square_loss
+from shardwright.sharder.runtime.placing.sim import SimTensor, Simulated, sim_device
 
 ROWS = 2
 PLANNING_S = 0.2

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import shardwright as sw
-from shardwright.profiler.pool import Pool
 from shardwright.profiler.profile import Device
+from shardwright.profiler.workers.pool import Pool
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
-from shardwright.sharder.planning.interleaved_options import with_interleaved
-from shardwright.sharder.planning.offload import Rates
-from shardwright.sharder.planning.offload import offload as offload_some
 from shardwright.sharder.planning.pricing import Option, price, solve_each, with_short_step
 from shardwright.sharder.planning.problem import Problem, Wanted
-from shardwright.sharder.planning.replicas import Replicas, possible_replicas
-from shardwright.sharder.planning.zero_bubble_options import with_zero_bubble
+from shardwright.sharder.planning.schedules.interleaved_options import with_interleaved
+from shardwright.sharder.planning.schedules.replicas import Replicas, possible_replicas
+from shardwright.sharder.planning.schedules.zero_bubble_options import with_zero_bubble
+from shardwright.sharder.planning.verdict.offload import Rates
+from shardwright.sharder.planning.verdict.offload import offload as offload_some
 
 __all__ = ["Asked", "nothing_fits", "options_of", "rates_of"]
 
@@ -56,7 +56,7 @@ def options_of(problems: list[Problem], profile: Profile, asked: Asked, deadline
             if count == 1:
                 options, error = _solved(problems, profile, asked, until_s)
             else:
-                from shardwright.sharder.planning.replicated import with_replicas
+                from shardwright.sharder.planning.schedules.replicated import with_replicas
 
                 rest = asked._replace(offload=False, parted=False)
                 solved = partial(_solved, profile=profile, asked=rest, deadline_s=until_s)
@@ -68,7 +68,7 @@ def options_of(problems: list[Problem], profile: Profile, asked: Asked, deadline
         found += options
         unfinished = unfinished or error
     if not found and unfinished is None and counts[0] > 1:
-        from shardwright.sharder.planning.replicated import nothing_fits_in
+        from shardwright.sharder.planning.schedules.replicated import nothing_fits_in
 
         raise nothing_fits_in(problems, counts[0])
     if not found:
@@ -98,7 +98,7 @@ def _solved(
 
 def nothing_fits(problems: list[Problem], profile: Profile, deadline_s: float) -> ShardwrightError:
     """Why no split of ``problems`` fits, and what would."""
-    from shardwright.sharder.planning.infeasible import why_nothing_fits
+    from shardwright.sharder.planning.verdict.infeasible import why_nothing_fits
 
     return ShardwrightError(why_nothing_fits(problems, deadline_s, batch=profile.batch, train=profile.train))
 

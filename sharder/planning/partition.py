@@ -13,14 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.planning.coarse import coarsened
-from shardwright.sharder.planning.device_classes import alike_devices, as_roomy_devices, orders_to_try
-from shardwright.sharder.planning.direct import Direct
-from shardwright.sharder.planning.incumbent import Incumbent, Partition
-from shardwright.sharder.planning.interleave import interleaved
-from shardwright.sharder.planning.line import is_chain
-from shardwright.sharder.planning.problem import Problem
-from shardwright.sharder.planning.search import (
+from shardwright.sharder.planning.exact.coarse import coarsened
+from shardwright.sharder.planning.exact.direct import Direct
+from shardwright.sharder.planning.exact.line import is_chain
+from shardwright.sharder.planning.exact.search import (
     Done,
     Lattice,
     OutOfTimeError,
@@ -28,8 +24,12 @@ from shardwright.sharder.planning.search import (
     closed_sets,
     sums_of,
 )
-from shardwright.sharder.planning.stagewise import Stagewise
-from shardwright.sharder.planning.transfers import as_staged
+from shardwright.sharder.planning.exact.stagewise import Stagewise
+from shardwright.sharder.planning.exact.transfers import as_staged
+from shardwright.sharder.planning.formulation.device_classes import alike_devices, as_roomy_devices, orders_to_try
+from shardwright.sharder.planning.problem import Problem
+from shardwright.sharder.planning.schedules.interleave import interleaved
+from shardwright.sharder.planning.wide.incumbent import Incumbent, Partition
 
 __all__ = ["Partition", "partition"]
 

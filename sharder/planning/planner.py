@@ -14,13 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.graph import costs_at
 from shardwright.profiler.profile import Profile
-from shardwright.sharder.planning.alternatives import alternatives_of, kept_whole, priced_in_parallel
-from shardwright.sharder.planning.blocks import problem_from_graph
-from shardwright.sharder.planning.changes import changes_tried
-from shardwright.sharder.planning.explain import certify, gap_percent
-from shardwright.sharder.planning.interleaved_options import pieces_asked
+from shardwright.sharder.planning.formulation.blocks import problem_from_graph
 from shardwright.sharder.planning.options import Asked, nothing_fits, options_of, rates_of
-from shardwright.sharder.planning.pins import prices_of_pins
 from shardwright.sharder.planning.plan import (
     WORTHWHILE,
     Alternative,
@@ -34,10 +29,15 @@ from shardwright.sharder.planning.plan import (
 from shardwright.sharder.planning.pricing import Option, baseline_of, noise_s, solve, with_short_step
 from shardwright.sharder.planning.problem import Problem, Recompute, Schedule, Transfers, Wanted
 from shardwright.sharder.planning.recorded import makers_of_numbers, split_ties, stage_of_nodes, stages_of
-from shardwright.sharder.planning.replicas import Replicas, on_mesh_of, replicas_asked
-from shardwright.sharder.planning.sensitivity import rivals_of, sensitivity_of
-from shardwright.sharder.planning.weighed import better_of, compared
-from shardwright.sharder.planning.zero_bubble_options import is_zero_bubble, parted_asked
+from shardwright.sharder.planning.schedules.interleaved_options import pieces_asked
+from shardwright.sharder.planning.schedules.replicas import Replicas, on_mesh_of, replicas_asked
+from shardwright.sharder.planning.schedules.weighed import better_of, compared
+from shardwright.sharder.planning.schedules.zero_bubble_options import is_zero_bubble, parted_asked
+from shardwright.sharder.planning.verdict.alternatives import alternatives_of, kept_whole, priced_in_parallel
+from shardwright.sharder.planning.verdict.changes import changes_tried
+from shardwright.sharder.planning.verdict.explain import certify, gap_percent
+from shardwright.sharder.planning.verdict.pins import prices_of_pins
+from shardwright.sharder.planning.verdict.sensitivity import rivals_of, sensitivity_of
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -117,7 +117,7 @@ def plan(
     """
     given: CostGraph | None = None
     if not isinstance(profile, Profile):
-        from shardwright.profiler.from_graph import costs_from_graph
+        from shardwright.profiler.formats.from_graph import costs_from_graph
 
         profile, given = costs_from_graph(profile)
     _check_known(objective, transfers, recompute)
@@ -150,7 +150,7 @@ def plan(
 
     problems = [problem_at(count) for count in (profile.microbatches if microbatches == "auto" else (microbatches,))]
     if not chain:
-        from shardwright.sharder.planning.freely import plan_freely
+        from shardwright.sharder.planning.free.freely import plan_freely
 
         counts = sorted(profile.microbatches)
         return plan_freely(
@@ -181,7 +181,7 @@ def plan(
         alternatives = tuple(one for one in alternatives if one.name != "data parallel")
     alternatives += kept_whole(chosen, options, baseline.step_s if baseline else None)
     if asked == 1 and len(problems[0].devices) >= LEAST_DEVICES and not profile.obstacles:
-        from shardwright.sharder.planning.replicated import rival_in_replicas
+        from shardwright.sharder.planning.schedules.replicated import rival_in_replicas
 
         alternatives += rival_in_replicas(chosen, problems, profile, baseline.step_s if baseline else None, deadline_s)
     certificate = certify(chosen, options, baseline, deadline_s)
@@ -237,8 +237,8 @@ def _check_recompute(*, chain: bool, train: bool) -> None:
 
 def _for_memory(profile: Profile, problems: list[Problem], every: list[Problem], deadline_s: float) -> Plan:
     """The split with the smallest peak share, and of those with no larger one that with the smallest largest load."""
-    from shardwright.sharder.planning.freely import for_memory, least_of
-    from shardwright.sharder.planning.least_memory import within_share
+    from shardwright.sharder.planning.free.freely import for_memory, least_of
+    from shardwright.sharder.planning.free.least_memory import within_share
 
     # Stages computed anew take less almost always: they are for what does not fit otherwise.
     kept = [dataclasses.replace(p, recompute="never" if p.recompute == "auto" else p.recompute) for p in problems]

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
+from shardwright.sharder.planning.exact.search import ROUNDING
 from shardwright.sharder.planning.partition import Partition, partition
 from shardwright.sharder.planning.problem import Problem
-from shardwright.sharder.planning.replicas import expected_step_of_replicas_s
-from shardwright.sharder.planning.search import ROUNDING
-from shardwright.sharder.planning.simulate import StageCost, expected_step_s, simulate
+from shardwright.sharder.planning.schedules.replicas import expected_step_of_replicas_s
+from shardwright.sharder.planning.schedules.simulate import StageCost, expected_step_s, simulate
+from shardwright.sharder.planning.schedules.stage_costs import Stages, rules_of, shares_of, stage_costs, stages_anew
+from shardwright.sharder.planning.schedules.step_search import shortest_step
+from shardwright.sharder.planning.schedules.timeline import Timeline
 from shardwright.sharder.planning.split_loads import stage_loads
-from shardwright.sharder.planning.stage_costs import Stages, rules_of, shares_of, stage_costs, stages_anew
-from shardwright.sharder.planning.step_search import shortest_step
-from shardwright.sharder.planning.timeline import Timeline
 
 __all__ = ["Option", "baseline_of", "noise_s", "price", "solve", "solve_each", "with_short_step"]
 

@@ -88,8 +88,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from shardwright.sharder.planning import zero_bubble
-from shardwright.sharder.planning.memory import EMPTY, Ledger, Walk, bits, engine_bytes
+from shardwright.sharder.planning.formulation.memory import EMPTY, Ledger, Walk, bits, engine_bytes
+from shardwright.sharder.planning.schedules import zero_bubble
 
 __all__ = [
     "Block",

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from shardwright.profiler.profile import Profile
-from shardwright.sharder.planning.interleaved_memory import device_peaks
 from shardwright.sharder.planning.plan import SplitTie, Stage
 from shardwright.sharder.planning.pricing import Option
 from shardwright.sharder.planning.problem import Problem, bits, in_flight
-from shardwright.sharder.planning.simulate import StageCost
-from shardwright.sharder.planning.stage_costs import Stages, shares_of
-from shardwright.sharder.planning.zero_bubble import held_at_most
+from shardwright.sharder.planning.schedules.interleaved_memory import device_peaks
+from shardwright.sharder.planning.schedules.simulate import StageCost
+from shardwright.sharder.planning.schedules.stage_costs import Stages, shares_of
+from shardwright.sharder.planning.schedules.zero_bubble import held_at_most
 
 __all__ = ["makers_of_numbers", "split_ties", "stage_of_nodes", "stages_of"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from shardwright.sharder.planning.interleave import device_loads, piece_loads
+from shardwright.sharder.planning.exact.transfers import load_s, traffic_of
 from shardwright.sharder.planning.problem import Problem, bits
-from shardwright.sharder.planning.transfers import load_s, traffic_of
+from shardwright.sharder.planning.schedules.interleave import device_loads, piece_loads
 
 __all__ = ["largest_load_s", "stage_loads"]
 

@@ -20,10 +20,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from shardwright.sharder.planning.foreseen import costs_of, timeline_of
 from shardwright.sharder.planning.plan import Plan
-from shardwright.sharder.planning.simulate import StageCost
-from shardwright.sharder.planning.timeline import Timeline
+from shardwright.sharder.planning.schedules.foreseen import costs_of, timeline_of
+from shardwright.sharder.planning.schedules.simulate import StageCost
+from shardwright.sharder.planning.schedules.timeline import Timeline
 from shardwright.sharder.runtime.record import Account, Accounts, Off, Slot, StageAccounts, What
 
 __all__ = ["Mark", "Noted", "account", "accounts_of", "measured_costs", "measured_slots", "off", "predicted_slots"]

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.inputs import input_specs
-from shardwright.profiler.placed import refuse_placed
 from shardwright.profiler.profile import TensorSpec
-from shardwright.profiler.shapes import has_values
+from shardwright.profiler.recording.inputs import input_specs
+from shardwright.profiler.recording.placed import refuse_placed
+from shardwright.profiler.recording.shapes import has_values
 from shardwright.profiler.units import structure_digest
 from shardwright.sharder.planning.plan import Plan
 

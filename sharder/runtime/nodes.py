@@ -19,9 +19,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.pool import loopback_interface
+from shardwright.profiler.workers.pool import loopback_interface
 from shardwright.sharder.planning.plan import Plan
-from shardwright.sharder.runtime.hosted import is_hosted
+from shardwright.sharder.runtime.piping.hosted import is_hosted
 
 __all__ = ["Place", "choose_interface", "device_order", "interface_put_back", "interface_towards", "place_of"]
 

@@ -1,6 +1,6 @@
 """What the workers do in a run: hold their stages, or the whole model, and take steps with them.
 
-Stages run on ``torch.distributed.pipelining``, as :mod:`shardwright.sharder.runtime.engine` sets it up.
+Stages run on ``torch.distributed.pipelining``, as :mod:`shardwright.sharder.runtime.piping.engine` sets it up.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from shardwright.profiler.devices import free_host_bytes
-from shardwright.profiler.inputs import all_microbatches, is_batched, outputs_of
+from shardwright.profiler.measuring.optimizers import make_optimizer
 from shardwright.profiler.memory import MemoryCounter, total_bytes
-from shardwright.profiler.optimizers import make_optimizer
-from shardwright.profiler.structure import map_tensors, tensors_in
-from shardwright.profiler.unitgraph import mean_square_loss
-from shardwright.profiler.worker import advance, resident
+from shardwright.profiler.recording.inputs import all_microbatches, is_batched, outputs_of
+from shardwright.profiler.recording.structure import map_tensors, tensors_in
+from shardwright.profiler.recording.unitgraph import mean_square_loss
+from shardwright.profiler.workers.worker import advance, resident
 from shardwright.sharder.runtime.accounts import Noted
-from shardwright.sharder.runtime.cut import Share, StageProgram, trainable
-from shardwright.sharder.runtime.engine import SharedGradients, SharedParameter, make_schedule, make_stage
-from shardwright.sharder.runtime.noting import Notes
-from shardwright.sharder.runtime.observing import Drawing, Seen, observed
+from shardwright.sharder.runtime.gates.resting import dropout_resting, full_precision
+from shardwright.sharder.runtime.piping.cut import Share, StageProgram, trainable
+from shardwright.sharder.runtime.piping.engine import SharedGradients, SharedParameter, make_schedule, make_stage
+from shardwright.sharder.runtime.piping.noting import Notes
+from shardwright.sharder.runtime.piping.observing import Drawing, Seen, observed
+from shardwright.sharder.runtime.piping.replicas import Groups, ReplicaGradients
 from shardwright.sharder.runtime.record import What
-from shardwright.sharder.runtime.replicas import Groups, ReplicaGradients
-from shardwright.sharder.runtime.resting import dropout_resting, full_precision
 
 __all__ = [
     "Comparison",

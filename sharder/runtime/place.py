@@ -15,20 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.placed import placement_hooks
+from shardwright.profiler.recording.placed import placement_hooks
 from shardwright.sharder.planning.plan import Placement, Plan
-from shardwright.sharder.runtime.align import changes_operand
-from shardwright.sharder.runtime.calls import settle
 from shardwright.sharder.runtime.check import check_model
-from shardwright.sharder.runtime.checkpoint import Checkpoint
-from shardwright.sharder.runtime.forwards import InstanceForward
-from shardwright.sharder.runtime.graph_copies import forget_copies, keep_in_copies
-from shardwright.sharder.runtime.hooks import MoveInputs, UnitForward, has_hooks
-from shardwright.sharder.runtime.inprocess import check_threads, pipe
-from shardwright.sharder.runtime.lending import Borrow, Return
-from shardwright.sharder.runtime.relocate import relocate, tensors_of
-from shardwright.sharder.runtime.weights import check_devices, check_fill, fill
-from shardwright.sharder.runtime.whole import Layout, WholeForward, Window
+from shardwright.sharder.runtime.local.inprocess import check_threads, pipe
+from shardwright.sharder.runtime.placing.align import changes_operand
+from shardwright.sharder.runtime.placing.calls import settle
+from shardwright.sharder.runtime.placing.checkpoint import Checkpoint
+from shardwright.sharder.runtime.placing.forwards import InstanceForward
+from shardwright.sharder.runtime.placing.graph_copies import forget_copies, keep_in_copies
+from shardwright.sharder.runtime.placing.hooks import MoveInputs, UnitForward, has_hooks
+from shardwright.sharder.runtime.placing.lending import Borrow, Return
+from shardwright.sharder.runtime.placing.relocate import relocate, tensors_of
+from shardwright.sharder.runtime.placing.weights import check_devices, check_fill, fill
+from shardwright.sharder.runtime.placing.whole import Layout, WholeForward, Window
 
 __all__ = ["place", "unplace"]
 
@@ -59,9 +59,9 @@ def place(
             process they share it.
         checkpoint: a safetensors file, or a folder of them, from which each parameter and buffer is read straight onto
             its device, one at a time. The model itself may be without values: see
-            :func:`~shardwright.sharder.runtime.weights.empty_weights`.
+            :func:`~shardwright.sharder.runtime.placing.weights.empty_weights`.
         microbatches: into how many pieces a batch is divided, so that the devices work at the same time, in training
-            too: see :mod:`~shardwright.sharder.runtime.inprocess`. By default one device after the other works.
+            too: see :mod:`~shardwright.sharder.runtime.local.inprocess`. By default one device after the other works.
 
     Raises:
         ShardwrightError: the plan is for another model or has replicas, a device is not here, the checkpoint is not
@@ -272,7 +272,8 @@ def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def _result_home(
     node: Placement, operands: list[torch.device | None], order: list[torch.device], numbers: set[str]
 ) -> torch.device | None:
-    """Where glue leaves its result: as :class:`~shardwright.sharder.runtime.align.AlignGlue` does, at the latest stage.
+    """Where glue leaves its result: as :class:`~shardwright.sharder.runtime.placing.align.AlignGlue` does, at the
+    latest stage.
 
     Glue that changes its first operand in place stays there. An operand on the CPU does not count if it is without
     dimensions: where all that are there may be (``numbers``), the place is not known.

@@ -80,7 +80,7 @@ class Timed(Record):
 
 
 class Paced(Record):
-    """The pace of a device: what a fixed piece of work takes there (:mod:`shardwright.profiler.pace`)."""
+    """The pace of a device: what a fixed piece of work takes there."""
 
     device: str
     profiled_s: PositiveFloat

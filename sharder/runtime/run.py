@@ -21,20 +21,20 @@ from torch import nn
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.capture import Progress, silent
 from shardwright.profiler.devices import find_devices
-from shardwright.profiler.inputs import microbatch
-from shardwright.profiler.pool import Pool, WorkerError
 from shardwright.profiler.profile import Device
+from shardwright.profiler.recording.inputs import microbatch
+from shardwright.profiler.recording.unitgraph import UnitGraph
 from shardwright.profiler.target import load_target
 from shardwright.profiler.trace import trace
-from shardwright.profiler.unitgraph import UnitGraph
-from shardwright.sharder.planning.foreseen import at_pace
+from shardwright.profiler.workers.pool import Pool, WorkerError
 from shardwright.sharder.planning.plan import Plan
+from shardwright.sharder.planning.schedules.foreseen import at_pace
 from shardwright.sharder.runtime.accounts import Noted, accounts_of
 from shardwright.sharder.runtime.check import check_can_be_piped, check_inputs, check_model, units_of
-from shardwright.sharder.runtime.cut import cut
-from shardwright.sharder.runtime.engine import sendable
-from shardwright.sharder.runtime.gate import DifferenceError, Gate
+from shardwright.sharder.runtime.gates.gate import DifferenceError, Gate
 from shardwright.sharder.runtime.naive import NAIVE_LIMIT_S, naive_plans, not_measured
+from shardwright.sharder.runtime.piping.cut import cut
+from shardwright.sharder.runtime.piping.engine import sendable
 from shardwright.sharder.runtime.record import Equality, Naive, Paced, Run, Timed, Weighed
 from shardwright.sharder.runtime.session import Session, Split, steps_in_row
 from shardwright.sharder.runtime.turns import WARMUP_STEPS, Pacing, in_turn, spread_over

@@ -19,20 +19,16 @@ from torch import Tensor, nn
 
 from shardwright.profiler.campaign import START_LIMIT_S
 from shardwright.profiler.devices import available_cores, free_host_bytes
-from shardwright.profiler.inputs import is_batched, outputs_of
 from shardwright.profiler.links import join
 from shardwright.profiler.measure import prepare
-from shardwright.profiler.pace import pace_now
-from shardwright.profiler.pool import Pool
+from shardwright.profiler.measuring.pace import pace_now
 from shardwright.profiler.profile import Device
-from shardwright.profiler.unitgraph import UnitGraph
+from shardwright.profiler.recording.inputs import is_batched, outputs_of
+from shardwright.profiler.recording.unitgraph import UnitGraph
+from shardwright.profiler.workers.pool import Pool
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.accounts import Noted
 from shardwright.sharder.runtime.check import units_of
-from shardwright.sharder.runtime.cut import StageProgram
-from shardwright.sharder.runtime.engine import shared_parameters
-from shardwright.sharder.runtime.hosted import GPUS_BACKEND, is_hosted
-from shardwright.sharder.runtime.observing import Drawing, Seen
 from shardwright.sharder.runtime.pipeline import (
     Comparison,
     Job,
@@ -49,6 +45,10 @@ from shardwright.sharder.runtime.pipeline import (
     step_whole,
     weigh_stage,
 )
+from shardwright.sharder.runtime.piping.cut import StageProgram
+from shardwright.sharder.runtime.piping.engine import shared_parameters
+from shardwright.sharder.runtime.piping.hosted import GPUS_BACKEND, is_hosted
+from shardwright.sharder.runtime.piping.observing import Drawing, Seen
 
 __all__ = ["COPIES", "Session", "Split", "job_of", "steps_in_row"]
 

@@ -19,18 +19,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.structure import map_tensors
+from shardwright.profiler.recording.structure import map_tensors
 from shardwright.sharder.planning.plan import Plan
-from shardwright.sharder.runtime.batches import BatchForm, Division, fingerprint, pieces_of
 from shardwright.sharder.runtime.check import check_can_be_piped, check_inputs, check_model
-from shardwright.sharder.runtime.engine import SharedGradients
 from shardwright.sharder.runtime.nodes import interface_put_back
-from shardwright.sharder.runtime.randomness import OwnNumbers
-from shardwright.sharder.runtime.ranks import Ranks
-from shardwright.sharder.runtime.replicas import ReplicaGradients
-from shardwright.sharder.runtime.stage_engine import StageEngine
-from shardwright.sharder.runtime.stages import Recipe, release_others
-from shardwright.sharder.runtime.stagestate import StageState, load_checkpoint, save_checkpoint
+from shardwright.sharder.runtime.piping.batches import BatchForm, Division, fingerprint, pieces_of
+from shardwright.sharder.runtime.piping.engine import SharedGradients
+from shardwright.sharder.runtime.piping.randomness import OwnNumbers
+from shardwright.sharder.runtime.piping.ranks import Ranks
+from shardwright.sharder.runtime.piping.replicas import ReplicaGradients
+from shardwright.sharder.runtime.piping.stage_engine import StageEngine
+from shardwright.sharder.runtime.piping.stages import Recipe, release_others
+from shardwright.sharder.runtime.piping.stagestate import StageState, load_checkpoint, save_checkpoint
 
 __all__ = ["Pipe", "pipeline"]
 

@@ -14,21 +14,21 @@ from torch import Tensor, nn
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.devices import find_devices
-from shardwright.profiler.equality import relative_difference, tolerance
-from shardwright.profiler.inputs import is_batched, outputs_of
-from shardwright.profiler.placed import placement_hooks
-from shardwright.profiler.pool import Pool
-from shardwright.profiler.structure import map_tensors, tensors_in
+from shardwright.profiler.recording.equality import relative_difference, tolerance
+from shardwright.profiler.recording.inputs import is_batched, outputs_of
+from shardwright.profiler.recording.placed import placement_hooks
+from shardwright.profiler.recording.structure import map_tensors, tensors_in
 from shardwright.profiler.trace import attributes_kept, evaluating
+from shardwright.profiler.workers.pool import Pool
 from shardwright.sharder.planning.plan import Plan
-from shardwright.sharder.runtime.calls import settle
 from shardwright.sharder.runtime.check import check_inputs, check_model, check_values, units_of
-from shardwright.sharder.runtime.hooks import MoveInputs, UnitForward
-from shardwright.sharder.runtime.lending import Borrow
-from shardwright.sharder.runtime.moving import rewrite
 from shardwright.sharder.runtime.place import place, unplace
-from shardwright.sharder.runtime.relocate import relocate
-from shardwright.sharder.runtime.sim import (
+from shardwright.sharder.runtime.placing.calls import settle
+from shardwright.sharder.runtime.placing.hooks import MoveInputs, UnitForward
+from shardwright.sharder.runtime.placing.lending import Borrow
+from shardwright.sharder.runtime.placing.moving import rewrite
+from shardwright.sharder.runtime.placing.relocate import relocate
+from shardwright.sharder.runtime.placing.sim import (
     DeviceMismatchError,
     SimTensor,
     Simulated,
@@ -36,7 +36,7 @@ from shardwright.sharder.runtime.sim import (
     parameters_may_move,
     sim_device,
 )
-from shardwright.sharder.runtime.whole import WholeForward
+from shardwright.sharder.runtime.placing.whole import WholeForward
 
 __all__ = ["Check", "Mismatch", "verify"]
 

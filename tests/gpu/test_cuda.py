@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import shardwright as sw
-from shardwright.profiler.messages import pattern
+from shardwright.profiler.measuring.messages import pattern
 
 pytestmark = [
     pytest.mark.gpu,

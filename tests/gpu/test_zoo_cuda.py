@@ -8,8 +8,8 @@ import torch
 from zoo import ZOO
 
 import shardwright as sw
-from shardwright.profiler.inputs import outputs_of
-from shardwright.profiler.unitgraph import mean_square_loss
+from shardwright.profiler.recording.inputs import outputs_of
+from shardwright.profiler.recording.unitgraph import mean_square_loss
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,0 +1,1 @@
+"""How one step is measured: what is timed, on which clock, and what of it is remembered."""

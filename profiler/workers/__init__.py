@@ -1,0 +1,1 @@
+"""Worker processes: one a device, and what they and their parent tell each other."""

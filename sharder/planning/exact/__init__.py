@@ -1,0 +1,1 @@
+"""Exact splits where the closed sets can be gone through: of lines, and of graphs."""

@@ -1,0 +1,106 @@
+"""Changes of the task with which a split would be worth it where it is not: a larger batch, faster links."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+from shardwright.errors import ShardwrightError
+from shardwright.profiler.profile import Profile
+from shardwright.sharder.planning.formulation.relaxed import with_links_times
+from shardwright.sharder.planning.plan import WORTHWHILE, Change, Gain
+from shardwright.sharder.planning.pricing import Option, price, solve, with_short_step
+from shardwright.sharder.planning.problem import Problem
+from shardwright.sharder.planning.schedules.interleave import possible_devices
+from shardwright.sharder.planning.schedules.zero_bubble import divides
+from shardwright.sharder.planning.split_loads import stage_loads
+
+__all__ = ["changes_tried"]
+
+BATCHES = (2, 4, 8, 16, 32)
+"""So many times the batch, in micro-batches of the same size."""
+LINKS = (2, 4, 10)
+"""So many times as fast."""
+
+
+def changes_tried(
+    options: Sequence[Option], baseline: Option, profile: Profile, deadline_s: float
+) -> tuple[Change, ...]:
+    """Larger batches, and faster links, up to the smallest factor with which a split would be worth it.
+
+    A kind of change is left out where no split could be priced with it: none fits, or none was found in the time.
+
+    Args:
+        options: the best split at each number of micro-batches.
+        baseline: the one device that they do not beat.
+        profile: of the costs.
+        deadline_s: of ``time.monotonic()``.
+    """
+    splits = [option for option in options if len(option.split.stages) > 1]
+    nearest = min(splits, key=lambda o: o.step_s, default=max(options, key=lambda o: o.problem.microbatches))
+    found = (
+        _up_to_one_that_pays("batch", _at_batches(splits, baseline, profile)),
+        _up_to_one_that_pays("links", _over_links(nearest.problem, baseline, profile, deadline_s)),
+    )
+    return tuple(change for change in found if change is not None)
+
+
+class _Pair(NamedTuple):
+    """With one factor: the best split, and the one device beside it."""
+
+    factor: int
+    split: Option | None
+    """None where no split is better than one device."""
+    alone: Option
+
+
+def _up_to_one_that_pays(what: Literal["batch", "links"], pairs: Iterable[_Pair]) -> Change | None:
+    """The factors of ``pairs`` until a split is worth it; None where there are none."""
+    tried = []
+    for factor, split, alone in pairs:
+        tried.append(factor)
+        if split is not None and split.step_s * WORTHWHILE <= alone.step_s:
+            gain = Gain(
+                factor=factor,
+                microbatches=split.problem.batch_microbatches,
+                step_s=split.step_s,
+                speedup=alone.step_s / split.step_s if split.step_s else 1.0,
+            )
+            return Change(what=what, tried=tuple(tried), pays=gain)
+    return Change(what=what, tried=tuple(tried), pays=None) if tried else None
+
+
+def _at_batches(splits: Sequence[Option], baseline: Option, profile: Profile) -> Iterator[_Pair]:
+    """Filling and draining are paid once a step: more micro-batches of the same size make less of them."""
+    for factor in BATCHES:
+        alone = _at_batch(baseline, factor, profile)
+        priced = [larger for split in splits if (larger := _at_batch(split, factor, profile)) is not None]
+        if alone is not None and priced:
+            yield _Pair(factor, min(priced, key=lambda option: option.step_s), alone)
+
+
+def _at_batch(option: Option, factor: int, profile: Profile) -> Option | None:
+    """The same split of so many times the batch; None if it does not fit then."""
+    problem = dataclasses.replace(option.problem, microbatches=option.problem.microbatches * factor)
+    if problem.schedule == "zero-bubble" and not divides(len(option.split.stages), problem.microbatches):
+        return None
+    if problem.stages_per_device > 1 and len(option.split.stages) // problem.stages_per_device not in possible_devices(
+        problem
+    ):
+        return None  # so many do not go around in equal rounds
+    return None if stage_loads(problem, option.split.stages) is None else price(problem, option.split, profile)
+
+
+def _over_links(problem: Problem, baseline: Option, profile: Profile, deadline_s: float) -> Iterator[_Pair]:
+    """Faster links, with the split that is best for them."""
+    for factor in LINKS:
+        option = None
+        with contextlib.suppress(ShardwrightError):
+            time_limit_s = max(0.0, deadline_s - time.monotonic()) / len(LINKS)
+            option = solve(with_links_times(problem, factor), profile, time_limit_s=time_limit_s)
+        if option is not None:
+            option = with_short_step(option, profile)
+            yield _Pair(factor, option if len(option.split.stages) > 1 else None, baseline)

@@ -1,0 +1,128 @@
+"""Why nothing fits, and the smallest changes with which something would."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+
+from shardwright.errors import ShardwrightError
+from shardwright.sharder.planning.formulation.relaxed import (
+    all_usable,
+    checkpointed,
+    unpinned,
+    with_another,
+    with_caps_times,
+    with_smaller_microbatches,
+)
+from shardwright.sharder.planning.formulation.words import links_in_words, name_of, size_of
+from shardwright.sharder.planning.partition import partition
+from shardwright.sharder.planning.problem import Problem
+
+__all__ = ["changes_that_fit", "why_nothing_fits"]
+
+MOST_ADDED = 4
+"""So many more devices are tried."""
+MOST_PARTS = 8
+"""Micro-batches are made so many times smaller at most."""
+CAPS_WITHIN = 0.01
+"""How near the smallest sufficient factor of the memory caps is found."""
+
+
+def why_nothing_fits(problems: list[Problem], deadline_s: float, *, batch: int, train: bool) -> str:
+    """Which block or whole exceeds the memory, at the smallest micro-batch, or that the pins leave nothing.
+
+    Args:
+        problems: at each number of micro-batches.
+        deadline_s: of ``time.monotonic()``; what would fit is looked for until then.
+        batch: samples of a step, which micro-batches divide.
+        train: whether there is a backward.
+    """
+    problem = max(problems, key=lambda p: p.microbatches)
+    for v, block in enumerate(problem.blocks):
+        rooms = [
+            (problem.caps[d], name, problem.least_bytes(v, d))
+            for d, name in enumerate(problem.devices)
+            if block.allowed[d]
+        ]
+        if not rooms:
+            return f"{name_of(block)} is pinned to where it does not fit, not even alone: remove the pin"
+        room, device, need = max(rooms)
+        if need > room:
+            which = "the roomiest device" if all(block.allowed) else "where it is pinned"
+            return (
+                f"{name_of(block)} needs {size_of(need)} at {problem.microbatches} micro-batches; {device}, {which}, "
+                f"has {size_of(room)}: profile more micro-batches, or use a larger device"
+            )
+    if problem.unusable and _fits(all_usable(problem), deadline_s):
+        return (
+            f"no split fits without corrupt links ({links_in_words(problem)}), which change what they carry: give the "
+            "devices more memory with --memory, or mend the links; `report` on the profile says how"
+        )
+    if not all(all(block.allowed) for block in problem.blocks) and _fits(unpinned(problem), deadline_s):
+        return (
+            "no split obeys the pins, though one without them fits: each device takes one piece of the forward, in "
+            "its order; pin neighbours alike, or remove a pin"
+        )
+    static = sum(block.static_bytes for block in problem.blocks)
+    whole = problem.memory_bytes(0, (1 << len(problem.blocks)) - 1, 0, 0)
+    caps = ", ".join(f"{device} {size_of(cap)}" for device, cap in zip(problem.devices, problem.caps, strict=True))
+    changes = [*changes_that_fit(problem, deadline_s, batch=batch, train=train)]
+    return (
+        f"no split fits{', not even with stages computed anew' if problem.recompute == 'auto' else ''}: "
+        f"at {problem.microbatches} micro-batches the model needs {size_of(whole)} in one piece "
+        f"({size_of(static)} of it weights, gradients and optimizer state); the devices have {caps}: "
+        + ("; or ".join(changes) if changes else "add devices, raise --memory, or profile more micro-batches")
+    )
+
+
+def changes_that_fit(problem: Problem, deadline_s: float, *, batch: int, train: bool) -> Iterator[str]:
+    """The smallest change of each kind with which a split was found, in words; arguments as above."""
+    factor = _least_factor(problem, deadline_s)
+    if factor is not None:
+        raised = with_caps_times(problem, factor).caps
+        more = " ".join(
+            f"--memory {name}={-(-cap // 2**20)}MiB" for name, cap in zip(problem.devices, raised, strict=True)
+        )
+        yield f"give each device {100 * (factor - 1):.2g}% more memory ({more})"
+    roomiest = max(range(len(problem.devices)), key=problem.caps.__getitem__)
+    added = problem
+    for count in range(1, MOST_ADDED + 1):
+        added = with_another(added, roomiest)
+        if _fits(added, deadline_s):
+            yield f"add {count} device{'s' * (count > 1)} like {problem.devices[roomiest]}"
+            break
+    factor = 2
+    while factor <= MOST_PARTS and batch % (problem.microbatches * factor) == 0:
+        if _fits(with_smaller_microbatches(problem, factor), deadline_s):
+            yield f"profile --microbatches {problem.microbatches * factor}, which should fit (estimated)"
+            break
+        factor *= 2
+    if train and problem.recompute == "never" and _fits(dataclasses.replace(problem, recompute="auto"), deadline_s):
+        yield "let stages be computed anew in the backward (--recompute auto)"
+    elif train and _fits(checkpointed(problem), deadline_s):
+        yield "compute activations anew in the backward (torch.utils.checkpoint around each unit), which should fit"
+
+
+def _least_factor(problem: Problem, deadline_s: float) -> float | None:
+    """The smallest factor of all memory caps with which a split was found, to one part in a hundred."""
+    low, high = 1.0, 1.0 + CAPS_WITHIN
+    while not _fits(with_caps_times(problem, high), deadline_s):
+        low, high = high, 1 + 2 * (high - 1)
+        if high > 2**10 or time.monotonic() > deadline_s:
+            return None
+    while high / low > 1 + CAPS_WITHIN and time.monotonic() < deadline_s:
+        middle = (low + high) / 2
+        if _fits(with_caps_times(problem, middle), deadline_s):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _fits(problem: Problem, deadline_s: float) -> bool:
+    """Whether some split of ``problem`` was found in the time that is left."""
+    with contextlib.suppress(ShardwrightError):
+        return partition(problem, time_limit_s=max(0.0, min(5.0, deadline_s - time.monotonic()))) is not None
+    return False

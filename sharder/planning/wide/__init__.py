@@ -1,0 +1,1 @@
+"""Splits and bounds where there are too many closed sets to go through."""

@@ -1,0 +1,1 @@
+"""Pipelines in one process: a thread a device."""

@@ -1,0 +1,1 @@
+"""The stages of a pipeline on PyTorch's engine: cut, run, observed."""

@@ -1,0 +1,1 @@
+"""How a model is placed: parameters moved, and what makes tensors follow."""
