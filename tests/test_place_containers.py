@@ -114,6 +114,42 @@ def test_what_a_unit_writes_into_its_argument_is_found(captured_profile, kind, c
     assert_placed_alike(captured_profile, model, (x,), pins=pins)
 
 
+class Graphs:
+    """A batch of an own class, which knows how to move, in place."""
+
+    def __init__(self, x, scale):
+        self.x, self.scale = x, scale
+
+    def to(self, device):
+        self.x, self.scale = self.x.to(device), self.scale.to(device)
+        return self
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["tensors", "objects"])
+def test_a_batch_of_an_own_class_comes_to_its_units(captured_profile, whole):
+    """Read by the forward or by the units themselves, on both devices; the caller's batch stays where it is."""
+
+    class Unit(nn.Linear):
+        def forward(self, x, batch):
+            return super().forward(x) * (batch.scale if whole else batch)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Unit(8, 8) for _ in range(4))
+
+        def forward(self, batch):
+            x = batch.x
+            for layer in self.layers:
+                x = layer(x, batch if whole else batch.scale)
+            return x
+
+    batch = Graphs(torch.randn(4, 8), torch.rand(8))
+    pins = {"layers.[01]": "cpu:0", "layers.[23]": "cpu:1"}
+    assert_placed_alike(captured_profile, Model(), (batch,), pins=pins)
+    assert batch.x.device.type == batch.scale.device.type == "cpu"
+
+
 class Sums(nn.Linear):
     def forward(self, features):
         return super().forward(sum(features))

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from shardwright.profiler.recording.structure import tensors_of
+
 __all__ = ["Mover", "containers_in", "is_accelerated", "may_hold", "moved", "rewrite"]
 
 _WITHOUT_INSIDE = (str, bytes, int, float, complex, type(None), torch.Size, torch.dtype, nn.Module, type)
@@ -52,7 +54,8 @@ class Mover:
     """Brings the tensors in values to one device, each tensor once.
 
     Lists, dictionaries, namespaces and dataclasses are written in place; tuples and whatever else is registered with
-    ``torch.utils._pytree`` are made anew around what moved; other objects, such as caches, are left as they are.
+    ``torch.utils._pytree`` are made anew around what moved; of objects that know how to move (``to``), such as batches
+    of graphs, copies are moved. Others, such as caches, are left as they are.
 
     Args:
         device: where to.
@@ -109,10 +112,15 @@ class Mover:
             return self._rewritten(value, *slots)
         kind = _registered(value)
         if kind is None:
-            return value
+            return self._by_itself(value) if callable(getattr(value, "to", None)) else value
         parts, context = kind.flatten_fn(value)
         there = [self(part) for part in parts]
         return value if all(map(operator.is_, there, parts)) else kind.unflatten_fn(there, context)
+
+    def _by_itself(self, value: Any) -> Any:
+        """A copy of an object that was asked to move, if it holds tensors elsewhere: such a ``to`` may be in place."""
+        away = [tensor for tensor in tensors_of(value) if tensor.device != self.device and not self._stays(tensor)]
+        return copy.copy(value).to(self.device) if away else value
 
     def _rewritten(self, container: Any, slots: list[tuple[Any, Any]], write: Callable[[Any, Any, Any], None]) -> Any:
         in_place = not _is_frozen(container) and (self.writes is None or id(container) in self.writes)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from shardwright.profiler.recording.placed import PlacementHook
+from shardwright.profiler.recording.structure import tensors_of
 from shardwright.sharder.runtime.placing.align import AlignGlue
 from shardwright.sharder.runtime.placing.calls import OPEN, Begun, begin, finish, open_calls, settle
 from shardwright.sharder.runtime.placing.forwards import InstanceForward, left_to_python
@@ -104,8 +104,8 @@ class _Call(Begun):
 def _device_of_inputs(args: Any, kwargs: Any) -> torch.device | None:
     """That of the first tensor among the inputs which is not on the CPU; else the CPU, if there is any tensor."""
     values = (*args, *kwargs.values())
-    leaves = pytree.tree_leaves(values) if any(map(may_hold, values)) else values
-    found = [leaf.device for leaf in leaves if isinstance(leaf, Tensor)]
+    tensors = tensors_of(values) if any(map(may_hold, values)) else [t for t in values if isinstance(t, Tensor)]
+    found = [tensor.device for tensor in tensors]
     return next((device for device in found if device.type != "cpu"), found[0] if found else None)
 
 
