@@ -84,6 +84,12 @@ def captures_of(
         return _captures(sample, counts, **options)
     try:
         fine = _captures(sample, counts, **options)
+        checkpointed = fine[0][1].checkpointed
+        if checkpointed:  # which are known now; in evaluation most models checkpoint nothing
+            with evaluating(model, found):
+                again = choose_units(model, *piece, devices=devices, checkpointed=checkpointed)
+            if again.keys() != chosen.keys():
+                fine = _captures(replace(sample, units=again), counts, **options)
         if not fine[0][1].obstacles:
             return fine
     except ShardwrightError:

@@ -121,6 +121,8 @@ class Node(Record):
     """Glue: file and position of the call in the user's forward."""
     inputs: tuple[str, ...] = ()
     """Names of the tensors that it reads."""
+    checkpointed: bool = False
+    """Whether its backward computes it anew, all or in part, as the model asks (``torch.utils.checkpoint``)."""
     param_bytes: NonNegativeInt = 0
     buffer_bytes: NonNegativeInt = 0
     grad_bytes: NonNegativeInt = 0

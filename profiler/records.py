@@ -16,6 +16,7 @@ from shardwright.profiler.memory import StepMemory, count_step
 from shardwright.profiler.profile import Clocked, Measurement, Node, Tie
 from shardwright.profiler.profile import Tensor as TensorRecord
 from shardwright.profiler.recording.state import Snapshot
+from shardwright.profiler.recording.staying import BACKWARDS
 from shardwright.profiler.recording.structure import nbytes, tensors_in
 from shardwright.profiler.recording.unitgraph import Call, Step, UnitGraph
 from shardwright.profiler.trace import as_found
@@ -59,7 +60,14 @@ def count_steps(
                 continue
             try:
                 counted[step.name] = count_step(step.call, train=train, called_again=again, parted=parted)
+            except ShardwrightError:
+                raise
             except Exception as error:
+                if step.call.function in BACKWARDS:
+                    raise ShardwrightError(
+                        f"{step.site} takes gradients of what units have computed ({step.type}), so that none of them "
+                        "runs by itself: have one module do both, and name it with --unit"
+                    ) from error
                 raise ShardwrightError(
                     f"{step.name} failed when it ran alone for its memory to be counted: "
                     f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -99,6 +107,7 @@ def nodes_of(
             unit=step.unit,
             site=step.site,
             inputs=step.reads,
+            checkpointed=any(steps[count][step.name].checkpointed for count in captures),
             **weights.of(step),
             output_bytes={count: steps[count][step.name].output_bytes for count in captures},
             saved_bytes={count: steps[count][step.name].saved_bytes if optimizer else 0 for count in captures},

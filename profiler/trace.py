@@ -7,20 +7,22 @@ runs the model on other values as well, and holds the replayed graph against it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.recording.callsites import functions_applied
 from shardwright.profiler.recording.chance import chance_kept, let_draw
 from shardwright.profiler.recording.compiler import eager, uncompiled
 from shardwright.profiler.recording.equality import relative_difference, tolerance
 from shardwright.profiler.recording.inputs import copied_inputs, other_values, outputs_of
 from shardwright.profiler.recording.placed import refuse_placed
 from shardwright.profiler.recording.recorder import Recorder, SavedTensorsUncountedError
+from shardwright.profiler.recording.regions import not_reentrant
 from shardwright.profiler.recording.state import Snapshot, attributes_kept
 from shardwright.profiler.recording.unitgraph import UnitGraph, mean_square_loss
 from shardwright.profiler.units import find_units
@@ -59,8 +61,8 @@ def trace(
     """
     units = _checked(model, units)
     found = found or Snapshot(model)
-    with found.attributes_kept(), as_found(found, train=train):
-        return _recorded(model, units, *copied_inputs(args, kwargs or {}), train=train, echoes=echoes)[1]
+    with found.attributes_kept():
+        return _captured(model, units, args, kwargs or {}, found, train=train, echoes=echoes)
 
 
 @uncompiled
@@ -88,9 +90,8 @@ def checked_trace(
     with found.attributes_kept():
         with as_found(found, train=train):
             earlier, other, expected = _run_on_other_values(model, units, args, kwargs, train=train)
-        with as_found(found, train=train):
-            let_draw("largest")  # where the other run drew the smallest
-            _, capture, _ = _recorded(model, units, args, kwargs, train=train, earlier=earlier)
+        # Where the other run drew the smallest random numbers, this one draws the largest.
+        capture = _captured(model, units, args, kwargs, found, train=train, earlier=earlier, draws="largest")
     if earlier is not None and not capture.obstacles:
         # A pipeline gets the model as it was: what these runs have left on its modules must not help the graph.
         with found.attributes_kept(), as_found(found, train=train):
@@ -107,6 +108,33 @@ def _draw_alike() -> None:
     let_draw("smallest")
 
 
+def _captured(
+    model: nn.Module,
+    units: dict[str, nn.Module],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    found: Snapshot,
+    *,
+    train: bool,
+    earlier: Recorder | None = None,
+    echoes: bool = False,
+    draws: Literal["largest"] | None = None,
+) -> UnitGraph:
+    """Record one forward of the model as found; once more where some of what it checkpoints cannot be made anew."""
+    plain = frozenset(earlier.overwritten if earlier is not None else ())
+    while True:
+        with as_found(found, train=train):
+            if draws is not None:
+                let_draw(draws)
+            inputs = copied_inputs(args, kwargs)
+            recorder, capture, _ = _recorded(
+                model, units, *inputs, train=train, earlier=earlier, echoes=echoes, plain=plain
+            )
+        if recorder.overwritten <= plain:
+            return capture
+        plain |= recorder.overwritten
+
+
 def _recorded(
     model: nn.Module,
     units: dict[str, nn.Module],
@@ -117,19 +145,19 @@ def _recorded(
     earlier: Recorder | None = None,
     counts: bool = True,
     echoes: bool = False,
+    plain: Container[str] = (),
 ) -> tuple[Recorder, UnitGraph, Any]:
     """Record one forward, without the bytes that autograd saves where they cannot be counted.
 
     Args:
         counts: whether operators and what autograd saves are counted at all, or the graph alone is made.
     """
-    recorder = Recorder(
-        model, units, train=train, earlier=earlier, counts_saved=counts, counts_operations=counts, echoes=echoes
-    )
+    options: dict[str, Any] = {"train": train, "earlier": earlier, "echoes": echoes, "plain": plain}
+    recorder = Recorder(model, units, counts_saved=counts, counts_operations=counts, **options)
     try:
         return recorder, *recorder.record(args, kwargs)
     except SavedTensorsUncountedError:
-        recorder = Recorder(model, units, train=train, earlier=earlier, counts_saved=False, echoes=echoes)
+        recorder = Recorder(model, units, counts_saved=False, **options)
         return recorder, *recorder.record(args, kwargs)
 
 
@@ -166,7 +194,7 @@ def _compare(capture: UnitGraph, inputs: list[Tensor], expected: dict[str, Tenso
     _draw_alike()
     name = type(capture.model).__name__
     try:
-        with torch.set_grad_enabled(train):
+        with torch.set_grad_enabled(train), functions_applied(not_reentrant):
             found = _results(list(capture.module()(*inputs)), capture.model, train=train)
     except Exception as error:
         raise CaptureError(
@@ -204,7 +232,13 @@ def _checked(model: nn.Module, units: Mapping[str, nn.Module] | None) -> dict[st
 def as_found(found: Snapshot, *, train: bool) -> Iterator[None]:
     """Run the model in training or not; its state, its mode and the random state are put back afterwards."""
     with eager(), found.state_kept(), chance_kept(), torch.set_grad_enabled(train):
-        found.model.train(train)
+        try:
+            found.model.train(train)
+        except NotImplementedError as error:
+            raise ShardwrightError(
+                f"{type(found.model).__name__} cannot be put into training or evaluation ({error}), as one that was "
+                "exported (torch.export): profile the model that it was made from"
+            ) from error
         yield
 
 

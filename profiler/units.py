@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
 from typing import Any
@@ -30,6 +30,8 @@ OPERATIONS_PER_BYTE = 10.0
 """So much arithmetic takes as long as moving a byte: between a CPU core's ratio and a GPU's."""
 LARGE = 4
 """A unit is opened when it does more than this part of an even share of a device: 1 / 4."""
+LARGE_CHECKPOINTED = 2
+"""Likewise, of a module that the forward checkpoints as a whole: opened, its units each keep what they are given."""
 SMALL = 64
 """A module stays closed when it does less than this part of an even share of a device: 1 / 64."""
 
@@ -56,6 +58,7 @@ def choose_units(
     devices: int = 2,
     depth: int | None = None,
     patterns: Sequence[str] = (),
+    checkpointed: Container[str] = (),
     returned: Callable[[Any], None] | None = None,
 ) -> dict[str, nn.Module]:
     """The units of ``model`` at the grain that an even split over ``devices`` devices needs.
@@ -66,6 +69,7 @@ def choose_units(
         devices: how many the work is to be shared by.
         depth: units lie so deep in the model, 1 = its own children, instead.
         patterns: paths of modules, such as ``decoder.layers.*``, that are units, whatever they hold.
+        checkpointed: paths of modules that the forward checkpoints as a whole.
         returned: is called with the model's result, if it is run: not where ``depth`` or ``patterns`` settle all.
 
     Raises:
@@ -87,9 +91,10 @@ def choose_units(
         work, share = work_of(), work_of()[""] / devices
         if path not in work:  # never called: its children may be, one by one
             return isinstance(module, CONTAINERS) or (not in_container and _holds_container(module))
-        if isinstance(module, CONTAINERS) or (not in_container and _holds_container(module)):
+        holds = isinstance(module, CONTAINERS) or (not in_container and _holds_container(module))
+        if holds and path not in checkpointed:
             return work[path] > share / SMALL
-        return work[path] > share / LARGE and not _is_compiled(module)
+        return work[path] > share / (LARGE_CHECKPOINTED if path in checkpointed else LARGE) and not _is_compiled(module)
 
     return _collected(model, opened)
 

@@ -184,6 +184,8 @@ class ProfileReport:
         rows = [("cannot be piped", text) for text in profile.obstacles]
         rows += [("not divided", profile.undivided)] if profile.undivided and not profile.obstacles else []
         rows += [("piped while", text) for text in profile.guards]
+        anew = sum(node.checkpointed for node in profile.nodes)
+        rows += [("checkpointed", f"{count(anew, 'step')}, computed anew in the backward")] if anew else []
         tied = [f"{tie.name} is used by {count(len(tie.nodes), 'step')}" for tie in profile.ties]
         rows += [("tied", text) for text in tied]
         if rows:

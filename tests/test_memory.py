@@ -414,3 +414,27 @@ def test_the_predicted_peak_is_the_counted_one(captured_profile, microbatches):
     with counter:
         step()
     assert predicted == pytest.approx(total_bytes(held) + counter.peak_bytes, rel=0.03)
+
+
+def test_gradients_taken_between_units_are_refused_where_they_are():
+    """A force, the derivative of what units make, cannot be had of a step that runs alone: file and line, and why."""
+
+    class Force(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            energy = self.layers[1](self.layers[0](x).tanh()).square().sum()
+            return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+    with pytest.raises(sw.ShardwrightError, match=r"test_memory\.py:\d+:\d+ takes gradients .* name it with --unit"):
+        sw.profile(Force(), (torch.randn(2, 4),), devices=["cpu:0"], microbatches=[1])
+
+
+def test_what_cannot_be_trained_is_said_without_the_step_that_found_it():
+    """Outputs that are complex numbers have no loss of ours."""
+    model = nn.Sequential(*(nn.Linear(4, 4, dtype=torch.cfloat) for _ in range(2)))
+    with pytest.raises(sw.ShardwrightError, match=r"^the model returns no floating tensor"):
+        sw.profile(model, (torch.randn(2, 4, dtype=torch.cfloat),), devices=["cpu:0"], microbatches=[1])

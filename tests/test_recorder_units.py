@@ -457,7 +457,7 @@ def test_an_alias_of_apply_without_gradients_is_none():
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 def test_checkpoints(reentrant):
-    """Activation checkpointing, both kinds, is looked through: the replay computes the same, dropout included."""
+    """Units in regions of checkpointing, of both kinds, are steps: the replay computes the same, dropout included."""
 
     class Model(Layers):
         def part(self, x, scale):

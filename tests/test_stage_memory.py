@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import shardwright as sw
 from shardwright.profiler.links import join
@@ -27,15 +28,15 @@ LIMIT_S = 60.0
 class Chain(nn.Module):
     """Six layers of the given widths; the first one's output may be added to the last one's."""
 
-    def __init__(self, widths, skips=False):
+    def __init__(self, widths, skips=False, checkpoints=False):
         super().__init__()
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in itertools.pairwise(widths))
-        self.skips = skips
+        self.skips, self.checkpoints = skips, checkpoints
 
     def forward(self, x):
         first = x = self.layers[0](x)
         for layer in self.layers[1:]:
-            x = layer(x)
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpoints else layer(x)
         return x + first if self.skips else x
 
 
@@ -44,6 +45,8 @@ MODELS = {
     "wide cut": lambda: Chain([16, 16, 256, 256, 256, 16, 16]),
     "narrow cut": lambda: Chain([64, 256, 16, 256, 16, 256, 64]),
     "relayed": lambda: Chain([48] * 7, skips=True),
+    "checkpointed": lambda: Chain([48, 48, 256, 48, 256, 48, 48], checkpoints=True),
+    "checkpointed, relayed": lambda: Chain([48] * 7, skips=True, checkpoints=True),
 }
 
 
@@ -109,6 +112,19 @@ def test_two_stages(captured_profile, tmp_path):
                 ("wide cut", None, 3),
             ],
         )
+
+
+def test_layers_that_the_model_checkpoints(captured_profile, tmp_path):
+    """Each keeps what it is given, and is made again one after the other; in inference nothing changes."""
+    cases = [
+        ("checkpointed", "1f1b", 3),
+        ("checkpointed", "gpipe", 2),
+        ("checkpointed, relayed", "1f1b", 2),
+        ("checkpointed", None, 2),
+    ]
+    with workers(2, tmp_path) as pool:
+        check(pool, captured_profile, cases)
+        check(pool, captured_profile, [("checkpointed", "1f1b", 3, "always")], most=1.05)
 
 
 def test_stages_computed_anew(captured_profile, tmp_path):

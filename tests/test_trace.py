@@ -288,3 +288,10 @@ def test_chance_that_passes_through_a_unit_is_an_obstacle():
             return self.layers[1](x) if self.layers[0](torch.rand(3)).sum() > -1 else x
 
     assert "depends on chance" in trace(Chancy(), (torch.randn(2, 4),)).obstacles[0]
+
+
+def test_a_model_without_a_mode_to_train_in_is_refused():
+    """As what torch.export gives: the error says what to profile instead."""
+    exported = torch.export.export(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), (torch.randn(2, 4),)).module()
+    with pytest.raises(ShardwrightError, match=r"cannot be put into training .* profile the model"):
+        trace(exported, (torch.randn(2, 4),))

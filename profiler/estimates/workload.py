@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.measuring.optimizers import make_optimizer
 from shardwright.profiler.recording.operations import Operation, OperationRecorder
+from shardwright.profiler.recording.regions import Region, regions_told
 from shardwright.profiler.recording.shapes import fake_like, unlogged
 from shardwright.profiler.recording.structure import map_tensors, tensors_in
 from shardwright.profiler.recording.unitgraph import Call
@@ -91,16 +93,25 @@ class Workloads:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
         args, kwargs = map_tensors(Tensor.clone, (call.args, call.kwargs))
-        with torch.set_grad_enabled(mode.train):
+        regions: list[int] = []  # their operators run again in the backward, of which the graph does not tell
+        done: list[Operation] = []
+
+        @contextmanager
+        def noted() -> Iterator[None]:
+            regions.append(len(done))
+            yield
+            regions.append(len(done))
+
+        with torch.set_grad_enabled(mode.train), regions_told(lambda *_: Region(dissolves=False, around=noted())):
             if call.context is None:
-                forward, output = _recorded(partial(call.function, *args, **kwargs))
+                forward, output = _recorded(partial(call.function, *args, **kwargs), done)
             else:
-                forward, output = _recorded(partial(call.context.run, call.function, args, kwargs))
+                forward, output = _recorded(partial(call.context.run, call.function, args, kwargs), done)
         outputs = [t for _, t in tensors_in(output) if t.requires_grad] if mode.train else []
         if not outputs:
             return Workload(forward)
         forms = tuple((p.shape, p.dtype) for p in parameters)
-        key = mode, forms, tuple(o.text for o in forward), tuple(_graph(outputs))
+        key = mode, call.context, tuple(regions), forms, tuple(o.text for o in forward), tuple(_graph(outputs))
         if key not in self.known:
             grads = [torch.empty_like(t) for t in outputs]
             backward, _ = _recorded(lambda: torch.autograd.backward(outputs, grads))
@@ -135,9 +146,11 @@ def _update(parameters: Sequence[nn.Parameter], mode: Mode) -> tuple[Operation, 
     return tuple(operation for operation in _recorded(optimizer.step)[0] if operation.name != HOST_ONLY)
 
 
-def _recorded(function: Callable[[], Any]) -> tuple[tuple[Operation, ...], Any]:
-    """The operators of a call that move or compute anything, and its result."""
-    operations: list[Operation] = []
+def _recorded(
+    function: Callable[[], Any], operations: list[Operation] | None = None
+) -> tuple[tuple[Operation, ...], Any]:
+    """The operators of a call that move or compute anything, and its result; all are added to ``operations``."""
+    operations = [] if operations is None else operations
     with OperationRecorder(operations.append):
         result = function()
     return tuple(operation for operation in operations if operation.bytes or operation.flops), result

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from shardwright.profiler.profile import Device
+from shardwright.profiler.recording.staying import StayingMode
 
 __all__ = ["kernels_as_on", "without_dropout"]
 
@@ -58,13 +58,10 @@ def kernels_as_on(devices: Iterable[Device]) -> Iterator[None]:
         yield
 
 
-class _AsOnGPUs(TorchFunctionMode):
+class _AsOnGPUs(StayingMode):
     """Calls attention with no dropout, and dropout by the operator that GPUs have for it."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in (F.dropout, torch.dropout):
             return _dropped(func, args, kwargs)
         if func is F.scaled_dot_product_attention and _is_step_by_step(args, kwargs):

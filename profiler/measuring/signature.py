@@ -45,7 +45,8 @@ def step_key(step: Step, *, train: bool, optimizer: str | None, accumulate: bool
         digest.update(f"{operation.text}\n".encode())
     kind = type(step.call.function).__qualname__ if step.kind == "unit" else step.type
     how = (METHOD, step.kind, kind, train, optimizer, accumulate, torch.__version__, _dropouts(step.call.function))
-    digest.update(repr((*how, "parted") if parted else how).encode())
+    further = (*["parted"] * parted, *step.regions)
+    digest.update(repr((*how, *further)).encode())
     return digest.hexdigest()[:32]
 
 

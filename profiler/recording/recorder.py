@@ -11,8 +11,8 @@ import copy
 import itertools
 import sys
 import weakref
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Container, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from shardwright.profiler.recording.callsites import applied_name, call_site, fu
 from shardwright.profiler.recording.equality import same_values
 from shardwright.profiler.recording.inside import READS_BACK, UnitWatcher, follows, tensors_of_modules
 from shardwright.profiler.recording.operations import Operation, OperationRecorder, decides_by_values
+from shardwright.profiler.recording.regions import Region, module_of, not_reentrant, reentrant_modes, regions_told
 from shardwright.profiler.recording.structure import tensors_in, tensors_of
 from shardwright.profiler.recording.told_devices import ToldDevices
 from shardwright.profiler.recording.unitgraph import (
@@ -71,6 +72,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
         counts_saved: whether the tensors that autograd saves are counted.
         counts_operations: whether the operators that run are noted: not where the graph alone is asked for.
         echoes: whether operators of one form are computed once, where numbers do not matter; only with those noted.
+        plain: steps that are not computed anew though they are called in a region of checkpointing.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
         counts_saved: bool = True,
         counts_operations: bool = True,
         echoes: bool = False,
+        plain: Container[str] = (),
     ) -> None:
         super().__init__(model, units, train=train)
         self.earlier = earlier
@@ -105,6 +108,14 @@ class Recorder(UnitWatcher, TorchFunctionMode):
         self.savers: dict[int, Step] = {}
         self.versions: list[tuple[Tensor, int | Tensor]] = []
         self.devices = ToldDevices()
+        self.plain = plain
+        self.overwritten: set[str] = set()
+        """Steps in regions of checkpointing whose arguments were changed in place, so that they cannot be computed
+        anew: the region would have begun with what their arguments were made of."""
+        self.given: dict[int, list[str]] = {}
+        """Storages of such arguments, by address, with the steps; :meth:`_storage_counted` keeps them alive."""
+        self.regions = 0  # of checkpointing that are open
+        self.region_modules: list[nn.Module | None] = []
 
     # Running
 
@@ -137,7 +148,8 @@ class Recorder(UnitWatcher, TorchFunctionMode):
             torch.autograd.graph.saved_tensors_hooks(saved, lambda kept: kept) if self.counts_saved else nullcontext()
         )
         operating = OperationRecorder(self._operation, echoes=self.echoes) if self.counts_operations else nullcontext()
-        with hooks, saving, functions_applied(self._apply), self, operating:
+        regions = regions_told(self._region_begins)
+        with hooks, saving, functions_applied(self._apply), regions, self, operating:
             try:
                 output = self.model(*args, **kwargs)
             except ShardwrightError:
@@ -204,6 +216,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
         step.name = step.node.name
         step.site = call_site(sys._getframe())
         self._note_shape(func, args, kwargs, step)
+        self._note_overwritten(changed)
         self._add(step, result if made else args[0], changed, self._follows(func, step))
         return result
 
@@ -233,9 +246,10 @@ class Recorder(UnitWatcher, TorchFunctionMode):
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             count = self.calls[path] = self.calls.get(path, 0) + 1
-            context = self._context()
+            name = path if count == 1 else f"{path}#{count}"
+            context = self._context(checkpointed=self.regions > 0 and name not in self.plain)
             step = Step(
-                name=path if count == 1 else f"{path}#{count}",
+                name=name,
                 kind="unit",
                 type=type(module).__name__,
                 node=None,  # type: ignore[arg-type]  # made below
@@ -255,6 +269,11 @@ class Recorder(UnitWatcher, TorchFunctionMode):
             self.at_hand = set(map(id, inner))
             self.versions = [(t, self._version(t)) for t in arguments]
             self.observed = step
+            step.checkpointed = context is not None and context.checkpointed
+            for tensor in arguments if step.checkpointed else ():
+                self._count_saved(tensor, step)
+                for storage in storages_of(tensor):
+                    self.given.setdefault(storage._cdata, []).append(name)
 
         return hook
 
@@ -267,6 +286,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
                 output = handed_back = _made_apart(output, set(map(id, tensors_of((args, kwargs)))))
                 changed = [t for t, version in self.versions if _has_changed(t, version)]
                 own: Sources = frozenset({"parameters"} if self.held[self.current.unit] else ())
+                self._note_overwritten(changed)
                 self._add(self.current, output, changed, self._follows(None, self.current) | own)
         self.depth -= 1
         return handed_back
@@ -278,22 +298,56 @@ class Recorder(UnitWatcher, TorchFunctionMode):
         if torch._C._len_torch_function_stack() == 0:
             return call(*args, **kwargs)
         if self.depth:
-            result = call(*args, **kwargs)
+            result = not_reentrant(function, call, args, kwargs)  # a region of the other kind, which is told
             with torch._C.DisableTorchFunction():
                 self._called_inside(function, args, kwargs, result)
             return result
-        if function is CheckpointFunction:  # what it computes, without the saving of memory
-            return args[0](*args[2:])
+        if function is CheckpointFunction:
+            self.region_modules.append(module_of(args[0]))
+            with self._region(), reentrant_modes(args[2:]):
+                return args[0](*args[2:])
         with torch._C.DisableTorchFunction():
             return self._glue(ApplyFunction(function), args, kwargs, type_=applied_name(function))
 
-    def _context(self) -> Context | None:
+    def _region_begins(self, function: Any, handed: tuple[Any, ...]) -> Region:
+        """Of the kind that is not reentrant: outside of steps it dissolves; what is ``handed`` to others these keep."""
+        if not self.depth:
+            self.region_modules.append(module_of(function))
+            return Region(dissolves=True, around=self._region())
+        if self.counts_saved:
+            for tensor in tensors_of(handed):
+                self._saved(tensor)
+        return Region(dissolves=False, around=self._region_inside())
+
+    def _note_overwritten(self, changed: list[Tensor]) -> None:
+        for storage in itertools.chain.from_iterable(map(storages_of, changed)):
+            self.overwritten.update(self.given.get(storage._cdata, ()))
+
+    @contextmanager
+    def _region(self) -> Iterator[None]:
+        self.regions += 1
+        try:
+            yield
+        finally:
+            self.regions -= 1
+
+    @contextmanager
+    def _region_inside(self) -> Iterator[None]:
+        step = self.current
+        begin = len(step.operations) if step is not None else 0
+        yield
+        if step is not None and torch.is_grad_enabled():
+            step.checkpointed = True
+            step.regions.append((begin, len(step.operations)))
+
+    def _context(self, *, checkpointed: bool = False) -> Context | None:
         """The modes of this moment, where they differ from those that the forward began with."""
         grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         autocast = next(
             (torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)), None
         )
-        return None if grad == self.train and autocast is None else Context(grad, autocast)
+        checkpointed = checkpointed and grad
+        return None if grad == self.train and not (autocast or checkpointed) else Context(grad, autocast, checkpointed)
 
     def _operation(self, operation: Operation) -> None:
         if self.observed is not None:
@@ -303,10 +357,16 @@ class Recorder(UnitWatcher, TorchFunctionMode):
 
     def _saved(self, tensor: Tensor) -> Tensor:
         """Count a tensor that autograd keeps, once by storage."""
-        if self.current is not None and (size := self._storage_counted(tensor)):
-            self.current.saved_bytes += size
-            self.savers[tensor.untyped_storage()._cdata] = self.current
+        step = self.current
+        context = step.call.context if step is not None and step.call is not None else None
+        if step is not None and not (context is not None and context.checkpointed):
+            self._count_saved(tensor, step)
         return _detached(tensor)
+
+    def _count_saved(self, tensor: Tensor, step: Step) -> None:
+        if size := self._storage_counted(tensor):
+            step.saved_bytes += size
+            self.savers[tensor.untyped_storage()._cdata] = step
 
     def _storage_counted(self, tensor: Tensor) -> int:
         """The storage's bytes when first seen, else 0; it is kept, so that its address stays its own."""
@@ -431,6 +491,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
             ties=self._ties(),
             saved_by={self.storages[key]: step.name for key, step in self.savers.items() if self.storages.get(key)},
             reads_numbers=self.reads_numbers,
+            checkpointed=frozenset(path for path, m in self.model.named_modules() if m in self.region_modules),
             obstacles=self._obstacles(),
             guards=[f"{function} at {site} gives {value}" for site, function, value in dict.fromkeys(self.guards)],
         )

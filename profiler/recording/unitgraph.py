@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import resolve_name
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import NodeKind
@@ -42,15 +43,25 @@ class Context:
 
     grad: bool
     autocast: torch.dtype | None = None
+    checkpointed: bool = False
+    """Whether it keeps only its arguments for the backward, which computes it anew (``torch.utils.checkpoint``), where
+    there is one: where the caller wants gradients."""
 
     def run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call ``function`` under these modes; autocast is that of the device of the first tensor argument."""
+        grad = self.grad
+        if self.checkpointed:
+            grad = torch.is_grad_enabled()
+            if isinstance(function, nn.Module) and not isinstance(function, torch.jit.ScriptModule):
+                function = partial(nn.Module.__call__, function)  # a class's own __call__ may begin a region as well
+            if grad:
+                function = partial(checkpoint, function, use_reentrant=False)
         if self.autocast is None:
-            with torch.set_grad_enabled(self.grad):
+            with torch.set_grad_enabled(grad):
                 return function(*args, **kwargs)
         leaves = pytree.tree_leaves((args, kwargs))
         device = next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
-        with torch.set_grad_enabled(self.grad), torch.autocast(device, self.autocast):
+        with torch.set_grad_enabled(grad), torch.autocast(device, self.autocast):
             return function(*args, **kwargs)
 
 
@@ -77,9 +88,13 @@ class Step:
     reads: tuple[str, ...] = ()
     call: Call | None = None
     output_bytes: int = 0
+    checkpointed: bool = False
+    """Whether its backward computes it anew, all or in part, as the model asks (``torch.utils.checkpoint``)."""
     saved_bytes: int = 0
     operations: list[Operation] = field(default_factory=list)
     """What PyTorch did in its forward, in order."""
+    regions: list[tuple[int, int]] = field(default_factory=list)
+    """Which of these it checkpoints inside, from and to."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +143,8 @@ class UnitGraph:
     """Values whose storage autograd keeps -> the step whose ``saved_bytes`` count it, the first to save it."""
     reads_numbers: bool = False
     """Whether anything in the forward, inside of units too, made a number of Python or a shape of tensors' values."""
+    checkpointed: frozenset[str] = frozenset()
+    """Modules whose calls are regions of checkpointing, outside of units or as units."""
     obstacles: list[str] = field(default_factory=list)
     """What the graph cannot represent faithfully, with file and line: such a model can be placed, not piped."""
 

@@ -18,6 +18,13 @@ def t5():
 
 
 @entry("transformers", slow=True)
+def t5_checkpointed():
+    model, args, kwargs = t5()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    return model, args, kwargs
+
+
+@entry("transformers", slow=True)
 def t5_gated_untied():
     from transformers import T5Config, T5ForConditionalGeneration
 

@@ -22,6 +22,13 @@ def unet_2d():
     return model, (image(16),), {"timestep": 10}
 
 
+@entry("diffusers", slow=True)
+def unet_2d_checkpointed():
+    model, args, kwargs = unet_2d()
+    model.enable_gradient_checkpointing()
+    return model, args, kwargs
+
+
 @entry("diffusers")
 def unet_2d_condition():
     from diffusers import UNet2DConditionModel

@@ -18,6 +18,13 @@ def gpt2():
     return model, (), {"input_ids": ids, "labels": ids}
 
 
+@entry("transformers")
+def gpt2_checkpointed():
+    model, args, kwargs = gpt2()
+    model.gradient_checkpointing_enable()
+    return model, args, kwargs
+
+
 @entry("transformers", slow=True)
 def gpt2_untied():
     from transformers import GPT2Config, GPT2LMHeadModel

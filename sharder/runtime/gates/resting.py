@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from shardwright.profiler.measuring.gpu_kernels import without_dropout
+from shardwright.profiler.recording.staying import StayingMode
 
 __all__ = ["dropout_resting", "full_precision"]
 
 
-class _NoDropout(TorchFunctionMode):
+class _NoDropout(StayingMode):
     """Dropout that the forward calls as a function, outside modules, passes its input through."""
 
     FUNCTIONS = frozenset(
@@ -23,8 +23,7 @@ class _NoDropout(TorchFunctionMode):
         for kind, rank in (("", ""), ("", "1d"), ("", "2d"), ("", "3d"), ("alpha_", ""), ("feature_alpha_", ""))
     )
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in self.FUNCTIONS:
             return args[0] if args else kwargs["input"]
         args, kwargs = without_dropout(func, args, kwargs)

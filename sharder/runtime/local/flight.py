@@ -118,7 +118,9 @@ class Flight:
             with self._told(index, number):
                 arriving = Border(self._given(number, len(done.made)), None) if received is None else received
                 trained = [t for t in self.trained[index] if id(t) in asked]
-                back, own = _backward(done, stage.bring(arriving), trained, keep=keep)
+                brought = stage.bring(arriving)
+                with stage.going_back():
+                    back, own = _backward(done, brought, trained, keep=keep)
             for parameter, gradient in zip(trained, own, strict=True):
                 sums[index].add(id(parameter), gradient)
             if index == 0:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
+from shardwright.profiler.recording.callsites import functions_applied
+from shardwright.profiler.recording.regions import not_reentrant
 from shardwright.profiler.recording.replayed import Replayed
 from shardwright.sharder.runtime.piping.cut import Reference, StageProgram, mapped_arguments, on_device
 from shardwright.sharder.runtime.piping.recompute import Recomputation, Turns
@@ -32,10 +34,19 @@ class Stage:
 
     Parameters and buffers that glue reads are looked up in the model for each call, so that others which have taken
     their places are found. A stage that computes ``in_turn`` does so alone among those of this process that draw random
-    numbers, since one of them is computed anew with the same numbers.
+    numbers, since one of them is computed anew with the same numbers; where units are, as the model checkpoints them
+    itself, that comes in the backwards, which are then ``back_in_turn`` likewise.
     """
 
-    def __init__(self, program: StageProgram, model: nn.Module, device: torch.device, *, in_turn: bool = False) -> None:
+    def __init__(
+        self,
+        program: StageProgram,
+        model: nn.Module,
+        device: torch.device,
+        *,
+        in_turn: bool = False,
+        back_in_turn: bool = False,
+    ) -> None:
         self.device = device
         self._side: dict[torch.device, torch.cuda.Stream] = {}
         own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -59,15 +70,17 @@ class Stage:
         units = {name: held for name, held in program.attributes.items() if not isinstance(held, Tensor)}
         self._run = Replayed(units, graph).forward  # called as a module it would cut off tracebacks
         modules = {name: module for name, module in units.items() if isinstance(module, nn.Module)}
-        self._turns = Turns(device, shared=True, modules=modules.values()) if in_turn else None
+        self._back_in_turn = back_in_turn
+        self._turns = Turns(device, shared=not program.recompute, modules=modules.values()) if in_turn else None
         self._anew: Recomputation | None = None
         if program.recompute:
+            assert self._turns is not None, "stages that are computed anew compute in turn"
             named = {str(i.target): get for i, get in zip(read, self._attributes, strict=True)}
             named = {name: get for name, get in named.items() if not isinstance(get(), nn.Parameter)}
             self._anew = Recomputation(
                 f"stage {program.index} on {device}",
                 modules,
-                Turns(device, shared=False),
+                self._turns,
                 lambda: {name: get() for name, get in named.items()},
             )
         self._holders = [
@@ -91,7 +104,8 @@ class Stage:
         attributes = [get().to(self.device) for get in self._attributes]
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-            made: tuple[Tensor, ...] = self._run(*tensors, *attributes)
+            with functions_applied(not_reentrant):  # the backward asks for gradients of what it received
+                made: tuple[Tensor, ...] = self._run(*tensors, *attributes)
             return made
 
         if self._anew is not None:
@@ -101,6 +115,12 @@ class Stage:
             return run(*received)
         with self._turns.taken():
             return run(*received)
+
+    @contextmanager
+    def going_back(self) -> Iterator[None]:
+        """Around a backward, in which units that are checkpointed draw their random numbers again."""
+        with self._turns.kept() if self._turns is not None and self._back_in_turn else nullcontext():
+            yield
 
     def send(self, tensors: Gradients) -> Border:
         """Note when they are made."""

@@ -79,8 +79,15 @@ def prepared(
         )
     _check_division(model, args, kwargs, count, found, result)
     programs = cut(capture, _fitted(plan, capture))
+    checkpoints = any(step.checkpointed for step in capture.steps)
     stages = [
-        Stage(program, model, homes[stage.device], in_turn=bool(plan.recomputed))
+        Stage(
+            program,
+            model,
+            homes[stage.device],
+            in_turn=checkpoints or bool(plan.recomputed),
+            back_in_turn=checkpoints,
+        )
         for program, stage in zip(programs, plan.stages, strict=True)
     ]
     places = itertools.count()
@@ -88,7 +95,11 @@ def prepared(
 
 
 def _captured(
-    model: nn.Module, plan: Plan, inputs: tuple[tuple[Any, ...], dict[str, Any]], found: Snapshot
+    model: nn.Module,
+    plan: Plan,
+    inputs: tuple[tuple[Any, ...], dict[str, Any]],
+    found: Snapshot,
+    plain: frozenset[str] = frozenset(),
 ) -> tuple[UnitGraph, Any]:
     grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     eager: Any = torch.compiler.set_stance("force_eager")  # where hooks and modes see what compiled modules do
@@ -100,9 +111,13 @@ def _captured(
         found.attributes_kept(),
         found.state_kept(),
     ):
-        recorder = Recorder(model, units_of(plan, model), train=grad, counts_saved=False)
+        recorder = Recorder(model, units_of(plan, model), train=grad, counts_saved=False, plain=plain)
         # No leaves, which could not be changed in place where the caller's tensors can.
-        return recorder.record(*map_tensors(lambda t: t.clone() if t.requires_grad else t, copied_inputs(*inputs)))
+        copies = map_tensors(lambda t: t.clone() if t.requires_grad else t, copied_inputs(*inputs))
+        captured = recorder.record(*copies)
+    if recorder.overwritten <= plain:
+        return captured
+    return _captured(model, plan, inputs, found, plain | recorder.overwritten)
 
 
 def _check_division(

@@ -49,6 +49,8 @@ class Turns:
     def __init__(self, device: torch.device, *, shared: bool, modules: Iterable[nn.Module] = ()) -> None:
         self.device = device
         self.draws = True
+        self.is_kept = False
+        """By a backward, whose parts need no turn of their own."""
         self._known = not shared
         self._held = [vars(inner) for module in modules for inner in module.modules()]
         self._numbers: list[float] = []
@@ -67,6 +69,21 @@ class Turns:
             yield state
             if not self._known:
                 self.draws, self._known = not state.is_current(), True
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """A turn for a whole backward, in whichever threads it runs: those of a GPU's are PyTorch's. It tells nothing
+        of whether the stage draws, as what draws in a backward leaves the generators as they were.
+        """
+        if not self.draws:
+            yield
+            return
+        with _ONE_AT_A_TIME:
+            self.is_kept = True
+            try:
+                yield
+            finally:
+                self.is_kept = False
 
 
 class Recomputation:
@@ -170,7 +187,8 @@ class _Again:
         self.of, self.state = of, state
 
     def __enter__(self) -> None:
-        if self.state is not None:
+        self.takes_turn = self.state is not None and not self.of.turns.is_kept
+        if self.takes_turn:
             _ONE_AT_A_TIME.acquire()
         try:
             if self.state is not None:
@@ -178,7 +196,7 @@ class _Again:
                 self.state.restore()
             self.kept = [(t, t.detach().clone()) for t in self.of.statistics()]
         except BaseException:  # such as out of memory, after which the other stages go on
-            if self.state is not None:
+            if self.takes_turn:
                 _ONE_AT_A_TIME.release()
             raise
 
@@ -191,7 +209,7 @@ class _Again:
             if self.state is not None:
                 self.before.restore()
         finally:
-            if self.state is not None:
+            if self.takes_turn:
                 _ONE_AT_A_TIME.release()
 
 
