@@ -18,7 +18,6 @@ from shardwright.sharder.planning.schedules.simulate import StageCost, simulate
 
 SCHEDULES = (("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zero-bubble", 1))
 """With stages a device."""
-SMALL = 100, 400
 
 
 def main() -> None:
@@ -26,9 +25,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--stages", type=int, default=1000)
     parser.add_argument("--microbatches", type=int, default=4096)
+    parser.add_argument("--plain", default="100x400", help="stages and micro-batches of the comparison with tests/")
     options = parser.parse_args()
     print(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {platform.machine()}, Python {platform.python_version()}")
-    print("| schedule | transfers | million operations | seconds | bubble | plain/ours at 100 x 400 |")
+    small = tuple(map(int, options.plain.split("x")))
+    print(f"| schedule | transfers | million operations | seconds | bubble | plain/ours at {options.plain} |")
     print("|---|---|---|---|---|---|")
     for schedule, each in SCHEDULES:
         for transfers in ("serial", "overlapped"):
@@ -36,7 +37,7 @@ def main() -> None:
             timeline, seconds = timed(simulate, costs(options.stages), options.microbatches, keywords)
             print(
                 f"| {schedule} | {transfers} | {timeline.start_s.size / 1e6:.1f} | {seconds:.1f} | "
-                f"{100 * timeline.bubble:.1f}% | {against_plain(keywords):.0f} |",
+                f"{100 * timeline.bubble:.1f}% | {against_plain(*small, keywords):.0f} |",
                 flush=True,
             )
 
@@ -63,12 +64,11 @@ def timed(simulator, stages, microbatches, keywords):
     return result, time.process_time() - began
 
 
-def against_plain(keywords):
+def against_plain(stages, microbatches, keywords):
     """How many times longer the plain simulator takes."""
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
     from event_driven import play
 
-    stages, microbatches = SMALL
     plain, plain_s = timed(play, costs(stages), microbatches, keywords)
     ours, ours_s = timed(simulate, costs(stages), microbatches, keywords)
     assert math.isclose(plain.step_s, ours.step_s)

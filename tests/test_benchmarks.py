@@ -21,7 +21,7 @@ QUICK = {
     "memory": ("--models mlp --microbatches 1", "1 of 1 models within 3%"),
     "planner": ("--quick --only chain --time-limit 2", "largest gap"),
     "steps": ("--graphs 1 --units 6 --microbatches 2", "| 1, 3 | 2 |"),
-    "schedule": ("--stages 4 --microbatches 20", "| zero-bubble | overlapped |"),
+    "schedule": ("--stages 4 --microbatches 20 --plain 8x20", "| zero-bubble | overlapped |"),
 }
 SLOW = {
     "inprocess": ("--layers 2 --batch 4 --tokens 8 --width 32 --rounds 2 --microbatches 2", "| pipelined, 2 micro-"),

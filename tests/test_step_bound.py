@@ -14,7 +14,7 @@ from shardwright.sharder.planning.schedules.step_bound import step_bound_s
 from shardwright.sharder.planning.schedules.step_search import shortest_step
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(tasks())
 def test_no_split_has_a_shorter_step(problem):
     """Of any kind of problem, pins, memory and links aside."""

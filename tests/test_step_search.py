@@ -7,7 +7,7 @@ import random
 from unittest.mock import patch
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_partition import chain
 from test_transfers import assignments, problems
@@ -76,6 +76,7 @@ def tasks(draw):
     return problem
 
 
+@settings(max_examples=50)
 @given(tasks())
 def test_a_step_is_proven_to_be_the_shortest_just_where_it_is(problem):
     """So few blocks have few enough splits over three devices: the one found has the shortest step of all, and fits."""
