@@ -10,9 +10,8 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
-import weakref
-from collections.abc import Callable, Container, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Container
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -24,12 +23,12 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.memory import storages_of
 from shardwright.profiler.recording.callsites import applied_name, call_site, functions_applied
 from shardwright.profiler.recording.equality import same_values
-from shardwright.profiler.recording.inside import READS_BACK, UnitWatcher, follows, tensors_of_modules
+from shardwright.profiler.recording.inside import READS_BACK, follows, tensors_of_modules
 from shardwright.profiler.recording.operations import Operation, OperationRecorder, decides_by_values
-from shardwright.profiler.recording.regions import Region, module_of, not_reentrant, reentrant_modes, regions_told
+from shardwright.profiler.recording.regions import not_reentrant, reentrant_modes
+from shardwright.profiler.recording.saved import SavedWatcher
 from shardwright.profiler.recording.structure import tensors_in, tensors_of
 from shardwright.profiler.recording.told_devices import ToldDevices
 from shardwright.profiler.recording.unitgraph import (
@@ -61,7 +60,7 @@ class SavedTensorsUncountedError(Exception):
     """The forward uses a transform of ``torch.func`` that does not go with the counting of saved tensors."""
 
 
-class Recorder(UnitWatcher, TorchFunctionMode):
+class Recorder(SavedWatcher, TorchFunctionMode):
     """Records one forward.
 
     Args:
@@ -87,13 +86,11 @@ class Recorder(UnitWatcher, TorchFunctionMode):
         echoes: bool = False,
         plain: Container[str] = (),
     ) -> None:
-        super().__init__(model, units, train=train)
+        super().__init__(model, units, train=train, counts_saved=counts_saved, plain=plain)
         self.earlier = earlier
-        self.counts_saved = counts_saved
         self.counts_operations = counts_operations
         self.echoes = echoes
         self.guards: list[tuple[str, str, str]] = []
-        self.depth = 0
         self.observed: Step | None = None  # the step whose own operators run
         self.calls: dict[str, int] = {}
         # Modules that the step which runs may call: a unit those that it holds or was handed; None = any.
@@ -104,18 +101,8 @@ class Recorder(UnitWatcher, TorchFunctionMode):
             self.buffers = {key: name for key, name in self.buffers.items() if made.get(name) == key}
         # The parameters of each unit, by identity: others in their place mean a functional call.
         self.held = {path: _held(unit) for path, unit in units.items()}
-        self.saved_storages: dict[int, torch.UntypedStorage] = {}
-        self.savers: dict[int, Step] = {}
         self.versions: list[tuple[Tensor, int | Tensor]] = []
         self.devices = ToldDevices()
-        self.plain = plain
-        self.overwritten: set[str] = set()
-        """Steps in regions of checkpointing whose arguments were changed in place, so that they cannot be computed
-        anew: the region would have begun with what their arguments were made of."""
-        self.given: dict[int, list[str]] = {}
-        """Storages of such arguments, by address, with the steps; :meth:`_storage_counted` keeps them alive."""
-        self.regions = 0  # of checkpointing that are open
-        self.region_modules: list[nn.Module | None] = []
 
     # Running
 
@@ -127,7 +114,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
         """
         input_names = tuple(self._input(path, tensor) for path, tensor in tensors_in((args, kwargs)))
         for tensor in [*tensors_of_modules(self.model.modules()), *self.tensors.values()]:
-            self._storage_counted(tensor)
+            self.storage_counted(tensor)
         hooks = ExitStack()
         for path, unit in self.units.items():
             # As nn.Module's own methods, for a scripted module hides them.
@@ -136,20 +123,8 @@ class Recorder(UnitWatcher, TorchFunctionMode):
             self.hook_ids |= {before.id, after.id}
             hooks.callback(before.remove)
             hooks.callback(after.remove)
-        # Autograd holds its hooks as long as what was saved, and the recorder holds tensors: a strong reference to the
-        # recorder would close a ring through C++ that Python's collector cannot see.
-        counting = weakref.WeakMethod(self._saved)
-
-        def saved(tensor: Tensor) -> Tensor:
-            count = counting()
-            return _detached(tensor) if count is None else count(tensor)
-
-        saving = (
-            torch.autograd.graph.saved_tensors_hooks(saved, lambda kept: kept) if self.counts_saved else nullcontext()
-        )
         operating = OperationRecorder(self._operation, echoes=self.echoes) if self.counts_operations else nullcontext()
-        regions = regions_told(self._region_begins)
-        with hooks, saving, functions_applied(self._apply), regions, self, operating:
+        with hooks, self.watching_saved(), functions_applied(self._apply), self, operating:
             try:
                 output = self.model(*args, **kwargs)
             except ShardwrightError:
@@ -216,7 +191,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
         step.name = step.node.name
         step.site = call_site(sys._getframe())
         self._note_shape(func, args, kwargs, step)
-        self._note_overwritten(changed)
+        self.note_overwritten(changed)
         self._add(step, result if made else args[0], changed, self._follows(func, step))
         return result
 
@@ -247,7 +222,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             count = self.calls[path] = self.calls.get(path, 0) + 1
             name = path if count == 1 else f"{path}#{count}"
-            context = self._context(checkpointed=self.regions > 0 and name not in self.plain)
+            context = self._context(checkpointed=self.is_made_anew(name))
             step = Step(
                 name=name,
                 kind="unit",
@@ -269,11 +244,8 @@ class Recorder(UnitWatcher, TorchFunctionMode):
             self.at_hand = set(map(id, inner))
             self.versions = [(t, self._version(t)) for t in arguments]
             self.observed = step
-            step.checkpointed = context is not None and context.checkpointed
-            for tensor in arguments if step.checkpointed else ():
-                self._count_saved(tensor, step)
-                for storage in storages_of(tensor):
-                    self.given.setdefault(storage._cdata, []).append(name)
+            if context is not None and context.checkpointed:
+                self.keep_given(step, arguments)
 
         return hook
 
@@ -286,7 +258,7 @@ class Recorder(UnitWatcher, TorchFunctionMode):
                 output = handed_back = _made_apart(output, set(map(id, tensors_of((args, kwargs)))))
                 changed = [t for t, version in self.versions if _has_changed(t, version)]
                 own: Sources = frozenset({"parameters"} if self.held[self.current.unit] else ())
-                self._note_overwritten(changed)
+                self.note_overwritten(changed)
                 self._add(self.current, output, changed, self._follows(None, self.current) | own)
         self.depth -= 1
         return handed_back
@@ -303,42 +275,10 @@ class Recorder(UnitWatcher, TorchFunctionMode):
                 self._called_inside(function, args, kwargs, result)
             return result
         if function is CheckpointFunction:
-            self.region_modules.append(module_of(args[0]))
-            with self._region(), reentrant_modes(args[2:]):
+            with self.in_region(args[0]), reentrant_modes(args[2:]):
                 return args[0](*args[2:])
         with torch._C.DisableTorchFunction():
             return self._glue(ApplyFunction(function), args, kwargs, type_=applied_name(function))
-
-    def _region_begins(self, function: Any, handed: tuple[Any, ...]) -> Region:
-        """Of the kind that is not reentrant: outside of steps it dissolves; what is ``handed`` to others these keep."""
-        if not self.depth:
-            self.region_modules.append(module_of(function))
-            return Region(dissolves=True, around=self._region())
-        if self.counts_saved:
-            for tensor in tensors_of(handed):
-                self._saved(tensor)
-        return Region(dissolves=False, around=self._region_inside())
-
-    def _note_overwritten(self, changed: list[Tensor]) -> None:
-        for storage in itertools.chain.from_iterable(map(storages_of, changed)):
-            self.overwritten.update(self.given.get(storage._cdata, ()))
-
-    @contextmanager
-    def _region(self) -> Iterator[None]:
-        self.regions += 1
-        try:
-            yield
-        finally:
-            self.regions -= 1
-
-    @contextmanager
-    def _region_inside(self) -> Iterator[None]:
-        step = self.current
-        begin = len(step.operations) if step is not None else 0
-        yield
-        if step is not None and torch.is_grad_enabled():
-            step.checkpointed = True
-            step.regions.append((begin, len(step.operations)))
 
     def _context(self, *, checkpointed: bool = False) -> Context | None:
         """The modes of this moment, where they differ from those that the forward began with."""
@@ -354,28 +294,6 @@ class Recorder(UnitWatcher, TorchFunctionMode):
             self.observed.operations.append(operation)
             if decides_by_values(operation.name):
                 self.reads_numbers = True
-
-    def _saved(self, tensor: Tensor) -> Tensor:
-        """Count a tensor that autograd keeps, once by storage."""
-        step = self.current
-        context = step.call.context if step is not None and step.call is not None else None
-        if step is not None and not (context is not None and context.checkpointed):
-            self._count_saved(tensor, step)
-        return _detached(tensor)
-
-    def _count_saved(self, tensor: Tensor, step: Step) -> None:
-        if size := self._storage_counted(tensor):
-            step.saved_bytes += size
-            self.savers[tensor.untyped_storage()._cdata] = step
-
-    def _storage_counted(self, tensor: Tensor) -> int:
-        """The storage's bytes when first seen, else 0; it is kept, so that its address stays its own."""
-        counted = 0
-        for storage in storages_of(tensor):
-            if storage._cdata not in self.saved_storages:
-                self.saved_storages[storage._cdata] = storage
-                counted += storage.nbytes()
-        return counted
 
     # What a graph cannot hold
 
@@ -551,14 +469,6 @@ def _deciding_shape(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     elif name == "__getitem__":
         decide = [t for t in tensors_of(args[1]) if t.dtype in (torch.bool, torch.uint8) and t.dim()]
     return tensors_of(decide)
-
-
-def _detached(tensor: Tensor) -> Tensor:
-    """``tensor`` outside autograd; that is no operator of the model, and modes need not see it."""
-    if type(tensor) in (Tensor, nn.Parameter):
-        with torch._C._DisableTorchDispatch():
-            return tensor.detach()
-    return tensor.detach()
 
 
 def _has_changed(tensor: Tensor, version: int | Tensor) -> bool:
