@@ -9,6 +9,7 @@ import torch.distributed as dist
 from training import (
     Branches,
     Chain,
+    Checkpointed,
     Language,
     adamw,
     close,
@@ -49,6 +50,9 @@ def trained(kind, plan, steps, options):
         (Language, 3, {}),
         (Branches, 3, {}),
         (Language, 3, {"recompute": "always"}),
+        (Checkpointed, 2, {}),
+        (Checkpointed, 2, {"recompute": "always"}),
+        (Checkpointed, 2, {"schedule": "zero-bubble"}),
         (Chain, 3, {"pieces": 2}),
         (Branches, 2, {"pieces": 2}),
         (Language, 2, {"pieces": 3}),
