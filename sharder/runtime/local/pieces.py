@@ -71,7 +71,9 @@ class Stage:
         self._run = Replayed(units, graph).forward  # called as a module it would cut off tracebacks
         modules = {name: module for name, module in units.items() if isinstance(module, nn.Module)}
         self._back_in_turn = back_in_turn
-        self._turns = Turns(device, shared=not program.recompute, modules=modules.values()) if in_turn else None
+        # One that is computed anew takes its turn whether it draws or not.
+        watched = () if program.recompute else modules.values()
+        self._turns = Turns(device, shared=not program.recompute, modules=watched) if in_turn else None
         self._anew: Recomputation | None = None
         if program.recompute:
             assert self._turns is not None, "stages that are computed anew compute in turn"
