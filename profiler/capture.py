@@ -84,9 +84,10 @@ def captures_of(
         return _captures(sample, counts, **options)
     try:
         fine = _captures(sample, counts, **options)
-        checkpointed = fine[0][1].checkpointed
+        checkpointed = fine[0][1].checkpointed_modules
         if checkpointed:  # which are known now; in evaluation most models checkpoint nothing
             with evaluating(model, found):
+                piece = copied_inputs(*microbatch(args, kwargs, counts[-1]))
                 again = choose_units(model, *piece, devices=devices, checkpointed=checkpointed)
             if again.keys() != chosen.keys():
                 fine = _captures(replace(sample, units=again), counts, **options)

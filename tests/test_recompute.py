@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 
 import shardwright as sw
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.runtime.piping.recompute import RecomputedStage
+from shardwright.sharder.runtime.piping.recompute import Recomputation, RecomputedStage, Turns
 
 WIDTH, BATCH = 6, 12
 
@@ -300,3 +300,27 @@ def test_a_run_of_recomputed_stages_passes_the_gate(captured_profile):
     run = sw.run(model, plan, (x,), steps=1)
     assert run.equality.gradients <= 1e-5
     assert run.equality.tensors == 4 + len(list(model.parameters()))
+
+
+def test_a_turn_for_a_backward_holds_in_all_its_threads():
+    """On a GPU a stage that is computed anew in it runs in a thread of PyTorch's, which must not wait for the turn."""
+    turns = Turns(torch.device("cpu"), shared=False)
+    module = nn.Dropout(0.5)
+    anew = Recomputation("stage", {"": module}, turns)
+    made = anew(module, [torch.ones(50, requires_grad=True)])
+    thread = threading.Thread(target=made.sum().backward, daemon=True)
+    with turns.kept():
+        thread.start()
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+
+
+def test_a_backward_tells_nothing_of_what_a_stage_draws():
+    """It leaves the generator as it was, whatever it draws again in between."""
+    turns = Turns(torch.device("cpu"), shared=True)
+    with turns.kept():
+        pass
+    with turns.taken() as state:
+        torch.rand(1)
+    assert state is not None
+    assert turns.draws

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -23,10 +22,8 @@ from shardwright.profiler.measuring.signature import step_key
 from shardwright.profiler.memory import count_step
 from shardwright.profiler.profile import Device
 from shardwright.profiler.recording.regions import Region, module_of, regions_told
-from shardwright.profiler.recording.staying import StayingMode
 from shardwright.profiler.recording.unitgraph import Call, Context
 from shardwright.profiler.trace import trace
-from shardwright.sharder.runtime.piping.recompute import Recomputation, Turns
 
 __all__ = ["piped", "repeatable"]  # fixtures
 
@@ -339,30 +336,6 @@ def test_the_report_says_so(captured_profile, run_cli, tmp_path):
     assert "checkpointed" not in report(checkpoints=False)
 
 
-def test_a_turn_for_a_backward_holds_in_all_its_threads():
-    """On a GPU a stage that is computed anew in it runs in a thread of PyTorch's, which must not wait for the turn."""
-    turns = Turns(torch.device("cpu"), shared=False)
-    module = nn.Dropout(0.5)
-    anew = Recomputation("stage", {"": module}, turns)
-    made = anew(module, [torch.ones(50, requires_grad=True)])
-    thread = threading.Thread(target=made.sum().backward, daemon=True)
-    with turns.kept():
-        thread.start()
-        thread.join(timeout=20)
-        assert not thread.is_alive()
-
-
-def test_a_backward_tells_nothing_of_what_a_stage_draws():
-    """It leaves the generator as it was, whatever it draws again in between."""
-    turns = Turns(torch.device("cpu"), shared=True)
-    with turns.kept():
-        pass
-    with turns.taken() as state:
-        torch.rand(1)
-    assert state is not None
-    assert turns.draws
-
-
 # What cannot be computed anew, and what trains nothing
 
 
@@ -437,69 +410,11 @@ def test_a_reentrant_region_that_is_given_no_gradients_trains_nothing(piped, ins
         assert [p.grad is None for p in one.parameters()] == [True, True, False, False, False, False]
 
 
-# Modes that stay on in a backward
-
-
-class Nothing(StayingMode):
-    """Counts what it is asked for and changes nothing."""
-
-    seen = 0
-
-    def call(self, func, args, kwargs):
-        self.seen += func is torch.relu
-        return func(*args, **kwargs)
-
-
-BACKWARDS = {
-    "backward": lambda x, y: [y.sum().backward(), x.grad][1:],
-    "of a vector": lambda x, y: [y.backward(torch.arange(3.0)), x.grad][1:],
-    "functions": lambda x, y: [torch.autograd.backward([y.sum(), y], [None, y.detach()]), x.grad][1:],
-    "inputs": lambda x, y: [torch.autograd.backward(y.sum(), inputs=[x]), x.grad][1:],
-    "one input": lambda x, y: [torch.autograd.backward(y.sum(), inputs=x), x.grad][1:],
-    "grad": lambda x, y: torch.autograd.grad(y.sum(), x),
-    "twice": lambda x, y: torch.autograd.grad(
-        torch.autograd.grad(y.sum(), x, create_graph=True)[0].square().sum(), [x]
-    ),
-    "kept": lambda x, y: torch.autograd.grad(y.sum(), x, retain_graph=True) + torch.autograd.grad(y.sum(), (x,)),
-    "unused": lambda x, y: torch.autograd.grad(y.sum(), [x, torch.ones(2, requires_grad=True)], allow_unused=True),
-    "materialized": lambda x, y: torch.autograd.grad(
-        y.sum(), [x, torch.ones(2, requires_grad=True)], materialize_grads=True
-    ),
-    "no number": lambda _, y: y.backward(),
-    "no graph": lambda _, y: y.detach().sum().backward(),
-    "complex": lambda _, y: torch.view_as_complex(y[:2]).backward(),
-    "unused, refused": lambda _, y: torch.autograd.grad(y.sum(), [torch.ones(2, requires_grad=True)]),
-}
-
-
-@pytest.mark.parametrize("name", BACKWARDS)
-def test_a_backward_under_such_a_mode_is_pytorch_s(name):
-    """The same gradients, or an error of the same kind; and where something is computed anew, the mode is told."""
-
-    def run(mode):
-        x = torch.tensor([1.0, -2.0, 3.0], requires_grad=True)
-        with mode:
-            try:
-                found = BACKWARDS[name](x, checkpoint(lambda t: torch.relu(t) * t * t, x, use_reentrant=False))
-            except RuntimeError as error:
-                return type(error)
-        return [None if t is None else t.detach() for t in found]
-
-    mode = Nothing()
-    plain, under = run(nullcontext()), run(mode)
-    assert type(plain) is type(under)
-    if isinstance(plain, list):
-        torch.testing.assert_close(under, plain)
-        assert mode.seen >= 2
-    else:
-        assert under is plain
-
-
 # What tells of them
 
 
 def test_the_generator_is_pytorch_s_again():
-    """After each block, also of one that failed, and of blocks that end out of order; other threads are not told."""
+    """After all blocks, also of one that failed; other threads are not told."""
     original = checkpointing._checkpoint_without_reentrant_generator
     told = []
 

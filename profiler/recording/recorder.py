@@ -409,7 +409,7 @@ class Recorder(SavedWatcher, TorchFunctionMode):
             ties=self._ties(),
             saved_by={self.storages[key]: step.name for key, step in self.savers.items() if self.storages.get(key)},
             reads_numbers=self.reads_numbers,
-            checkpointed=frozenset(path for path, m in self.model.named_modules() if m in self.region_modules),
+            checkpointed_modules=frozenset(path for path, m in self.model.named_modules() if m in self.region_modules),
             obstacles=self._obstacles(),
             guards=[f"{function} at {site} gives {value}" for site, function, value in dict.fromkeys(self.guards)],
         )

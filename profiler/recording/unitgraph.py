@@ -143,7 +143,7 @@ class UnitGraph:
     """Values whose storage autograd keeps -> the step whose ``saved_bytes`` count it, the first to save it."""
     reads_numbers: bool = False
     """Whether anything in the forward, inside of units too, made a number of Python or a shape of tensors' values."""
-    checkpointed: frozenset[str] = frozenset()
+    checkpointed_modules: frozenset[str] = frozenset()
     """Modules whose calls are regions of checkpointing, outside of units or as units."""
     obstacles: list[str] = field(default_factory=list)
     """What the graph cannot represent faithfully, with file and line: such a model can be placed, not piped."""
