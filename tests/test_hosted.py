@@ -17,7 +17,7 @@ from shardwright.sharder.runtime.check import check_can_be_piped, units_of
 from shardwright.sharder.runtime.gates.gate import compare
 from shardwright.sharder.runtime.gates.unitwise import UnitByUnit
 from shardwright.sharder.runtime.piping.cut import cut
-from shardwright.sharder.runtime.piping.hosted import HostedStage, is_hosted
+from shardwright.sharder.runtime.piping.hosted import HostedStage, backend_of, is_hosted
 from shardwright.sharder.runtime.placing.sim import parameters_may_move, sim_device
 from shardwright.sharder.runtime.session import Session, Split
 
@@ -101,3 +101,23 @@ def test_a_plan_of_one_kind_is_not_hosted(captured_profile):
     meta = HostedStage(model.to("meta"), torch.device("meta"), last=False)
     assert meta.to("cpu") is meta
     assert {p.device.type for p in meta.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("devices", "there", "backend", "hosted"),
+    [
+        (("cuda:0", "cuda:1"), True, "cpu:gloo,cuda:nccl", False),
+        (("cuda:0", "cuda:1"), False, "gloo", True),
+        (("cuda:0",), False, "gloo", True),
+        (("cpu:0", "cuda:0"), True, "gloo", True),
+        (("cpu:0", "cpu:1"), True, "gloo", False),
+    ],
+)
+def test_gpus_without_nccl_are_hosted(monkeypatch, captured_profile, devices, there, backend, hosted):
+    """As on Windows; workers of the CPU are where the engine is."""
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: there)
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(8, 4)
+    pins = dict(zip("01", devices, strict=False)) if len(devices) > 1 else {}
+    plan = sw.plan(captured_profile(model, (x,), devices=devices, microbatches=(1, 2)), microbatches=2, pins=pins)
+    assert plan.devices == devices
+    assert (backend_of(plan.devices), is_hosted(plan)) == (backend, hosted)

@@ -99,6 +99,15 @@ def test_odd_sizes_and_offsets_are_among_the_cases():
     assert probed_bytes() == sum(size for size, _ in CASES)
 
 
+def test_without_nccl_copies_go_through_the_host(monkeypatch):
+    """As a pipeline's do then; GPUs of Windows are such."""
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: True)
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    assert has_peer_access("cuda:0", "cuda:1") is False
+    assert has_peer_access("cpu", "cuda:1") is None
+
+
 @pytest.mark.parametrize("staged", [False, True])
 def test_faithful_copies_have_no_wrong_bytes(monkeypatch, staged):
     """Direct or through the host's memory, what arrives is what was sent."""
@@ -163,6 +172,7 @@ def test_an_old_message_does_not_pass_for_the_next(monkeypatch):
 )
 def test_which_way_a_copy_goes(monkeypatch, source, target, setting, possible, expected):
     """Between GPUs straight, where they can and NCCL is not told otherwise; no such thing where the host is one end."""
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: possible)
     monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
     if setting is not None:

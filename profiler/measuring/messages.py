@@ -128,11 +128,12 @@ def exchange(target: int, source: int, device: str = "cpu", clock: Clock = time.
 def has_peer_access(source: str, target: str) -> bool | None:
     """Whether messages go straight from GPU to GPU; None where not both are GPUs.
 
-    They do not where the user has told NCCL, over which a pipeline sends, to go through the host's memory.
+    They do not where the user has told NCCL, over which a pipeline sends, to go through the host's memory, or where
+    there is no NCCL.
     """
     if not (source.startswith("cuda") and target.startswith("cuda")):
         return None
-    if os.environ.get("NCCL_P2P_DISABLE", "0") != "0":
+    if os.environ.get("NCCL_P2P_DISABLE", "0") != "0" or not dist.is_nccl_available():
         return False
     return torch.cuda.can_device_access_peer(torch.device(source), torch.device(target))
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.workers.pool import loopback_interface
 from shardwright.sharder.planning.plan import Plan
-from shardwright.sharder.runtime.piping.hosted import is_hosted
+from shardwright.sharder.runtime.piping.hosted import has_several_kinds
 
 __all__ = ["Place", "choose_interface", "device_order", "interface_put_back", "interface_towards", "place_of"]
 
@@ -68,7 +68,7 @@ def place_of(plan: Plan, rank: int, environment: Mapping[str, str]) -> Place:
     if (_on_one_node(environment) and not (plan.hosts and on_one)) or (not plan.hosts and local is None):
         return Place(position, name, every)
     if not plan.hosts:
-        if is_hosted(plan):
+        if has_several_kinds(plan.devices):
             raise ShardwrightError(
                 f"the plan mixes kinds of devices ({', '.join(plan.devices)}) and does not say on which node each is: "
                 "declare the nodes in a cluster file and plan with --cluster, or have torchrun start all on one node"

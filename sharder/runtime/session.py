@@ -47,7 +47,7 @@ from shardwright.sharder.runtime.pipeline import (
 )
 from shardwright.sharder.runtime.piping.cut import StageProgram
 from shardwright.sharder.runtime.piping.engine import shared_parameters
-from shardwright.sharder.runtime.piping.hosted import GPUS_BACKEND, is_hosted
+from shardwright.sharder.runtime.piping.hosted import backend_of, is_hosted
 from shardwright.sharder.runtime.piping.observing import Drawing, Seen
 
 __all__ = ["COPIES", "Session", "Split", "job_of", "steps_in_row"]
@@ -96,8 +96,7 @@ class Session:
         self.pool, self.model, self.args, self.kwargs, self.limit_s = pool, model, args, dict(kwargs), limit_s
         names = dict.fromkeys(device for split in splits for device in split.plan.devices)
         self.ranks = {device: rank for rank, device in enumerate(names)}
-        kinds = {device.partition(":")[0] for device in names}
-        self.backend = GPUS_BACKEND if kinds == {"cuda"} else "gloo"
+        self.backend = backend_of(names)
 
     def begin(self, devices: Sequence[Device], store: str) -> None:
         """Wait for the workers and have those of pipelines meet over the file ``store``."""
@@ -112,12 +111,12 @@ class Session:
         plan = split.plan
         given = outputs_of((self.args, self.kwargs))
         job = job_of(plan, self.model, split.output_places, split.name, ranks)
-        on_gpus = all(device.startswith("cuda") for device in plan.devices)
+        backend = backend_of(plan.devices)
         job = replace(
             job,
             divided=tuple(is_batched(t, plan.batch) for t in given),
             hosted=is_hosted(plan),
-            backend=GPUS_BACKEND if on_gpus and self.backend != GPUS_BACKEND else None,
+            backend=backend if backend != self.backend else None,
         )
         calls: dict[str, Any] = dict.fromkeys(self.ranks, (hold_stages, (job, (), ())))  # a group is made by all
         for number, devices in enumerate(plan.pipelines):

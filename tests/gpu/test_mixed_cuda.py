@@ -1,6 +1,10 @@
-"""Pipelines over a CPU worker and a GPU on PyTorch's engine; `pytest -m gpu` on a machine that has one."""
+"""Pipelines over a CPU worker and a GPU, and over two stages of one GPU, on PyTorch's engine.
+
+`pytest -m gpu` on a machine that has one.
+"""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +71,8 @@ def plain(model, tokens, target):
     return float(loss.detach())
 
 
+if "--without-nccl" in sys.argv:
+    torch.distributed.is_nccl_available = lambda: False
 torch.manual_seed(0)
 model = Positions()
 plan = sw.Plan.load(sys.argv[1])
@@ -102,12 +108,15 @@ def two_stages(profile, microbatches, first, last, **options):
 
 
 @pytest.mark.parametrize(("first", "last"), [("cpu:0", "cuda:0"), ("cuda:0", "cpu:0")])
-@pytest.mark.parametrize("options", [{}, {"schedule": "gpipe"}, {"recompute": "always"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"schedule": "gpipe"}, {"schedule": "zero-bubble"}, {"recompute": "always"}], ids=str
+)
 def test_a_run_is_the_model(captured_profile, first, last, options):
     """The gate compares outputs and gradients; steps are timed, noted and weighed on both."""
     model = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.1), nn.GELU()) for _ in range(6)])
     x = torch.randn(64, 64)
-    profile = captured_profile(model, (x,), devices=["cpu:0", "cuda:0"], microbatches=(1, 4))
+    parted = options.get("schedule") == "zero-bubble"
+    profile = captured_profile(model, (x,), devices=["cpu:0", "cuda:0"], microbatches=(1, 4), parted=parted)
     run = sw.run(model, two_stages(profile, 4, first, last, **options), (x,), steps=3)
     assert run.devices == (first, last)
     assert run.equality.gradients < 1e-4
@@ -159,28 +168,62 @@ def test_a_measured_profile_is_run():
     assert run.sharded.measured_s > 0
 
 
-@pytest.mark.parametrize(("first", "last"), [("cpu:0", "cuda:0"), ("cuda:0", "cpu:0")])
-def test_a_script_trains_over_both(tmp_path, captured_profile, first, last):
-    """Under torchrun: losses, clipping, evaluation and the gathered state are those of the plain model."""
+NODES = {"cuda:0": "a", "cuda:1": "b"}
+"""Two that have a GPU each: started on one machine, both find its only one."""
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "hosts"),
+    [("cpu:0", "cuda:0", {}), ("cuda:0", "cpu:0", {}), ("cuda:0", "cuda:1", NODES)],
+    ids=["cpu first", "cuda first", "two stages on one card"],
+)
+def test_a_script_trains_over_both(tmp_path, captured_profile, first, last, hosts):
+    """Under torchrun: losses, clipping, evaluation and the gathered state are those of the plain model.
+
+    NCCL takes no two stages on one GPU; without it they exchange through the host.
+    """
     names = {}
     (tmp_path / "train.py").write_text(SCRIPT)
-    exec(SCRIPT.partition("torch.manual_seed(0)")[0], names)
+    exec(SCRIPT.partition("if ")[0], names)
     profile = captured_profile(
-        names["Positions"](), (names["batch"](0)[0],), devices=["cpu:0", "cuda:0"], microbatches=(1, 4)
+        names["Positions"](), (names["batch"](0)[0],), devices=[first, last], microbatches=(1, 4)
     )
-    two_stages(profile, 4, first, last).save(tmp_path / "plan.json")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    plan = two_stages(profile, 4, first, last).model_copy(update={"hosts": hosts})
+    plan.save(tmp_path / "plan.json")
     root = str(Path(sw.__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        [*launch, "train.py", "plan.json"],
-        check=False,
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "equal on cpu" in done.stdout
-    assert "equal on cuda:0" in done.stdout
+    launched = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                *way,
+                "train.py",
+                "plan.json",
+                *["--without-nccl"][: len(hosts)],
+            ],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for way in ways_to_launch(len(set(hosts.values())))
+    ]
+    done = [each.communicate(timeout=150) for each in launched]
+    assert [each.returncode for each in launched] == [0] * len(launched), "\n".join(error[-3000:] for _, error in done)
+    said = "".join(output for output, _ in done)
+    assert said.count("equal on cuda:0") == 1 + bool(hosts)
+    assert said.count("equal on cpu") == 1 - bool(hosts)
+
+
+def ways_to_launch(nodes):
+    """What tells torchrun of each node; of none, all is on this machine."""
+    if not nodes:
+        return [["--standalone", "--nproc-per-node", "2"]]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = ["--nnodes", str(nodes), "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port]
+    return [[*common, "--node-rank", str(number)] for number in range(nodes)]

@@ -32,7 +32,7 @@ from shardwright.profiler.workers.worker import root_of
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.board import Board
 from shardwright.sharder.runtime.nodes import Place, choose_interface, device_order, place_of
-from shardwright.sharder.runtime.piping.hosted import GPUS_BACKEND, is_hosted
+from shardwright.sharder.runtime.piping.hosted import backend_of, is_hosted
 
 __all__ = ["Ranks", "stage_device"]
 
@@ -349,7 +349,7 @@ def _make_group(plan: Plan, place: Place, store: Any, board: Board, limit_s: flo
     gpus = place.device.startswith("cuda")
     if gpus:
         torch.cuda.set_device(stage_device(place.device))
-    backend = GPUS_BACKEND if gpus and not is_hosted(plan) else "gloo"
+    backend = backend_of(plan.devices)
     size, limit = len(plan.devices), timedelta(seconds=CONNECT_S)
     try:
         dist.init_process_group(backend, store=store, rank=place.position, world_size=size, timeout=limit)
