@@ -30,7 +30,7 @@ test: $(READY)
 zoo: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[zoo]"
 
-# Each model of the libraries in both tests of tests/test_zoo.py; `make test` has it in one of them.
+# Each model of the libraries in both tests of tests/test_zoo.py; `make test` has a third of them in either.
 test-zoo: $(READY)
 	$(BIN)/python -m pytest -n 2 -m slow tests/test_zoo.py
 

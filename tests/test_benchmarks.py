@@ -19,7 +19,7 @@ ASSEMBLY_LINE = "4\n3\n2\n4\n3\n1,2\n1,3\n2,4\n3,4\n-1,-1\n"
 QUICK = {
     "capture": ("--layers 1 --tokens 16", "captured in"),
     "memory": ("--models mlp --microbatches 1", "1 of 1 models within 3%"),
-    "planner": ("--quick --only chain --time-limit 2", "largest gap"),
+    "planner": ("--quick --only little --time-limit 2", "largest gap"),
     "steps": ("--graphs 1 --units 6 --microbatches 2", "| 1, 3 | 2 |"),
     "schedule": ("--stages 4 --microbatches 20 --plain 8x20", "| zero-bubble | overlapped |"),
 }

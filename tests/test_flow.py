@@ -49,3 +49,15 @@ def test_once_the_time_has_passed_what_flows_is_a_bound(found, looks):
     first = network.largest_flow(0, NODES - 1, lambda: next(left, None) is None)
     assert 0 <= first <= least_cut(found)
     assert first + network.largest_flow(0, NODES - 1) == least_cut(found)
+
+
+@often
+@given(edges)
+def test_what_is_reached_afterwards_is_a_least_cut(found):
+    """The edges that leave it hold what flows, and the sink is not in it."""
+    network = network_of(found)
+    flow = network.largest_flow(0, NODES - 1)
+    reached = network.reached_from(0)
+    assert reached[0]
+    assert not reached[NODES - 1]
+    assert flow == sum(capacity for source, target, capacity in found if reached[source] and not reached[target])

@@ -107,26 +107,29 @@ class Slow:
 
 
 def unpacked(data):
-    time.sleep(0.6)
+    time.sleep(0.4)
     return data
 
 
 @pytest.mark.parametrize("loading", [True, False])
 def test_a_worker_that_loads_is_not_hung(tmp_path, loading):
     """Modules and bytes that come in are progress where they are counted; the limit is less than all of them take."""
+    limit_s = 2
     names = [f"slowly{number}" for number in range(6)]
     for name in names:
-        (tmp_path / f"{name}.py").write_text("import time; time.sleep(0.8)")
+        (tmp_path / f"{name}.py").write_text("import time; time.sleep(0.5)")
     with Pool([device()]) as pool:
         pool.call({"cpu:0": (square, (2,))}, limit_s=60)
         calls = {"cpu:0": (imports, (str(tmp_path), names))}
         if not loading:
-            with pytest.raises(WorkerError, match="worker cpu:0 did not answer within 3 s"):
-                pool.call(calls, limit_s=3)
+            with pytest.raises(WorkerError, match="worker cpu:0 did not answer within 2 s"):
+                pool.call(calls, limit_s=limit_s)
             return
-        assert pool.call(calls, limit_s=3, loading=True) == {"cpu:0": 6}
+        assert pool.call(calls, limit_s=limit_s, loading=True) == {"cpu:0": 6}
         parts = [Slow((1 << 17) + number) for number in range(8)]
-        assert pool.call({"cpu:0": (lambda *parts: len(parts), tuple(parts))}, limit_s=3, loading=True) == {"cpu:0": 8}
+        assert pool.call({"cpu:0": (lambda *parts: len(parts), tuple(parts))}, limit_s=limit_s, loading=True) == {
+            "cpu:0": 8
+        }
 
 
 def test_a_worker_that_only_lives_is_hung():

@@ -16,7 +16,7 @@ from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import Crossing, bits
 from shardwright.sharder.planning.split_loads import stage_loads
 from shardwright.sharder.planning.wide import shifting
-from shardwright.sharder.planning.wide.shifting import Shifts, shifted
+from shardwright.sharder.planning.wide.shifting import Annealing, Shifts, shifted
 
 
 def plain(problem):
@@ -121,19 +121,18 @@ def test_time_ends_the_moves_and_other_transfers_have_none():
 @settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(problems(), st.randoms(use_true_random=False))
 def test_bytes_are_those_of_the_problem(problem, random_):
-    """At first the peak of each stage where its blocks keep something; where none does, after any moves, what stays
-    and the engine's buffers, to the byte."""
+    """At first the peak of each stage; where no block keeps anything, after any moves, what stays and the engine's
+    buffers, to the byte, and what was beside these at first."""
     problem = plain(problem)
     count = min(len(problem.devices), len(problem.blocks))
     assume(count > 1)
     ends = [len(problem.blocks) * s // count for s in range(count + 1)]
     first = tuple((s, (1 << ends[s + 1]) - (1 << ends[s])) for s in range(count))
-    shifts, coming, anew = Shifts(problem, first), problem.ledger.coming(), problem.recompute != "never"
-    for s, (device, members) in enumerate(first):
-        if any(coming.get(v) for v in bits(members)):
-            start, end = (1 << ends[s]) - 1, (1 << ends[s + 1]) - 1
-            peak = problem.memory_bytes(start, end, device, count - 1 - s, recomputed=anew)
-            assert shifts.bytes[s] == pytest.approx(peak)
+    shifts, anew = Shifts(problem, first), problem.recompute != "never"
+    for s, (device, _) in enumerate(first):
+        start, end = (1 << ends[s]) - 1, (1 << ends[s + 1]) - 1
+        peak = problem.memory_bytes(start, end, device, count - 1 - s, recomputed=anew)
+        assert shifts.bytes[s] == pytest.approx(peak)
     problem = dataclasses.replace(problem, ledger=Ledger((), (), ()))
     shifts = Shifts(problem, first)
     for _ in range(20):
@@ -146,8 +145,21 @@ def test_bytes_are_those_of_the_problem(problem, random_):
         received, sent = problem.received(closed, members), problem.sent(closed | members, members)
         buffers = sum(c.forward_bytes for c in received) + sum(c.backward_bytes for c in sent)
         static = sum(problem.blocks[v].static_bytes for v in bits(members))
-        assert shifts.bytes[s] == static + problem.microbatches * buffers
+        assert shifts.bytes[s] - shifts.beside[s] == static + problem.microbatches * buffers
         closed |= members
+
+
+def test_stages_that_keep_nothing_take_their_gradients_too():
+    """Those that they receive and work on are in the peak at first, though no block brings them."""
+    problem = dataclasses.replace(tangled(0, units=12), ledger=Ledger(()))
+    first = tuple((d, 0b1111 << 4 * d) for d in range(3))
+    closed, peaks = 0, []
+    for s, (device, members) in enumerate(first):
+        peaks.append(problem.memory_bytes(closed, closed | members, device, 2 - s))
+        closed |= members
+    shifts = Shifts(problem, first)
+    assert shifts.bytes == pytest.approx(peaks)
+    assert any(shifts.beside)
 
 
 def test_moves_find_a_split_that_fits_where_none_was_known():
@@ -196,3 +208,78 @@ def test_a_stage_may_be_left_with_no_work(seed, monkeypatch):
         assert is_split(problem, stages)
         values.append(max(stage_loads(problem, stages)))
     assert values[-1] < values[0]
+
+
+def test_runs_begin_all_over_the_range_and_then_near_those_that_ended_best(monkeypatch):
+    """The first heats leave no third of the range out; later two of three are around the best that changed a split."""
+    begun = []
+    monkeypatch.setattr(Annealing, "_cooled", lambda _self, _shifts, *given: begun.append(given[3]) or given[:0])
+    annealing = Annealing(random.Random(0))
+    problem = tangled(0, units=400, devices=4)
+    shifts = Shifts(problem, tuple((d, ((1 << 100) - 1) << 100 * d) for d in range(4)))
+    for _ in range(shifting.ALL_OVER):
+        assert list(annealing.run(shifts, 1.0, lambda: False)) == []
+    low, high = shifting.HOT
+    parts = {min(2, int(3 * math.log(heat / low) / math.log(high / low))) for heat in begun}
+    assert parts == {0, 1, 2}
+    assert annealing.ended == []  # no run has changed anything
+    annealing.ended = [(1.0, 1e-4)]
+    for _ in range(30):
+        list(annealing.run(shifts, 1.0, lambda: False))
+    around = [heat for heat in begun[shifting.ALL_OVER :] if 1e-4 / 5 < heat < 1e-4 * 5]
+    assert 20 <= len(around) < 30
+
+
+def test_what_ends_best_is_remembered():
+    """A few of them, the best first, with the heats at which they began."""
+    problem = tangled(1, units=60, devices=4)
+    first = tuple((d, ((1 << 15) - 1) << 15 * d) for d in range(4))
+    annealing = Annealing(random.Random(0))
+    for _ in range(shifting.NEAR_BEST + 2):
+        list(annealing.run(Shifts(problem, first), math.inf, lambda: False))
+    assert len(annealing.ended) == shifting.NEAR_BEST
+    assert annealing.ended == sorted(annealing.ended)
+    assert annealing.ended[0][0] < max(Shifts(problem, first).loads)
+
+
+def test_a_split_that_is_a_little_too_large_is_made_to_fit():
+    """What a stage takes is known of the split at the begin, and is another once blocks have moved: known anew, a short
+    run brings it below the caps."""
+    problem = tangled(1, units=60, devices=4)
+    sizes = [random.Random(v).randint(1, 100) for v in range(60)]
+    blocks = tuple(dataclasses.replace(b, static_bytes=s) for b, s in zip(problem.blocks, sizes, strict=True))
+    problem = dataclasses.replace(problem, blocks=blocks)
+    first = tuple((d, ((1 << 15) - 1) << 15 * d) for d in range(4))
+    shifts = Shifts(problem, first)
+    problem = dataclasses.replace(problem, caps=(int(max(shifts.bytes)) - 1,) * 4)
+    assert stage_loads(problem, first) is None
+    shifts = Shifts(problem, first)
+    assert not shifts.fits
+    found = list(Annealing(random.Random(0)).mend(shifts, math.inf, lambda: False))
+    assert found
+    assert all(stage_loads(problem, stages) is not None for stages in found)
+
+
+def test_a_run_that_ends_too_large_is_mended(monkeypatch):
+    """Until it fits or is no better than the best; without that no split would come of runs that end so."""
+    problem = dataclasses.replace(tangled(1, units=60, devices=4), caps=(40,) * 4)
+    first = tuple((d, ((1 << 15) - 1) << 15 * d) for d in range(4))
+    called = []
+
+    def run(_self, _shifts, below_s, *_):
+        called.append(("run", below_s))
+        return iter(())
+
+    def mend(_self, _shifts, below_s, *_):
+        called.append(("mend", below_s))
+        return iter(())
+
+    monkeypatch.setattr(Annealing, "run", run)
+    monkeypatch.setattr(Annealing, "mend", mend)
+    monkeypatch.setattr(Shifts, "fits", False)
+    monkeypatch.setattr(shifting, "PATIENCE", 1)
+    list(shifted(problem, lambda: ((), math.inf), 0.0, lambda: False, first))
+    assert called == [("run", math.inf)] + [("mend", math.inf)] * shifting.MENDED
+    called.clear()
+    list(shifted(problem, lambda: (first, 1e-9), 0.0, lambda: False))
+    assert called == [("run", 1e-9)]

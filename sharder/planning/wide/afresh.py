@@ -22,7 +22,7 @@ from shardwright.sharder.planning.exact.search import Stages
 from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.wide.orders import keys_of, topological
 from shardwright.sharder.planning.wide.recut import Neighbours
-from shardwright.sharder.planning.wide.shifting import Shifts, annealed, can_shift
+from shardwright.sharder.planning.wide.shifting import Annealing, Shifts, can_shift
 
 __all__ = ["begun_afresh"]
 
@@ -60,6 +60,7 @@ def begun_afresh(
     if not can_shift(problem) or len(classes) < 2 or len(best()[0]) < 2:
         return
     random_ = random.Random(0)
+    annealing = Annealing(random_)
     known = [(best()[1], best()[0])]
     starts = failures = 0
     while failures < PATIENCE and best()[1] > bound_s and not out_of_time():
@@ -77,7 +78,7 @@ def begun_afresh(
             continue
         stages, least_s = split.stages, split.value_s
         yield stages  # which may fit where what moves make of it does not
-        for stages in annealed(Shifts(problem, split.stages), random_, split.value_s, out_of_time):
+        for stages in annealing.run(Shifts(problem, split.stages), split.value_s, out_of_time):
             yield stages
         moved = stages
         if neighbours.loads_of(moved) is not None:

@@ -52,6 +52,19 @@ class Network:
                     return flow
         return flow
 
+    def reached_from(self, source: int) -> list[bool]:
+        """By node: whether more could flow to it from ``source``. After the largest flow these are a least cut's."""
+        reached = [False] * len(self.behind)
+        reached[source] = True
+        waiting = [source]
+        while waiting:
+            for edge in self.behind[waiting.pop()]:
+                other = self.target[edge]
+                if self.room[edge] and not reached[other]:
+                    reached[other] = True
+                    waiting.append(other)
+        return reached
+
     def _far(self, sink: int) -> list[int]:
         """By node: how many edges with room lead to the sink at least; -1 where none do."""
         far = [-1] * len(self.behind)

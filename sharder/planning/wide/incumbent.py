@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -22,7 +23,7 @@ from shardwright.sharder.planning.wide.mincut import transfer_bound_s
 from shardwright.sharder.planning.wide.orders import best_of_orders
 from shardwright.sharder.planning.wide.recut import WIDEST, WIDEST_ALIKE, Neighbours
 from shardwright.sharder.planning.wide.room import making_room
-from shardwright.sharder.planning.wide.shifting import shifted
+from shardwright.sharder.planning.wide.shifting import Annealing, shifted
 
 __all__ = ["Incumbent", "Partition"]
 
@@ -30,7 +31,7 @@ LONG_SUMS = 1e-9
 """Differences of sums over ten thousand blocks differ from the sums of a few of them by less than this share."""
 
 UNTIL = 0.7, 0.95, 0.95, 0.95
-UNTIL_LISTED = 0.05, 0.2, 0.4, 0.95
+UNTIL_LISTED = 0.05, 0.4, 0.55, 0.95
 UNTIL_SETS = 0.1, 0.2, 0.4, 0.95
 UNTIL_FITTED = 0.45, 0.6, 0.75, 0.95
 """Shares of the time until which, in a graph with too many closed sets, orders, moves of blocks, neighbours split anew
@@ -38,6 +39,8 @@ and lists of cuts are tried: where there are no lists, where there are, where th
 a split that fits was to be found first."""
 MOST_RECUT = 1_000
 """Of more blocks neighbours alone have too many sets, and orders and moves have the time."""
+CUTS = 0.1
+"""And so large a share for the least cuts before moves."""
 QUICK = 0.1
 """Lists are tried for a moment before moves, until this share of the time at most: they may be short."""
 MORE_LISTS = 0.2
@@ -69,6 +72,7 @@ class Incumbent:
         self.stages: Stages = ()
         self.value_s = math.inf
         self.bound_s = simple_bound_s(problem)
+        self.annealing = Annealing(random.Random(0))
         self.none_fits = False
         """Whether that is proven."""
 
@@ -158,6 +162,7 @@ class Incumbent:
                 self.offer(stages)
             for found in narrowed(self.lists, best, self.bound_s, partial(spent, QUICK), quick=True):
                 self._narrow(found)
+            self._count_transfers(partial(spent, shares[0] + CUTS))
         if not self.near:
             self._take_moves(start, device_orders, moves_over, anew_over if listable else lists_over)
         telling = self.lists.with_transfers or problem.overlap  # what binds is in what is listed, or may well be
@@ -172,10 +177,14 @@ class Incumbent:
         if self.near:
             return
         if listable and self.stages:
-            for stages in shifted(problem, best, self.bound_s, lists_over):
+            for stages in shifted(problem, best, self.bound_s, lists_over, annealing=self.annealing):
                 self.offer(stages)
-        if not spent(1.0):
-            moved_s = transfer_bound_s(problem, self.value_s, partial(spent, 1.0))
+        self._count_transfers(partial(spent, 1.0))
+
+    def _count_transfers(self, out_of_time: Callable[[], bool]) -> None:
+        """Take the bound by what transfers no split avoids."""
+        if not out_of_time():
+            moved_s = transfer_bound_s(self.problem, self.value_s, out_of_time)
             self.bound_s = max(self.bound_s, min(self.value_s, moved_s))
 
     def _take_moves(
@@ -191,7 +200,7 @@ class Incumbent:
         def best() -> tuple[Stages, float]:
             return self.stages, self.value_s
 
-        for stages in shifted(problem, best, self.bound_s, moves_over, start):
+        for stages in shifted(problem, best, self.bound_s, moves_over, start, self.annealing):
             self.offer(stages)
         neighbours = Neighbours(self.lists, partial(stage_loads, problem), anew_over)
         widest = WIDEST if problem.times_differ else WIDEST_ALIKE

@@ -10,10 +10,14 @@ The largest load alone says nothing of most moves, so what is made small is the 
 
 by simulated annealing (Kirkpatrick, Gelatt and Vecchi, "Optimization by simulated annealing", Science 1983): a move
 that makes E larger by a factor f is taken with the probability f ** (-1 / (k * t)). The root of E is near the largest
-load, and t says how much of it is risked in a move: it falls, from the more the fewer blocks a stage has. Meanwhile k
-rises. Of many blocks one is a few per cent of a stage and what it sends a few per mille, so that with a large k the
-loads would be evened out by whatever moves do it, and nothing else be looked at; with a small one the unevenness of
-loads counts little, and transfers become few first.
+load, and t says how much of it is risked in a move: it falls. Meanwhile k rises. Of many blocks one is a few per cent
+of a stage and what it sends a few per mille, so that with a large k the loads would be evened out by whatever moves do
+it, and nothing else be looked at; with a small one the unevenness of loads counts little, and transfers become few
+first.
+
+How hot a run has to begin depends on the graph: of 300 blocks at a tenth of what is best for 50, of 3,000 at a
+hundredth. So the first runs begin at heats all over the range, and most of the later ones near those that ended best.
+Where memory is short all of them begin anywhere: then it counts more to come to another split than to end well.
 
 For loads that are sums of work and of what is relayed. Ties are left out, and memory is that of the engine's buffers
 and of all that comes with a block, by the share of it that the stages have at first: who takes a split has to look.
@@ -21,6 +25,7 @@ and of all that comes with a block, by the share of it that the stages have at f
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 
@@ -28,19 +33,34 @@ from shardwright.sharder.planning.exact.search import Stages, most_held
 from shardwright.sharder.planning.exact.transfers import by_block
 from shardwright.sharder.planning.problem import Problem, bits, in_flight
 
-__all__ = ["Shifts", "annealed", "can_shift", "shifted"]
+__all__ = ["Annealing", "Shifts", "can_shift", "shifted"]
 
-PATIENCE = 20
-"""Runs in succession without an improvement, after which there are no more."""
+PATIENCE = 24
+"""Runs in succession without an improvement, after which there are no more; a longer one counts as several."""
+LONGER, LONGEST = 6, 4
+"""After so many of them a run is twice as long, and again, up to so many times."""
 MOVES_A_BLOCK = 2_000
 MOST_MOVES = 400_000
-"""So many moves are tried in a run, at some four microseconds each."""
-FIRST_POWERS = (4.0, 12.0)
+"""So many moves are tried in a run, at some two microseconds each."""
+FIRST_POWERS, FIRST_IF_TIGHT = (1.2, 6.0), (4.0, 12.0)
 LAST_POWER = 80.0
-HOT = (5e-5, 1e-2)
-"""A run begins with a heat t between these, drawn anew: a little mends a good split, much of it finds another."""
+HOT, LEAST_HOT_IF_TIGHT = (5e-6, 1e-2), 5e-5
+"""A run begins with a heat t between these: a little mends a good split, much of it finds another. Where memory is
+short there is less that a little can do."""
 HOT_FOR_A_BLOCK = 0.4
 """Where blocks are few the heat may be so much of a block's even share of a stage: with less none would ever move."""
+NEAR = 3e-3
+"""A run begins where the one before ended if that is so little above the best, else with the best."""
+MENDED, MEND_HEAT, MEND_LENGTH = 4, 3e-5, 0.25
+"""A good split that is a little too large is made to fit in so many short runs at most, at this heat."""
+ALL_OVER = 5
+"""So many runs begin at heats all over the range before others are near the best, and then every third one."""
+NEAR_BEST, AROUND = 3, 0.5
+"""Near one of so many that ended best: its logarithm is drawn with so much deviation."""
+SAME = 1e-9
+"""Loads that differ by less are the same, summed up in another order."""
+GOLDEN = (5**0.5 - 1) / 2
+"""Its multiples lie evenly between whole numbers, however many there are."""
 COLD = 1 / 20
 FULL, OVERFULL = 100.0, 1000.0
 """The power for memory, and the share of a cap above which all are the same to it: greater powers are no numbers."""
@@ -85,7 +105,7 @@ class Shifts:
     def _weigh(self, problem: Problem, stages: Stages) -> None:
         """How many bytes each block and tensor adds to a stage, such that each stage has its exact peak now.
 
-        A stage that keeps nothing for the backward has what stays and the engine's buffers.
+        A stage that keeps nothing for the backward has what stays, the engine's buffers, and what is beside these now.
         """
         count, coming = problem.microbatches, problem.ledger.coming()
         self.sent = [[float(count * tensor.backward_bytes)] * len(stages) for tensor in problem.crossings]
@@ -93,17 +113,22 @@ class Shifts:
         static = [[float(block.static_bytes)] * len(stages) for block in problem.blocks]
         at_first = self.summed(static, self.sent, self.received)
         held = [in_flight(problem.schedule, count, len(stages) - 1 - s) for s in range(len(stages))]
+        self.beside: list[float] = [0.0] * len(stages)
+        """By stage: bytes that no block adds."""
         comes, closed = [0.0] * len(stages), 0
         for s, (device, members) in enumerate(stages):
             anew = problem.recompute != "never"
             peak = problem.memory_bytes(closed, closed | members, device, len(stages) - 1 - s, recomputed=anew)
             closed |= members
             whole = held[s] * sum(coming.get(v, 0) for v in bits(members))
-            comes[s] = held[s] * (peak - at_first[s]) / whole if whole else 0.0
+            if whole:
+                comes[s] = held[s] * (peak - at_first[s]) / whole
+            else:
+                self.beside[s] = peak - at_first[s]
         self.own_bytes = [
             [block.static_bytes + share * coming.get(v, 0) for share in comes] for v, block in enumerate(problem.blocks)
         ]
-        self.bytes = self.summed(self.own_bytes, self.sent, self.received)
+        self.bytes = self._summed_bytes()
         self.tight = _most_bytes(problem) > min(problem.caps)
 
     def summed(
@@ -123,7 +148,11 @@ class Shifts:
         """Loads and bytes without what rounding did to them."""
         self.loads = self.summed(self.work_s, self.cut_s, self.cut_s)
         if self.tight:
-            self.bytes = self.summed(self.own_bytes, self.sent, self.received)
+            self.bytes = self._summed_bytes()
+
+    def _summed_bytes(self) -> list[float]:
+        sums = self.summed(self.own_bytes, self.sent, self.received)
+        return [own + beside for own, beside in zip(sums, self.beside, strict=True)]
 
     @property
     def fits(self) -> bool:
@@ -224,6 +253,7 @@ def shifted(
     bound_s: float,
     out_of_time: Callable[[], bool],
     start: Stages = (),
+    annealing: Annealing | None = None,
 ) -> Iterator[Stages]:
     """Splits, each with a smaller largest load than the ``best`` so far, were there no ties and memory as said above.
 
@@ -235,45 +265,99 @@ def shifted(
         bound_s: a largest load that no split is below.
         out_of_time: asked now and then.
         start: where moves begin while there is no best split; it need not fit.
+        annealing: what earlier runs have taught, if there were any.
     """
-    random_ = random.Random(0)
-    failures = 0
     if not can_shift(problem) or len(best()[0] or start) < 2:
         return
+    failures = 0
+    near: Stages = ()
+    annealing = annealing or Annealing(random.Random(0))
     while failures < PATIENCE and best()[1] > bound_s and not out_of_time():
         stages, value_s = best()
-        failures += 1
-        yield from annealed(Shifts(problem, stages or start), random_, value_s, out_of_time)
+        length = min(2 ** (failures // LONGER), LONGEST)
+        failures += length
+        shifts = Shifts(problem, near or stages or start)
+        yield from annealing.run(shifts, value_s, out_of_time, length)
+        for _ in range(MENDED * shifts.tight):
+            shifts = Shifts(problem, shifts.stages(shifts.stage))  # which knows what the stages as they are now take
+            if shifts.fits or max(shifts.loads) >= best()[1] or out_of_time():
+                break
+            yield from annealing.mend(shifts, best()[1], out_of_time)
         if best()[1] < value_s * (1 - 1e-5):
             failures = 0
+        near = shifts.stages(shifts.stage) if max(shifts.loads) <= best()[1] * (1 + NEAR) and shifts.fits else ()
 
 
-def annealed(
-    shifts: Shifts, random_: random.Random, below_s: float, out_of_time: Callable[[], bool]
-) -> Iterator[Stages]:
-    """One run of moves: at the end of each batch the best split in it, where it is better than all before.
+class Annealing:
+    """Runs of moves that learn from each other how hot to begin.
 
     Args:
-        shifts: a split; it is changed.
-        random_: what moves are drawn with.
-        below_s: a largest load that splits are to be below.
-        out_of_time: asked between batches.
+        random_: what all is drawn with.
     """
-    first_power = random_.uniform(*FIRST_POWERS)
-    hottest = max(HOT[1], HOT_FOR_A_BLOCK * len(shifts.devices) / len(shifts.stage))
-    hot = HOT[0] * (hottest / HOT[0]) ** random_.random()
-    moves = min(MOVES_A_BLOCK * len(shifts.stage), MOST_MOVES)
-    least = below_s * (1 - 1e-9)
-    for first in range(0, moves, SMALL_BATCH):
-        if out_of_time():
-            break
-        shifts.sum_anew()
-        power = first_power * (LAST_POWER / first_power) ** (first / moves)
-        heat = power * hot * COLD ** (first / moves)
-        *_, last = [None, *_moves(shifts, random_, power, heat, least)]
-        if last is not None:
-            stage, least = last
-            yield shifts.stages(stage)
+
+    def __init__(self, random_: random.Random) -> None:
+        self.random_ = random_
+        self.runs = 0
+        self.ended: list[tuple[float, float]] = []
+        """The largest load at the end of each run, and the heat at its begin; the best first."""
+
+    def run(self, shifts: Shifts, below_s: float, out_of_time: Callable[[], bool], length: int = 1) -> Iterator[Stages]:
+        """At the end of each batch of moves the best split in it, where it is better than all before.
+
+        Args:
+            shifts: a split; it is changed.
+            below_s: a largest load that splits are to be below.
+            out_of_time: asked between batches.
+            length: how many times as many moves as usual.
+        """
+        first_power = self.random_.uniform(*(FIRST_IF_TIGHT if shifts.tight else FIRST_POWERS))
+        hottest = max(HOT[1], HOT_FOR_A_BLOCK * len(shifts.devices) / len(shifts.stage))
+        hot = self._anywhere(hottest) if shifts.tight else self._learned(hottest)
+        begun_s = max(shifts.loads)
+        yield from self._cooled(shifts, below_s, out_of_time, first_power, hot, length)
+        if shifts.fits and abs(max(shifts.loads) - begun_s) > SAME * begun_s:  # else it was too cold to change anything
+            self.ended = sorted([*self.ended, (max(shifts.loads), hot)])[:NEAR_BEST]
+
+    def mend(self, shifts: Shifts, below_s: float, out_of_time: Callable[[], bool]) -> Iterator[Stages]:
+        """A short run without much heat, for a split that does not quite fit."""
+        return self._cooled(shifts, below_s, out_of_time, FIRST_POWERS[1], MEND_HEAT, MEND_LENGTH)
+
+    def _cooled(
+        self,
+        shifts: Shifts,
+        below_s: float,
+        out_of_time: Callable[[], bool],
+        first_power: float,
+        hot: float,
+        length: float,
+    ) -> Iterator[Stages]:
+        """A run from that power and heat on."""
+        moves = int(length * min(MOVES_A_BLOCK * len(shifts.stage), MOST_MOVES))
+        least = below_s * (1 - SAME)
+        for first in range(0, moves, SMALL_BATCH):
+            if out_of_time():
+                return
+            shifts.sum_anew()
+            power = first_power * (LAST_POWER / first_power) ** (first / moves)
+            heat = power * hot * COLD ** (first / moves)
+            *_, last = [None, *_moves(shifts, self.random_, power, heat, least)]
+            if last is not None:
+                stage, least = last[0], last[1] * (1 - SAME)
+                yield shifts.stages(stage)
+
+    def _anywhere(self, hottest: float) -> float:
+        """A heat that is enough where memory is short."""
+        hot: float = LEAST_HOT_IF_TIGHT * (hottest / LEAST_HOT_IF_TIGHT) ** self.random_.random()
+        return hot
+
+    def _learned(self, hottest: float) -> float:
+        """A heat near those that have ended best, or none of them."""
+        self.runs += 1
+        if self.runs <= ALL_OVER or not self.runs % 3 or not self.ended:
+            hot: float = HOT[0] * (hottest / HOT[0]) ** (GOLDEN * self.runs % 1)
+            return hot
+        _, known = self.random_.choice(self.ended)
+        return min(known * math.exp(self.random_.gauss(0.0, AROUND)), hottest)
 
 
 def _moves(
