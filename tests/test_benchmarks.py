@@ -24,6 +24,7 @@ QUICK = {
     "schedule": ("--stages 4 --microbatches 20 --plain 8x20", "| zero-bubble | overlapped |"),
 }
 SLOW = {
+    "clocks": ("--device cpu:0 --models tiny_gpt2 --rounds 1 --steps 2", "| loop after, drained |"),
     "inprocess": ("--layers 2 --batch 4 --tokens 8 --width 32 --rounds 2 --microbatches 2", "| pipelined, 2 micro-"),
     "links": ("--rounds 2 --steps 1 --products 1", "| 4 MiB |"),
     "pipeline": ("--models hand_mixer --microbatches 2 --modes infer --steps 1 --samples 8", "1 runs: step"),
