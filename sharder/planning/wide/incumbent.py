@@ -40,7 +40,7 @@ a split that fits was to be found first."""
 MOST_RECUT = 1_000
 """Of more blocks neighbours alone have too many sets, and orders and moves have the time."""
 CUTS = 0.1
-"""And so large a share for the least cuts before moves."""
+"""So large a share of the time goes to the bound by least cuts before anything is moved, at most."""
 QUICK = 0.1
 """Lists are tried for a moment before moves, until this share of the time at most: they may be short."""
 MORE_LISTS = 0.2
@@ -73,6 +73,7 @@ class Incumbent:
         self.value_s = math.inf
         self.bound_s = simple_bound_s(problem)
         self.annealing = Annealing(random.Random(0))
+        """Whose runs learn from all before."""
         self.none_fits = False
         """Whether that is proven."""
 

@@ -299,7 +299,7 @@ class Annealing:
         self.random_ = random_
         self.runs = 0
         self.ended: list[tuple[float, float]] = []
-        """The largest load at the end of each run, and the heat at its begin; the best first."""
+        """The largest load at the end of a few runs, and the heat at their begin; the best first."""
 
     def run(self, shifts: Shifts, below_s: float, out_of_time: Callable[[], bool], length: int = 1) -> Iterator[Stages]:
         """At the end of each batch of moves the best split in it, where it is better than all before.
