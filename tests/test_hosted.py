@@ -114,7 +114,7 @@ def test_a_plan_of_one_kind_is_not_hosted(captured_profile):
     ],
 )
 def test_gpus_without_nccl_are_hosted(monkeypatch, captured_profile, devices, there, backend, hosted):
-    """As on Windows; workers of the CPU are where the engine is."""
+    """Where PyTorch was built without it; workers of the CPU are where the engine is."""
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: there)
     model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(8, 4)
     pins = dict(zip("01", devices, strict=False)) if len(devices) > 1 else {}

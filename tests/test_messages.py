@@ -100,7 +100,7 @@ def test_odd_sizes_and_offsets_are_among_the_cases():
 
 
 def test_without_nccl_copies_go_through_the_host(monkeypatch):
-    """As a pipeline's do then; GPUs of Windows are such."""
+    """As a pipeline's do then."""
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: True)
     monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)

@@ -19,7 +19,7 @@ from shardwright.sharder.planning.split_loads import stage_loads
 from shardwright.sharder.planning.wide.afresh import begun_afresh
 from shardwright.sharder.planning.wide.ceilings import NEAR, Narrowed, narrowed
 from shardwright.sharder.planning.wide.lists import Lists
-from shardwright.sharder.planning.wide.mincut import transfer_bound_s
+from shardwright.sharder.planning.wide.mincut import least_transfer_s, transfer_bound_s
 from shardwright.sharder.planning.wide.orders import best_of_orders
 from shardwright.sharder.planning.wide.recut import WIDEST, WIDEST_ALIKE, Neighbours
 from shardwright.sharder.planning.wide.room import making_room
@@ -32,11 +32,12 @@ LONG_SUMS = 1e-9
 
 UNTIL = 0.7, 0.95, 0.95, 0.95
 UNTIL_LISTED = 0.05, 0.4, 0.55, 0.95
+UNTIL_EVEN = 0.05, 0.2, 0.4, 0.95
 UNTIL_SETS = 0.1, 0.2, 0.4, 0.95
 UNTIL_FITTED = 0.45, 0.6, 0.75, 0.95
 """Shares of the time until which, in a graph with too many closed sets, orders, moves of blocks, neighbours split anew
-and lists of cuts are tried: where there are no lists, where there are, where these are over sets of devices, and where
-a split that fits was to be found first."""
+and lists of cuts are tried: where there are no lists, where there are, where transfers cost nothing and lists alone
+even out the work, where lists are over sets of devices, and where a split that fits was to be found first."""
 MOST_RECUT = 1_000
 """Of more blocks neighbours alone have too many sets, and orders and moves have the time."""
 CUTS = 0.1
@@ -147,7 +148,8 @@ class Incumbent:
         classes, device_orders, listable = alike_devices(problem), orders_to_try(problem), self.lists.possible
         shares = UNTIL
         if self.lists.with_transfers and len(problem.blocks) <= MOST_RECUT:
-            shares = UNTIL_SETS if problem.times_differ else UNTIL_LISTED
+            moving = any(least_transfer_s(problem, tensor) for tensor in problem.crossings)
+            shares = UNTIL_SETS if problem.times_differ else UNTIL_LISTED if moving else UNTIL_EVEN
         start = self.stages
         if not start:
             start, shares = self._make_room(spent), UNTIL_FITTED

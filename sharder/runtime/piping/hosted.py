@@ -1,8 +1,8 @@
 """Stages of a pipeline over devices of several kinds: what they exchange goes through the host's memory.
 
-NCCL connects GPUs only, and gloo sends from the host's memory. Where a plan mixes kinds, or PyTorch has no NCCL, as on
-Windows, the engine therefore runs in that memory with gloo, for all stages, and each stage brings in what it receives
-and returns there what it sends; the backward of these copies does the same with the gradients.
+NCCL connects GPUs only, and gloo sends from the host's memory. Where a plan mixes kinds, or PyTorch was built without
+NCCL, the engine therefore runs in that memory with gloo, for all stages, and each stage brings in what it receives and
+returns there what it sends; the backward of these copies does the same with the gradients.
 """
 
 from __future__ import annotations
