@@ -113,7 +113,7 @@ class Subject:
         for leaf in self.leaves:
             if isinstance(leaf, Tensor):
                 leaf.grad = None
-        return self.grads
+        return [t.clone() for t in self.grads]
 
     def update(self, stopwatch: Stopwatch) -> Reading | None:
         """Time the update of the parameters; None if there is nothing to update."""
