@@ -7,16 +7,20 @@ device is least:
     load(d) = sum over its stages of load(s)        or with overlap, the longest of its computes, sends and receives
 
 Only the sums count, so that a device's stages may make up for each other. That makes many splits nearly as good as the
-best, and a search with a state for each tuple of loads exponential in D. So one order of the blocks is cut stage by
-stage, and of the tuples (end, loads) that could still be below the best known load only the WIDTH most promising are
-kept (a beam search; Lowerre, "The Harpy speech recognition system", 1976). A tuple is bounded from below by
+best, and a search with a state for each tuple of loads exponential in D. So blocks are cut stage by stage, and of the
+tuples (closed set, loads) that could still be below the best known load only the WIDTH most promising are kept (a beam
+search; Lowerre, "The Harpy speech recognition system", 1976). A tuple of s stages is bounded from below by
 
-    max( max over d of load(d),  sum over d of w(d) load(d) + work of the rest )        each block where w(d) s is least
+    max( max over d of load(d),  sum over d of w(d) load(d) + work of the rest + transfers of the rest )
 
-with weights w of sum 1, as in search.py. It is promising if that is small, and so are v times its longest stage and v
-times the mean of the stages to come, since stages of equal length fill a pipeline soonest. Where nothing had to be left
-out and there is one order of the blocks, the result is the optimum. Else the bound is that of work shared freely: for
-some number k of devices, with x the cheapest cut,
+with weights w of sum 1, as in search.py, each block where w(d) seconds is least, and each cut to come the cheapest that
+there is between its two devices. It is promising if that is small, and so are v times its longest stage and v times the
+mean of the stages to come, since stages of equal length fill a pipeline soonest.
+
+All closed sets are gone through where there are up to MOST_CLOSED, as of a chain there always are; else some orders of
+the blocks are, a line of closed sets each. Of all closed sets, and all orders of the devices, the result is the optimum
+where nothing had to be left out, and no split is below the least bound of what was. Else the bound is that of work
+shared freely: for some number k of devices, with x the cheapest cut of a chain,
 
     load >= max( sum over v of w seconds,  (all work where it is fastest + 2 (v k - 1) x) / k,  the largest block )
 
@@ -32,10 +36,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.planning.exact.search import ROUNDING, Stages, simple_bound_s
+from shardwright.sharder.planning.exact.search import ROUNDING, Stages, closed_sets, simple_bound_s
 from shardwright.sharder.planning.exact.transfers import Traffic, load_s, traffic_of
 from shardwright.sharder.planning.problem import Problem, bits
-from shardwright.sharder.planning.schedules.interleaved_line import CuttableLine
+from shardwright.sharder.planning.schedules.interleaved_line import ClosedSets, Cuttable, Line
 from shardwright.sharder.planning.schedules.interleaved_memory import device_peaks
 from shardwright.sharder.planning.schedules.simulate import simulate
 from shardwright.sharder.planning.schedules.stage_costs import shares_of, stage_costs, ties_s_of
@@ -50,6 +54,8 @@ LINES = 6
 ORDERS = 24
 """Orders of devices: all of up to four."""
 SLACK = 0.01
+MOST_CLOSED = 600
+"""Closed sets that are cut at all at once, where there are no more of them."""
 PLAYED = 24
 """Splits that are simulated, of those that are nearly the best."""
 
@@ -124,37 +130,46 @@ def interleaved(
     chain = all(before >> v & 1 for v, before in enumerate(problem.predecessors[1:]))
     counts, given = possible_devices(problem), list(device_orders)
     best, bounds_s = _Best(problem), _bounds_s(problem, counts, chain)
-    complete, looked = chain and not problem.overlap, False
-    for blocks in _lines(problem, chain):
+    unseen_s, looked = 0.0, False  # what is not looked at has as much at least
+    for sets in _cuttable(problem, chain):
+        others_s = [math.inf if sets.every else 0.0]
         for count in counts:
             if best.value_s <= bounds_s[count]:
                 continue  # with so few devices it cannot be better
             orders, every = _orders(len(problem.devices), count, classes, given)
-            complete &= every
+            others_s.append(math.inf if every else 0.0)
             for order in orders:
                 if looked and out_of_time():
-                    complete = False
+                    others_s.append(0.0)
                     break
-                complete &= best.cut(CuttableLine(problem, blocks, order), out_of_time)
+                others_s.append(best.cut(sets, order, out_of_time))
                 looked = True
+        unseen_s = max(unseen_s, min(others_s))
+        if unseen_s >= best.value_s:
+            break
     if not best.finals:
-        if complete or not counts:
+        if math.isinf(unseen_s) or not counts:
             return None
         raise ShardwrightError(
             f"no split with {problem.stages_per_device} stages on each device that fits was found; plan with "
             "--schedule 1f1b, which is searched through, or give the devices more memory with --memory"
         )
     stages, value_s = best.soonest()
-    bound_s = best.value_s if complete else min([best.value_s, *bounds_s.values()])
+    bound_s = min(best.value_s, max(unseen_s, min(bounds_s.values())))
     return Interleaved(stages, value_s, min(bound_s, value_s), value_s <= bound_s * (1 + ROUNDING))
 
 
-def _lines(problem: Problem, chain: bool) -> Iterator[list[int]]:
-    """Orders of the blocks."""
-    yield list(range(len(problem.blocks)))
+def _cuttable(problem: Problem, chain: bool) -> Iterator[ClosedSets]:
+    """Orders of the blocks, and behind the first all closed sets, if these are few."""
+    yield Line(problem, range(len(problem.blocks)))
+    if chain:
+        return
+    lattice = closed_sets(problem.predecessors, MOST_CLOSED)
+    if lattice is not None:
+        yield ClosedSets(problem, [*lattice], every=True)
     random_ = random.Random(0)
-    for _ in range(0 if chain else LINES - 1):
-        yield topological(problem, [random_.random() for _ in problem.blocks])
+    for _ in range(LINES - 1):
+        yield Line(problem, topological(problem, [random_.random() for _ in problem.blocks]))
 
 
 def _orders(
@@ -197,18 +212,25 @@ class _Best:
         """The least largest load."""
         return min(self.finals.values(), default=math.inf)
 
-    def cut(self, line: CuttableLine, out_of_time: Callable[[], bool]) -> bool:
-        """Cut ``line``; whether all cuts that could be better were looked at."""
-        ends, estimates_s, complete = line.beam(self.value_s * (1 + SLACK))
+    def cut(self, sets: ClosedSets, devices: Sequence[int], out_of_time: Callable[[], bool]) -> float:
+        """Cut for that order of devices; the largest load that is possible at least where it was not looked.
+
+        What could not be better is not counted.
+        """
+        stages = self.problem.stages_per_device * len(devices)
+        few: ClosedSets = sets.thinned(stages) if isinstance(sets, Line) else sets
+        cuttable = Cuttable(few, devices)
+        ends, estimates_s, others_s = cuttable.beam(self.value_s * (1 + SLACK))
         for number, (row, estimate_s) in enumerate(zip(ends, estimates_s, strict=True)):
             if estimate_s > self.value_s * (1 + SLACK):
                 break
             if number >= CLIMBED and out_of_time():
-                return False
-            self._offer([line.stages(row)])
-        if not complete and len(ends):
-            self._offer(line.whole().climbed(line.at[ends[:CLIMBED]]))
-        return complete
+                return min(others_s, float(estimate_s))
+            self._offer([cuttable.stages(row)])
+        left_out = math.isfinite(others_s) or not few.every
+        if left_out and len(ends) and isinstance(sets, Line) and isinstance(few, Line):
+            self._offer(Cuttable(sets, devices).climbed(few.at[ends[:CLIMBED]]))
+        return others_s if few.every else 0.0
 
     def _offer(self, found: Iterable[Stages]) -> None:
         """Keep splits that are nearly the best, if they fit; none sends over a link that is not to be used."""

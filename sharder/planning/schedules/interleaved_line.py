@@ -1,21 +1,25 @@
-"""One order of the blocks cut for one order of the devices, several stages on each: see interleave.py."""
+"""Closed sets at which blocks are cut for one order of the devices, several stages on each: see interleave.py."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from shardwright.sharder.planning.exact.search import Stages, fluid_s
-from shardwright.sharder.planning.problem import Problem
+from shardwright.sharder.planning.problem import Crossing, Problem
 
-__all__ = ["CuttableLine"]
+__all__ = ["ClosedSets", "Cuttable", "Line"]
 
 WIDTH = 2_000
-"""Tuples of loads that are kept after each stage."""
+"""Tuples of loads that are kept after each stage along one line."""
+WIDTH_OF_ALL = 8_000
+"""And where all closed sets are gone through: what is kept there proves something."""
 POSITIONS = 160
 """Ends of stages that are looked at along a line; more blocks than that are taken a few at a time."""
 FARTHEST = 16
@@ -24,11 +28,12 @@ POWER = 40
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class _Beam:
-    """Cuts of a line up to some stage: rows of positions, loads by device, and the largest stage of each."""
+    """Cuts up to some stage: rows of closed sets by number, loads by device, and the largest stage of each."""
 
     ends: Integers
     loads_s: Floats
@@ -39,34 +44,112 @@ class _Beam:
         return _Beam(self.ends[rows], self.loads_s[rows], self.largest_s[rows])
 
 
-class CuttableLine:
-    """Blocks in one order, to be cut for one order of devices, at POSITIONS places at most."""
+class ClosedSets:
+    """Closed sets at which a problem's blocks are cut.
 
-    def __init__(
-        self, problem: Problem, blocks: Sequence[int], devices: Sequence[int], at: Integers | None = None
-    ) -> None:
-        self.problem, self.blocks, self.devices = problem, blocks, tuple(devices)
-        self.masks = list(itertools.accumulate((1 << v for v in blocks), int.__or__, initial=0))
-        self.at = _positions(problem, blocks, problem.stages_per_device * len(self.devices)) if at is None else at
-        self.thinned = len(self.at) <= len(blocks)
-        masks = [self.masks[position] for position in self.at]
-        seconds = np.array([[problem.seconds[v][d] for v in blocks] for d in self.devices])
-        barred = np.array([[not problem.blocks[v].allowed[d] for v in blocks] for d in self.devices])
-        self.work_s = _summed(seconds, self.at)
-        self.barred = _summed(barred, self.at)
-        self.units = _summed(np.array([[bool(problem.blocks[v].units) for v in blocks]]), self.at)[0]
-        self.cut_s = np.array([[self._cut_s(mask, *pair) for mask in masks] for pair in self._pairs()])
+    Args:
+        problem: blocks, devices and links.
+        masks: the closed sets, what is in another before it: nothing first, all last.
+        every: whether there are no others.
+    """
+
+    def __init__(self, problem: Problem, masks: Sequence[int], *, every: bool) -> None:
+        self.problem, self.masks, self.every = problem, masks, every
+        self.width = WIDTH_OF_ALL if every else WIDTH
+
+    @cached_property
+    def crossing(self) -> list[list[Crossing]]:
+        """What is sent over a cut behind each."""
+        return [self.problem.crossing(mask) for mask in self.masks]
+
+    @cached_property
+    def _inside(self) -> Flags:
+        return np.array([[mask >> v & 1 for v in range(len(self.problem.blocks))] for mask in self.masks], bool)
+
+    @cached_property
+    def _within(self) -> Flags:
+        """Which is within which."""
+        return np.asarray(self._inside.astype(np.int64) @ (~self._inside).T.astype(np.int64) == 0)
+
+    def within(self, starts: Integers, ends: Integers) -> Flags:
+        """By row: which of ``ends`` one of the ``starts`` is within."""
+        return np.asarray(self._within[starts[:, None], ends])
+
+    def sums(self, values: npt.NDArray[np.generic]) -> Floats:
+        """By row and closed set: the sum of the values of the blocks in it."""
+        sums: Floats = np.where(self._inside, values[:, None], 0).sum(axis=2)
+        return sums
+
+    def sums_behind(self, values: npt.NDArray[np.generic]) -> Floats:
+        """By row and closed set: the sum of the values of the blocks that are not in it."""
+        sums: Floats = np.where(self._inside, 0, values[:, None]).sum(axis=2)
+        return sums
+
+
+class Line(ClosedSets):
+    """One order of the blocks, to be cut ``at`` so many places, or at any."""
+
+    def __init__(self, problem: Problem, blocks: Sequence[int], at: Integers | None = None) -> None:
+        self.blocks, self.at = list(blocks), np.arange(len(blocks) + 1) if at is None else at
+        masks = list(itertools.accumulate((1 << v for v in blocks), int.__or__, initial=0))
+        chain = all(before >> v & 1 for v, before in enumerate(problem.predecessors[1:]))
+        super().__init__(problem, [masks[at] for at in self.at], every=chain and len(self.at) == len(masks))
+
+    def thinned(self, stages: int) -> Line:
+        """The line to be cut at POSITIONS places at most, or more if there are many ``stages``."""
+        return Line(self.problem, self.blocks, _positions(self.problem, self.blocks, stages))
+
+    def within(self, starts: Integers, ends: Integers) -> Flags:
+        """See :class:`ClosedSets`."""
+        return np.asarray(ends > starts[:, None])
+
+    def sums(self, values: npt.NDArray[np.generic]) -> Floats:
+        """See :class:`ClosedSets`."""
+        return _summed(values[:, self.blocks])[:, self.at]
+
+    def sums_behind(self, values: npt.NDArray[np.generic]) -> Floats:
+        """See :class:`ClosedSets`."""
+        return _summed(values[:, self.blocks[::-1]])[:, len(self.blocks) - self.at]
+
+
+class Cuttable:
+    """Closed sets at which blocks are cut for one order of devices; the stages go around them."""
+
+    def __init__(self, sets: ClosedSets, devices: Sequence[int]) -> None:
+        self.sets, self.problem, self.devices = sets, sets.problem, tuple(devices)
+        problem = sets.problem
+        self.work_s = sets.sums(np.array([[s[d] for s in problem.seconds] for d in self.devices]))
+        self.barred = sets.sums(np.array([[not block.allowed[d] for block in problem.blocks] for d in self.devices]))
+        self.units = sets.sums(np.array([[bool(block.units) for block in problem.blocks]]))[0]
+        self.cut_s = np.array([[self._cut_s(each, *pair) for each in sets.crossing] for pair in self._pairs()])
         speed = np.array([1 / problem.total_s[d] if problem.total_s[d] else 1.0 for d in self.devices])
         self.weights = speed / speed.sum()
-        rest = np.array(fluid_s(problem, self.devices))[list(blocks)]
-        self.left_s = _summed(rest[None, ::-1], len(blocks) - self.at[::-1])[0][::-1]
+        self.left_s = sets.sums_behind(np.array(fluid_s(problem, self.devices))[None])[0]
+        self.least_cut_s = self.cut_s[:, 1:-1].min(axis=1, initial=math.inf)
+        """By position of the device before it."""
 
-    def whole(self) -> CuttableLine:
-        """The line to be cut at any position."""
-        return CuttableLine(self.problem, self.blocks, self.devices, np.arange(len(self.blocks) + 1))
+    def _pairs(self) -> Iterator[tuple[int, int]]:
+        """Each device with the one that has the stage behind."""
+        yield from zip(self.devices, self.devices[1:] + self.devices[:1], strict=True)
+
+    def _cut_s(self, crossing: list[Crossing], device: int, following: int) -> float:
+        """Seconds of a step that a cut costs each of its sides; beside compute, they are left out."""
+        if self.problem.overlap:
+            return 0.0
+        return self.problem.microbatches * sum(self.problem.transfer_s(crossing, device, following))
+
+    def stages(self, ends: Integers) -> Stages:
+        """The stages that end at the closed sets of these numbers."""
+        masks, count = [0, *(self.sets.masks[end] for end in ends)], len(self.devices)
+        return tuple(
+            (self.devices[s % count], behind & ~before) for s, (before, behind) in enumerate(itertools.pairwise(masks))
+        )
 
     def climbed(self, cuts: Integers) -> Iterator[Stages]:
-        """Each row of ends, moved one end at a time for as long as the sum of POWERs of the loads gets smaller."""
+        """Each row of ends, moved one end at a time for as long as the sum of POWERs of the loads gets smaller.
+
+        What is cut is a :class:`Line`.
+        """
         steps = np.array([step for step in range(-FARTHEST, FARTHEST + 1) if step])
         borders = cuts.shape[1] - 1
         moved = np.repeat(np.arange(borders), len(steps))
@@ -97,46 +180,37 @@ class CuttableLine:
         power: Floats = np.where(within, ((loads_s / scale_s) ** POWER).sum(axis=1), np.inf)
         return power
 
-    def _pairs(self) -> Iterator[tuple[int, int]]:
-        """Each device with the one that has the stage behind."""
-        yield from zip(self.devices, self.devices[1:] + self.devices[:1], strict=True)
+    def beam(self, below_s: float) -> tuple[Integers, Floats, float]:
+        """The closed sets of cuts, an estimate of their largest loads, the least first, and what others have at least.
 
-    def _cut_s(self, mask: int, device: int, following: int) -> float:
-        """Seconds of a step that a cut costs each of its sides; beside compute, they are left out."""
-        if self.problem.overlap:
-            return 0.0
-        return self.problem.microbatches * sum(self.problem.transfer_s(self.problem.crossing(mask), device, following))
-
-    def stages(self, ends: Integers) -> Stages:
-        """The stages that end at the positions ``ends``."""
-        masks = [0, *(self.masks[self.at[end]] for end in ends)]
-        count = len(self.devices)
-        return tuple(
-            (self.devices[s % count], behind & ~before) for s, (before, behind) in enumerate(itertools.pairwise(masks))
-        )
-
-    def beam(self, below_s: float) -> tuple[Integers, Floats, bool]:
-        """Positions of cuts with an estimate of their largest load, the least first, and whether none was left out.
-
-        The estimate leaves out ties, and transfers beside compute; it is never too large.
+        No estimate is too large: ties and transfers beside compute are left out. What is not below ``below_s`` does not
+        count as others.
         """
         count = len(self.devices) * self.problem.stages_per_device
         found = _Beam(np.zeros((1, 0), np.int64), np.zeros((1, len(self.devices))), np.zeros(1))
-        complete = not self.thinned
+        others_s = math.inf
         for stage in range(count):
             found = self._grown(found, stage, count, below_s)
-            if len(found.ends) > WIDTH:
-                complete = False
-                found = found.take(np.argpartition(self._uneven_s(found, stage + 1, count), WIDTH)[:WIDTH])
+            if len(found.ends) > self.sets.width:
+                order = np.argpartition(self._uneven_s(found, stage + 1, count), self.sets.width)
+                left_out = found.take(order[self.sets.width :])
+                others_s = min(others_s, float(self._bound_s(left_out, stage + 1, count).min()))
+                found = found.take(order[: self.sets.width])
         loads_s = found.loads_s.max(axis=1) if len(found.ends) else np.zeros(0)
         order = np.argsort(loads_s, kind="stable")
-        return found.ends[order], loads_s[order], complete
+        return found.ends[order], loads_s[order], others_s
 
-    def _bound_s(self, found: _Beam) -> Floats:
-        """By cut: no way to go on from it has a smaller largest load."""
+    def _bound_s(self, found: _Beam, stages: int, count: int) -> Floats:
+        """By cut of the first ``stages``: no way to go on from it has a smaller largest load."""
         if not len(found.ends):
             return np.zeros(0)
-        rest_s = self.left_s[found.ends[:, -1]]
+        ends, devices = found.ends[:, -1], len(self.devices)
+        rest_s = self.left_s[ends]
+        if stages < count:
+            rest_s = rest_s + self.cut_s[(stages - 1) % devices][ends] * self.weights[stages % devices]
+        for stage in range(stages, count - 1):
+            position, following = stage % devices, (stage + 1) % devices
+            rest_s = rest_s + self.least_cut_s[position] * (self.weights[position] + self.weights[following])
         bound_s: Floats = np.maximum(found.loads_s.max(axis=1), found.loads_s @ self.weights + rest_s)
         return bound_s
 
@@ -144,16 +218,17 @@ class CuttableLine:
         """By cut: its bound, or the load of devices whose stages are all as long as its longest, or as the rest's."""
         longest_s = self.problem.stages_per_device * found.largest_s
         rest_s = self.left_s[found.ends[:, -1]] * count / max(1, count - stages)
-        uneven_s: Floats = np.maximum(self._bound_s(found), np.maximum(longest_s, rest_s))
+        uneven_s: Floats = np.maximum(self._bound_s(found, stages, count), np.maximum(longest_s, rest_s))
         return uneven_s
 
     def _grown(self, found: _Beam, stage: int, count: int, below_s: float) -> _Beam:
         """Every way to add ``stage`` that may stay below a load."""
-        device, last = stage % len(self.devices), len(self.at) - 1
+        device, last = stage % len(self.devices), len(self.sets.masks) - 1
         starts = found.ends[:, -1] if stage else np.zeros(len(found.ends), np.int64)
         ends = np.array([last]) if stage == count - 1 else np.arange(1, last - (count - 2 - stage))
         rows, columns = np.nonzero(
-            (self.units[ends] > self.units[starts][:, None])
+            self.sets.within(starts, ends)
+            & (self.units[ends] > self.units[starts][:, None])
             & (self.barred[device][ends] == self.barred[device][starts][:, None])
         )
         starts, ends = starts[rows], ends[columns]
@@ -163,14 +238,14 @@ class CuttableLine:
         loads_s = found.loads_s[rows]
         loads_s[:, device] += own_s
         grown = _Beam(np.column_stack([found.ends[rows], ends]), loads_s, np.maximum(found.largest_s[rows], own_s))
-        return grown.take(np.flatnonzero(self._bound_s(grown) <= below_s))
+        return grown.take(np.flatnonzero(self._bound_s(grown, stage + 1, count) <= below_s))
 
 
-def _summed(values: npt.NDArray[np.generic], at: Integers) -> Floats:
-    """By row: the sums of all before each of the positions ``at``."""
+def _summed(values: npt.NDArray[np.generic]) -> Floats:
+    """By row: the sums of none, the first, the first two and so on."""
     sums: Floats = np.zeros((values.shape[0], values.shape[1] + 1))
     np.cumsum(values, axis=1, out=sums[:, 1:])
-    return sums[:, at]
+    return sums
 
 
 def _positions(problem: Problem, blocks: Sequence[int], stages: int) -> Integers:
