@@ -45,6 +45,14 @@ def test_inference_is_bounded_by_the_longest_stage_and_the_way():
     assert 9 < step_bound_s(problem) <= 10
 
 
+def test_the_engine_is_in_every_forward_and_backward():
+    """Two equal halves, eight micro-batches: half a second more for each there and back, nine times."""
+    for backward_s, ways in ((2.0, 2), (0.0, 1)):
+        problem = chain_of([((1.0, 1.0), (backward_s, backward_s))] * 10, microbatches=8)
+        engine = dataclasses.replace(problem, engine_s=(0.5, 0.5))
+        assert step_bound_s(engine) - step_bound_s(problem) == pytest.approx(9 * ways * 0.5, rel=0.1)
+
+
 def test_devices_in_too_many_rows_have_no_bound():
     """Seven devices that all differ."""
     speeds = range(1, 8)

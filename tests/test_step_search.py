@@ -20,7 +20,7 @@ from shardwright.sharder.planning.planner import plan
 from shardwright.sharder.planning.schedules import step_search
 from shardwright.sharder.planning.schedules.simulate import simulate, steps_of
 from shardwright.sharder.planning.schedules.stage_costs import rules_of, stage_costs, stages_anew
-from shardwright.sharder.planning.schedules.step_bound import bound_s
+from shardwright.sharder.planning.schedules.step_bound import bound_s, engine_times
 from shardwright.sharder.planning.schedules.step_search import shortest_step
 from shardwright.sharder.planning.schedules.zero_bubble import divides
 from shardwright.sharder.planning.split_loads import stage_loads
@@ -73,6 +73,9 @@ def tasks(draw):
         problem = dataclasses.replace(
             problem, blocks=tuple(blocks), schedule="zero-bubble", recompute="never", transfers="relayed"
         )
+    if draw(st.booleans()):
+        engine = st.integers(0, 3).map(float)
+        problem = dataclasses.replace(problem, engine_s=tuple(draw(engine) for _ in problem.devices))
     return problem
 
 
@@ -129,7 +132,8 @@ def test_no_step_is_below_its_bound(problem, train):
             if problem.schedule == "zero-bubble":
                 own = [b for v, b in enumerate(problem.blocks) if members >> v & 1]
                 backward_s = sum(min(b.backward_s[device], sum(b.parts_s[device])) for b in own)
-            works.append((cost.forward_s, backward_s))
+            engine_s = engine_times(problem)[device]
+            works.append((cost.forward_s + engine_s[0], backward_s + engine_s[1]))
         assert bound_s(problem, works) <= step_s(problem, stages, train) * (1 + 1e-9)
 
 

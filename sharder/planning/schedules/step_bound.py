@@ -10,12 +10,12 @@ forwards of that stage before its first backward, a step takes at least, for eve
     sum over all r of (f(r) + b(r))  +  (M - 1) f(s)                                                                (3)
 
 Under zero-bubble, whose stages have the gradients of weights left to compute while others' drain, (1) holds without the
-b(r).
+b(r). What the engine takes for each of them is in f and b; transfers are left out.
 
 These are sums over blocks of what each takes on the stage where it is, times a number that hangs on the two stages
-alone. So of every split over a given row of devices
+alone. So of every split over a given row of devices, with E(k) for the engine's part
 
-    step >= max over the bounds k of  sum over blocks v of  A(k, s(v)) * forward(v) + B(k, s(v)) * backward(v)
+    step >= max over the bounds k of  E(k) + sum over blocks v of  A(k, s(v)) * forward(v) + B(k, s(v)) * backward(v)
 
 and for any weights of the bounds with sum 1 no less than the sum over v of the least that a stage makes of the weighed
 mean. Which is the dual of the linear relaxation in which blocks may be divided and nothing is said of order and memory.
@@ -35,7 +35,7 @@ from shardwright.sharder.planning.formulation.device_classes import alike_device
 from shardwright.sharder.planning.problem import Problem, in_flight
 from shardwright.sharder.planning.schedules.zero_bubble import divides
 
-__all__ = ["bound_s", "least_times", "step_bound_s"]
+__all__ = ["bound_s", "engine_times", "least_times", "step_bound_s"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -61,11 +61,19 @@ def least_times(problem: Problem) -> tuple[list[tuple[float, ...]], list[tuple[f
     return forwards, backwards
 
 
+def engine_times(problem: Problem) -> list[tuple[float, float]]:
+    """By device, seconds of the engine for the forward and for the backward of a micro-batch on a stage there."""
+    if not problem.engine_s:
+        return [(0.0, 0.0)] * len(problem.devices)
+    backward = any(any(block.backward_s) for block in problem.blocks)
+    return [(engine_s, engine_s * backward) for engine_s in problem.engine_s]
+
+
 def bound_s(problem: Problem, works: Sequence[tuple[float, float]], rest_s: float = 0.0, more: int = 0) -> float:
     """A step is no shorter whose first stages compute so long, forward and backward of a micro-batch: (1) to (3).
 
     Args:
-        works: of these stages.
+        works: of these stages, with the engine's part.
         rest_s: what all others compute of a micro-batch, at least.
         more: so many others there may be.
     """
@@ -93,11 +101,13 @@ def step_bound_s(problem: Problem) -> float | None:
     rows = [*itertools.islice(_rows(problem), MOST_ROWS + 1)]
     if len(rows) > MOST_ROWS or len(rows) * len(problem.blocks) > MOST_TIMES:
         return None
-    least_s = np.inf
+    engine_s, least_s = np.array(engine_times(problem)), np.inf
     for row in sorted(rows, key=len, reverse=True):
         if np.isfinite(forwards[row]).any(axis=0).all():
             times = np.stack([forwards[row], backwards[row]])
-            least_s = min(least_s, _bound_s(_numbers(problem, len(row)), times, least_s))
+            numbers = _numbers(problem, len(row))
+            own_s = np.einsum("nks,sn->k", numbers, engine_s[row])
+            least_s = min(least_s, _bound_s(numbers, times, own_s, least_s))
     return float(least_s) if np.isfinite(least_s) else None
 
 
@@ -129,12 +139,13 @@ def _numbers(problem: Problem, stages: int) -> Floats:
     return np.stack([np.concatenate(of_forward), np.concatenate(of_backward)])
 
 
-def _bound_s(numbers: Floats, times: Floats, enough_s: float) -> float:
+def _bound_s(numbers: Floats, times: Floats, own_s: Floats, enough_s: float) -> float:
     """The bound of one row of devices; or any that is not below ``enough_s``.
 
     Args:
         numbers: A and B.
         times: forwards and backwards by stage and block.
+        own_s: E.
     """
     blocks, stages = np.arange(times.shape[2]), times.shape[1]
 
@@ -143,7 +154,7 @@ def _bound_s(numbers: Floats, times: Floats, enough_s: float) -> float:
         often = weights @ numbers
         weighed = often[0, :, None] * times[0] + often[1, :, None] * times[1]
         where = weighed.argmin(axis=0)
-        return float(weighed[where, blocks].sum()), where
+        return float(weights @ own_s + weighed[where, blocks].sum()), where
 
     log, total, best_s = np.zeros(numbers.shape[1]), np.zeros(numbers.shape[1]), 0.0
     for number in range(1, ROUNDS + 1):
@@ -157,5 +168,5 @@ def _bound_s(numbers: Floats, times: Floats, enough_s: float) -> float:
         if best_s >= enough_s or not bound_s:
             break
         sums = np.stack([np.bincount(where, own[where, blocks], stages) for own in times])
-        log = log + PACE / number**0.5 * ((numbers[0] @ sums[0] + numbers[1] @ sums[1]) / bound_s - 1)
+        log = log + PACE / number**0.5 * ((own_s + numbers[0] @ sums[0] + numbers[1] @ sums[1]) / bound_s - 1)
     return best_s

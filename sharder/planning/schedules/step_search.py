@@ -25,7 +25,7 @@ from shardwright.sharder.planning.problem import Problem, bits
 from shardwright.sharder.planning.schedules.near_splits import NearSplits
 from shardwright.sharder.planning.schedules.simulate import StageCost, steps_of
 from shardwright.sharder.planning.schedules.stage_costs import rules_of, stage_costs, stages_anew
-from shardwright.sharder.planning.schedules.step_bound import bound_s, least_times
+from shardwright.sharder.planning.schedules.step_bound import bound_s, engine_times, least_times
 from shardwright.sharder.planning.schedules.zero_bubble import divides
 from shardwright.sharder.planning.split_loads import stage_loads
 
@@ -114,6 +114,7 @@ class _StepSearch:
         self._taken: set[Stages] = set()
         self._works: dict[tuple[int, int], tuple[float, float]] = {}
         self.forwards, self.backwards = least_times(problem)
+        self.engine = engine_times(problem)
         self.near = NearSplits(problem)
 
     def starts(self, known: Stepped) -> list[Stepped]:
@@ -201,12 +202,12 @@ class _StepSearch:
         return bound_s(self.problem, [self._work_s(*stage) for stage in stages])
 
     def _work_s(self, device: int, members: int) -> tuple[float, float]:
-        """What a stage computes for a micro-batch, forward and backward."""
+        """What a stage takes for a micro-batch, forward and backward."""
         key = device, members
         if key not in self._works:
-            blocks = [*bits(members)]
+            blocks, own = [*bits(members)], self.engine[device]
             forward_s, backward_s = (sum(each[v][device] for v in blocks) for each in (self.forwards, self.backwards))
-            self._works[key] = forward_s, backward_s
+            self._works[key] = forward_s + own[0], backward_s + own[1]
         return self._works[key]
 
 
@@ -256,9 +257,10 @@ class _AllSplits:
         return self.best.step_s * (1 - SHORTER)
 
     def _work_s(self, device: int, closed: int, larger: int) -> tuple[float, float]:
-        """Forward and backward of what is between two closed sets."""
+        """Forward and backward of a stage of what is between two closed sets."""
         (forwards, backwards, _), (less, fewer, _) = self._sums[larger], self._sums[closed]
-        return forwards[device] - less[device], backwards[device] - fewer[device]
+        own = self.search.engine[device]
+        return forwards[device] - less[device] + own[0], backwards[device] - fewer[device] + own[1]
 
     def _offer(self, stages: Stages, works: tuple[tuple[float, float], ...]) -> None:
         """Have ``stages`` simulated if they may be shorter; ``works`` are those of all but the last."""
