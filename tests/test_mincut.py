@@ -69,7 +69,8 @@ def test_a_least_cut_is_the_lower_hull_of_all_that_may_be(problem, data):
     whole = sum(seconds[0] for seconds in problem.seconds)
     low = data.draw(st.floats(0, whole))
     high = data.draw(st.floats(low, whole))
-    cuts = mincut._LeastCuts(problem, max(whole, 1.0), lambda: False)
+    work = np.array([seconds[0] for seconds in problem.seconds])
+    cuts = mincut.LeastCuts(problem, max(whole, 1.0), lambda: False, work)
     cuts.price = [data.draw(st.sampled_from([0.0, 1.0, 2.0, 5.0])) for _ in problem.crossings]
     found = cuts.least_s(low, high)
     needed = np.array([min(cuts._work(i) for i in closed_sets(problem) if i[v]) for v in range(len(problem.blocks))])

@@ -20,6 +20,7 @@ from shardwright.sharder.planning.wide.afresh import begun_afresh
 from shardwright.sharder.planning.wide.ceilings import NEAR, Narrowed, narrowed
 from shardwright.sharder.planning.wide.lists import Lists
 from shardwright.sharder.planning.wide.mincut import least_transfer_s, transfer_bound_s
+from shardwright.sharder.planning.wide.mixed_cuts import mixed_transfer_bound_s
 from shardwright.sharder.planning.wide.orders import best_of_orders
 from shardwright.sharder.planning.wide.recut import WIDEST, WIDEST_ALIKE, Neighbours
 from shardwright.sharder.planning.wide.room import making_room
@@ -186,9 +187,13 @@ class Incumbent:
 
     def _count_transfers(self, out_of_time: Callable[[], bool]) -> None:
         """Take the bound by what transfers no split avoids."""
-        if not out_of_time():
+        if out_of_time():
+            return
+        if self.problem.times_differ:
+            moved_s = mixed_transfer_bound_s(self.problem, self.lists.weight_of_each, self.value_s, out_of_time)
+        else:
             moved_s = transfer_bound_s(self.problem, self.value_s, out_of_time)
-            self.bound_s = max(self.bound_s, min(self.value_s, moved_s))
+        self.bound_s = max(self.bound_s, min(self.value_s, moved_s))
 
     def _take_moves(
         self,

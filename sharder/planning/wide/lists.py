@@ -82,6 +82,12 @@ class Lists:
         weights = np.maximum(best_weights(self._seconds, counts), least)
         return [float(weight) for weight in weights / (weights @ counts)]
 
+    @property
+    def weight_of_each(self) -> list[float]:
+        """By device, the weight of its class."""
+        found = {d: weight for class_, weight in zip(self.classes, self.weights, strict=True) for d in class_}
+        return [found[d] for d in range(len(found))]
+
     @cached_property
     def _seconds(self) -> Floats:
         return np.array(self._times).reshape(len(self._times), -1)

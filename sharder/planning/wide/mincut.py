@@ -43,7 +43,7 @@ from shardwright.sharder.planning.exact.transfers import by_block, seconds_of
 from shardwright.sharder.planning.problem import Crossing, Problem, bits
 from shardwright.sharder.planning.wide.flow import Network
 
-__all__ = ["least_transfer_s", "transfer_bound_s"]
+__all__ = ["LeastCuts", "least_transfer_s", "transfer_bound_s"]
 
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -66,7 +66,8 @@ def transfer_bound_s(problem: Problem, ceiling_s: float, out_of_time: Callable[[
     """
     if problem.times_differ or not 0 < ceiling_s < math.inf:
         return 0.0
-    cuts = _LeastCuts(problem, ceiling_s, out_of_time)
+    work = np.array([seconds[0] for seconds in problem.seconds])
+    cuts = LeastCuts(problem, ceiling_s, out_of_time, work)
     bounds = [ceiling_s]
     for stages in range(1, problem.most_stages + 1):
         if cuts.whole_s >= ceiling_s * stages:
@@ -76,7 +77,7 @@ def transfer_bound_s(problem: Problem, ceiling_s: float, out_of_time: Callable[[
     return min(bounds) * (1 - 1e-12)
 
 
-def _least_moved_s(problem: Problem, cuts: _LeastCuts, stages: int) -> float:
+def _least_moved_s(problem: Problem, cuts: LeastCuts, stages: int) -> float:
     """Seconds that all transfers between so many stages take at least, infinite where no split is below the ceiling."""
     relayed = problem.transfers == "relayed"
     ends = 1 if problem.overlap else 2  # both ends of a transfer have it in their load, but for one that is beside
@@ -94,20 +95,20 @@ def _least_moved_s(problem: Problem, cuts: _LeastCuts, stages: int) -> float:
     return sum(moved) if relayed else max(moved)
 
 
-class _LeastCuts:
+class LeastCuts:
     """The least transfers over a cut, by the work before it.
 
     Args:
-        problem: its devices are alike.
+        problem: blocks, devices and links.
         ceiling_s: of loads.
         out_of_time: asked now and then.
+        work: of each block.
     """
 
-    def __init__(self, problem: Problem, ceiling_s: float, out_of_time: Callable[[], bool]) -> None:
-        self.problem, self.ceiling_s, self.out_of_time = problem, ceiling_s, out_of_time
-        self.work = np.array([seconds[0] for seconds in problem.seconds])
-        self.whole_s = float(self.work.sum())
-        self.needed, behind = _work_around(problem, self.work)
+    def __init__(self, problem: Problem, ceiling_s: float, out_of_time: Callable[[], bool], work: Floats) -> None:
+        self.problem, self.ceiling_s, self.out_of_time, self.work = problem, ceiling_s, out_of_time, work
+        self.whole_s = float(work.sum())
+        self.needed, behind = _work_around(problem, work)
         self.most_without = self.whole_s - behind
         ends = 1 if problem.overlap else 2
         prices = [least_transfer_s(problem, tensor) / ends for tensor in problem.crossings]
