@@ -38,12 +38,15 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("stages", [1, 2, 3])
 @pytest.mark.parametrize("microbatches", [1, 2, 6, 12])
 def test_a_chain_learns_what_it_did(piped, stages, microbatches):
-    """Outputs, and the gradients of all parameters and of the input, are the plain model's."""
+    """Outputs, and the gradients of all parameters and of the input, are the plain model's.
+
+    To the last bit those of the micro-batches: some processors multiply matrices of a few rows otherwise than large ones.
+    """
     x = torch.randn(BATCH, WIDTH, requires_grad=True)
     model, placed = piped(Chain(), (x.detach(),), stages=stages, microbatches=microbatches)
     assert_same_step(model, placed, (x,))
     with torch.no_grad():
-        assert torch.equal(placed(x), model(x)) or microbatches == BATCH  # a matrix of one row is multiplied otherwise
+        assert torch.equal(placed(x), torch.cat([model(piece) for piece in x.chunk(microbatches)]))
 
 
 def test_several_stages_on_each_device(piped):
