@@ -40,7 +40,7 @@ class Tied(nn.Module):
 def test_a_chain_learns_what_it_did(piped, stages, microbatches):
     """Outputs, and the gradients of all parameters and of the input, are the plain model's.
 
-    To the last bit those of the micro-batches: some processors multiply matrices of a few rows otherwise than large ones.
+    To the last bit those of the micro-batches: some processors multiply matrices of a few rows in another way.
     """
     x = torch.randn(BATCH, WIDTH, requires_grad=True)
     model, placed = piped(Chain(), (x.detach(),), stages=stages, microbatches=microbatches)
