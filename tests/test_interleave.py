@@ -9,6 +9,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Tie as ProfileTie
 from shardwright.reports.plan_report import verdict
 from shardwright.sharder.planning.exact.search import closed_sets
+from shardwright.sharder.planning.formulation.device_classes import alike_devices
 from shardwright.sharder.planning.formulation.memory import Ledger, Step
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.plan import Plan
@@ -153,15 +155,21 @@ def test_graphs_are_split_as_by_brute_force(problem):
     check_against_brute_force(problem)
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(problems())
-def test_the_bound_of_a_wide_graph_is_below_brute_force(problem):
-    """Where a graph has too many closed sets, nothing is promised that is not so."""
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(problems(), st.data())
+def test_what_is_left_out_is_not_forgotten(problem, data):
+    """Where too little is kept, not all orders are tried or the time passes, nothing is promised that is not so."""
+    least = min(every_split(problem), default=math.inf)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interleave, "MOST_CLOSED", 1)
-        least = min(every_split(problem), default=math.inf)
+        patch.setattr(interleave, "MOST_CLOSED", data.draw(st.sampled_from([1, 600, 600, 600])))
+        patch.setattr(interleave, "ORDERS", data.draw(st.sampled_from([1, 3, 24])))
+        patch.setattr(interleave, "CLIMBED", data.draw(st.sampled_from([0, 1, 8])))
+        for width in ("WIDTH", "WIDTH_OF_ALL", "NARROW"):
+            patch.setattr(interleaved_line, width, data.draw(st.sampled_from([1, 3, 10])))
+        left = itertools.count(data.draw(st.sampled_from([-1000, -20, -5, -1, 0])))
+        orders = [list(range(len(problem.devices)))]
         try:
-            found = partition(problem)
+            found = interleave.interleaved(problem, alike_devices(problem), orders, lambda: next(left) >= 0)
         except ShardwrightError:  # none was found, which is not to say that there is none
             return
     if found is None:
@@ -171,6 +179,41 @@ def test_the_bound_of_a_wide_graph_is_below_brute_force(problem):
     assert found.value_s >= least * (1 - 1e-9)
     assert piece_loads(problem, found.stages) is not None
     assert found.exact <= (found.value_s <= least * (1 + 1e-9))
+
+
+def test_splits_that_the_time_was_too_short_for_count_as_they_are_estimated(monkeypatch):
+    """Nothing is looked at, and what is not has the least largest load at most, as its bound."""
+    chain = a_chain([1.0, 2.0, 3.0, 1.0, 2.0, 2.0], 2)
+    monkeypatch.setattr(interleave, "CLIMBED", 0)
+    best = interleave._Best(chain)
+    assert best.cut(interleaved_line.Line(chain, range(6)), (0, 1), lambda: True) <= min(every_split(chain))
+    assert not best.finals
+
+
+def test_ends_are_not_moved_to_and_fro():
+    """Of loads that are equal but for rounding either may be the less, beside the largest of the time."""
+    chain = a_chain([0.0, 2.0, 2e-9, 2.0, 2e-9, 0.0], 2, bytes_=0)
+    cuttable = interleaved_line.Cuttable(interleaved_line.Line(chain, range(6)), (0, 1))
+    looks = itertools.count()
+    found = list(cuttable.climbed(np.array([[1, 2, 4, 6]]), lambda: next(looks) > 1000))
+    assert len(found) == 1
+    assert next(looks) < 10
+
+
+@pytest.mark.filterwarnings("error")
+def test_over_a_link_that_is_not_to_be_used_ends_stay_where_they_are():
+    """Every split of two devices sends over it, and none has a load to compare with."""
+    way, none = (0.0, 4.0), (math.inf, 4.0)
+    chain = dataclasses.replace(a_chain([1.0] * 8, 2), links=((way, none), (way, way)))
+    cuttable = interleaved_line.Cuttable(interleaved_line.Line(chain, range(8)), (0, 1))
+    assert list(cuttable.climbed(np.array([[2, 4, 6, 8]]), lambda: False)) == [cuttable.stages(np.array([2, 4, 6, 8]))]
+
+
+def test_transfers_that_are_not_relayed_are_refused():
+    """The engine relays, and what is counted here is what it does."""
+    chain = dataclasses.replace(a_chain([1.0] * 8, 2), transfers="staged")
+    with pytest.raises(ShardwrightError, match="no split for staged transfers"):
+        partition(chain)
 
 
 def test_a_long_chain_is_split_nearly_evenly(monkeypatch):

@@ -122,11 +122,15 @@ def interleaved(
     Args:
         classes: devices that cannot be told apart.
         device_orders: those to try where there are more than can all be tried.
-        out_of_time: asked before each line but the first, and before each split but the most promising of a line.
+        out_of_time: asked now and then; one order is cut whatever time has passed.
 
     Raises:
-        ShardwrightError: none that fits was found, and not all were looked at.
+        ShardwrightError: none that fits was found, and not all were looked at; or transfers are not relayed.
     """
+    if problem.transfers != "relayed":
+        raise ShardwrightError(
+            f"interleaved stages relay their tensors, as the engine does: no split for {problem.transfers} transfers"
+        )
     chain = all(before >> v & 1 for v, before in enumerate(problem.predecessors[1:]))
     counts, given = possible_devices(problem), list(device_orders)
     best, bounds_s = _Best(problem), _bounds_s(problem, counts, chain)
@@ -220,7 +224,7 @@ class _Best:
         stages = self.problem.stages_per_device * len(devices)
         few: ClosedSets = sets.thinned(stages) if isinstance(sets, Line) else sets
         cuttable = Cuttable(few, devices)
-        ends, estimates_s, others_s = cuttable.beam(self.value_s * (1 + SLACK))
+        ends, estimates_s, others_s = cuttable.beam(self.value_s * (1 + SLACK), out_of_time)
         for number, (row, estimate_s) in enumerate(zip(ends, estimates_s, strict=True)):
             if estimate_s > self.value_s * (1 + SLACK):
                 break
@@ -229,7 +233,7 @@ class _Best:
             self._offer([cuttable.stages(row)])
         left_out = math.isfinite(others_s) or not few.every
         if left_out and len(ends) and isinstance(sets, Line) and isinstance(few, Line):
-            self._offer(Cuttable(sets, devices).climbed(few.at[ends[:CLIMBED]]))
+            self._offer(Cuttable(sets, devices).climbed(few.at[ends[:CLIMBED]], out_of_time))
         return others_s if few.every else 0.0
 
     def _offer(self, found: Iterable[Stages]) -> None:

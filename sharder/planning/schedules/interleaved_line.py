@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,11 +20,17 @@ WIDTH = 2_000
 """Tuples of loads that are kept after each stage along one line."""
 WIDTH_OF_ALL = 8_000
 """And where all closed sets are gone through: what is kept there proves something."""
+NARROW = 32
+"""And once the time has passed."""
+MOST_FOUND = 500_000
+"""Tuples that may grow from those that are kept: where closed sets are many fewer are, but no fewer than on a line."""
 POSITIONS = 160
 """Ends of stages that are looked at along a line; more blocks than that are taken a few at a time."""
 FARTHEST = 16
 """By so many positions at most."""
 POWER = 40
+SMALLER = 1e-9
+"""A sum that is not smaller by this share of it is the same one: rounding must not lead to and fro."""
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -145,7 +151,7 @@ class Cuttable:
             (self.devices[s % count], behind & ~before) for s, (before, behind) in enumerate(itertools.pairwise(masks))
         )
 
-    def climbed(self, cuts: Integers) -> Iterator[Stages]:
+    def climbed(self, cuts: Integers, out_of_time: Callable[[], bool]) -> Iterator[Stages]:
         """Each row of ends, moved one end at a time for as long as the sum of POWERs of the loads gets smaller.
 
         What is cut is a :class:`Line`.
@@ -154,17 +160,17 @@ class Cuttable:
         borders = cuts.shape[1] - 1
         moved = np.repeat(np.arange(borders), len(steps))
         for row in cuts:
-            before, ends = None, row
-            while before is None or (ends != before).any():
-                before = ends
+            ends, smaller = row, True
+            while smaller and not out_of_time():
                 moves = np.tile(ends, (len(moved) + 1, 1))
                 moves[np.arange(len(moved)), moved] += np.tile(steps, borders)
                 power = self._power(moves)
-                ends = moves[power.argmin()] if power.min() < power[-1] else before
+                smaller = power.min() < power[-1] * (1 - SMALLER)
+                ends = moves[power.argmin()] if smaller else ends
             yield self.stages(ends)
 
     def _power(self, cuts: Integers) -> Floats:
-        """By row of ends: the sum of powers of the loads, infinite where a stage cannot be."""
+        """By row of ends: the sum of powers of the loads, infinite where a stage cannot be, or sends over no link."""
         bounds = np.column_stack([np.zeros(len(cuts), np.int64), cuts])
         within = np.asarray((np.diff(bounds, axis=1) > 0).all(axis=1))
         bounds = np.where(within[:, None], bounds, np.linspace(0, bounds[0, -1], bounds.shape[1]).astype(int))
@@ -176,49 +182,56 @@ class Cuttable:
         seconds[:, 1:] += self.cut_s[device[:-1], starts[:, 1:]]
         seconds[:, :-1] += self.cut_s[device[:-1], ends[:, :-1]]
         loads_s = seconds.reshape(len(cuts), -1, len(self.devices)).sum(axis=1)
-        scale_s = loads_s[-1].max() or 1.0  # the last row is that which nothing was moved in
-        power: Floats = np.where(within, ((loads_s / scale_s) ** POWER).sum(axis=1), np.inf)
+        within &= np.isfinite(loads_s).all(axis=1)
+        scale_s = loads_s[-1].max() if within[-1] else 0.0  # the last row is that which nothing was moved in
+        shares = np.minimum(loads_s[within] / (scale_s or 1.0), FARTHEST)
+        power = np.full(len(cuts), np.inf)
+        power[within] = (shares**POWER).sum(axis=1)
         return power
 
-    def beam(self, below_s: float) -> tuple[Integers, Floats, float]:
+    def beam(self, below_s: float, out_of_time: Callable[[], bool]) -> tuple[Integers, Floats, float]:
         """The closed sets of cuts, an estimate of their largest loads, the least first, and what others have at least.
 
         No estimate is too large: ties and transfers beside compute are left out. What is not below ``below_s`` does not
-        count as others.
+        count as others. Once it is ``out_of_time`` few are kept.
         """
         count = len(self.devices) * self.problem.stages_per_device
+        width = min(self.sets.width, max(WIDTH, MOST_FOUND // len(self.sets.masks)))
         found = _Beam(np.zeros((1, 0), np.int64), np.zeros((1, len(self.devices))), np.zeros(1))
         others_s = math.inf
         for stage in range(count):
             found = self._grown(found, stage, count, below_s)
-            if len(found.ends) > self.sets.width:
-                order = np.argpartition(self._uneven_s(found, stage + 1, count), self.sets.width)
-                left_out = found.take(order[self.sets.width :])
-                others_s = min(others_s, float(self._bound_s(left_out, stage + 1, count).min()))
-                found = found.take(order[: self.sets.width])
+            width = NARROW if out_of_time() else width
+            if len(found.ends) > width:
+                order = np.argpartition(self._uneven_s(found, stage + 1, count), width)
+                others_s = min(others_s, self._least_s(found.take(order[width:]), stage + 1, count))
+                found = found.take(order[:width])
         loads_s = found.loads_s.max(axis=1) if len(found.ends) else np.zeros(0)
         order = np.argsort(loads_s, kind="stable")
         return found.ends[order], loads_s[order], others_s
 
-    def _bound_s(self, found: _Beam, stages: int, count: int) -> Floats:
-        """By cut of the first ``stages``: no way to go on from it has a smaller largest load."""
-        if not len(found.ends):
-            return np.zeros(0)
-        ends, devices = found.ends[:, -1], len(self.devices)
-        rest_s = self.left_s[ends]
+    def _least_s(self, found: _Beam, stages: int, count: int) -> float:
+        """No way to go on from any of them has a smaller largest load."""
+        ends = found.ends[:, -1]
+        return float(self._bounds_s(ends, found.loads_s, stages, count).min(initial=math.inf))
+
+    def _bounds_s(self, ends: Integers, loads_s: Floats, stages: int, count: int) -> Floats:
+        """By cut of the first ``stages``, where it ends and its loads: no way to go on has a smaller largest load."""
+        rest_s, devices = self.left_s[ends], len(self.devices)
         if stages < count:
             rest_s = rest_s + self.cut_s[(stages - 1) % devices][ends] * self.weights[stages % devices]
         for stage in range(stages, count - 1):
             position, following = stage % devices, (stage + 1) % devices
             rest_s = rest_s + self.least_cut_s[position] * (self.weights[position] + self.weights[following])
-        bound_s: Floats = np.maximum(found.loads_s.max(axis=1), found.loads_s @ self.weights + rest_s)
-        return bound_s
+        bounds_s: Floats = np.maximum(loads_s.max(axis=1, initial=0.0), loads_s @ self.weights + rest_s)
+        return bounds_s
 
     def _uneven_s(self, found: _Beam, stages: int, count: int) -> Floats:
         """By cut: its bound, or the load of devices whose stages are all as long as its longest, or as the rest's."""
-        longest_s = self.problem.stages_per_device * found.largest_s
-        rest_s = self.left_s[found.ends[:, -1]] * count / max(1, count - stages)
-        uneven_s: Floats = np.maximum(self._bound_s(found, stages, count), np.maximum(longest_s, rest_s))
+        ends, longest_s = found.ends[:, -1], self.problem.stages_per_device * found.largest_s
+        bounds_s = self._bounds_s(ends, found.loads_s, stages, count)
+        rest_s = self.left_s[ends] * count / max(1, count - stages)
+        uneven_s: Floats = np.maximum(bounds_s, np.maximum(longest_s, rest_s))
         return uneven_s
 
     def _grown(self, found: _Beam, stage: int, count: int, below_s: float) -> _Beam:
@@ -237,8 +250,10 @@ class Cuttable:
         own_s = self.work_s[device][ends] - self.work_s[device][starts] + before_s + behind_s
         loads_s = found.loads_s[rows]
         loads_s[:, device] += own_s
-        grown = _Beam(np.column_stack([found.ends[rows], ends]), loads_s, np.maximum(found.largest_s[rows], own_s))
-        return grown.take(np.flatnonzero(self._bound_s(grown, stage + 1, count) <= below_s))
+        kept = np.flatnonzero(self._bounds_s(ends, loads_s, stage + 1, count) <= below_s)
+        rows = rows[kept]
+        cuts = np.column_stack([found.ends[rows], ends[kept]])
+        return _Beam(cuts, loads_s[kept], np.maximum(found.largest_s[rows], own_s[kept]))
 
 
 def _summed(values: npt.NDArray[np.generic]) -> Floats:
