@@ -252,6 +252,32 @@ def test_a_unit_that_changes_its_input_can_be_repeated():
     assert ready.leaves[0].tolist() == [-1.0, 2.0]
 
 
+def test_each_backward_is_given_gradients_of_its_own():
+    """Just written, as those from the unit behind are; and what a backward does to them is not there the next time."""
+    given = []
+
+    class Doubles(torch.autograd.Function):
+        @staticmethod
+        def forward(_ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(_ctx, gradient):
+            given.append(gradient.clone())
+            return gradient.mul_(2.0)
+
+    class Unit(nn.Module):
+        def forward(self, x):
+            return Doubles.apply(x)
+
+    one = subject(Unit(), torch.ones(3, requires_grad=True))
+    for _ in range(3):
+        one.forward(HostStopwatch())
+        one.backward(HostStopwatch())
+    assert len(given) == 3
+    assert all(torch.equal(each, given[0]) for each in given)
+
+
 def test_gradients_are_fresh_or_added_to():
     """The whole batch starts from no gradient; micro-batches add to what is there."""
     fresh, added = nn.Linear(2, 2), nn.Linear(2, 2)
