@@ -10,6 +10,7 @@ import tracemalloc
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_transfers import assignments
 
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.exact.search import closed_sets, simple_bound_s
@@ -65,12 +66,12 @@ class Clock:
 
 
 @st.composite
-def problems(draw):
+def problems(draw, least=1, most=7):
     """Small DAGs over mixed devices, unequal and unusable links, ties, caps that may bind, pins, both schedules.
 
     Stages may be computed anew, or all are.
     """
-    count, devices = draw(st.integers(1, 7)), draw(st.integers(2, 4))
+    count, devices = draw(st.integers(least, most)), draw(st.integers(2, 4))
     time = st.integers(0, 9).map(float)
     times = st.tuples(*[time] * devices)
     size = st.integers(0, 9)
@@ -153,14 +154,10 @@ def ledgers(draw, count, tensors):
 def brute_force(p):
     """The least largest load over every assignment of blocks to an ordered choice of devices, and over every set of
     stages that are computed anew, by the formulas alone."""
-    count, best = len(p.blocks), math.inf
+    best = math.inf
     most = len(p.devices) if p.schedule == "gpipe" else min(len(p.devices), p.microbatches)
     for stages in range(1, most + 1):
-        for stage_of in itertools.product(range(stages), repeat=count):
-            if any(stage_of[u] > stage_of[v] for v in range(count) for u in range(v) if p.predecessors[v] >> u & 1) or {
-                stage_of[v] for v in range(count) if p.blocks[v].units
-            } != set(range(stages)):
-                continue
+        for stage_of in assignments(p, stages):
             for order in itertools.permutations(range(len(p.devices)), stages):
                 for anew in sets_anew(p, stages):
                     value = largest_load(p, stage_of, order, anew)
@@ -216,6 +213,18 @@ def largest_load(p, stage_of, order, anew):
 @given(problems())
 def test_the_split_is_the_best_of_all(problem):
     """On small DAGs the value is that of brute force, proven, and no split is found where none exists."""
+    check_split(problem)
+
+
+@settings(max_examples=20, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(problems(8, 10))
+def test_the_split_of_ten_is_the_best_of_all(problem):
+    """The same of DAGs of up to ten blocks, which have up to a few hundred thousand splits."""
+    check_split(problem)
+
+
+def check_split(problem):
+    """``partition`` finds what brute force does, and proves it."""
     expected = brute_force(problem)
     found = partition(problem)
     if found is None:
