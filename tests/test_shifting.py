@@ -283,39 +283,3 @@ def test_a_run_that_ends_too_large_is_mended(monkeypatch):
     called.clear()
     list(shifted(problem, lambda: (first, 1e-9), 0.0, lambda: False))
     assert called == [("run", 1e-9)]
-
-
-def of_speeds(problem, speeds):
-    """The problem with devices that take a block's seconds over these."""
-    blocks = (dataclasses.replace(b, forward_s=tuple(b.forward_s[0] / s for s in speeds)) for b in problem.blocks)
-    return dataclasses.replace(problem, blocks=tuple(blocks))
-
-
-def test_devices_that_differ_are_exchanged(monkeypatch):
-    """The last blocks may not be on the slow device that has them: no move of a block leads to where it is not."""
-    problem = of_speeds(chain([1.0] * 9 + [8.0], 3), (4.0, 4.0, 1.0))
-    start = ((0, 0b111), (1, 0b111111000), (2, 1 << 9))
-    value_s = max(stage_loads(problem, start))
-    for share, better in ((0.0, False), (1.0, True)):
-        monkeypatch.setattr(shifting, "EXCHANGED", share)
-        annealing, best = Annealing(random.Random(0)), [start, value_s]
-        for stages in shifted(problem, lambda best=best: (best[0], best[1]), 0.0, lambda: False, annealing=annealing):
-            loads = stage_loads(problem, stages)
-            if loads and max(loads) < best[1]:
-                best[:] = stages, max(loads)
-        assert (best[1] < value_s) == better
-
-
-def test_devices_are_exchanged_only_where_pins_allow_it(monkeypatch):
-    """And the blocks of each stage stay together."""
-    monkeypatch.setattr(shifting, "EXCHANGED", 1.0)
-    problem = of_speeds(chain([1.0] * 6, 3), (1.0, 2.0, 3.0))
-    stages = ((0, 0b11), (1, 0b1100), (2, 0b110000))
-    annealing = Annealing(random.Random(0))
-    found = {annealing.exchanged(problem, stages) for _ in range(50)}
-    assert {tuple(device for device, _ in each) for each in found} == {(1, 0, 2), (2, 1, 0), (0, 2, 1)}
-    assert all(tuple(members for _, members in each) == (0b11, 0b1100, 0b110000) for each in found)
-    blocks = (dataclasses.replace(problem.blocks[0], allowed=(True, False, False)), *problem.blocks[1:])
-    pinned = dataclasses.replace(problem, blocks=blocks)
-    found = {annealing.exchanged(pinned, stages) for _ in range(50)}
-    assert found == {stages, ((0, 0b11), (2, 0b1100), (1, 0b110000))}

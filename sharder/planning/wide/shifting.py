@@ -17,8 +17,7 @@ first.
 
 How hot a run has to begin depends on the graph: of 300 blocks at a tenth of what is best for 50, of 3,000 at a
 hundredth. So the first runs begin at heats all over the range, and most of the later ones near those that ended best.
-Where memory is short all of them begin anywhere: then it counts more to come to another split than to end well. Over
-devices that differ some begin with two of them exchanged, since moves of blocks leave their order as it is.
+Where memory is short all of them begin anywhere: then it counts more to come to another split than to end well.
 
 For loads that are sums of work and of what is relayed. Ties are left out, and memory is that of the engine's buffers
 and of all that comes with a block, by the share of it that the stages have at first: who takes a split has to look.
@@ -50,8 +49,6 @@ HOT, LEAST_HOT_IF_TIGHT = (5e-6, 1e-2), 5e-5
 short there is less that a little can do."""
 HOT_FOR_A_BLOCK = 0.4
 """Where blocks are few the heat may be so much of a block's even share of a stage: with less none would ever move."""
-EXCHANGED = 0.5
-"""So many of the runs over devices that differ begin with two of them exchanged."""
 NEAR = 3e-3
 """A run begins where the one before ended if that is so little above the best, else with the best."""
 MENDED, MEND_HEAT, MEND_LENGTH = 4, 3e-5, 0.25
@@ -279,8 +276,7 @@ def shifted(
         stages, value_s = best()
         length = min(2 ** (failures // LONGER), LONGEST)
         failures += length
-        begin = near or stages or start
-        shifts = Shifts(problem, annealing.exchanged(problem, begin) if problem.times_differ else begin)
+        shifts = Shifts(problem, near or stages or start)
         yield from annealing.run(shifts, value_s, out_of_time, length)
         for _ in range(MENDED * shifts.tight):
             shifts = Shifts(problem, shifts.stages(shifts.stage))  # which knows what the stages as they are now take
@@ -321,16 +317,6 @@ class Annealing:
         yield from self._cooled(shifts, below_s, out_of_time, first_power, hot, length)
         if shifts.fits and abs(max(shifts.loads) - begun_s) > SAME * begun_s:  # else it was too cold to change anything
             self.ended = sorted([*self.ended, (max(shifts.loads), hot)])[:NEAR_BEST]
-
-    def exchanged(self, problem: Problem, stages: Stages) -> Stages:
-        """Now and then with the devices of two stages exchanged, if pins allow it: no move of a block does that."""
-        if self.random_.random() >= EXCHANGED:
-            return stages
-        one, other = self.random_.sample(range(len(stages)), 2)
-        changed = list(stages)
-        changed[one], changed[other] = (stages[other][0], stages[one][1]), (stages[one][0], stages[other][1])
-        may = all(problem.blocks[v].allowed[device] for device, members in changed for v in bits(members))
-        return tuple(changed) if may else stages
 
     def mend(self, shifts: Shifts, below_s: float, out_of_time: Callable[[], bool]) -> Iterator[Stages]:
         """A short run without much heat, for a split that does not quite fit."""
