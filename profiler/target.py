@@ -84,7 +84,10 @@ def load_model(maker: Any, spec: str, settings: Mapping[str, Any]) -> nn.Module:
         )
     model = _call(maker, spec, settings)
     if not isinstance(model, nn.Module):
-        raise ShardwrightError(f"{spec} returned a {type(model).__name__}, not an nn.Module")
+        raise ShardwrightError(
+            f"{spec} returned a {type(model).__name__}, not an nn.Module: let it return the model alone, and have its "
+            "inputs from another function (--inputs FILE:FUNCTION)"
+        )
     return model
 
 

@@ -82,7 +82,7 @@ def test_inputs_from_a_function(file):
     [
         ("Missing", {}, r"has no Missing; its models are Model"),
         ("number", {}, "is a int, not a model"),
-        ("no_model", {}, "returned a str, not an nn.Module"),
+        ("no_model", {}, "returned a str, not an nn.Module: let it return the model alone"),
         ("broken", {}, r"broken\(\) failed: ValueError: no weights \(my_nets.py:\d+\)"),
         ("Model", {"settings": {"depth": 2}}, r"Model\(depth=2\) failed: TypeError"),
         ("instance", {"settings": {"width": 2}}, "is an instance; keyword arguments"),
