@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from shardwright.sharder.planning.free.assignment import (
 )
 from shardwright.sharder.planning.free.bounds import bound_s, grain_bound_s
 from shardwright.sharder.planning.free.cpsat import has_ortools, improve_by_cpsat
+from shardwright.sharder.planning.free.least_memory import least_share_freely
 from shardwright.sharder.planning.free.tally import Tally
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import bits
@@ -32,8 +34,8 @@ quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCh
 
 
 @st.composite
-def free_problems(draw, blocks=5, devices=3):
-    p = draw(problems().filter(lambda p: len(p.blocks) <= blocks and len(p.devices) <= devices))
+def free_problems(draw, blocks=5, devices=3, least=1):
+    p = draw(problems(least, max(7, blocks)).filter(lambda p: len(p.blocks) <= blocks and len(p.devices) <= devices))
     p = dataclasses.replace(p, recompute="never")  # only a chain of stages has some that are computed anew
     hosts = ()
     if draw(st.booleans()):
@@ -88,6 +90,54 @@ def brute_force(p):
     return best
 
 
+def every_load(p):
+    """The same of all assignments at once, allowed or not: these, and their loads by device."""
+    count, devices = len(p.blocks), len(p.devices)
+    of = np.stack([np.arange(devices**count) // devices**v % devices for v in range(count)], axis=1).astype(np.int8)
+    on = [[of[:, v] == d for v in range(count)] for d in range(devices)]
+    compute, out, into = (np.zeros((devices, len(of))) for _ in range(3))
+    for d, v in itertools.product(range(devices), range(count)):
+        block = p.blocks[v]
+        compute[d] += on[d][v] * (p.microbatches * (block.forward_s[d] + block.backward_s[d]) + block.update_s[d])
+    for tie, d in itertools.product(p.ties, range(devices)):
+        here = np.stack([on[d][v] for v in bits(tie.users)])
+        compute[d, here.any(axis=0) & ~here.all(axis=0)] += p.sum_s(tie, d)
+    for t in p.crossings:
+        reads = [np.any([on[d][r] for r in bits(t.readers)], axis=0) for d in range(devices)]
+        seen = np.zeros(len(of), bool)
+        for a, b in itertools.permutations(range(devices), 2):
+            sent = on[a][t.producer] & reads[b]
+            if p.transfers == "staged":
+                (a_out, a_in), (b_out, b_in) = p.ways[a], p.ways[b]
+                back = bool(t.backward_bytes)
+                out[a, sent & ~seen] += a_out[0] + t.forward_bytes / a_out[1]
+                into[a, sent & ~seen] += back and a_in[0] + t.backward_bytes / a_in[1]
+                into[b, sent] += b_in[0] + t.forward_bytes / b_in[1]
+                out[b, sent] += back and b_out[0] + t.backward_bytes / b_out[1]
+                seen |= sent
+            else:
+                there = p.links[a][b][0] + t.forward_bytes / p.links[a][b][1]
+                back_s = (p.links[b][a][0] + t.backward_bytes / p.links[b][a][1]) if t.backward_bytes else 0
+                for one, other, seconds in ((out[a], into[b], there), (into[a], out[b], back_s)):
+                    one[sent] += seconds
+                    other[sent] += seconds
+    out, into = p.microbatches * out, p.microbatches * into
+    return of, np.maximum(np.maximum(compute, out), into) if p.overlap else compute + out + into
+
+
+def brute_force_of_many(p):
+    """The least largest load, and the smallest share of a device that is full, of all that are allowed and fit."""
+    of, loads = every_load(p)
+    devices = range(len(p.devices))
+    masks = [((of == d) << np.arange(of.shape[1], dtype=np.int64)).sum(axis=1) for d in devices]
+    peaks = [np.array([peak_bytes(p, mask, d) for mask in range(1 << of.shape[1])]) for d in devices]
+    shares = np.max([peaks[d][masks[d]] / p.caps[d] for d in devices], axis=0)
+    may = np.all([np.array(block.allowed)[of[:, v]] for v, block in enumerate(p.blocks)], axis=0) & (shares <= 1)
+    most = loads.max(axis=0)
+    may_send = may & np.isfinite(most)
+    return most[may].min(initial=math.inf), shares[may_send].min(initial=math.inf)
+
+
 def same(found, value):
     return found == pytest.approx(value, rel=1e-6, abs=1e-9)
 
@@ -105,6 +155,27 @@ def test_branch_and_bound_finds_what_brute_force_finds(p):
         assert found.exact
         assert same(found.value, value)
         assert same(max(load_by_hand(p, found.of, d) for d in range(len(p.devices))), value)
+
+
+@given(free_problems())
+@settings(max_examples=20, deadline=None)
+def test_brute_force_is_the_same_one_by_one_and_all_at_once(p):
+    """Which is how ten blocks can be gone through."""
+    assert same(brute_force_of_many(p)[0], brute_force(p))
+
+
+@needs_ortools
+@settings(max_examples=8, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(free_problems(blocks=10, devices=4, least=8))
+def test_assignments_of_ten_are_the_best_of_all(p):
+    """Up to ten blocks on four devices, a million assignments: the least largest load, and the least full memory."""
+    load_s, share = brute_force_of_many(p)
+    for found, value in ((assign(p, Budget(120)), load_s), (least_share_freely(p, Budget(120)), share)):
+        if found is None:
+            assert math.isinf(value)
+        else:
+            assert found.bound <= found.value
+            assert same(found.value, value)
 
 
 @needs_ortools

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_assignment import free_problems
 from test_partition import chain, problems
+from test_transfers import assignments
 
 from shardwright.sharder.planning.free import least_memory
 from shardwright.sharder.planning.free.assignment import Best, Budget, loads_of, masks_of, peak_bytes
@@ -35,11 +36,7 @@ def contiguous_brute_force(p):
     count, best = len(p.blocks), math.inf
     for parts in range(1, p.most_stages + 1):
         for devices in itertools.permutations(range(len(p.devices)), parts):
-            for of in itertools.product(range(parts), repeat=count):
-                if set(of) != set(range(parts)):
-                    continue
-                if any(of[u] > of[v] for v in range(count) for u in range(count) if p.predecessors[v] >> u & 1):
-                    continue
+            for of in assignments(p, parts):
                 stages = tuple((d, sum(1 << v for v in range(count) if of[v] == s)) for s, d in enumerate(devices))
                 loads = stage_loads(p, stages)
                 if loads is not None and not any(map(math.isinf, loads)):
@@ -61,6 +58,18 @@ def free_brute_force(p):
 @given(problems().filter(lambda p: len(p.blocks) <= 5 and len(p.devices) <= 3))
 def test_the_contiguous_share_is_that_of_brute_force(p):
     """Proven, over pins, ties, both schedules and links that are not to be used."""
+    check_contiguous(p)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(problems(8, 10))
+def test_the_contiguous_share_of_ten_is_that_of_brute_force(p):
+    """Likewise of up to ten blocks on four devices."""
+    check_contiguous(p)
+
+
+def check_contiguous(p):
+    """The least share is that of brute force, and proven."""
     found, value = least_share(p, Budget(60)), contiguous_brute_force(p)
     if found is None:
         assert math.isinf(value)
