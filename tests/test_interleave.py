@@ -24,7 +24,7 @@ from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.planning.planner import plan
 from shardwright.sharder.planning.problem import Block, Crossing, Problem, Tie, bits
-from shardwright.sharder.planning.schedules import interleave, interleaved_line
+from shardwright.sharder.planning.schedules import interleave, interleaved_cuts
 from shardwright.sharder.planning.schedules.foreseen import costs_of, timeline_of
 from shardwright.sharder.planning.schedules.interleave import device_loads, piece_loads, possible_devices
 from shardwright.sharder.planning.schedules.interleaved_memory import device_peaks
@@ -165,7 +165,7 @@ def test_what_is_left_out_is_not_forgotten(problem, data):
         patch.setattr(interleave, "ORDERS", data.draw(st.sampled_from([1, 3, 24])))
         patch.setattr(interleave, "CLIMBED", data.draw(st.sampled_from([0, 1, 8])))
         for width in ("WIDTH", "WIDTH_OF_ALL", "NARROW"):
-            patch.setattr(interleaved_line, width, data.draw(st.sampled_from([1, 3, 10])))
+            patch.setattr(interleaved_cuts, width, data.draw(st.sampled_from([1, 3, 10])))
         left = itertools.count(data.draw(st.sampled_from([-1000, -20, -5, -1, 0])))
         orders = [list(range(len(problem.devices)))]
         try:
@@ -186,14 +186,14 @@ def test_splits_that_the_time_was_too_short_for_count_as_they_are_estimated(monk
     chain = a_chain([1.0, 2.0, 3.0, 1.0, 2.0, 2.0], 2)
     monkeypatch.setattr(interleave, "CLIMBED", 0)
     best = interleave._Best(chain)
-    assert best.cut(interleaved_line.Line(chain, range(6)), (0, 1), lambda: True) <= min(every_split(chain))
+    assert best.cut(interleaved_cuts.Line(chain, range(6)), (0, 1), lambda: True) <= min(every_split(chain))
     assert not best.finals
 
 
 def test_ends_are_not_moved_to_and_fro():
     """Of loads that are equal but for rounding either may be the less, beside the largest of the time."""
     chain = a_chain([0.0, 2.0, 2e-9, 2.0, 2e-9, 0.0], 2, bytes_=0)
-    cuttable = interleaved_line.Cuttable(interleaved_line.Line(chain, range(6)), (0, 1))
+    cuttable = interleaved_cuts.Cuttable(interleaved_cuts.Line(chain, range(6)), (0, 1))
     looks = itertools.count()
     found = list(cuttable.climbed(np.array([[1, 2, 4, 6]]), lambda: next(looks) > 1000))
     assert len(found) == 1
@@ -205,7 +205,7 @@ def test_over_a_link_that_is_not_to_be_used_ends_stay_where_they_are():
     """Every split of two devices sends over it, and none has a load to compare with."""
     way, none = (0.0, 4.0), (math.inf, 4.0)
     chain = dataclasses.replace(a_chain([1.0] * 8, 2), links=((way, none), (way, way)))
-    cuttable = interleaved_line.Cuttable(interleaved_line.Line(chain, range(8)), (0, 1))
+    cuttable = interleaved_cuts.Cuttable(interleaved_cuts.Line(chain, range(8)), (0, 1))
     assert list(cuttable.climbed(np.array([[2, 4, 6, 8]]), lambda: False)) == [cuttable.stages(np.array([2, 4, 6, 8]))]
 
 
@@ -219,7 +219,7 @@ def test_transfers_that_are_not_relayed_are_refused():
 def test_a_long_chain_is_split_nearly_evenly(monkeypatch):
     """Where not all can be looked at, ends that are moved one at a time bring the rest."""
     times = [1 + (7 * v % 11) / 10 for v in range(300)]
-    monkeypatch.setattr(interleaved_line, "WIDTH", 200)
+    monkeypatch.setattr(interleaved_cuts, "WIDTH", 200)
     found = partition(a_chain(times, 4, microbatches=8, rate=1e9))
     assert found is not None
     assert not found.exact

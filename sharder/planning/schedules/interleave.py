@@ -17,10 +17,10 @@ with weights w of sum 1, as in search.py, each block where w(d) seconds is least
 there is between its two devices. It is promising if that is small, and so are v times its longest stage and v times the
 mean of the stages to come, since stages of equal length fill a pipeline soonest.
 
-All closed sets are gone through where there are up to MOST_CLOSED, as of a chain there always are; else some orders of
-the blocks are, a line of closed sets each. Of all closed sets, and all orders of the devices, the result is the optimum
-where nothing had to be left out, and no split is below the least bound of what was. Else the bound is that of work
-shared freely: for some number k of devices, with x the cheapest cut of a chain,
+All closed sets are gone through where there are up to MOST_CLOSED, and of a chain those at up to POSITIONS; else some
+orders of the blocks are, a line of closed sets each. Of all closed sets, and all orders of the devices, the result is
+the optimum where nothing had to be left out, and no split is below the least bound of what was. Else the bound is that
+of work shared freely: for some number k of devices, with x the cheapest cut of a chain,
 
     load >= max( sum over v of w seconds,  (all work where it is fastest + 2 (v k - 1) x) / k,  the largest block )
 
@@ -39,7 +39,7 @@ from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.exact.search import ROUNDING, Stages, closed_sets, simple_bound_s
 from shardwright.sharder.planning.exact.transfers import Traffic, load_s, traffic_of
 from shardwright.sharder.planning.problem import Problem, bits
-from shardwright.sharder.planning.schedules.interleaved_line import ClosedSets, Cuttable, Line
+from shardwright.sharder.planning.schedules.interleaved_cuts import ClosedSets, Cuttable, Line
 from shardwright.sharder.planning.schedules.interleaved_memory import device_peaks
 from shardwright.sharder.planning.schedules.simulate import simulate
 from shardwright.sharder.planning.schedules.stage_costs import shares_of, stage_costs, ties_s_of
@@ -55,7 +55,7 @@ ORDERS = 24
 """Orders of devices: all of up to four."""
 SLACK = 0.01
 MOST_CLOSED = 600
-"""Closed sets that are cut at all at once, where there are no more of them."""
+"""A graph with so many closed sets at most is cut at any of them."""
 PLAYED = 24
 """Splits that are simulated, of those that are nearly the best."""
 
@@ -222,7 +222,7 @@ class _Best:
         What could not be better is not counted.
         """
         stages = self.problem.stages_per_device * len(devices)
-        few: ClosedSets = sets.thinned(stages) if isinstance(sets, Line) else sets
+        few = sets.thinned(stages)
         cuttable = Cuttable(few, devices)
         ends, estimates_s, others_s = cuttable.beam(self.value_s * (1 + SLACK), out_of_time)
         for number, (row, estimate_s) in enumerate(zip(ends, estimates_s, strict=True)):
@@ -232,7 +232,7 @@ class _Best:
                 return min(others_s, float(estimate_s))
             self._offer([cuttable.stages(row)])
         left_out = math.isfinite(others_s) or not few.every
-        if left_out and len(ends) and isinstance(sets, Line) and isinstance(few, Line):
+        if left_out and len(ends) and isinstance(few, Line):
             self._offer(Cuttable(sets, devices).climbed(few.at[ends[:CLIMBED]], out_of_time))
         return others_s if few.every else 0.0
 

@@ -79,11 +79,12 @@ class _DeviceSets:
     ) -> None:
         self.weights, self.ceiling_s, self.out_of_time = np.array(weights) / sum(weights), ceiling_s, out_of_time
         self.devices = range(len(weights))
-        self.least = np.min(np.where(_allowed(problem), np.array(problem.seconds), np.inf) * self.weights, axis=1)
-        self.whole_s = float(self.least.sum())
-        self.cuts = LeastCuts(problem, ceiling_s, out_of_time, self.least)
+        allowed = np.array([block.allowed for block in problem.blocks], bool)
+        least = np.min(np.where(allowed, np.array(problem.seconds), np.inf) * self.weights, axis=1)
+        self.whole_s = float(least.sum())
+        self.cuts = LeastCuts(problem, ceiling_s, out_of_time, least)
         numbers = np.arange(1 << len(weights))
-        self.weight = sum(((numbers >> d & 1) * w for d, w in enumerate(self.weights)), np.zeros(len(numbers)))
+        self.set_weights = sum(((numbers >> d & 1) * w for d, w in enumerate(self.weights)), np.zeros(len(numbers)))
         self.sizes = np.array([number.bit_count() for number in numbers.tolist()])
         self.most_stages = problem.most_stages
         self.by_size = [np.flatnonzero(self.sizes == size) for size in range(len(weights) + 1)]
@@ -94,11 +95,11 @@ class _DeviceSets:
     def _grouped(self) -> list[Integers]:
         """The sets that a cut may be behind, in groups of nearly the same weight."""
         inner = np.flatnonzero((self.sizes > 0) & (self.sizes < len(self.weights)))
-        values = np.unique(np.round(self.weight[inner], 12))
+        values = np.unique(np.round(self.set_weights[inner], 12))
         if len(values) > GROUPS:
-            slots = ((self.weight[inner] - values[0]) / (values[-1] - values[0]) * (GROUPS - 1)).astype(int)
+            slots = ((self.set_weights[inner] - values[0]) / (values[-1] - values[0]) * (GROUPS - 1)).astype(int)
         else:
-            slots = np.searchsorted(values, np.round(self.weight[inner], 12))
+            slots = np.searchsorted(values, np.round(self.set_weights[inner], 12))
         return [inner[slots == slot] for slot in np.unique(slots)]
 
     def bound_s(self) -> float:
@@ -111,12 +112,12 @@ class _DeviceSets:
             may = (self.sizes[whole] <= self.most_stages) & np.isfinite(paid_s[before])
             if may.any():
                 sums = self.whole_s + paid_s[before[may]] + self.weights[k] * self.cut_s[before[may]]
-                least_s = min(least_s, float((sums / self.weight[whole[may]]).min()))
+                least_s = min(least_s, float((sums / self.set_weights[whole[may]]).min()))
         return least_s
 
     def narrow(self) -> None:
         """Find the cuts once more, in the room that is left by what was found of the others."""
-        room_s = self.ceiling_s * self.weight - self._paid_s()
+        room_s = self.ceiling_s * self.set_weights - self._paid_s()
         left_s = self._left_s()
         for group in self.groups:
             possible = group[room_s[group] + left_s[group] >= self.whole_s * (1 - 1e-9)]
@@ -126,11 +127,11 @@ class _DeviceSets:
                 self.cut_s[possible] = np.maximum(self.cut_s[possible], least_s)
 
     def _without(self, device: int) -> Integers:
-        return np.flatnonzero(~np.arange(len(self.weight)) >> device & 1)
+        return np.flatnonzero(~np.arange(len(self.set_weights)) >> device & 1)
 
     def _paid_s(self) -> Floats:
         """By set: f, what the stages on it pay at least."""
-        paid_s = np.full(len(self.weight), np.inf)
+        paid_s = np.full(len(self.set_weights), np.inf)
         paid_s[0] = 0.0
         for sets in self.by_size[1:]:
             for k in self.devices:
@@ -142,7 +143,7 @@ class _DeviceSets:
 
     def _left_s(self) -> Floats:
         """By set: r, the most work that may be behind it."""
-        left_s = np.full(len(self.weight), -np.inf)
+        left_s = np.full(len(self.set_weights), -np.inf)
         for sets in reversed(self.by_size[:-1]):
             for k in self.devices:
                 without = sets[sets >> k & 1 == 0]
@@ -151,7 +152,3 @@ class _DeviceSets:
                 own_s = self.weights[k] * (self.ceiling_s - self.cut_s[without])
                 left_s[without] = np.maximum(left_s[without], own_s + more_s)
         return left_s
-
-
-def _allowed(problem: Problem) -> npt.NDArray[np.bool_]:
-    return np.array([block.allowed for block in problem.blocks], bool)

@@ -29,6 +29,8 @@ POSITIONS = 160
 FARTHEST = 16
 """By so many positions at most."""
 POWER = 40
+TOO_MUCH = 16.0
+"""Loads that are so many times the largest are all the same: higher powers are no numbers."""
 SMALLER = 1e-9
 """A sum that is not smaller by this share of it is the same one: rounding must not lead to and fro."""
 
@@ -62,6 +64,10 @@ class ClosedSets:
     def __init__(self, problem: Problem, masks: Sequence[int], *, every: bool) -> None:
         self.problem, self.masks, self.every = problem, masks, every
         self.width = WIDTH_OF_ALL if every else WIDTH
+
+    def thinned(self, _stages: int, /) -> ClosedSets:
+        """Those at which so many stages are cut: all of them, but for a long line."""
+        return self
 
     @cached_property
     def crossing(self) -> list[list[Crossing]]:
@@ -101,7 +107,7 @@ class Line(ClosedSets):
         chain = all(before >> v & 1 for v, before in enumerate(problem.predecessors[1:]))
         super().__init__(problem, [masks[at] for at in self.at], every=chain and len(self.at) == len(masks))
 
-    def thinned(self, stages: int) -> Line:
+    def thinned(self, stages: int, /) -> Line:
         """The line to be cut at POSITIONS places at most, or more if there are many ``stages``."""
         return Line(self.problem, self.blocks, _positions(self.problem, self.blocks, stages))
 
@@ -184,7 +190,7 @@ class Cuttable:
         loads_s = seconds.reshape(len(cuts), -1, len(self.devices)).sum(axis=1)
         within &= np.isfinite(loads_s).all(axis=1)
         scale_s = loads_s[-1].max() if within[-1] else 0.0  # the last row is that which nothing was moved in
-        shares = np.minimum(loads_s[within] / (scale_s or 1.0), FARTHEST)
+        shares = np.minimum(loads_s[within] / (scale_s or 1.0), TOO_MUCH)
         power = np.full(len(cuts), np.inf)
         power[within] = (shares**POWER).sum(axis=1)
         return power
