@@ -35,8 +35,8 @@ import shardwright as sw
 from shardwright.profiler.cache import FOLDER_VARIABLE
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-MODELS = "bert,gpt2,llama,t5,vit,resnet,hand_resnet,hand_mixer,hand_unet,x_decoder"
-SAMPLES, WIDTH, TOKENS = 32, 256, 48
+MODELS = "bert,gpt2,llama,t5,vit,resnet,hand_resnet,hand_unet,x_decoder"
+SAMPLES, WIDTH, CHANNELS, TOKENS = 128, 256, 4, 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ def made(name: str, samples: int = SAMPLES) -> tuple[nn.Module, tuple[Any, ...],
 
     cloudpickle.register_pickle_by_value(zoo)  # the workers cannot import it
     # Each sample is padded: where a micro-batch has no padding, forwards go another way than with the whole batch.
-    zoo.resize(samples, width=WIDTH, tokens=TOKENS, padded="each")
+    zoo.resize(samples, width=WIDTH, channels=CHANNELS, tokens=TOKENS, padded="each")
     torch.manual_seed(0)
     return zoo.ZOO[name].make()
 

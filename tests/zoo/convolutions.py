@@ -32,11 +32,12 @@ class ResidualBlock(nn.Module):
 
 
 class HandResNet(nn.Module):
-    def __init__(self, widths=(16, 32, 48)):
+    def __init__(self, widths):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+        stem = widths[0]
+        self.stem = nn.Sequential(nn.Conv2d(3, stem, 3, 1, 1), nn.BatchNorm2d(stem), nn.ReLU(inplace=True))
         self.layers = nn.Sequential()
-        for inside, out in pairwise((16, *widths)):
+        for inside, out in pairwise((stem, *widths)):
             self.layers.append(nn.Sequential(ResidualBlock(inside, out, 2), ResidualBlock(out, out, 1)))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(widths[-1], 10)
@@ -47,7 +48,7 @@ class HandResNet(nn.Module):
 
 @entry("torch")
 def hand_resnet():
-    return HandResNet(), (image(),), {}
+    return HandResNet([width * sizes.CHANNELS for width in (16, 32, 48)]), (image(),), {}
 
 
 class InvertedResidual(nn.Module):
@@ -91,7 +92,7 @@ def _double_conv(inside, out):
 class PoppedUNet(nn.Module):
     """Skips are kept in a list on the way down and popped on the way up."""
 
-    def __init__(self, widths=(8, 16, 32)):
+    def __init__(self, widths):
         super().__init__()
         self.down = nn.ModuleList(_double_conv(i, o) for i, o in pairwise((3, *widths)))
         self.pool = nn.MaxPool2d(2)
@@ -116,7 +117,7 @@ class PoppedUNet(nn.Module):
 
 @entry("torch")
 def hand_unet():
-    return PoppedUNet(), (image(),), {}
+    return PoppedUNet([width * sizes.CHANNELS for width in (8, 16, 32)]), (image(),), {}
 
 
 class WaveLayer(nn.Module):

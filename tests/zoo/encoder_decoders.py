@@ -11,8 +11,9 @@ def t5():
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, decoder_start_token_id=0
-    )
+        vocab_size=VOCAB, d_model=SEQ2SEQ["d_model"], d_kv=SEQ2SEQ["d_model"] // 4, d_ff=SEQ2SEQ["encoder_ffn_dim"],
+        num_layers=3, num_heads=4, decoder_start_token_id=0,
+    )  # fmt: skip
     kwargs = {"input_ids": token_ids(), "attention_mask": padding_mask(), "labels": token_ids(8)}
     return T5ForConditionalGeneration(config), (), kwargs
 

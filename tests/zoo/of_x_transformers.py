@@ -13,7 +13,7 @@ from zoo.sizes import VOCAB, image, padding_mask, token_ids
 def x_decoder():
     from x_transformers import Decoder, TransformerWrapper
 
-    layers = Decoder(dim=32, depth=4, heads=4, attn_dim_head=8, rotary_pos_emb=True)
+    layers = Decoder(dim=sizes.WIDTH, depth=4, heads=4, attn_dim_head=sizes.WIDTH // 4, rotary_pos_emb=True)
     return TransformerWrapper(num_tokens=VOCAB, max_seq_len=32, attn_layers=layers), (token_ids(),), {}
 
 

@@ -7,6 +7,10 @@ import torch
 BATCH = 2
 """Samples; makers look it up when they are called, as :func:`resize` may have changed it."""
 TOKENS = 12
+WIDTH = 32
+"""Of the hidden state of transformers."""
+CHANNELS = 1
+"""How many times the channels of the networks of convolutions that have some of their own."""
 VOCAB = 128
 _padded = "last"
 
@@ -27,19 +31,30 @@ SEQ2SEQ = {
 SPEECH = {**SIZE, "vocab_size": 32, "conv_dim": (16, 16, 16), "conv_stride": (5, 2, 2), "conv_kernel": (10, 3, 3)}
 
 
-def resize(batch: int | None = None, *, width: int | None = None, tokens: int | None = None, padded: str = "") -> None:
+def resize(
+    batch: int | None = None,
+    *,
+    width: int | None = None,
+    channels: int | None = None,
+    tokens: int | None = None,
+    padded: str = "",
+) -> None:
     """Have makers that are called from now on give other sizes, for benchmarks.
 
     Args:
         batch: samples.
-        width: of the hidden state of transformers, with feed-forward layers four times as wide.
+        width: of the hidden state of transformers, with feed-forward layers four times as wide, where a maker has no
+            width of its own.
+        channels: how many times the channels of convolutions, where a maker looks it up (the models of
+            benchmarks/pipeline.py do).
         tokens: of a text, where a maker does not need a length of its own.
         padded: ``"last"``: the last sample alone is padded, by a quarter; ``"each"``: every one, by a token.
     """
-    global BATCH, TOKENS, _padded
+    global BATCH, TOKENS, WIDTH, CHANNELS, _padded
     if padded not in ("", "last", "each"):
         raise ValueError(f'padded={padded!r}; it is "last" or "each"')
     BATCH, TOKENS, _padded = batch or BATCH, tokens or TOKENS, padded or _padded
+    WIDTH, CHANNELS = width or WIDTH, channels or CHANNELS
     if width:
         for sizes in (SIZE, TEXT, GROUPED, VISION):
             sizes.update(hidden_size=width, intermediate_size=4 * width)

@@ -14,7 +14,7 @@ def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     ids = token_ids()
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=4, n_head=4))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=sizes.WIDTH, n_layer=4, n_head=4))
     return model, (), {"input_ids": ids, "labels": ids}
 
 

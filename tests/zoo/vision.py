@@ -75,7 +75,8 @@ def convnext():
 def resnet():
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 48, 64], depths=[2, 2, 2, 2], layer_type="basic")
+    widths = [16 * sizes.CHANNELS, 32 * sizes.CHANNELS, 48 * sizes.CHANNELS, 64 * sizes.CHANNELS]
+    config = ResNetConfig(embedding_size=widths[0], hidden_sizes=widths, depths=[2, 2, 2, 2], layer_type="basic")
     return ResNetForImageClassification(config), (image(64),), {}
 
 
