@@ -36,7 +36,9 @@ from shardwright.profiler.cache import FOLDER_VARIABLE
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 MODELS = "bert,gpt2,llama,t5,vit,resnet,hand_resnet,hand_unet,x_decoder"
-SAMPLES, WIDTH, CHANNELS, TOKENS = 128, 256, 4, 48
+SAMPLES = {"vit": 512, "resnet": 256, "hand_resnet": 256, "hand_unet": 256}
+"""In a batch, so that one device takes a second or two for a step in training; of others MANY."""
+MANY, WIDTH, CHANNELS, TOKENS = 128, 256, 4, 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +51,13 @@ class Case:
     microbatches: int
 
 
-def made(name: str, samples: int = SAMPLES) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """A model of the zoo, wider, with more samples."""
+def made(name: str, samples: int = 0) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """A model of the zoo, wider, with more samples: so many, or its own number."""
     import zoo
 
     cloudpickle.register_pickle_by_value(zoo)  # the workers cannot import it
     # Each sample is padded: where a micro-batch has no padding, forwards go another way than with the whole batch.
-    zoo.resize(samples, width=WIDTH, channels=CHANNELS, tokens=TOKENS, padded="each")
+    zoo.resize(samples or SAMPLES.get(name, MANY), width=WIDTH, channels=CHANNELS, tokens=TOKENS, padded="each")
     torch.manual_seed(0)
     return zoo.ZOO[name].make()
 
@@ -156,7 +158,7 @@ def main() -> None:
     parser.add_argument("--modes", default="train,infer")
     parser.add_argument("--devices", default="cpu:0,cpu:1")
     parser.add_argument("--steps", type=int, default=11)
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="in a batch")
+    parser.add_argument("--samples", type=int, default=0, help="in a batch; otherwise each model has its own number")
     parser.add_argument("--one-stage", action="store_true", help="on the first device alone, whole batches")
     options = parser.parse_args()
     os.environ[FOLDER_VARIABLE] = tempfile.mkdtemp()

@@ -125,15 +125,20 @@ def every_load(p):
     return of, np.maximum(np.maximum(compute, out), into) if p.overlap else compute + out + into
 
 
-def brute_force_of_many(p):
-    """The least largest load, and the smallest share of a device that is full, of all that are allowed and fit."""
+def every_assignment(p):
+    """These, their loads by device, the part of the fullest device's memory that they take, and whether pins allow."""
     of, loads = every_load(p)
     devices = range(len(p.devices))
     masks = [((of == d) << np.arange(of.shape[1], dtype=np.int64)).sum(axis=1) for d in devices]
     peaks = [np.array([peak_bytes(p, mask, d) for mask in range(1 << of.shape[1])]) for d in devices]
     shares = np.max([peaks[d][masks[d]] / p.caps[d] for d in devices], axis=0)
-    may = np.all([np.array(block.allowed)[of[:, v]] for v, block in enumerate(p.blocks)], axis=0) & (shares <= 1)
-    most = loads.max(axis=0)
+    return of, loads, shares, np.all([np.array(block.allowed)[of[:, v]] for v, block in enumerate(p.blocks)], axis=0)
+
+
+def brute_force_of_many(p):
+    """The least largest load, and the smallest share of a device that is full, of all that are allowed and fit."""
+    _, loads, shares, may = every_assignment(p)
+    may, most = may & (shares <= 1), loads.max(axis=0)
     may_send = may & np.isfinite(most)
     return most[may].min(initial=math.inf), shares[may_send].min(initial=math.inf)
 

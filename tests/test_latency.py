@@ -6,10 +6,11 @@ import dataclasses
 import itertools
 import math
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_assignment import free_problems
+from test_assignment import every_assignment, free_problems
 from test_partition import antichain, chain
 
 from shardwright.sharder.planning.free import fastest as fastest_module
@@ -23,12 +24,13 @@ needs_ortools = pytest.mark.skipif(not has_ortools(), reason="OR-tools is an ext
 quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def orders(count, before):
+def orders(count, before, done=()):
     """All orders that obey ``before``, pairs of an earlier and a later block."""
-    for order in itertools.permutations(range(count)):
-        place = {v: i for i, v in enumerate(order)}
-        if all(place[u] < place[v] for u, v in before):
-            yield order
+    if len(done) == count:
+        yield done
+    for v in range(count):
+        if v not in done and all(u in done for u, w in before if w == v):
+            yield from orders(count, before, (*done, v))
 
 
 def crossing_s(p, size, a, b):
@@ -52,12 +54,18 @@ def ends_of(p, of, order, seconds, waits, begin):
     return end
 
 
+def waits_of(p):
+    """What waits for what, forward and backward: source, target, and the bytes between them or None."""
+    ahead = [(u, v, None) for v in range(len(p.blocks)) for u in bits(p.predecessors[v])]
+    ahead += [(t.producer, r, t.forward_bytes) for t in p.crossings for r in bits(t.readers)]
+    back = [(r, t.producer, t.backward_bytes) for t in p.crossings for r in bits(t.readers) if t.backward_bytes]
+    return ahead, back
+
+
 def brute_force(p):
     p = dataclasses.replace(p, microbatches=1)
     count, best = len(p.blocks), math.inf
-    ahead = [(u, v, None) for v in range(count) for u in bits(p.predecessors[v])]
-    ahead += [(t.producer, r, t.forward_bytes) for t in p.crossings for r in bits(t.readers)]
-    back = [(r, t.producer, t.backward_bytes) for t in p.crossings for r in bits(t.readers) if t.backward_bytes]
+    ahead, back = waits_of(p)
     for of in itertools.product(range(len(p.devices)), repeat=count):
         masks = masks_of(of, len(p.devices))
         if not all(p.blocks[v].allowed[d] for v, d in enumerate(of)):
@@ -82,8 +90,80 @@ def brute_force(p):
     return best
 
 
+def every_end(p, of, order, seconds, waits, begin):
+    """What :func:`ends_of` says, of many assignments at once: ends by block and assignment."""
+    devices, lanes = len(p.devices), np.arange(len(of))
+    end, free = np.zeros((of.shape[1], len(of))), np.tile(begin, (devices, 1))
+    for v in order:
+        start = free[of[:, v], lanes]
+        for u, _, size in (wait for wait in waits if wait[1] == v):
+            between = [
+                [0.0 if size is None else crossing_s(p, size, a, b) for b in range(devices)] for a in range(devices)
+            ]
+            start = np.maximum(start, end[u] + np.array(between)[of[:, u], of[:, v]])
+        free[of[:, v], lanes] = end[v] = start + np.array(seconds[v])[of[:, v]]
+    return end
+
+
+def brute_force_of_many(p):
+    """The least finishing time over all orders, each for all assignments at once."""
+    p = dataclasses.replace(p, microbatches=1)
+    count, devices = len(p.blocks), range(len(p.devices))
+    of, _, shares, may = every_assignment(p)
+    of = of[may & (shares <= 1)]
+    on = [of == d for d in devices]
+    ahead, back = waits_of(p)
+    begin = np.zeros(len(of))
+    turn = np.full(len(of), math.inf)
+    for order in orders(count, [(u, v) for u, v, _ in ahead]):
+        end = every_end(p, of, order, [b.forward_s for b in p.blocks], ahead, begin)
+        turn = np.minimum(turn, end.max(axis=0))
+    best = math.inf
+    for order in orders(count, [(u, v) for u, v, _ in back]):
+        end, last = every_end(p, of, order, [b.backward_s for b in p.blocks], back, turn), np.zeros(len(of))
+        for d in devices:
+            waits = np.where(on[d].T, end, 0.0).max(axis=0)
+            work = on[d] @ np.array([b.update_s[d] for b in p.blocks])
+            for tie in (tie for tie in p.ties if tie.gradient_bytes):
+                users = [*bits(tie.users)]
+                held = on[d][:, users].any(axis=1) & ~on[d][:, users].all(axis=1)
+                waits = np.where(held, np.maximum(waits, end[users].max(axis=0)), waits)
+                work += np.where(held, p.sum_s(tie, d), 0.0)
+            last = np.maximum(last, np.where(on[d].any(axis=1), waits + work, 0.0))
+        best = min(best, last.min(initial=math.inf))
+    return best
+
+
 def same(found, value):
     return found == pytest.approx(value, rel=1e-6, abs=1e-9)
+
+
+@quick
+@given(free_problems(blocks=4, devices=3))
+def test_brute_force_is_the_same_one_by_one_and_all_at_once(p):
+    """Which is how ten blocks can be gone through."""
+    assert same(brute_force_of_many(p), brute_force(p))
+
+
+def few_orders(p, most=40):
+    """Whether there are so many orders at most, of the forward and of the backward."""
+    return all(
+        len([*itertools.islice(orders(len(p.blocks), [(u, v) for u, v, _ in waits]), most + 1)]) <= most
+        for waits in waits_of(p)
+    )
+
+
+@needs_ortools
+@settings(max_examples=8, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(free_problems(blocks=10, devices=4, least=8).filter(few_orders))
+def test_schedules_of_ten_are_the_best_of_all(p):
+    """Up to ten blocks on four devices: a million assignments, each in every order."""
+    found, value = fastest(p, Budget(120)), brute_force_of_many(p)
+    if found is None:
+        assert math.isinf(value)
+    else:
+        assert found.exact
+        assert same(found.schedule.value_s, value)
 
 
 @quick
@@ -123,7 +203,7 @@ def test_cpsat_finds_what_brute_force_finds(p, seeded):
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(free_problems(blocks=6, devices=3))
 def test_cpsat_and_branch_and_bound_agree(p):
-    """On more blocks than brute force manages; an exhausted search of either is a proof."""
+    """An exhausted search of either is a proof."""
     one, other = Lead(Race(p)), Lead(Race(p))
     branch_and_bound(one, Budget(5))
     improve_by_cpsat(other, Budget(60))

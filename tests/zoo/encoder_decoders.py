@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from zoo import sizes
 from zoo.registry import entry
 from zoo.sizes import SEQ2SEQ, TEXT, VOCAB, padding_mask, token_ids
 
@@ -14,7 +15,8 @@ def t5():
         vocab_size=VOCAB, d_model=SEQ2SEQ["d_model"], d_kv=SEQ2SEQ["d_model"] // 4, d_ff=SEQ2SEQ["encoder_ffn_dim"],
         num_layers=3, num_heads=4, decoder_start_token_id=0,
     )  # fmt: skip
-    kwargs = {"input_ids": token_ids(), "attention_mask": padding_mask(), "labels": token_ids(8)}
+    labels = token_ids(sizes.TOKENS * 2 // 3)
+    kwargs = {"input_ids": token_ids(), "attention_mask": padding_mask(), "labels": labels}
     return T5ForConditionalGeneration(config), (), kwargs
 
 
