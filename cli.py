@@ -288,7 +288,10 @@ def shard(
         ),
     ] = "auto",
     time_limit: Annotated[
-        float, typer.Option("--time-limit", metavar="SECONDS", min=0, help="For the search of the plan.")
+        float,
+        typer.Option(
+            "--time-limit", metavar="SECONDS", min=0, help="For the search of the plan, which Ctrl-C ends, too."
+        ),
     ] = 30.0,
     replans: Annotated[
         int,

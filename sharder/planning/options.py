@@ -6,12 +6,12 @@ What only a refusal or several replicas need is imported there, as in planner.py
 from __future__ import annotations
 
 import dataclasses
-import time
 from functools import partial
 from typing import NamedTuple
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
+from shardwright.sharder.planning.clock import clock_s
 from shardwright.sharder.planning.pricing import Option, price, solve_each, with_short_step
 from shardwright.sharder.planning.problem import Problem, Wanted
 from shardwright.sharder.planning.schedules.interleaved_options import with_interleaved
@@ -50,7 +50,7 @@ def options_of(problems: list[Problem], profile: Profile, asked: Asked, deadline
     found: list[Option] = []
     unfinished: ShardwrightError | None = None
     for position, count in enumerate(counts):
-        now_s = time.monotonic()
+        now_s = clock_s()
         until_s = now_s + max(0.0, deadline_s - now_s) / (len(counts) - position)
         try:
             if count == 1:
@@ -82,7 +82,7 @@ def _solved(
     problems: list[Problem], profile: Profile, asked: Asked, deadline_s: float
 ) -> tuple[list[Option], ShardwrightError | None]:
     """The best split of each of ``problems``, and of each in several stages a device if asked for."""
-    now_s = time.monotonic()
+    now_s = clock_s()
     more = (asked.pieces > 1) + asked.parted
     share_s = max(0.0, deadline_s - now_s) / (1 + more)
     options, unfinished = solve_each(problems, profile, now_s + share_s)
@@ -106,9 +106,7 @@ def nothing_fits(problems: list[Problem], profile: Profile, deadline_s: float) -
 def _offloaded(problems: list[Problem], profile: Profile, deadline_s: float) -> list[Option]:
     """The last resort at the smallest micro-batch: a split with the weights of some blocks elsewhere, if one fits."""
     problem = max(problems, key=lambda p: p.microbatches)
-    found = offload_some(
-        problem, rates_of(profile, problem), time_limit_s=max(0.5, (deadline_s - time.monotonic()) / 10)
-    )
+    found = offload_some(problem, rates_of(profile, problem), time_limit_s=max(0.5, (deadline_s - clock_s()) / 10))
     if found is None:
         return []
     return [dataclasses.replace(price(found.problem, found.split, profile), tiers=found.tiers)]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from shardwright.errors import ShardwrightError
+from shardwright.sharder.planning.clock import clock_s
 from shardwright.sharder.planning.exact.coarse import coarsened
 from shardwright.sharder.planning.exact.direct import Direct
 from shardwright.sharder.planning.exact.line import is_chain
@@ -65,7 +65,7 @@ def partition(
     *,
     limit: int = 50_000,
     time_limit_s: float = 30.0,
-    clock: Callable[[], float] = time.monotonic,
+    clock: Callable[[], float] = clock_s,
 ) -> Partition | None:
     """Split ``problem`` so that the largest load of a stage is least; None when no split fits the memory and the pins.
 

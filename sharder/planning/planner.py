@@ -7,13 +7,13 @@ from a saved profile takes as a command, more than half are imports.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.graph import costs_at
 from shardwright.profiler.profile import Profile
+from shardwright.sharder.planning.clock import clock_s, ended_by_interrupt
 from shardwright.sharder.planning.formulation.blocks import problem_from_graph
 from shardwright.sharder.planning.options import Asked, nothing_fits, options_of, rates_of
 from shardwright.sharder.planning.plan import (
@@ -50,6 +50,7 @@ LEAST_DEVICES = 4
 """With fewer, replicas of more than one device are none."""
 
 
+@ended_by_interrupt()
 def plan(
     profile: Profile | nx.DiGraph[Any],
     *,
@@ -107,7 +108,7 @@ def plan(
             its forward anew in the backward: ``"never"``, ``"always"`` all stages, or ``"auto"`` those that would not
             fit otherwise, if that is noticeably faster. Interleaved stages, zero-bubble, a free assignment and latency
             have none.
-        time_limit_s: seconds for the whole search; after it, the best so far with an honest gap.
+        time_limit_s: seconds for the whole search; after it, or Ctrl-C, the best so far with an honest gap.
         replans: how often to plan anew with costs drawn within the uncertainty of the profile's times, to see how the
             plan moves; the prediction is drawn anew in any case.
 
@@ -131,7 +132,7 @@ def plan(
         _check_recompute(chain=chain, train=profile.train)
     names = tuple(devices) if devices is not None else None
     groups = [together] if isinstance(together, str) else list(together)
-    deadline_s = time.monotonic() + time_limit_s
+    deadline_s = clock_s() + time_limit_s
 
     def problem_at(count: int, pins: Mapping[str, str] | None = pins) -> Problem:
         graph = given if given is not None and count == profile.microbatches[0] else costs_at(profile, count)
@@ -246,7 +247,7 @@ def _for_memory(profile: Profile, problems: list[Problem], every: list[Problem],
     if least is None:
         raise nothing_fits(problems, profile, deadline_s)
     problem, share = least
-    option = solve(within_share(problem, share.value), profile, time_limit_s=max(0.0, deadline_s - time.monotonic()))
+    option = solve(within_share(problem, share.value), profile, time_limit_s=max(0.0, deadline_s - clock_s()))
     if option is None:
         raise AssertionError("a split was found with these caps")
     option = with_short_step(option, profile)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
+from shardwright.sharder.planning.clock import clock_s
 from shardwright.sharder.planning.exact.search import ROUNDING
 from shardwright.sharder.planning.partition import Partition, partition
 from shardwright.sharder.planning.problem import Problem
@@ -73,12 +73,12 @@ def solve(problem: Problem, profile: Profile, *, time_limit_s: float) -> Option 
 
     Stages are computed anew by choice only where that makes the step noticeably shorter.
     """
-    deadline_s = time.monotonic() + time_limit_s
+    deadline_s = clock_s() + time_limit_s
     best = _solved(problem, profile, time_limit_s)
     if best is None or problem.recompute != "auto" or not any(best.anew):
         return best
     try:
-        left_s = max(0.0, deadline_s - time.monotonic())
+        left_s = max(0.0, deadline_s - clock_s())
         kept = _solved(dataclasses.replace(problem, recompute="never"), profile, left_s)
     except ShardwrightError:
         return dataclasses.replace(best, why_none_kept="none was found in the time allowed")
@@ -98,12 +98,12 @@ def solve_each(
     """The best split of each of ``problems`` in which one fits, and why one was not looked through, if so.
 
     Args:
-        deadline_s: of ``time.monotonic()``; what is left is shared out as each is begun.
+        deadline_s: of ``clock_s()``; what is left is shared out as each is begun.
     """
     options: list[Option] = []
     unfinished: ShardwrightError | None = None
     for position, problem in enumerate(problems):
-        share_s = max(0.0, deadline_s - time.monotonic()) / (len(problems) - position)
+        share_s = max(0.0, deadline_s - clock_s()) / (len(problems) - position)
         try:
             option = solve(problem, profile, time_limit_s=share_s)
         except ShardwrightError as error:

@@ -28,11 +28,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from shardwright.sharder.planning.clock import clock_s
 from shardwright.sharder.planning.exact.search import ROUNDING
 from shardwright.sharder.planning.exact.transfers import Traffic, load_s, seconds_of
 from shardwright.sharder.planning.problem import Crossing, Problem, bits, in_flight
@@ -77,14 +77,14 @@ class Budget:
     """The time that is left; once the user interrupts, none."""
 
     def __init__(self, seconds: float) -> None:
-        self._deadline_s = time.monotonic() + seconds
+        self._deadline_s = clock_s() + seconds
         self.stopped = False
         """Whether the user interrupted."""
 
     @property
     def left_s(self) -> float:
         """Seconds."""
-        return max(0.0, self._deadline_s - time.monotonic())
+        return max(0.0, self._deadline_s - clock_s())
 
     def spent(self) -> bool:
         """Whether to stop."""

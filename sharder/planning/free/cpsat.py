@@ -70,7 +70,7 @@ def run_solver(
         while not solving.done():
             try:
                 wait([solving], LOOK_AGAIN_S)
-                if budget.stopped:  # said again each time, for a search that has not begun does not hear it
+                if budget.spent():  # said again each time, for a search that has not begun does not hear it
                     solver.stop_search()
             except KeyboardInterrupt:
                 budget.stop()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import time
 from collections.abc import Sequence
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
+from shardwright.sharder.planning.clock import clock_s
 from shardwright.sharder.planning.formulation.relaxed import unpinned
 from shardwright.sharder.planning.formulation.words import links_in_words, name_of, size_of
 from shardwright.sharder.planning.free.assign import assign
@@ -163,7 +163,7 @@ def least_of(problems: Sequence[Problem], deadline_s: float) -> tuple[Problem, L
     found: list[tuple[Problem, LeastShare]] = []
     unfinished: ShardwrightError | None = None
     for position, problem in enumerate(problems):
-        budget = Budget(max(0.0, deadline_s - time.monotonic()) / (len(problems) - position + 1))
+        budget = Budget(max(0.0, deadline_s - clock_s()) / (len(problems) - position + 1))
         attempts = [problem]
         if problem.most_stages < len(problem.devices):
             attempts.append(dataclasses.replace(problem, schedule="gpipe"))

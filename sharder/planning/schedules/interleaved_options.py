@@ -92,7 +92,7 @@ def _options(problems: Sequence[Problem], profile: Profile, deadline_s: float) -
 
     Args:
         problems: interleaved.
-        deadline_s: of ``time.monotonic()``.
+        deadline_s: of ``clock_s()``.
 
     Raises:
         ShardwrightError: none was found at any number, and at one of them not all were looked at.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Sequence
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
+from shardwright.sharder.planning.clock import clock_s
 from shardwright.sharder.planning.exact.search import simple_bound_s
 from shardwright.sharder.planning.formulation.words import links_in_words, size_of
 from shardwright.sharder.planning.plan import WORTHWHILE, Alternative
@@ -109,15 +109,15 @@ def rival_in_replicas(
 
     Args:
         problems: of one pipeline over all devices, at each number of micro-batches.
-        deadline_s: of ``time.monotonic()``; a part of the time until then is taken.
+        deadline_s: of ``clock_s()``; a part of the time until then is taken.
     """
     devices = len(problems[0].devices)
     if devices * len(problems[0].blocks) > MOST_TIMES:
         return ()
-    until_s = time.monotonic() + RIVAL_SHARE * max(0.0, deadline_s - time.monotonic())
+    until_s = clock_s() + RIVAL_SHARE * max(0.0, deadline_s - clock_s())
     hopeful: list[Problem] = []
     for problem, count in itertools.product(problems, possible_replicas(devices)):
-        if count < devices and time.monotonic() < until_s:
+        if count < devices and clock_s() < until_s:
             joint = on_meshes([problem], profile, count)
             hopeful += [each for each in joint if simple_bound_s(each) * WORTHWHILE <= chosen.step_s]
     found, _ = solve_each(hopeful, profile, until_s)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Sequence
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
+from shardwright.sharder.planning.clock import clock_s
 from shardwright.sharder.planning.exact.search import ROUNDING, simple_bound_s
 from shardwright.sharder.planning.formulation.words import name_of
 from shardwright.sharder.planning.partition import partition
@@ -125,7 +125,7 @@ def _as_proven(option: Option, deadline_s: float) -> Option:
     if problem.most_stages < 3:  # there is one place each
         return option
     roomy = dataclasses.replace(problem, caps=(ROOM_FOR_ALL,) * len(problem.devices))
-    left_s = max(MOMENT_S, (deadline_s - time.monotonic()) / 4)
+    left_s = max(MOMENT_S, (deadline_s - clock_s()) / 4)
     bound_s = simple_bound_s(roomy)
     with contextlib.suppress(ShardwrightError):  # nothing was found in the time
         found = partition(roomy, time_limit_s=left_s)

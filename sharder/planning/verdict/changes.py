@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
+from shardwright.sharder.planning.clock import clock_s
 from shardwright.sharder.planning.formulation.relaxed import with_links_times
 from shardwright.sharder.planning.plan import WORTHWHILE, Change, Gain
 from shardwright.sharder.planning.pricing import Option, price, solve, with_short_step
@@ -37,7 +37,7 @@ def changes_tried(
         options: the best split at each number of micro-batches.
         baseline: the one device that they do not beat.
         profile: of the costs.
-        deadline_s: of ``time.monotonic()``.
+        deadline_s: of ``clock_s()``.
     """
     splits = [option for option in options if len(option.split.stages) > 1]
     nearest = min(splits, key=lambda o: o.step_s, default=max(options, key=lambda o: o.problem.microbatches))
@@ -99,7 +99,7 @@ def _over_links(problem: Problem, baseline: Option, profile: Profile, deadline_s
     for factor in LINKS:
         option = None
         with contextlib.suppress(ShardwrightError):
-            time_limit_s = max(0.0, deadline_s - time.monotonic()) / len(LINKS)
+            time_limit_s = max(0.0, deadline_s - clock_s()) / len(LINKS)
             option = solve(with_links_times(problem, factor), profile, time_limit_s=time_limit_s)
         if option is not None:
             option = with_short_step(option, profile)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Iterator
 
 from shardwright.errors import ShardwrightError
+from shardwright.sharder.planning.clock import clock_s
 from shardwright.sharder.planning.exact.search import simple_bound_s
 from shardwright.sharder.planning.formulation.relaxed import all_usable, without_sums
 from shardwright.sharder.planning.formulation.words import links_in_words, name_of
@@ -89,7 +89,7 @@ def what_binds(chosen: Option, deadline_s: float) -> str:
             continue  # no split of it is so much better
         free = None
         with contextlib.suppress(ShardwrightError):  # no time is left to find a split of the relaxed problem
-            free = partition(relaxed, time_limit_s=max(0.0, min(5.0, deadline_s - time.monotonic())))
+            free = partition(relaxed, time_limit_s=max(0.0, min(5.0, deadline_s - clock_s())))
         if free is not None and _is_known(free) and free.value_s < enough * split.value_s:
             return f"{what}: without them the largest load would be {free.value_s / split.value_s:.0%} of this"
     if not max(loads):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Iterator
 
 from shardwright.errors import ShardwrightError
+from shardwright.sharder.planning.clock import clock_s
 from shardwright.sharder.planning.formulation.relaxed import (
     all_usable,
     checkpointed,
@@ -35,7 +35,7 @@ def why_nothing_fits(problems: list[Problem], deadline_s: float, *, batch: int, 
 
     Args:
         problems: at each number of micro-batches.
-        deadline_s: of ``time.monotonic()``; what would fit is looked for until then.
+        deadline_s: of ``clock_s()``; what would fit is looked for until then.
         batch: samples of a step, which micro-batches divide.
         train: whether there is a backward.
     """
@@ -110,9 +110,9 @@ def _least_factor(problem: Problem, deadline_s: float) -> float | None:
     low, high = 1.0, 1.0 + CAPS_WITHIN
     while not _fits(with_caps_times(problem, high), deadline_s):
         low, high = high, 1 + 2 * (high - 1)
-        if high > 2**10 or time.monotonic() > deadline_s:
+        if high > 2**10 or clock_s() > deadline_s:
             return None
-    while high / low > 1 + CAPS_WITHIN and time.monotonic() < deadline_s:
+    while high / low > 1 + CAPS_WITHIN and clock_s() < deadline_s:
         middle = (low + high) / 2
         if _fits(with_caps_times(problem, middle), deadline_s):
             high = middle
@@ -124,5 +124,5 @@ def _least_factor(problem: Problem, deadline_s: float) -> float | None:
 def _fits(problem: Problem, deadline_s: float) -> bool:
     """Whether some split of ``problem`` was found in the time that is left."""
     with contextlib.suppress(ShardwrightError):
-        return partition(problem, time_limit_s=max(0.0, min(5.0, deadline_s - time.monotonic()))) is not None
+        return partition(problem, time_limit_s=max(0.0, min(5.0, deadline_s - clock_s()))) is not None
     return False

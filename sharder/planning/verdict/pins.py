@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping
 
 from shardwright.errors import ShardwrightError
+from shardwright.sharder.planning.clock import clock_s
 from shardwright.sharder.planning.partition import Partition, partition
 from shardwright.sharder.planning.plan import PinPrice
 from shardwright.sharder.planning.pricing import Option
@@ -36,7 +36,7 @@ def prices_of_pins(
         pins: unit, module or pattern -> device.
         problem_with: the problem with other pins, at the chosen number of micro-batches.
         rates: how fast offloaded weights come.
-        deadline_s: of ``time.monotonic()``; a pin for which nothing was found until then has no price, and says why.
+        deadline_s: of ``clock_s()``; a pin for which nothing was found until then has no price, and says why.
     """
     prices = []
     for position, (pattern, device) in enumerate(pins.items()):
@@ -47,7 +47,7 @@ def prices_of_pins(
             stages_per_device=chosen.problem.stages_per_device,
             forward_only=chosen.problem.forward_only,
         )
-        time_limit_s = max(0.0, deadline_s - time.monotonic()) / (len(pins) - position)
+        time_limit_s = max(0.0, deadline_s - clock_s()) / (len(pins) - position)
         offloads = bool(chosen.tiers)
         try:
             split = _split(problem, rates if offloads else None, time_limit_s)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import statistics
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +24,7 @@ import numpy.typing as npt
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Measurement, Profile
+from shardwright.sharder.planning.clock import clock_s
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.plan import Replans, Sensitivity
 from shardwright.sharder.planning.pricing import Option
@@ -132,7 +132,7 @@ def sensitivity_of(
         profile: with the uncertainty of its times.
         parallel: of data parallel, where it is possible, the problem in as many micro-batches as devices, and the step.
         replans: how many of the draws are planned anew.
-        deadline_s: of ``time.monotonic()``, for planning anew.
+        deadline_s: of ``clock_s()``, for planning anew.
     """
     draws = _Draws(profile)
     if not draws.known():
@@ -228,7 +228,7 @@ def _replans_of(chosen: Option, draws: _Draws, count: int, deadline_s: float) ->
         drawn = _drawn(problem, draws, draw)
         split = None
         with contextlib.suppress(ShardwrightError):
-            split = partition(drawn, time_limit_s=max(0.0, deadline_s - time.monotonic()) / (count - draw))
+            split = partition(drawn, time_limit_s=max(0.0, deadline_s - clock_s()) / (count - draw))
         value_s = largest_load_s(drawn, chosen.of_least_load.split.stages)
         if split is None or value_s is None:
             continue
