@@ -24,7 +24,7 @@ def wide_graph():
         graph.add_node(f"u{v}", forward_s=draw.uniform(0.5, 2.0), backward_s=draw.uniform(1.0, 3.0))
         for u in draw.sample(range(v), min(v, 2)):
             graph.add_edge(f"u{u}", f"u{v}", bytes=sizes[u])
-    graph.graph["links"] = {pair: (1e-3, 1e9) for pair in itertools.permutations("abc", 2)}
+    graph.graph["links"] = dict.fromkeys(itertools.permutations("abc", 2), (0.001, 1000000000.0))
     return graph
 
 
@@ -44,7 +44,8 @@ def interrupted(monkeypatch):
     return times
 
 
-def test_ctrl_c_gives_the_best_plan_so_far_with_its_gap(interrupted):
+@pytest.mark.usefixtures("interrupted")
+def test_ctrl_c_gives_the_best_plan_so_far_with_its_gap():
     """Of a search that had ten days."""
     found = sw.plan(wide_graph(), time_limit_s=1e6)
     assert found.stages
@@ -61,7 +62,8 @@ def test_the_second_ctrl_c_ends_it_without_a_plan(interrupted):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_program_with_a_handler_of_its_own_keeps_it(interrupted):
+@pytest.mark.usefixtures("interrupted")
+def test_a_program_with_a_handler_of_its_own_keeps_it():
     """It is called, and the search goes on until its time is up."""
     called = []
     before = signal.signal(signal.SIGINT, lambda *_: called.append(1))

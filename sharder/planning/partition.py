@@ -87,8 +87,11 @@ def partition(
         )
         return None if found is None else Partition(*found)
 
+    def left_s(share: float) -> float:
+        return start_s + share * time_limit_s - clock()
+
     def spent(share: float) -> bool:
-        return clock() >= start_s + share * time_limit_s
+        return left_s(share) <= 0
 
     best = Incumbent(problem)
     if is_chain(problem):
@@ -109,7 +112,7 @@ def partition(
                 return None
             best.relax(relaxed)
     try:
-        complete = _search_all(problem, best, limit, spent)
+        complete = _search_all(problem, best, limit, left_s)
     except OutOfTimeError:
         if not best.stages:
             raise ShardwrightError(
@@ -126,15 +129,18 @@ def partition(
     return best.result
 
 
-def _search_all(problem: Problem, best: Incumbent, limit: int, spent: Callable[[float], bool]) -> bool:
+def _search_all(problem: Problem, best: Incumbent, limit: int, left_s: Callable[[float], float]) -> bool:
     """Improve ``best`` along one order of the blocks, then over every closed set; whether no split was left out.
 
     Args:
         problem: blocks in a topological order.
         best: what was found so far; it is changed.
         limit: how many closed sets may be searched.
-        spent: whether a share of the time has passed.
+        left_s: seconds until a share of the time has passed.
     """
+
+    def spent(share: float) -> bool:
+        return left_s(share) <= 0
 
     def some_split(family: Lattice, sums: Mapping[int, Done]) -> None:
         if not best.stages:
@@ -160,7 +166,7 @@ def _search_all(problem: Problem, best: Incumbent, limit: int, spent: Callable[[
         raise OutOfTimeError
     lattice = closed_sets(problem.predecessors, limit)
     if lattice is None:
-        best.try_orders(spent)
+        best.try_orders(left_s)
     if lattice is not None and len(lattice) > len(prefixes):
         family, sums = lattice, sums_of(problem, lattice)
         some_split(family, sums)

@@ -46,9 +46,19 @@ def has_ortools() -> bool:
 
 
 def run_solver(
-    model: cp_model.CpModel, budget: Budget, found: Callable[[Callable[[Any], int]], None]
+    model: cp_model.CpModel,
+    budget: Budget,
+    found: Callable[[Callable[[Any], int]], None],
+    *,
+    linear: bool = False,
 ) -> tuple[bool, float] | None:
     """Minimise; ``found`` is called with each solution, as a function from variable to value.
+
+    Args:
+        model: what is minimised.
+        budget: the time.
+        found: called in another thread.
+        linear: whether the relaxation has every constraint in it, for models whose fractions are few.
 
     Returns:
         Whether the optimum was proven, and the best bound; None when there is no solution.
@@ -62,6 +72,7 @@ def run_solver(
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
+    solver.parameters.linearization_level = 2 if linear else 1
     solver.parameters.max_time_in_seconds = budget.left_s
     # Its own handler of Ctrl-C would leave the system's behind, so that the next Ctrl-C kills the process.
     solver.parameters.catch_sigint_signal = False

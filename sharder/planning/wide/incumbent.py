@@ -18,6 +18,7 @@ from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.split_loads import stage_loads
 from shardwright.sharder.planning.wide.afresh import begun_afresh
 from shardwright.sharder.planning.wide.ceilings import NEAR, Narrowed, narrowed
+from shardwright.sharder.planning.wide.device_orders import device_by_device, possible
 from shardwright.sharder.planning.wide.lists import Lists
 from shardwright.sharder.planning.wide.mincut import least_transfer_s, transfer_bound_s
 from shardwright.sharder.planning.wide.mixed_cuts import mixed_transfer_bound_s
@@ -35,10 +36,14 @@ UNTIL = 0.7, 0.95, 0.95, 0.95
 UNTIL_LISTED = 0.05, 0.4, 0.55, 0.95
 UNTIL_EVEN = 0.05, 0.2, 0.4, 0.95
 UNTIL_SETS = 0.1, 0.2, 0.4, 0.95
+UNTIL_ORDERED = 0.1, 0.45, 0.6, 0.95
 UNTIL_FITTED = 0.45, 0.6, 0.75, 0.95
 """Shares of the time until which, in a graph with too many closed sets, orders, moves of blocks, neighbours split anew
 and lists of cuts are tried: where there are no lists, where there are, where transfers cost nothing and lists alone
-even out the work, where lists are over sets of devices, and where a split that fits was to be found first."""
+even out the work, where lists are over sets of devices, where orders of devices had some of the time before, and where
+a split that fits was to be found first."""
+ORDERED = 0.35
+"""So large a share of the time passes until orders of devices are left off, at most."""
 MOST_RECUT = 1_000
 """Of more blocks neighbours alone have too many sets, and orders and moves have the time."""
 CUTS = 0.1
@@ -138,19 +143,21 @@ class Incumbent:
         # The same loads, summed up in another order.
         self.bound_s = self.value_s if same and split.bound_s == split.value_s else max(self.bound_s, split.bound_s)
 
-    def try_orders(self, spent: Callable[[float], bool]) -> None:
+    def try_orders(self, left_s: Callable[[float], float]) -> None:
         """Take the best of many orders of the blocks, and of moves from stage to stage, if it fits, and the bound that
         its value allows.
 
         Args:
-            spent: whether a share of the time has passed.
+            left_s: seconds until a share of the time has passed.
         """
         problem = self.problem
+
+        def spent(share: float) -> bool:
+            return left_s(share) <= 0
+
         classes, device_orders, listable = alike_devices(problem), orders_to_try(problem), self.lists.possible
-        shares = UNTIL
-        if self.lists.with_transfers and len(problem.blocks) <= MOST_RECUT:
-            moving = any(least_transfer_s(problem, tensor) for tensor in problem.crossings)
-            shares = UNTIL_SETS if problem.times_differ else UNTIL_LISTED if moving else UNTIL_EVEN
+        ordered = listable and problem.times_differ and not self.lists.in_proportion and possible(problem)
+        shares = UNTIL_ORDERED if ordered else self._shares()
         start = self.stages
         if not start:
             start, shares = self._make_room(spent), UNTIL_FITTED
@@ -167,6 +174,9 @@ class Incumbent:
             for found in narrowed(self.lists, best, self.bound_s, partial(spent, QUICK), quick=True):
                 self._narrow(found)
             self._count_transfers(partial(spent, shares[0] + CUTS))
+            if ordered and not self.near:
+                for found in device_by_device(problem, best, left_s(ORDERED)):
+                    self._narrow(found)
         if not self.near:
             self._take_moves(start, device_orders, moves_over, anew_over if listable else lists_over)
         telling = self.lists.with_transfers or problem.overlap  # what binds is in what is listed, or may well be
@@ -184,6 +194,15 @@ class Incumbent:
             for stages in shifted(problem, best, self.bound_s, lists_over, annealing=self.annealing):
                 self.offer(stages)
         self._count_transfers(partial(spent, 1.0))
+
+    def _shares(self) -> tuple[float, float, float, float]:
+        """The shares of the time for what is tried, where orders of devices have none."""
+        problem = self.problem
+        if not self.lists.with_transfers or len(problem.blocks) > MOST_RECUT:
+            return UNTIL
+        if problem.times_differ:
+            return UNTIL_SETS
+        return UNTIL_LISTED if any(least_transfer_s(problem, tensor) for tensor in problem.crossings) else UNTIL_EVEN
 
     def _count_transfers(self, out_of_time: Callable[[], bool]) -> None:
         """Take the bound by what transfers no split avoids."""
