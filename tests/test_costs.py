@@ -210,3 +210,25 @@ def test_a_plan_of_costs_places_nothing():
     ):
         with pytest.raises(ShardwrightError, match=says):
             act()
+
+
+def test_order_alone_sends_nothing():
+    """b and c are free of each other; where c has to come first, so does its device, and no link is paid for it."""
+    units = [
+        {"name": "a", "forward_s": 1.0, "output_bytes": 1},
+        {"name": "c", "forward_s": 3.0, "inputs": ["a"]},
+        {"name": "b", "forward_s": 3.0, "inputs": ["a"], "after": ["c"]},
+    ]
+    content = {
+        "format": "shardwright.costs", "version": 1, "train": False, "devices": {"x": {}, "y": {}}, "units": units,
+        "links": [{"bandwidth_bytes_per_s": 1e9, "latency_s": 0.25}],
+    }  # fmt: skip
+    plan = sw.plan(sw.Costs.parse(json.dumps(content), source="here").profile(), microbatches=2)
+    assert [stage.units for stage in plan.stages] == [("a", "c"), ("b",)]
+    free = json.loads(json.dumps(content).replace('"after": ["c"]', '"after": []'))
+    graph = sw.Costs.parse(json.dumps(free), source="here").graph()
+    graph.add_edge("c", "b", tensors={})
+    assert [stage.units for stage in sw.plan(graph).stages] == [("a", "c"), ("b",)]
+    assert plan.certificate.value_s == 2 * (1.0 + 3.0 + 0.25 + 1e-9)
+    with pytest.raises(sw.ShardwrightError, match="unit c comes after b, which is no unit before it; correct after"):
+        sw.Costs.parse(json.dumps(content).replace('"name": "c",', '"name": "c", "after": ["b"],'), source="here")

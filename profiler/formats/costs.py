@@ -104,6 +104,8 @@ class CostsOfUnit(Record):
     """The tensor that it makes of one micro-batch, and hands to each unit that reads it."""
     inputs: tuple[str, ...] | None = None
     """The units that it reads; by default the one before it. What the model itself is given is not listed."""
+    after: tuple[str, ...] = ()
+    """Units that have to run before it though it reads nothing of theirs."""
 
 
 class Costs(Document):
@@ -178,20 +180,22 @@ class Costs(Document):
         if self.microbatches is not None:
             attributes["microbatches"] = self.microbatches
         nodes: dict[str, dict[str, Any]] = {}
-        edges: list[tuple[str, str]] = []
+        edges: dict[tuple[str, str], dict[str, Any]] = {}
         before: str | None = None
         for unit in self.units:
             if unit.name in nodes:
                 raise ShardwrightError(f"unit {unit.name} is there twice; give each unit a name of its own")
-            for source in unit.inputs if unit.inputs is not None else filter(None, [before]):
+            inputs = unit.inputs if unit.inputs is not None else (before,) if before else ()
+            for source in (*inputs, *unit.after):
                 if source not in nodes:
+                    what, field = ("reads", "inputs") if source in inputs else ("comes after", "after")
                     raise ShardwrightError(
-                        f"unit {unit.name} reads {source}, which is no unit before it; correct inputs"
+                        f"unit {unit.name} {what} {source}, which is no unit before it; correct {field}"
                     )
-                edges.append((source, unit.name))
+                edges[source, unit.name] = {} if source in inputs else {"tensors": {}}
             nodes[unit.name] = _attributes(unit)
             before = unit.name
-        return CostGraph(attributes, nodes, ((*edge, {}) for edge in edges))
+        return CostGraph(attributes, nodes, ((*edge, data) for edge, data in edges.items()))
 
     def _links(self) -> dict[tuple[str, str], tuple[float, float]]:
         """Every ordered pair's latency and bandwidth; empty without links."""
@@ -231,4 +235,4 @@ def _place(parts: Sequence[int | str], content: Any) -> str:
 
 def _attributes(unit: CostsOfUnit) -> dict[str, Any]:
     """The node's attributes: what was given."""
-    return unit.model_dump(exclude={"name", "inputs"}, exclude_none=True)
+    return unit.model_dump(exclude={"name", "inputs", "after"}, exclude_none=True)

@@ -278,7 +278,10 @@ class _Reading:
             raise ShardwrightError(f"{where} has no time on {missing}; give one for each device, or one number for all")
 
     def _on_edge(self, source: str, target: str) -> dict[str, tuple[Any, Any]]:
-        """The tensors that ``target`` reads from ``source`` with their bytes, forward and back; None = by default."""
+        """The tensors that ``target`` reads from ``source`` with their bytes, forward and back; None = by default.
+
+        An edge that says it has none stands for the order alone, which a profile knows by its tensors.
+        """
         data = self.graph.edge(source, target)
         if "tensors" not in data:
             made = self.graph.nodes[source].get("output_bytes", 0)
@@ -290,6 +293,8 @@ class _Reading:
         pairs = tensors.values() if isinstance(tensors, Mapping) else [()]
         if not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs):
             raise ShardwrightError(f"{where} is {tensors!r}; give {{name: (bytes, bytes of gradient)}}")
+        if not tensors:
+            return {f"{source} before {target}": (0, 0)}
         return {str(name): (pair[0], pair[1]) for name, pair in tensors.items()}
 
     def _tensors(self) -> dict[str, Tensor]:

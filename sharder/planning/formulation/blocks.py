@@ -308,13 +308,16 @@ def _to_host(device: Mapping[str, Any]) -> Link | None:
 
 
 def _crossings(graph: CostGraph, block_of: Mapping[str, int]) -> tuple[Crossing, ...]:
-    """The tensors that leave their block, each once with all its readers."""
+    """The tensors that leave their block, each once with all its readers; none for what has no bytes, as the order
+    alone has."""
     found: dict[str, Crossing] = {}
     for source, target, data in graph.edges():
         producer, reader = block_of[source], block_of[target]
         if producer == reader:
             continue
         for name, (forward, backward) in data["tensors"].items():
+            if not forward and not backward:
+                continue
             readers = (found[name].readers if name in found else 0) | 1 << reader
             found[name] = Crossing(name, producer, readers, forward, backward)
     return tuple(found.values())
