@@ -606,6 +606,8 @@ def _pairs(texts: list[str] | None, option: str, example: str) -> dict[str, str]
         key, equals, value = text.partition("=")
         if not (key and equals and value):
             raise ShardwrightError(f"{option} {text!r} is not KEY=VALUE; write for example {option} {example}")
+        if pairs.get(key, value) != value:
+            raise ShardwrightError(f"{option} gives {key} both {pairs[key]} and {value}; keep one of them")
         pairs[key] = value
     return pairs
 

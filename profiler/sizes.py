@@ -20,7 +20,8 @@ def parse_bytes(text: str | int) -> int:
     digits = compact.rstrip("abcdefghijklmnopqrstuvwxyz")
     try:
         number = int(digits) if digits.isdecimal() else float(digits)
-        size = int(number * _UNITS[compact[len(digits) :]])
+        exact = number * _UNITS[unit := compact[len(digits) :]]
+        size = int(exact) if unit or exact == int(exact) else 0  # 1.5 was meant in some unit
     except (KeyError, ValueError, OverflowError):
         size = 0
     if size <= 0:

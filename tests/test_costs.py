@@ -213,7 +213,7 @@ def test_a_plan_of_costs_places_nothing():
 
 
 def test_order_alone_sends_nothing():
-    """b and c are free of each other; where c has to come first, so does its device, and no link is paid for it."""
+    """B and c are free of each other; where c has to come first, so does its device, and no link is paid for it."""
     units = [
         {"name": "a", "forward_s": 1.0, "output_bytes": 1},
         {"name": "c", "forward_s": 3.0, "inputs": ["a"]},

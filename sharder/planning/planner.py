@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.graph import costs_at
 from shardwright.profiler.profile import Profile
+from shardwright.sharder.planning.arguments import check_arguments, check_words
 from shardwright.sharder.planning.clock import clock_s, ended_by_interrupt
 from shardwright.sharder.planning.formulation.blocks import problem_from_graph
 from shardwright.sharder.planning.options import Asked, nothing_fits, options_of, rates_of
@@ -121,7 +122,16 @@ def plan(
         from shardwright.profiler.formats.from_graph import costs_from_graph
 
         profile, given = costs_from_graph(profile)
-    _check_known(objective, transfers, recompute)
+    check_words(objective, transfers, recompute)
+    check_arguments(
+        memory=memory,
+        pins=pins,
+        devices=devices,
+        together=together,
+        stages_per_device=stages_per_device,
+        time_limit_s=time_limit_s,
+        replans=replans,
+    )
     pieces = pieces_asked(schedule, stages_per_device, objective, transfers, contiguous=contiguous, recompute=recompute)
     asked = replicas_asked(replicas, objective, contiguous=contiguous)
     parted = parted_asked(
@@ -214,16 +224,6 @@ def plan(
             ),
         }
     )
-
-
-def _check_known(objective: str, transfers: str, recompute: str) -> None:
-    """Refuse a word that the planner does not know."""
-    if objective not in ("throughput", "latency", "memory"):
-        raise ShardwrightError(f"objective {objective!r} is not known; the planner has: throughput, latency, memory")
-    if transfers not in ("relayed", "staged", "direct"):
-        raise ShardwrightError(f"transfers {transfers!r} is not known; the planner has: relayed, staged, direct")
-    if recompute not in ("auto", "never", "always"):
-        raise ShardwrightError(f"recompute {recompute!r} is not known; the planner has: auto, never, always")
 
 
 def _check_recompute(*, chain: bool, train: bool) -> None:
