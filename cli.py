@@ -601,7 +601,7 @@ def _replicas(text: str) -> int | Literal["auto"]:
 
 
 def _pairs(texts: list[str] | None, option: str, example: str) -> dict[str, str]:
-    pairs = {}
+    pairs: dict[str, str] = {}
     for text in texts or []:
         key, equals, value = text.partition("=")
         if not (key and equals and value):
