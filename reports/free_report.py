@@ -147,10 +147,16 @@ def peak_of(plan: Plan) -> Iterator[tuple[str, str]]:
         f"exact: no {kind} has a smaller one" if peak.exact else f"{percent(peak.gap_percent)} at most above the least"
     )
     yield "its bound", f"{percent(100 * peak.bound)}, {proof}"
-    if peak.largest_batch is None:
-        largest = "any, in more micro-batches of this size"
-    elif plan.of_model:
-        largest = f"{peak.largest_batch} samples, in micro-batches of {plan.batch / plan.microbatches:.3g}"
-    else:
-        largest = f"{peak.largest_batch * plan.microbatches // plan.batch} micro-batches of this size"
-    yield "largest batch", f"{largest}, placed like this"
+    yield "largest batch", f"{_batch_in_words(plan, peak.largest_batch)}, placed like this"
+    if peak.larger is not None:
+        over = ", ".join(peak.larger.devices)
+        most = "; no split holds more" if peak.larger.proven and peak.larger.batch else ""
+        yield "split otherwise", f"{_batch_in_words(plan, peak.larger.batch)}, over {over}{most}"
+
+
+def _batch_in_words(plan: Plan, batch: int | None) -> str:
+    if batch is None:
+        return "any, in more micro-batches of this size"
+    if plan.of_model:
+        return f"{batch} samples, in micro-batches of {plan.batch / plan.microbatches:.3g}"
+    return f"{batch * plan.microbatches // plan.batch} micro-batches of this size"

@@ -19,6 +19,7 @@ from shardwright.sharder.planning.free.cpsat import has_ortools
 from shardwright.sharder.planning.free.least_memory import (
     assignment_fits,
     fullest,
+    larger_batch,
     largest_batch,
     least_share,
     least_share_freely,
@@ -134,3 +135,23 @@ def test_a_free_assignment_needs_no_more_memory_than_halves():
     assert least_share(p, Budget(10)).value == 0.6
     assert least_share_freely(p, Budget(10)).value == 0.5
     assert assignment_fits([0, 1, 1, 0])(p)
+
+
+@quick
+@given(problems(most=4).filter(lambda p: len(p.devices) <= 3), st.integers(1, 4))
+def test_no_split_holds_a_larger_batch_than_the_largest_of_any(p, samples):
+    """Against every split at one micro-batch more, by brute force."""
+    p = dataclasses.replace(p, recompute="never")
+    found = least_share(p, Budget(60))
+    if found is None:
+        return
+    own = largest_batch(p, samples * p.microbatches, stages_fit(found.stages, p.caps))
+    larger = larger_batch(p, samples * p.microbatches, own, Budget(60))
+    batch = larger.batch if larger else own
+    if larger:
+        assert larger.proven
+        assert larger.batch is None or larger.batch > own
+        count = 2**16 if larger.batch is None else larger.batch // samples
+        assert stages_fit(larger.stages, p.caps)(dataclasses.replace(p, microbatches=count))
+    if batch is not None:
+        assert contiguous_brute_force(dataclasses.replace(p, microbatches=batch // samples + 1)) > 1

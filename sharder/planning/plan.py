@@ -127,6 +127,17 @@ class Timed(Record):
     end_s: NonNegativeFloat
 
 
+class LargerBatch(Record):
+    """The most samples that any split was found to hold, in micro-batches of the same size."""
+
+    batch: PositiveInt | None
+    """None where any number would fit."""
+    devices: tuple[str, ...]
+    """Of its stages, in order."""
+    proven: bool
+    """Whether no split holds more."""
+
+
 class PeakShare(Record):
     """How full the fullest device is: its predicted peak over its cap."""
 
@@ -139,6 +150,8 @@ class PeakShare(Record):
     """The device that is fullest."""
     largest_batch: PositiveInt | None
     """Samples that would fit by the same plan in micro-batches of the same size; None where any number would."""
+    larger: LargerBatch | None = None
+    """Another split that was found to hold more samples."""
 
 
 class SplitTie(Record):

@@ -256,7 +256,7 @@ def _for_memory(profile: Profile, problems: list[Problem], every: list[Problem],
     alternatives += kept_whole(option, [option], baseline.step_s if baseline else None)
     certificate = certify(option, [option], None, deadline_s)
     written = _write(profile, option, [option], baseline, alternatives, certificate)
-    return for_memory(written, option, problem, share)
+    return for_memory(written, option, problem, share, deadline_s)
 
 
 def _paces(profile: Profile, microbatches: int) -> dict[str, float]:

@@ -24,6 +24,7 @@ from shardwright.sharder.planning.free.free_record import Alone, Found, Writer, 
 from shardwright.sharder.planning.free.latency import Race
 from shardwright.sharder.planning.free.least_memory import (
     LeastShare,
+    larger_batch,
     largest_batch,
     least_share,
     least_share_freely,
@@ -32,6 +33,7 @@ from shardwright.sharder.planning.free.least_memory import (
 )
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.plan import (
+    LargerBatch,
     Objective,
     Plan,
 )
@@ -181,14 +183,23 @@ def least_of(problems: Sequence[Problem], deadline_s: float) -> tuple[Problem, L
     return min(found, key=lambda pair: pair[1].value, default=None)
 
 
-def for_memory(written: Plan, option: Option, problem: Problem, share: LeastShare) -> Plan:
-    """The plan of a split that was found within caps of ``share``, with the caps of ``problem`` and the certificate."""
+def for_memory(written: Plan, option: Option, problem: Problem, share: LeastShare, deadline_s: float) -> Plan:
+    """The plan of a split that was found within caps of ``share``, with the caps of ``problem`` and the certificate.
+
+    Until ``deadline_s`` of ``clock_s()`` it is looked for what other splits hold.
+    """
     caps = dict(zip(problem.devices, problem.caps, strict=True))
     stages = tuple(stage.model_copy(update={"memory_cap_bytes": caps[stage.device]}) for stage in written.stages)
     # A link that no plan may use makes a split worthless that needs it.
     assert math.isfinite(option.split.value_s)
     largest = largest_batch(option.problem, written.batch, stages_fit(option.split.stages, problem.caps))
+    budget = Budget(max(0.0, deadline_s - clock_s()))
+    larger = larger_batch(dataclasses.replace(option.problem, caps=problem.caps), written.batch, largest, budget)
     peak = peak_share(stages, share.bound, exact=share.exact, largest=largest)
+    if larger is not None:
+        devices = tuple(problem.devices[device] for device, _ in larger.stages)
+        other = LargerBatch(batch=larger.batch, devices=devices, proven=larger.proven)
+        peak = peak.model_copy(update={"larger": other})
     # The caps within which the load was made least are the share's.
     binds = written.certificate.binds.replace("the memory caps: without them", "the peak share: with full caps")
     certificate = written.certificate.model_copy(update={"binds": binds})

@@ -16,7 +16,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.exact.search import ROUNDING, Stages
@@ -36,7 +36,17 @@ from shardwright.sharder.planning.free.cpsat import RESOLUTION, Shares, has_orto
 from shardwright.sharder.planning.partition import Partition, partition
 from shardwright.sharder.planning.problem import Problem, bits
 
-__all__ = ["LeastShare", "fullest", "largest_batch", "least_share", "least_share_freely", "share_of", "within_share"]
+__all__ = [
+    "Larger",
+    "LeastShare",
+    "fullest",
+    "larger_batch",
+    "largest_batch",
+    "least_share",
+    "least_share_freely",
+    "share_of",
+    "within_share",
+]
 
 WITHIN = 1e-3
 """How near the smallest share is found before the last question."""
@@ -309,6 +319,53 @@ def largest_batch(problem: Problem, batch: int, fits_at: Callable[[Problem], boo
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return batch * low // problem.microbatches
+
+
+class Larger(NamedTuple):
+    """Another split that holds a larger batch."""
+
+    batch: int | None
+    """Samples; None where any number fits."""
+    stages: Stages
+    proven: bool
+    """Whether no split holds more."""
+
+
+def larger_batch(problem: Problem, batch: int, largest: int | None, budget: Budget) -> Larger | None:
+    """The largest batch that any split was found to hold, where that is more than ``largest``.
+
+    Args:
+        problem: at the profiled number of micro-batches of ``batch`` samples.
+        batch: samples of a step.
+        largest: samples that the split that is known holds; None where any number.
+        budget: the time.
+    """
+    if largest is None:
+        return None
+    timeless, unsure = _timeless(problem), False
+    best: Stages = ()
+
+    def fits(count: int) -> bool:
+        nonlocal best, unsure
+        try:
+            found = partition(dataclasses.replace(timeless, microbatches=count), time_limit_s=budget.left_s / 4)
+        except ShardwrightError:  # the time was too short to tell
+            unsure = True
+            return False
+        best = found.stages if found else best
+        return found is not None
+
+    low = largest * problem.microbatches // batch
+    high = low + 1
+    while not budget.spent() and fits(high):
+        low, high = high, 2 * high
+        if high > MOST_MICROBATCHES:
+            return Larger(None, best, proven=True)
+    while not budget.spent() and high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    proven = not unsure and high - low == 1
+    return Larger(batch * low // problem.microbatches, best, proven) if best else None
 
 
 def stages_fit(stages: Stages, caps: Sequence[int]) -> Callable[[Problem], bool]:
