@@ -56,6 +56,8 @@ class Glyphs:
     rule: str
     arrow: str
     scaled: str
+    waits: str
+    """A moment in which nothing is done."""
     estimated: str = "~"
 
     @classmethod
@@ -69,8 +71,8 @@ class Glyphs:
         return Box("".join(line.format(self.rule) + "\n" for line in _BOX_LINES), ascii=self.rule == "-")
 
 
-_UNICODE = Glyphs("±", "…", "–", "█", "░", "▏▎▍▌▋▊▉", "◀", "─", "→", "≈")  # noqa: RUF001  the dash is meant
-_ASCII = Glyphs("+-", "...", "-", "#", ".", "", "<", "-", "->", "=")
+_UNICODE = Glyphs("±", "…", "–", "█", "░", "▏▎▍▌▋▊▉", "◀", "─", "→", "≈", "·")  # noqa: RUF001  the dash is meant
+_ASCII = Glyphs("+-", "...", "-", "#", ".", "", "<", "-", "->", "=", ".")
 
 
 @dataclass(frozen=True)

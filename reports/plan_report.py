@@ -18,6 +18,7 @@ from shardwright.reports.interleaved_report import (
 from shardwright.reports.layout import Column, Glyphs, bar, facts, listing, name_ranges, section, tables
 from shardwright.reports.quantities import count, number_of_bytes, percent, ratio, seconds, used_of
 from shardwright.reports.replicas_report import in_replicas, pipelines_of, rival_in_words
+from shardwright.reports.timeline_report import timeline_drawn
 from shardwright.sharder.planning.plan import WORTHWHILE, Change, PinPrice, Placement, Plan
 
 __all__ = ["PlanReport", "Verdict", "verdict"]
@@ -138,7 +139,7 @@ class PlanReport:
         self.plan = plan
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """Verdict, stages, memory, certificate, candidates, placement."""
+        """Verdict, stages, memory, certificate, candidates, timeline, placement."""
         glyphs = Glyphs.of(options)
         yield from self._verdict()
         free = not self.plan.contiguous
@@ -146,6 +147,7 @@ class PlanReport:
         yield from self._memory(options, glyphs)
         yield from certificate_of_free(self.plan) if free else self._certificate()
         yield from self._candidates(options, glyphs)
+        yield from timeline_drawn(self.plan, options, glyphs)
         yield from self._placement(glyphs)
 
     def _verdict(self) -> Iterator[RenderableType]:
