@@ -41,9 +41,10 @@ def timeline_drawn(plan: Plan, options: ConsoleOptions, glyphs: Glyphs) -> Itera
     backward = ", letters backward" if plan.train else ""
     weights = ", capitals gradients of weights" if plan.schedule == "zero-bubble" else ""
     ends = f", {ENDS} updates" if plan.train else ""
+    times = " at the median times" if plan.of_model else ""
     yield section(
         "Timeline",
-        f"one step at the median times, {seconds(timeline.step_s)}: by micro-batch, digits forward{backward}{weights}; "
+        f"one step{times}, {seconds(timeline.step_s)}: by micro-batch, digits forward{backward}{weights}; "
         f"{glyphs.waits} waits and transfers{ends}",
     )
     grid = Table.grid(padding=(0, 2))
