@@ -42,6 +42,8 @@ Node attributes
                       zero-bubble schedules need [not known]
     update_s          likewise, seconds of one optimizer step [0]
     recompute_s       likewise, in training, a forward that keeps nothing for backward [forward_s]
+    median_error      how sure these are: half of their 95% interval, as a part of them; in no graph of a profile,
+                      where each device has its own [not known]
     unfit             names of the devices that it does not fit on, even alone, and has no times for [none]
     static_bytes      parameters, buffers, gradients and optimizer state; of an input the whole batch [param_bytes]
     param_bytes       the parameters among them [0]

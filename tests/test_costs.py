@@ -232,3 +232,27 @@ def test_order_alone_sends_nothing():
     assert plan.certificate.value_s == 2 * (1.0 + 3.0 + 0.25 + 1e-9)
     with pytest.raises(sw.ShardwrightError, match="unit c comes after b, which is no unit before it; correct after"):
         sw.Costs.parse(json.dumps(content).replace('"name": "c",', '"name": "c", "after": ["b"],'), source="here")
+
+
+def test_how_sure_times_are_makes_a_plan_say_how_it_moves():
+    """From a file and from a graph alike; of what nothing is said nothing is drawn."""
+    content = json.loads(EXAMPLE.read_text(encoding="utf-8"))
+    assert sw.plan(Costs.parse(json.dumps(content), source="here").profile()).sensitivity is None
+    for unit in content["units"]:
+        unit["median_error"] = 0.1
+    costs = Costs.parse(json.dumps(content), source="here")
+    plan, of_graph = sw.plan(costs.profile(), replans=3), sw.plan(costs.graph(), replans=3)
+    assert plan.sensitivity is not None
+    assert plan.sensitivity.replans is not None
+    assert of_graph.sensitivity == plan.sensitivity
+    graph = costs.graph()
+    graph.nodes["decoder"]["median_error"] = "often"
+    with pytest.raises(ShardwrightError, match="node decoder: median_error is 'often'; give a part"):
+        sw.plan(graph)
+
+
+def test_a_variation_is_a_row_of_times():
+    graph = Costs.load(EXAMPLE).graph()
+    graph.graph["devices"]["cuda:0"]["variation"] = 0.1
+    with pytest.raises(ShardwrightError, match=r"variation is 0\.1; give times relative to the median"):
+        sw.plan(graph)

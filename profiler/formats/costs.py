@@ -102,6 +102,8 @@ class CostsOfUnit(Record):
     """Held from the first part of the backward to the second, beside those: gradients that came in."""
     output_bytes: NonNegativeInt = 0
     """The tensor that it makes of one micro-batch, and hands to each unit that reads it."""
+    median_error: NonNegativeFloat | None = None
+    """How sure its times are: half of their 95% interval as a part of them, 0.05 for 5%."""
     inputs: tuple[str, ...] | None = None
     """The units that it reads; by default the one before it. What the model itself is given is not listed."""
     after: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.costgraph import CostGraph
-from shardwright.profiler.formats.given import rate, refuse_misspelt, seconds, texts, whole
+from shardwright.profiler.formats.given import rate, refuse_misspelt, seconds, share, texts, whole
 from shardwright.profiler.formats.given_devices import devices_of, links_of, variations_of
 from shardwright.profiler.graph import Times, costs_at
 from shardwright.profiler.ordering import topological_order
@@ -28,7 +28,7 @@ _BYTES = ("static_bytes", "param_bytes", "grad_bytes", "saved_bytes", "output_by
 _PEAKS = ("forward_peak_bytes", "backward_peak_bytes", "input_gradient_bytes", "deferred_bytes")
 _OF_NODES = (
     *("kind", "type", "unit", "site", "copied", "unfit", *_TIMES, *_BYTES, *_PEAKS),
-    *("update_peak_bytes", "update_left_bytes"),
+    *("update_peak_bytes", "update_left_bytes", "median_error"),
 )
 _OF_EDGES = ("tensors", "bytes", "gradient_bytes")
 _OF_GRAPHS = (
@@ -49,13 +49,14 @@ def profile_from_graph(graph: nx.DiGraph[Any] | CostGraph) -> Profile:
 
 
 def costs_from_graph(graph: nx.DiGraph[Any]) -> tuple[Profile, CostGraph]:
-    """The profile of the costs in ``graph`` with its times left out, and their cost graph, which has them.
+    """The profile of the costs in ``graph``, and their cost graph.
 
-    For planning: records of the times of ten thousand units on 64 devices take longer to make than a plan. Order and
-    errors are those of :func:`profile_from_graph`.
+    For planning: records of the times of ten thousand units on 64 devices take longer to make than a plan, so that the
+    profile is without them, unless the graph says how sure they are. Order and errors are those of
+    :func:`profile_from_graph`.
     """
     reading = _reading(graph)
-    profile = reading.profile(timed=False)
+    profile = reading.profile(timed=any("median_error" in data for data in reading.graph.nodes.values()))
     return profile, costs_at(profile, reading.microbatches, reading.times)
 
 
@@ -228,10 +229,16 @@ class _Reading:
                 backward_weight_s=times["backward_weight_s"].get(device),
                 update_s=times["update_s"][device],
                 recompute_s=times["recompute_s"].get(device),
+                median_error=self._error(name),
             )
             for name, times in self.times.items()
             for device, forward_s in times["forward_s"].items()
         )
+
+    def _error(self, name: str) -> float | None:
+        """How sure a node's times are, where that is given."""
+        given = self.graph.nodes[name].get("median_error")
+        return None if given is None else share(f"node {name}: median_error", given)
 
     def _unfit(self, name: str) -> list[str]:
         """The devices that a node does not fit on."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from shardwright.errors import ShardwrightError
 
-__all__ = ["rate", "refuse_misspelt", "seconds", "texts", "whole"]
+__all__ = ["rate", "refuse_misspelt", "seconds", "share", "texts", "whole"]
 
 
 def refuse_misspelt(where: str, data: Mapping[str, Any], known: Sequence[str], *, strict: bool = False) -> None:
@@ -39,6 +39,11 @@ def _number(where: str, value: Any, what: str) -> float:
 def seconds(where: str, value: Any) -> float:
     """A time."""
     return _number(where, value, "a finite number of seconds, 0 or more")
+
+
+def share(where: str, value: Any) -> float:
+    """A part of something."""
+    return _number(where, value, "a part, such as 0.05 for 5%")
 
 
 def rate(where: str, value: Any) -> float:

@@ -69,6 +69,11 @@ def variations_of(devices: Any) -> tuple[Variation, ...]:
     """How the devices' speeds vary, where the graph attribute ``devices`` says so."""
     facts = devices.items() if isinstance(devices, Mapping) else ()
     varied = {str(name): of_device.get("variation") for name, of_device in facts}
+    for name, relative in varied.items():
+        if relative is not None and (isinstance(relative, str) or not isinstance(relative, Iterable)):
+            raise ShardwrightError(
+                f"device {name}: variation is {relative!r}; give times relative to the median, as [0.98, 1.0, 1.05]"
+            )
     return tuple(
         Variation(device=name, relative=tuple(rate(f"device {name}: variation", r) for r in relative))
         for name, relative in varied.items()
