@@ -18,6 +18,7 @@ from shardwright.errors import ShardwrightError
 
 if TYPE_CHECKING:
     from shardwright.profiler.capture import Progress
+    from shardwright.profiler.formats.costs import Costs
     from shardwright.profiler.profile import Profile
     from shardwright.sharder.planning.plan import Objective
     from shardwright.sharder.planning.problem import Recompute, Transfers, Wanted
@@ -467,7 +468,7 @@ def report(
     else:
         from shardwright.reports.profile_report import ProfileReport
 
-        made = _load_profile(path)
+        made = _as_profile(_load_profile(path))
         out.print(ProfileReport(made))
         _export(made, csv, parquet, graphml, microbatches)
 
@@ -503,8 +504,8 @@ def _format_of(path: Path) -> str:
     return str(content.get("format", "")) if isinstance(content, dict) else ""
 
 
-def _load_profile(path: Path) -> Profile:
-    """A saved profile, or costs as one."""
+def _load_profile(path: Path) -> Profile | Costs:
+    """A saved profile, or costs."""
     from shardwright.profiler.profile import Profile
 
     found = _format_of(path)
@@ -512,8 +513,15 @@ def _load_profile(path: Path) -> Profile:
         from shardwright.profiler.formats.costs import Costs
 
         if found == Costs.kind:
-            return Costs.load(path).profile()
+            return Costs.load(path)
     return Profile.load(path)
+
+
+def _as_profile(made: Profile | Costs) -> Profile:
+    """Costs as a profile, with a record of every time."""
+    from shardwright.profiler.profile import Profile
+
+    return made if isinstance(made, Profile) else made.profile()
 
 
 def _profile_path(given: Path | None, target: str | None) -> Path:

@@ -139,9 +139,11 @@ class Costs(Document):
     @classmethod
     def parse(cls, text: str, *, source: str) -> Self:
         """Make costs from JSON ``text``; ``source`` names it in errors."""
+        from shardwright.profiler.formats.from_graph import costs_from_graph
+
         costs = super().parse(text, source=source)
         try:
-            costs.profile()
+            costs_from_graph(costs.cost_graph())
         except ShardwrightError as error:
             raise ShardwrightError(f"{source}: {error}") from error
         return costs
@@ -155,11 +157,16 @@ class Costs(Document):
             return f"has {where}, a field that costs do not have; {cls.remedy}"
         return f"is not right: {where}: {first['msg'].removeprefix('Value error, ')}; {cls.remedy}"
 
+    @property
+    def of_model(self) -> bool:
+        """As of profiles: whether a model stands behind them, which none does."""
+        return False
+
     def profile(self) -> Profile:
         """The costs as a profile, which no model stands behind."""
         from shardwright.profiler.formats.from_graph import profile_from_graph
 
-        return profile_from_graph(self._graph())
+        return profile_from_graph(self.cost_graph())
 
     def graph(self) -> nx.DiGraph[str]:
         """The costs as a cost graph; see :mod:`shardwright.profiler.graph`.
@@ -167,9 +174,10 @@ class Costs(Document):
         Raises:
             ShardwrightError: a link or a unit names something that is not there, or a name stands twice.
         """
-        return self._graph().networkx()
+        return self.cost_graph().networkx()
 
-    def _graph(self) -> CostGraph:
+    def cost_graph(self) -> CostGraph:
+        """The same as the planner takes it, without networkx."""
         attributes = {
             "name": self.model,
             "train": self.train,

@@ -48,7 +48,7 @@ def profile_from_graph(graph: nx.DiGraph[Any] | CostGraph) -> Profile:
     return _reading(graph).profile()
 
 
-def costs_from_graph(graph: nx.DiGraph[Any]) -> tuple[Profile, CostGraph]:
+def costs_from_graph(graph: nx.DiGraph[Any] | CostGraph) -> tuple[Profile, CostGraph]:
     """The profile of the costs in ``graph``, and their cost graph.
 
     For planning: records of the times of ten thousand units on 64 devices take longer to make than a plan, so that the

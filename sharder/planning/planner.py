@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     import networkx as nx
 
     from shardwright.profiler.costgraph import CostGraph
+    from shardwright.profiler.formats.costs import Costs
 
 __all__ = ["plan"]
 
@@ -53,7 +54,7 @@ LEAST_DEVICES = 4
 
 @ended_by_interrupt()
 def plan(
-    profile: Profile | nx.DiGraph[Any],
+    profile: Profile | Costs | nx.DiGraph[Any],
     *,
     objective: Objective = "throughput",
     contiguous: bool = True,
@@ -79,7 +80,7 @@ def plan(
     device alone is chosen when no split is faster.
 
     Args:
-        profile: times and sizes, as measured or loaded; or a graph of costs from anywhere, with the attributes that
+        profile: times and sizes, as measured or loaded; or costs as written by hand, or a graph of costs from anywhere, with the attributes that
             :mod:`shardwright.profiler.graph` lists. A plan of such costs has no model to be placed.
         objective: ``"throughput"``, the steady state of a pipeline; ``"latency"``, one input as fast as possible,
             branches on different devices at once; ``"memory"``, the fullest device as little full as possible.
@@ -119,9 +120,10 @@ def plan(
     """
     given: CostGraph | None = None
     if not isinstance(profile, Profile):
+        from shardwright.profiler.formats.costs import Costs
         from shardwright.profiler.formats.from_graph import costs_from_graph
 
-        profile, given = costs_from_graph(profile)
+        profile, given = costs_from_graph(profile.cost_graph() if isinstance(profile, Costs) else profile)
     check_words(objective, transfers, recompute)
     check_arguments(
         memory=memory,
