@@ -80,8 +80,9 @@ def plan(
     device alone is chosen when no split is faster.
 
     Args:
-        profile: times and sizes, as measured or loaded; or costs as written by hand, or a graph of costs from anywhere, with the attributes that
-            :mod:`shardwright.profiler.graph` lists. A plan of such costs has no model to be placed.
+        profile: times and sizes, as measured or loaded; or costs as written by hand, or a graph of costs from anywhere,
+            with the attributes that :mod:`shardwright.profiler.graph` lists. A plan of such costs has no model to be
+            placed.
         objective: ``"throughput"``, the steady state of a pipeline; ``"latency"``, one input as fast as possible,
             branches on different devices at once; ``"memory"``, the fullest device as little full as possible.
         contiguous: whether the devices take stages that follow each other, as a pipeline does; else each unit may be on
