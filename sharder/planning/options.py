@@ -104,12 +104,15 @@ def nothing_fits(problems: list[Problem], profile: Profile, deadline_s: float) -
 
 
 def _offloaded(problems: list[Problem], profile: Profile, deadline_s: float) -> list[Option]:
-    """The last resort at the smallest micro-batch: a split with the weights of some blocks elsewhere, if one fits."""
-    problem = max(problems, key=lambda p: p.microbatches)
-    found = offload_some(problem, rates_of(profile, problem), time_limit_s=max(0.5, (deadline_s - clock_s()) / 10))
-    if found is None:
-        return []
-    return [dataclasses.replace(price(found.problem, found.split, profile), tiers=found.tiers)]
+    """The last resort: at each number of micro-batches a split with the weights of some blocks elsewhere."""
+    options = []
+    for position, problem in enumerate(problems):
+        share_s = max(0.5, (deadline_s - clock_s()) / (len(problems) - position))
+        found = offload_some(problem, rates_of(profile, problem), time_limit_s=share_s)
+        if found is not None:
+            option = price(found.problem, found.split, profile)
+            options.append(dataclasses.replace(option, tiers=found.tiers, resident=problem))
+    return options
 
 
 def rates_of(profile: Profile, problem: Problem) -> Rates:

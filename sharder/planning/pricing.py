@@ -44,6 +44,8 @@ class Option:
     step_spread_s: float
     tiers: Mapping[int, str] = dataclasses.field(default_factory=dict)
     """Blocks whose weights stay elsewhere -> where."""
+    resident: Problem | None = None
+    """Where there are such blocks: the problem in which their weights are on their devices."""
     kept: Option | None = None
     """Where some stages are computed anew by choice: the best split in which none is, if one was found."""
     why_none_kept: str = ""
