@@ -12,12 +12,12 @@ from typing import NamedTuple
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.clock import clock_s
-from shardwright.sharder.planning.pricing import Option, price, solve_each, with_short_step
+from shardwright.sharder.planning.pricing import LEAST_SHORTER, Option, price, solve_each, with_short_step
 from shardwright.sharder.planning.problem import Problem, Wanted
 from shardwright.sharder.planning.schedules.interleaved_options import with_interleaved
 from shardwright.sharder.planning.schedules.replicas import Replicas, possible_replicas
 from shardwright.sharder.planning.schedules.zero_bubble_options import with_zero_bubble
-from shardwright.sharder.planning.verdict.offload import Rates
+from shardwright.sharder.planning.verdict.offload import Offload, Rates, offload_least
 from shardwright.sharder.planning.verdict.offload import offload as offload_some
 
 __all__ = ["Asked", "nothing_fits", "options_of", "rates_of"]
@@ -107,12 +107,26 @@ def _offloaded(problems: list[Problem], profile: Profile, deadline_s: float) -> 
     """The last resort: at each number of micro-batches a split with the weights of some blocks elsewhere."""
     options = []
     for position, problem in enumerate(problems):
-        share_s = max(0.5, (deadline_s - clock_s()) / (len(problems) - position))
-        found = offload_some(problem, rates_of(profile, problem), time_limit_s=share_s)
-        if found is not None:
-            option = price(found.problem, found.split, profile)
-            options.append(dataclasses.replace(option, tiers=found.tiers, resident=problem))
+        rates = rates_of(profile, problem)
+        share_s = max(0.5, (deadline_s - clock_s()) / (len(problems) - position)) / 2
+        found = offload_some(problem, rates, time_limit_s=share_s)
+        if found is None:
+            continue
+        option = _priced(problem, found, profile)
+        options.append(option)
+        if len(problem.devices) == 1:
+            continue  # a step is the load
+        fewer = offload_least(problem, rates, found, time_limit_s=share_s)
+        other = option if fewer is None else _priced(problem, fewer, profile)
+        if other.step_s < option.step_s * (1 - LEAST_SHORTER):
+            larger = other.split.value_s > option.split.value_s
+            options[-1] = dataclasses.replace(other, least=option if larger else None)
     return options
+
+
+def _priced(problem: Problem, found: Offload, profile: Profile) -> Option:
+    option = price(found.problem, found.split, profile)
+    return dataclasses.replace(option, tiers=found.tiers, resident=problem)
 
 
 def rates_of(profile: Profile, problem: Problem) -> Rates:

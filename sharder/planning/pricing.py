@@ -19,7 +19,7 @@ from shardwright.sharder.planning.schedules.step_search import shortest_step
 from shardwright.sharder.planning.schedules.timeline import Timeline
 from shardwright.sharder.planning.split_loads import stage_loads
 
-__all__ = ["Option", "baseline_of", "noise_s", "price", "solve", "solve_each", "with_short_step"]
+__all__ = ["LEAST_SHORTER", "Option", "baseline_of", "noise_s", "price", "solve", "solve_each", "with_short_step"]
 
 LEAST_NOISE = 0.05
 """One device counts as faster than an earlier one from this relative difference on, however steady both were."""

@@ -28,7 +28,7 @@ from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.split_loads import stage_loads
 from shardwright.sharder.planning.wide.ceilings import NEAR
 
-__all__ = ["Offload", "Rates", "offload", "with_offloaded"]
+__all__ = ["Offload", "Rates", "offload", "offload_least", "with_offloaded"]
 
 Tier = Literal["cpu", "disk"]
 SPARED = 8
@@ -117,10 +117,32 @@ def offload(problem: Problem, rates: Rates, *, time_limit_s: float) -> Offload |
         bound_s = max(bound_s, split.bound_s)
         found = _of_split(problem, relaxed, split, rates)
     if found is None or found.split.value_s > bound_s * (1 + NEAR):
-        tried = _tried(problem, _movable(problem), rates, deadline_s)
+        tried = _tried(problem, rates, deadline_s, lambda one: one.split.value_s)
         found = min((one for one in (found, tried) if one is not None), key=lambda one: one.split.value_s, default=None)
     if found is None:
         return None
+    return _with_bound(found, bound_s)
+
+
+def offload_least(problem: Problem, rates: Rates, known: Offload, *, time_limit_s: float) -> Offload | None:
+    """A split with few bytes elsewhere, as few as were found: with few micro-batches a step is that much shorter.
+
+    Args:
+        problem: as for :func:`offload`.
+        rates: how fast weights come.
+        known: what that found, of which this has the bound.
+        time_limit_s: seconds for all that is tried.
+    """
+
+    def brought(one: Offload) -> int:
+        return sum(problem.blocks[v].static_bytes for v in one.tiers)
+
+    found = _tried(problem, rates, clock_s() + time_limit_s, brought)
+    return None if found is None else _with_bound(found, known.split.bound_s)
+
+
+def _with_bound(found: Offload, bound_s: float) -> Offload:
+    """The same, with what is proven of every choice."""
     value_s = found.split.value_s
     proven = Partition(found.split.stages, value_s, min(bound_s, value_s), exact=value_s <= bound_s * (1 + ROUNDING))
     return dataclasses.replace(found, split=proven)
@@ -185,9 +207,9 @@ def _of_split(problem: Problem, relaxed: Problem, split: Partition, rates: Rates
     return Offload(changed[0], dataclasses.replace(split, value_s=max(loads)), changed[1])
 
 
-def _tried(problem: Problem, movable: Sequence[int], rates: Rates, deadline_s: float) -> Offload | None:
-    """The best of some choices among the ``movable`` blocks: few of the largest, fewer, smaller ones."""
-    movable = [v for v in movable if with_offloaded(problem, [v], rates)]
+def _tried(problem: Problem, rates: Rates, deadline_s: float, value: Callable[[Offload], float]) -> Offload | None:
+    """Of some choices of blocks, few of the largest, fewer, smaller ones, the one with the least ``value``."""
+    movable = [v for v in _movable(problem) if with_offloaded(problem, [v], rates)]
     tries = len(movable).bit_length() + SPARED + SWAPPED
 
     def attempt(chosen: Sequence[int]) -> Offload | None:
@@ -215,21 +237,27 @@ def _tried(problem: Problem, movable: Sequence[int], rates: Rates, deadline_s: f
             most, best = middle, found
     for v in movable[most - 1 :: -1][:SPARED]:
         found = attempt([u for u in best.tiers if u != v])
-        if found is not None and found.split.value_s <= best.split.value_s:
+        if found is not None and value(found) <= value(best):
             best = found
-    return _with_smaller(best, movable, attempt)
+    return _with_smaller(problem, best, movable, attempt, value)
 
 
-def _with_smaller(best: Offload, movable: Sequence[int], attempt: Callable[[Sequence[int]], Offload | None]) -> Offload:
+def _with_smaller(
+    problem: Problem,
+    best: Offload,
+    movable: Sequence[int],
+    attempt: Callable[[Sequence[int]], Offload | None],
+    value: Callable[[Offload], float],
+) -> Offload:
     """``best``, or better: with smaller blocks in the place of offloaded ones."""
-    tries = SWAPPED
+    tries, sizes = SWAPPED, [block.static_bytes for block in problem.blocks]
     for v in list(best.tiers):
         for u in reversed(movable[movable.index(v) + 1 :]):
-            if u in best.tiers or not tries:
+            if sizes[u] == sizes[v] or u in best.tiers or not tries:
                 continue
             tries -= 1
             found = attempt([u if each == v else each for each in best.tiers])
-            if found is not None and found.split.value_s < best.split.value_s:
+            if found is not None and value(found) < value(best):
                 best = found
                 break
     return best
