@@ -25,6 +25,8 @@ __all__ = ["PlanReport", "Verdict", "verdict"]
 
 LEAST_SHOWN = 0.05
 """Percent: less is rounded to none."""
+NAMED = 4
+"""So many units whose weights are on no device are named in the verdict."""
 SURE = 0.9
 """A plan that beats its rival in fewer of the draws is best only by noise."""
 
@@ -46,7 +48,7 @@ def verdict(plan: Plan) -> Verdict:
     if not plan.contiguous:
         return Verdict(*verdict_of_free(plan))
     shard, text = _verdict_of_splits(plan)
-    text += _recomputed_in_words(plan) + rival_in_words(plan)
+    text += _offloaded_in_words(plan) + _recomputed_in_words(plan) + rival_in_words(plan)
     if plan.other_schedule is not None:
         text = f"{text} {weighed(plan, plan.other_schedule)}"
     parallel = next((one for one in plan.alternatives if one.name == "data parallel" and one.step_s is not None), None)
@@ -57,6 +59,18 @@ def verdict(plan: Plan) -> Verdict:
         f"{text} Data parallel over {parallel.devices} devices, the whole model on each and a part of the batch, would "
         f"take {seconds(parallel.step_s)}: faster by {ratio(plan.predicted.step_s / parallel.step_s)}.",
     )
+
+
+def _offloaded_in_words(plan: Plan) -> str:
+    """Whose weights are on no device between calls, and where they are."""
+    parts = []
+    for tier, where in (("cpu", "in the host's memory"), ("disk", "on its disk")):
+        units = [unit for unit, kept in plan.offloaded.items() if kept == tier]
+        shown = units if len(units) <= NAMED else [*units[: NAMED - 1], f"{len(units) - NAMED + 1} more units"]
+        parts += [f"those of {_joined(shown)} stay {where}"] if units else []
+    if not parts:
+        return ""
+    return f" Not all weights fit on the devices: {_joined(parts)}, and are brought for each call."
 
 
 def _recomputed_in_words(plan: Plan) -> str:
@@ -91,7 +105,8 @@ def _verdict_of_splits(plan: Plan) -> Verdict:
         splits = [candidate for candidate in plan.candidates if candidate.stages > 1]
         text = f"Do not shard this: keep it on {plan.devices[0]}, {step} a step."
         if not splits:
-            return Verdict(False, f"{text} No split is better.")
+            proven = plan.certificate.exact or not plan.offloaded
+            return Verdict(False, f"{text} No split is better." if proven else text)
         best = min(splits, key=lambda candidate: candidate.step_s)
         devices = best.stages // best.stages_per_device
         return Verdict(
@@ -103,10 +118,8 @@ def _verdict_of_splits(plan: Plan) -> Verdict:
     if plan.replicas > 1:
         split = f"{in_replicas(plan)} {split}"
     if predicted.baseline_s is None or predicted.speedup is None:
-        return Verdict(
-            True,
-            f"Shard this {split}: no single device holds it, sharding is what makes it fit. Expect {step} a step.",
-        )
+        why = "no single device holds it" + ("" if plan.offloaded else ", sharding is what makes it fit")
+        return Verdict(True, f"Shard this {split}: {why}. Expect {step} a step.")
     alone = f"{predicted.baseline_device} alone"
     if predicted.baseline_microbatches > 1:  # costs are of one number, whatever would fit
         why = "which needs {} to fit" if plan.of_model else "also in {}"
@@ -260,6 +273,8 @@ class PlanReport:
         if plan.stages_per_device > 1:
             loads = device_loads_s(plan)
             where = f"the {plan.stages_per_device} stages of {plan.devices[loads.index(max(loads))]}"
+        if plan.offloaded:
+            within += ", whatever weights it brings,"
         if plan.replicas > 1:
             within += f" over this mesh of {plan.replicas} replicas"
         gap = percent(certificate.gap_percent)
@@ -280,7 +295,7 @@ class PlanReport:
             [
                 *peak_of(plan),
                 ("largest load", f"{seconds(certificate.value_s)} a step, {where}"),
-                ("lower bound", f"{seconds(certificate.bound_s)}, proven for every split{within}"),
+                ("lower bound", f"{seconds(certificate.bound_s)}, proven for every split{within.rstrip(',')}"),
                 ("gap", gap),
                 *_step_in_words(certificate.step_gap_percent, within),
                 ("what binds", certificate.binds),

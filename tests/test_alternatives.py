@@ -51,6 +51,33 @@ def test_data_parallel_waits_for_the_slowest_and_sums_the_gradients():
     assert data_parallel_s(problem, 0, [(), ()]) == 6.0
 
 
+def test_the_device_with_most_microbatches_is_waited_for():
+    """Five over two devices: three times 1 s of forward on the first, 2 s on the second; and the sum."""
+    problem = problem_of([(1.0, 2.0)], links=(0.5, 10.0), microbatches=5)
+    assert data_parallel_s(problem, 100, [(), ()]) == 6.0 + 2 * (0.5 + 5.0)
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("count", [4, 8, 12])
+def test_data_parallel_costs_what_as_many_replicas_as_devices_cost(chain_profile, count, train):
+    """Also where one micro-batch a device was not profiled."""
+    speed = dict.fromkeys((f"cpu:{i}" for i in range(4)), 1.0)
+    profile = chain_profile(6, speed=speed, microbatches=(count,), param_bytes=10**6, train=train)
+    [parallel] = [one for one in plan(profile).alternatives if one.name == "data parallel"]
+    replicated = plan(profile, replicas=4).predicted
+    assert (parallel.microbatches, parallel.devices) == (count, 4)
+    assert parallel.step_s == pytest.approx(replicated.step_s)
+
+
+def test_a_profile_of_a_devices_part_of_the_batch_is_what_data_parallel_is_priced_by(chain_profile):
+    """Where there is none, that of the smaller parts with which the step is shortest."""
+    profile = chain_profile(8, microbatches=(1, 2, 4, 8))
+    assert plan(profile).alternatives[2].microbatches == 2
+    coarse = plan(profile.model_copy(update={"microbatches": (1, 4, 8)})).alternatives[2]
+    either = [plan(profile.model_copy(update={"microbatches": (n,)})).alternatives[2] for n in (4, 8)]
+    assert coarse.step_s == min(one.step_s for one in either)
+
+
 def test_unsteady_devices_wait_for_each_other():
     """The median of the slowest of two is above the median of each."""
     problem = problem_of([(1.0, 1.0)])
@@ -77,8 +104,8 @@ def test_pins_are_no_matter_of_the_alternatives(chain_profile):
 def test_what_is_not_possible_says_why(chain_profile):
     """A share of the batch that was not profiled; a device that does not hold the whole."""
     profile = chain_profile(8)
-    without = plan(profile.model_copy(update={"microbatches": (1, 4)}))
-    assert without.alternatives[2].why == "no profile of 1/2 of the batch"
+    without = plan(profile.model_copy(update={"microbatches": (1,)}))
+    assert without.alternatives[2].why == "no profile of 1/2 of the batch, or of less"
     static = sum(node.param_bytes + node.grad_bytes + node.optimizer_bytes for node in profile.nodes)
     tight = plan(profile, memory={"cpu:0": static - 1, "cpu:1": 10 * static + 10**9})
     assert tight.alternatives[2].why == "the whole does not fit on each device"

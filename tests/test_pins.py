@@ -114,14 +114,15 @@ def tight(chain_profile, memory_bytes):
 
 
 def test_a_pin_of_a_plan_with_offloaded_weights_has_a_price(chain_profile):
-    """Planned without it, weights are offloaded too, and loads are even: proven is neither."""
+    """Planned without it, weights are offloaded too, and loads are even: proven, over all choices of weights."""
     profile = tight(chain_profile, 3_400)
     pinned = plan(profile, microbatches=1, pins={"net.u[0-5]": "cuda:0"})
     assert pinned.offloaded
     (found,) = pinned.pins
-    assert found.without_s == plan(profile, microbatches=1).certificate.value_s
+    free = plan(profile, microbatches=1).certificate
+    assert found.without_s == (free.least_s or free.value_s)
     assert found.without_s < pinned.certificate.value_s
-    assert not found.exact
+    assert found.exact
 
 
 def test_a_pin_that_is_why_weights_are_offloaded_is_priced_without_it(chain_profile):

@@ -12,12 +12,12 @@ from typing import NamedTuple
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.clock import clock_s
-from shardwright.sharder.planning.pricing import Option, price, solve_each, with_short_step
+from shardwright.sharder.planning.pricing import LEAST_SHORTER, Option, price, solve_each, with_short_step
 from shardwright.sharder.planning.problem import Problem, Wanted
 from shardwright.sharder.planning.schedules.interleaved_options import with_interleaved
 from shardwright.sharder.planning.schedules.replicas import Replicas, possible_replicas
 from shardwright.sharder.planning.schedules.zero_bubble_options import with_zero_bubble
-from shardwright.sharder.planning.verdict.offload import Rates
+from shardwright.sharder.planning.verdict.offload import Offload, Rates, offload_least
 from shardwright.sharder.planning.verdict.offload import offload as offload_some
 
 __all__ = ["Asked", "nothing_fits", "options_of", "rates_of"]
@@ -104,12 +104,29 @@ def nothing_fits(problems: list[Problem], profile: Profile, deadline_s: float) -
 
 
 def _offloaded(problems: list[Problem], profile: Profile, deadline_s: float) -> list[Option]:
-    """The last resort at the smallest micro-batch: a split with the weights of some blocks elsewhere, if one fits."""
-    problem = max(problems, key=lambda p: p.microbatches)
-    found = offload_some(problem, rates_of(profile, problem), time_limit_s=max(0.5, (deadline_s - clock_s()) / 10))
-    if found is None:
-        return []
-    return [dataclasses.replace(price(found.problem, found.split, profile), tiers=found.tiers)]
+    """The last resort: at each number of micro-batches a split with the weights of some blocks elsewhere."""
+    options = []
+    for position, problem in enumerate(problems):
+        rates = rates_of(profile, problem)
+        share_s = max(0.5, (deadline_s - clock_s()) / (len(problems) - position)) / 2
+        found = offload_some(problem, rates, time_limit_s=share_s)
+        if found is None:
+            continue
+        option = _priced(problem, found, profile)
+        options.append(option)
+        if len(problem.devices) == 1:
+            continue  # a step is the load
+        fewer = offload_least(problem, rates, found, time_limit_s=share_s)
+        other = option if fewer is None else _priced(problem, fewer, profile)
+        if other.step_s < option.step_s * (1 - LEAST_SHORTER):
+            larger = other.split.value_s > option.split.value_s
+            options[-1] = dataclasses.replace(other, least=option if larger else None)
+    return options
+
+
+def _priced(problem: Problem, found: Offload, profile: Profile) -> Option:
+    option = price(found.problem, found.split, profile)
+    return dataclasses.replace(option, tiers=found.tiers, resident=problem)
 
 
 def rates_of(profile: Profile, problem: Problem) -> Rates:

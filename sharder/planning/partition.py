@@ -98,7 +98,8 @@ def partition(
         best.take_line(partial(spent, 1.0))
     if not best.proven:
         best.take_even_splits(spent)
-    coarse = None if best.proven or is_chain(problem) else coarsened(problem, best.value_s)
+    as_is = best.proven or is_chain(problem) or problem.fetching is not None  # coarse blocks are brought as a whole
+    coarse = None if as_is else coarsened(problem, best.value_s)
     if coarse is not None:
         best.take_coarse(
             coarse,

@@ -19,7 +19,7 @@ from shardwright.sharder.planning.schedules.step_search import shortest_step
 from shardwright.sharder.planning.schedules.timeline import Timeline
 from shardwright.sharder.planning.split_loads import stage_loads
 
-__all__ = ["Option", "baseline_of", "noise_s", "price", "solve", "solve_each", "with_short_step"]
+__all__ = ["LEAST_SHORTER", "Option", "baseline_of", "noise_s", "price", "solve", "solve_each", "with_short_step"]
 
 LEAST_NOISE = 0.05
 """One device counts as faster than an earlier one from this relative difference on, however steady both were."""
@@ -44,6 +44,8 @@ class Option:
     step_spread_s: float
     tiers: Mapping[int, str] = dataclasses.field(default_factory=dict)
     """Blocks whose weights stay elsewhere -> where."""
+    resident: Problem | None = None
+    """Where there are such blocks: the problem in which their weights are on their devices."""
     kept: Option | None = None
     """Where some stages are computed anew by choice: the best split in which none is, if one was found."""
     why_none_kept: str = ""

@@ -88,6 +88,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from shardwright.sharder.planning.formulation.brought import Brought, Fetching, least_brought
 from shardwright.sharder.planning.formulation.memory import EMPTY, Ledger, Walk, bits, engine_bytes
 from shardwright.sharder.planning.schedules import zero_bubble
 
@@ -244,6 +245,9 @@ class Problem:
     replicas: tuple[Replica, ...] = ()
     """Equal pipelines, of which each has ``microbatches`` of the batch's; ``devices`` are the first one's. Nothing =
     there is one."""
+    fetching: Fetching | None = None
+    """Of inference: weights that may be brought for each call, as few of a stage as it fits with. They are in no
+    ``static_bytes``. See brought.py."""
     sums: tuple[Link, ...] = ()
     """By device: what a sum of gradients over the replicas takes at once, and bytes/s of it. See replicas.py."""
 
@@ -413,12 +417,13 @@ class Problem:
         *,
         recomputed: bool | None = None,
         before: int | None = None,
+        forward: int = 0,
     ) -> int:
         """Peak bytes of a stage on ``device`` with ``stages_after`` stages behind it.
 
         Its blocks are those in ``end`` and not in ``start``, both predecessor-closed. By default it is computed anew
         where every stage is. Under zero-bubble it matters how many stages are ``before`` it, too: by default it is the
-        most for any number of them.
+        most for any number of them. The peak of a forward is taken to be ``forward`` at least.
         """
         members = end & ~start
         static = sum(self.blocks[v].static_bytes for v in bits(members))
@@ -426,6 +431,7 @@ class Problem:
         received, sent = self.received(start, members), self.sent(end, members)
         buffers = sum(c.forward_bytes for c in received) + sum(c.backward_bytes for c in sent)
         one = self.walk(members, recomputed=self.recompute == "always" if recomputed is None else recomputed)
+        one = one._replace(forward=max(one.forward, forward)) if forward else one
         held = in_flight(self.schedule, self.microbatches, stages_after)
         if start or sent:
             gradients = sum(c.backward_bytes for c in received)
@@ -462,16 +468,49 @@ class Problem:
         return self.schedule == "gpipe"
 
     def more_s(self, start: int, end: int, device: int, stages_after: int) -> float:
-        """Seconds of a step beyond those of its blocks with which a stage fits ``device``: none, or its forward again.
+        """Seconds of a step beyond those of its blocks with which a stage fits ``device``: none, its forward again, or
+        those in which weights are brought.
 
         Infinite where it does not fit at all. The arguments are those of :meth:`memory_bytes`.
         """
+        if self.fetching is not None:
+            return self._fetch_s(start, end, device, stages_after)
         cap = self.caps[device]
         if self.memory_bytes(start, end, device, stages_after) <= cap:
             return 0.0
         if self.recompute != "auto" or self.memory_bytes(start, end, device, stages_after, recomputed=True) > cap:
             return math.inf
         return self.microbatches * sum(self.blocks[v].again_s(device) for v in bits(end & ~start))
+
+    def _fetch_s(self, start: int, end: int, device: int, stages_after: int) -> float:
+        """Seconds of a step in which a stage brings weights, at least."""
+        brought = self.brought(start, end, device, stages_after)
+        if brought is None or self.fetching is None:
+            return math.inf
+        rate = self.fetching.rates[device]
+        return self.microbatches * brought.bound / (rate or 1.0)
+
+    def brought(self, start: int, end: int, device: int, stages_after: int) -> Brought | None:
+        """The fewest weights that a stage has to bring to fit ``device``; None where it does not fit."""
+        if self.fetching is None:
+            return Brought((), 0, 0)
+        can = self.fetching.rates[device] is not None
+        key = start, end, self.caps[device], stages_after, can
+        if key not in self._brought:
+            sizes = self.fetching.sizes
+            members = [v for v in bits(end & ~start) if sizes[v]]
+            peaks = self.ledger.peaks(end & ~start)
+
+            def stays(forward: int) -> int:
+                return self.memory_bytes(start, end, device, stages_after, forward=forward)
+
+            blocks = [(v, sizes[v], peaks.get(v, 0)) for v in members] if can else []
+            self._brought[key] = least_brought(blocks, stays, self.caps[device], sum(sizes[v] for v in members))
+        return self._brought[key]
+
+    @cached_property
+    def _brought(self) -> dict[tuple[int, int, int, int, bool], Brought | None]:
+        return {}
 
     def recomputes(self, start: int, end: int, device: int, stages_after: int) -> bool:
         """Whether a stage, which fits, is computed anew."""

@@ -357,6 +357,7 @@ class Search:
             return math.inf
         # A bound by sums settles most stages; a maximum over steps is no sum, so the others are walked through.
         coming = most_held(self.problem, after) * (last.coming_bytes - first.coming_bytes)
-        if size + coming + microbatches * first.backward_bytes + self.most_at_once <= cap:
+        fits = size + coming + microbatches * first.backward_bytes + self.most_at_once <= cap
+        if fits and self.problem.fetching is None:
             return 0.0
         return self.problem.more_s(start, end, device, after)

@@ -336,6 +336,6 @@ class Stagewise:
         # What is at most received and at most sent settles most stages; the others are walked through.
         coming = most_held(problem, after) * (last.coming_bytes - first.coming_bytes)
         buffers = count * (first.forward_bytes + first.backward_bytes + last.backward_bytes)
-        if size + buffers + coming + self.most_at_once <= cap:
+        if size + buffers + coming + self.most_at_once <= cap and problem.fetching is None:
             return 0.0
         return problem.more_s(self.closed[start], self.closed[end], device, after)

@@ -15,7 +15,8 @@ def as_roomy_devices(problem: Problem) -> list[list[int]]:
         return alike_devices(problem)
     classes: dict[tuple[object, ...], list[int]] = {}
     for device, cap in enumerate(problem.caps):
-        same = cap, problem.updates_together[device : device + 1], *(b.allowed[device] for b in problem.blocks)
+        rate = problem.fetching.rates[device] if problem.fetching else None
+        same = cap, rate, problem.updates_together[device : device + 1], *(b.allowed[device] for b in problem.blocks)
         classes.setdefault(same, []).append(device)
     return list(classes.values())
 
@@ -30,11 +31,13 @@ def alike_devices(problem: Problem) -> list[list[int]]:
     own = [*zip(*times, strict=True)]
     parts = [*zip(*(b.parts_s for b in problem.blocks if b.parts_s), strict=True)]
     count = len(problem.devices)
+    rates = problem.fetching.rates if problem.fetching else ()
     pins = [*zip(*(block.allowed for block in problem.blocks), strict=True)]
 
     def alike(a: int, b: int) -> bool:
         return (
             problem.caps[a] == problem.caps[b]
+            and rates[a : a + 1] == rates[b : b + 1]
             and problem.updates_together[a : a + 1] == problem.updates_together[b : b + 1]
             and problem.links[a][b] == problem.links[b][a]
             and all(

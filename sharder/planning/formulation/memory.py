@@ -302,6 +302,19 @@ class Ledger:
         left = max((step.update_left for step in self.steps), default=0)
         return max([together, self.copied, *(max(s.forward, s.backward, s.update + left) for s in self.steps)])
 
+    def peaks(self, members: int) -> dict[int, int]:
+        """By block of a stage: the peak of the stage's forward while the block runs."""
+        inside = set(bits(members))
+        mine = self._positions(inside)
+        ahead = self._changes(inside, mine, leaves=True)[0]
+        found: dict[int, int] = {}
+        held = 0
+        for position in mine:
+            step = self.steps[position]
+            found[step.block] = max(found.get(step.block, 0), held + step.forward)
+            held += ahead[position]
+        return found
+
     def with_more(self, forward: Mapping[int, int]) -> Ledger:
         """The same with more bytes in the forward of blocks, whose weights are brought for it."""
         return replace(self, steps=tuple(s._replace(forward=s.forward + forward.get(s.block, 0)) for s in self.steps))

@@ -9,7 +9,8 @@ Data parallel on D devices takes, with G bytes of gradient, latency l and bandwi
 
     max over devices of (forward + backward of 1/D of the batch + update)  +  2 (D - 1) (l + G / (D b))
 
-the second term being a ring that scatters and gathers (Patarasuk and Yuan, JPDC 2009). Libraries that overlap it with
+1/D of the batch being one micro-batch where so many were profiled, else ceil(M / D) of a batch's M, one after another,
+and the second term a ring that scatters and gathers (Patarasuk and Yuan, JPDC 2009). Libraries that overlap it with
 the backward take less.
 """
 
@@ -32,7 +33,7 @@ from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.recorded import split_ties, stage_of_nodes, stages_of
 from shardwright.sharder.planning.split_loads import stage_loads
 
-__all__ = ["alternatives_of", "data_parallel_s", "kept_whole", "priced_in_parallel"]
+__all__ = ["alternatives_of", "data_parallel_s", "kept_whole", "priced_in_parallel", "share_of"]
 
 DRAWS = 101
 
@@ -44,7 +45,7 @@ def alternatives_of(
 
     Args:
         problems: at the numbers of micro-batches that a split may have.
-        every: at all profiled numbers, of which data parallel needs that of the devices.
+        every: at all profiled numbers, of which data parallel takes that of the devices, or a larger one.
         baseline_s: the step of one device.
     """
     if len(problems[0].devices) < 2:
@@ -131,32 +132,39 @@ def _with_nodes(profile: Profile, option: Option) -> tuple[SplitStage, ...]:
 
 
 def _data_parallel(problems: Sequence[Problem], profile: Profile) -> Alternative:
-    """The whole model on every device, if its share of the batch was profiled and it fits."""
+    """The whole model on every device, if it fits, each with its share of the micro-batches: one where that number was
+    profiled, else of the size with which the step is shortest.
+    """
     devices = len(problems[0].devices)
-    problem = next((p for p in problems if p.microbatches == devices), None)
-    why, step_s = "", None
-    if problem is None:
-        why = f"no profile of 1/{devices} of the batch"
-    elif not _fits_everywhere(problem):
-        why = "the whole does not fit on each device"
-    else:
-        gradient_bytes = sum(node.grad_bytes for node in profile.nodes) if profile.train else 0
-        varied = {variation.device: variation.relative for variation in profile.variations}
-        step_s = data_parallel_s(problem, gradient_bytes, [varied.get(name, ()) for name in problem.devices])
-        if math.isinf(step_s):
-            why, step_s = "a link is not to be used", None
-    return Alternative(name="data parallel", microbatches=devices, devices=devices, step_s=step_s, why=why)
+    shared = [p for p in problems if p.microbatches == devices] or [p for p in problems if p.microbatches > devices]
+    fitting = [problem for problem in shared if _fits_everywhere(problem, train=profile.train)]
+    gradient_bytes = sum(node.grad_bytes for node in profile.nodes) if profile.train else 0
+    varied = {variation.device: variation.relative for variation in profile.variations}
+    relative = [varied.get(name, ()) for name in problems[0].devices]
+    priced = [(data_parallel_s(problem, gradient_bytes, relative), problem.microbatches) for problem in fitting]
+    step_s, count = min(priced, default=(math.inf, devices))
+    if not math.isinf(step_s):
+        return Alternative(name="data parallel", microbatches=count, devices=devices, step_s=step_s)
+    why = "a link is not to be used" if priced else "the whole does not fit on each device"
+    why = why if shared else f"no profile of 1/{devices} of the batch, or of less"
+    return Alternative(name="data parallel", microbatches=devices, devices=devices, step_s=None, why=why)
 
 
-def _fits_everywhere(problem: Problem) -> bool:
-    """Whether each device holds the whole model with one micro-batch."""
+def share_of(problem: Problem) -> int:
+    """Micro-batches of the device that has most of them in data parallel."""
+    return -(-problem.microbatches // len(problem.devices))
+
+
+def _fits_everywhere(problem: Problem, *, train: bool) -> bool:
+    """Whether each device holds the whole model with its share; in training with one micro-batch after another."""
     taken: dict[tuple[bool, ...], int] = {}
+    schedule = "1f1b" if train else problem.schedule
     for device, cap in enumerate(problem.caps):
         if not all(block.fits_on(device) for block in problem.blocks):
             return False
         kind = problem.updates_together[device : device + 1]
         if kind not in taken:
-            alone = dataclasses.replace(problem.alone(device), microbatches=1)
+            alone = dataclasses.replace(problem.alone(device), microbatches=share_of(problem), schedule=schedule)
             taken[kind] = alone.memory_bytes(0, (1 << len(alone.blocks)) - 1, 0, 0)
         if taken[kind] > cap:
             return False
@@ -164,14 +172,15 @@ def _fits_everywhere(problem: Problem) -> bool:
 
 
 def data_parallel_s(problem: Problem, gradient_bytes: int, variations: Sequence[Sequence[float]]) -> float:
-    """Median seconds of a data-parallel step; ``problem`` has as many micro-batches as devices.
+    """Median seconds of a data-parallel step, in which a device takes its share of the micro-batches of ``problem``.
 
     Args:
         variations: by device, relative times to draw from, as for
             :func:`~shardwright.sharder.planning.schedules.simulate.expected_step_s`: all wait for the slowest.
     """
     devices = range(len(problem.devices))
-    work_s = [sum(b.forward_s[d] + b.backward_s[d] + b.update_s[d] for b in problem.blocks) for d in devices]
+    count = share_of(problem)
+    work_s = [sum(count * (b.forward_s[d] + b.backward_s[d]) + b.update_s[d] for b in problem.blocks) for d in devices]
     generator = random.Random(0)
     slowest = [
         max(

@@ -84,7 +84,7 @@ def _step_gap_percent(chosen: Option) -> float | None:
 def what_binds(chosen: Option, deadline_s: float) -> str:
     """The part of the largest load, or the cap, that keeps it from being smaller."""
     problem, split, loads = chosen.problem, chosen.split, chosen.loads
-    for what, relaxed, enough in _relaxations(problem):
+    for what, relaxed, enough in _relaxations(chosen.resident or problem):  # without caps nothing is brought
         if simple_bound_s(relaxed) >= enough * split.value_s:
             continue  # no split of it is so much better
         free = None

@@ -15,9 +15,6 @@ from shardwright.sharder.planning.verdict.offload import Rates, offload
 
 __all__ = ["prices_of_pins"]
 
-TRIES = 10
-"""Where weights are offloaded, so many splits are expected to be tried in the time for a pin."""
-
 
 def prices_of_pins(
     chosen: Option,
@@ -29,7 +26,7 @@ def prices_of_pins(
     """What the largest load would be without each pin, the others kept.
 
     Without a pin of a plan with offloaded weights, more weights may stay on the devices: such a plan is looked for as
-    the planner does, first with none offloaded. It is as little proven to be the best as the plan itself.
+    the planner does, first with none offloaded.
 
     Args:
         chosen: the option that obeys all.
@@ -48,28 +45,30 @@ def prices_of_pins(
             forward_only=chosen.problem.forward_only,
         )
         time_limit_s = max(0.0, deadline_s - clock_s()) / (len(pins) - position)
-        offloads = bool(chosen.tiers)
         try:
-            split = _split(problem, rates if offloads else None, time_limit_s)
+            split = _split(problem, rates if chosen.tiers else None, time_limit_s)
         except ShardwrightError as error:
             prices.append(PinPrice(unit=pattern, device=device, without_s=None, exact=False, why=str(error)))
             continue
         without_s = min(split.value_s, chosen.of_least_load.split.value_s)
-        exact = split.exact and not offloads
-        prices.append(PinPrice(unit=pattern, device=device, without_s=without_s, exact=exact))
+        prices.append(PinPrice(unit=pattern, device=device, without_s=without_s, exact=split.exact))
     return tuple(prices)
 
 
 def _split(problem: Problem, rates: Rates | None, time_limit_s: float) -> Partition:
     """The best split that was found; with ``rates``, and where nothing fits, with some weights offloaded.
 
+    With ``rates``, one that fits with all weights on the devices is not proven: with some brought it may be better.
+
     Raises:
         ShardwrightError: none was found, though one is known to fit.
     """
     split = partition(problem, time_limit_s=time_limit_s if rates is None else time_limit_s / 2)
     if split is None and rates is not None:
-        offloaded = offload(problem, rates, time_limit_s=time_limit_s / 2 / TRIES)
+        offloaded = offload(problem, rates, time_limit_s=time_limit_s / 2)
         split = None if offloaded is None else offloaded.split
+    elif split is not None and rates is not None:
+        split = dataclasses.replace(split, exact=False)
     if split is None:
         raise ShardwrightError(
             "no split with weights offloaded was found in the time allowed; allow more with --time-limit"

@@ -33,6 +33,7 @@ from shardwright.sharder.planning.schedules.replicas import own_factors, slowest
 from shardwright.sharder.planning.schedules.simulate import steps_at
 from shardwright.sharder.planning.schedules.stage_costs import Rules, Stages, rules_of, shares_of
 from shardwright.sharder.planning.split_loads import largest_load_s
+from shardwright.sharder.planning.verdict.alternatives import share_of
 
 __all__ = ["rivals_of", "sensitivity_of"]
 
@@ -130,7 +131,7 @@ def sensitivity_of(
         chosen: the option that was chosen.
         rivals: the others, each with its name.
         profile: with the uncertainty of its times.
-        parallel: of data parallel, where it is possible, the problem in as many micro-batches as devices, and the step.
+        parallel: of data parallel, where it is possible, the problem that it is priced at, and the step.
         replans: how many of the draws are planned anew.
         deadline_s: of ``clock_s()``, for planning anew.
     """
@@ -205,13 +206,14 @@ def _steps_of_replicas(option: Option, draws: _Draws, shares: Stages, rules: Rul
 
 
 def _more_in_parallel_s(problem: Problem, draws: _Draws) -> _Floats:
-    """By draw: how much longer than by the medians all wait for the slowest device, each with one micro-batch."""
+    """By draw: how much longer than by the medians all wait for the slowest device, each with its share."""
+    count = share_of(problem)
     nodes = [node for block in problem.blocks for node in block.nodes]
     devices = range(len(problem.devices))
     medians_s = np.array(
-        [sum(b.forward_s[d] + b.backward_s[d] + b.update_s[d] for b in problem.blocks) for d in devices]
+        [sum(count * (b.forward_s[d] + b.backward_s[d]) + b.update_s[d] for b in problem.blocks) for d in devices]
     )
-    added_s = [draws.added_s(nodes, problem.devices[d], problem.microbatches, passes=1) for d in devices]
+    added_s = [draws.added_s(nodes, problem.devices[d], problem.microbatches, passes=count) for d in devices]
     slowest_s: _Floats = (medians_s[:, None] + np.array(added_s)).max(axis=0)
     return slowest_s - float(medians_s.max())
 
