@@ -143,6 +143,10 @@ def plan(
     chain = contiguous and objective != "latency"
     if recompute == "always":
         _check_recompute(chain=chain, train=profile.train)
+    if replans and (not chain or objective == "memory"):
+        raise ShardwrightError(
+            f"replans is {replans}, and only plans for throughput in a chain of stages are made anew: leave it out"
+        )
     names = tuple(devices) if devices is not None else None
     groups = [together] if isinstance(together, str) else list(together)
     deadline_s = clock_s() + time_limit_s
