@@ -42,7 +42,12 @@ def changes_tried(
     splits = [option for option in options if len(option.split.stages) > 1]
     nearest = min(splits, key=lambda o: o.step_s, default=max(options, key=lambda o: o.problem.microbatches))
     found = (
-        _up_to_one_that_pays("batch", _at_batches(splits, baseline, profile)),
+        _up_to_one_that_pays(
+            "batch",
+            _at_batches(splits, baseline, profile)
+            if splits
+            else _anew_at_batches(nearest.problem, baseline, profile, deadline_s),
+        ),
         _up_to_one_that_pays("links", _over_links(nearest.problem, baseline, profile, deadline_s)),
     )
     return tuple(change for change in found if change is not None)
@@ -82,6 +87,16 @@ def _at_batches(splits: Sequence[Option], baseline: Option, profile: Profile) ->
             yield _Pair(factor, min(priced, key=lambda option: option.step_s), alone)
 
 
+def _anew_at_batches(problem: Problem, baseline: Option, profile: Profile, deadline_s: float) -> Iterator[_Pair]:
+    """Where one device is the best split: with more micro-batches, which a pipeline needs, another may be."""
+    for factor in BATCHES:
+        alone = _at_batch(baseline, factor, profile)
+        larger = dataclasses.replace(problem, microbatches=problem.microbatches * factor)
+        option = None if alone is None else _solved(larger, profile, (deadline_s - clock_s()) / len(BATCHES))
+        if alone is not None and option is not None:
+            yield _Pair(factor, option if len(option.split.stages) > 1 else None, alone)
+
+
 def _at_batch(option: Option, factor: int, profile: Profile) -> Option | None:
     """The same split of so many times the batch; None if it does not fit then."""
     problem = dataclasses.replace(option.problem, microbatches=option.problem.microbatches * factor)
@@ -97,10 +112,14 @@ def _at_batch(option: Option, factor: int, profile: Profile) -> Option | None:
 def _over_links(problem: Problem, baseline: Option, profile: Profile, deadline_s: float) -> Iterator[_Pair]:
     """Faster links, with the split that is best for them."""
     for factor in LINKS:
-        option = None
-        with contextlib.suppress(ShardwrightError):
-            time_limit_s = max(0.0, deadline_s - clock_s()) / len(LINKS)
-            option = solve(with_links_times(problem, factor), profile, time_limit_s=time_limit_s)
+        option = _solved(with_links_times(problem, factor), profile, (deadline_s - clock_s()) / len(LINKS))
         if option is not None:
-            option = with_short_step(option, profile)
             yield _Pair(factor, option if len(option.split.stages) > 1 else None, baseline)
+
+
+def _solved(problem: Problem, profile: Profile, time_limit_s: float) -> Option | None:
+    """The best split of ``problem``; None if none fits, or none was found in the time."""
+    with contextlib.suppress(ShardwrightError):
+        option = solve(problem, profile, time_limit_s=max(0.0, time_limit_s))
+        return None if option is None else with_short_step(option, profile)
+    return None
