@@ -7,7 +7,7 @@ from a saved profile takes as a command, more than half are imports.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from shardwright.errors import ShardwrightError
@@ -34,7 +34,7 @@ from shardwright.sharder.planning.schedules.replicas import Replicas, on_mesh_of
 from shardwright.sharder.planning.schedules.weighed import better_of, compared
 from shardwright.sharder.planning.schedules.zero_bubble_options import is_zero_bubble, parted_asked
 from shardwright.sharder.planning.verdict.alternatives import alternatives_of, kept_whole, priced_in_parallel
-from shardwright.sharder.planning.verdict.changes import changes_tried
+from shardwright.sharder.planning.verdict.changes import Lift, changes_tried
 from shardwright.sharder.planning.verdict.explain import certify, gap_percent
 from shardwright.sharder.planning.verdict.pins import prices_of_pins
 from shardwright.sharder.planning.verdict.sensitivity import rivals_of, sensitivity_of
@@ -134,7 +134,9 @@ def plan(
     groups = [together] if isinstance(together, str) else list(together)
     deadline_s = clock_s() + time_limit_s
 
-    def problem_at(count: int, pins: Mapping[str, str] | None = pins) -> Problem:
+    def problem_at(
+        count: int, pins: Mapping[str, str] | None = pins, groups: Iterable[str | Iterable[str]] = groups
+    ) -> Problem:
         graph = given if given is not None and count == profile.microbatches[0] else costs_at(profile, count)
         order: Schedule = "gpipe" if schedule == "gpipe" or not profile.train else "1f1b"
         return problem_from_graph(
@@ -186,6 +188,12 @@ def plan(
 
         alternatives += rival_in_replicas(chosen, problems, profile, baseline.step_s if baseline else None, deadline_s)
     certificate = certify(chosen, options, baseline, deadline_s)
+
+    def problems_with(pins: Mapping[str, str] | None, groups: Iterable[str | Iterable[str]]) -> list[Problem]:
+        mesh = [option.problem for option in options if len(option.problem.replicas) == len(chosen.problem.replicas)]
+        counts = sorted({problem.batch_microbatches for problem in mesh} or {chosen.problem.batch_microbatches})
+        return [on_mesh_of(problem_at(count, pins, groups), chosen.problem, profile) for count in counts]
+
     written = _write(profile, chosen, options, baseline, alternatives, certificate)
     return written.model_copy(
         update={
@@ -202,7 +210,9 @@ def plan(
             "changes": (
                 None
                 if baseline is None or (written.predicted.speedup or 0.0) >= WORTHWHILE
-                else changes_tried(plain or options, baseline, profile, deadline_s)
+                else changes_tried(
+                    plain or options, baseline, profile, deadline_s, _lifts_of(pins, groups, problems_with)
+                )
             ),
             "sensitivity": sensitivity_of(
                 chosen,
@@ -214,6 +224,22 @@ def plan(
             ),
         }
     )
+
+
+def _lifts_of(
+    pins: Mapping[str, str] | None,
+    groups: Sequence[str | Iterable[str]],
+    problems_with: Callable[[Mapping[str, str] | None, Iterable[str | Iterable[str]]], list[Problem]],
+) -> list[Lift]:
+    """What was asked for of pins and groups, each with the problems without it, and without both."""
+    lifts = []
+    if pins:
+        lifts.append(Lift("pins", lambda: problems_with(None, groups)))
+    if groups:
+        lifts.append(Lift("groups", lambda: problems_with(pins, ())))
+    if pins and groups:
+        lifts.append(Lift("pins and groups", lambda: problems_with(None, ())))
+    return lifts
 
 
 def _check_known(objective: str, transfers: str, recompute: str) -> None:
