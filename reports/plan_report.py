@@ -99,10 +99,12 @@ def _verdict_of_splits(plan: Plan) -> Verdict:
             return Verdict(False, f"{text} {_none_better(plan)}")
         best = min(splits, key=lambda candidate: candidate.step_s)
         devices = best.stages // best.stages_per_device
+        obeying = " that obeys the pins" if plan.pins else ""
         return Verdict(
             False,
-            f"{text} The best split{' that obeys the pins' if plan.pins else ''}, over {devices} devices with "
-            f"{count(best.microbatches, 'micro-batch')}, would take {seconds(best.step_s)} ({ratio(predicted.step_s / best.step_s)}).",
+            f"{text} The best split{obeying}, over {devices} devices with "
+            f"{count(best.microbatches, 'micro-batch')}, would take {seconds(best.step_s)} "
+            f"({ratio(predicted.step_s / best.step_s)}).",
         )
     split = f"over {_joined(plan.devices)} with {count(plan.microbatches, 'micro-batch')}"
     if plan.replicas > 1:

@@ -69,6 +69,57 @@ def test_no_change_is_named_that_does_not_help(chain_profile):
     assert "anew in the backward" not in text
 
 
+def test_pins_that_memory_has_no_room_for_are_told_from_pins_that_no_split_obeys(chain_profile):
+    """Neighbours, pinned alike: the message names the set, the device, what lacks, and what is enough."""
+    profile, pins = chain_profile(8, param_bytes=2**20), {"net.u[0-5]": "cpu:0"}
+    text = message_of(profile, memory={"cpu:0": "9MiB", "cpu:1": "30MiB"}, pins=pins)
+    assert "no split fits as pinned: at 4 micro-batches net.u0, net.u1 and 4 more units take 12" in text
+    assert "on cpu:0, 4 MiB more than the 9 MiB that it has" in text
+    assert "leave the pins out, since a split without them fits" in text
+    assert "neighbours" not in text
+    (asked,) = map(int, re.findall(r"--memory cpu:0=(\d+)MiB is enough", text))
+    assert plan(profile, memory={"cpu:0": f"{asked}MiB", "cpu:1": "30MiB"}, pins=pins).stages
+    message_of(profile, memory={"cpu:0": f"{asked - 2}MiB", "cpu:1": "30MiB"}, pins=pins)
+
+
+def test_where_several_devices_lack_memory_for_the_pins_all_are_raised(chain_profile):
+    """One of them that has to be larger is named; more memory for it alone is not said to be enough."""
+    profile, pins = chain_profile(8, param_bytes=2**20), {"net.u[0-3]": "cpu:0", "net.u[4-7]": "cpu:1"}
+    text = message_of(profile, memory={"cpu:0": "5MiB", "cpu:1": "7MiB"}, pins=pins)
+    assert "net.u0, net.u1 and 2 more units take" in text
+    assert "is enough" not in text
+    asked = dict(re.findall(r"--memory (cpu:\d)=(\d+MiB)", text))
+    assert plan(profile, memory=asked, pins=pins).stages
+
+
+def test_a_copy_of_a_device_is_no_place_for_what_is_pinned_to_it(chain_profile):
+    """More devices do not help where the pins hold the whole model in one place, on one device of several or alone."""
+    profile, pins = chain_profile(8, param_bytes=2**20), {"net.u0": "cpu:0", "net.u7": "cpu:0"}
+    memory = {"cpu:0": "9MiB", "cpu:1": "9MiB"}
+    text = message_of(profile, memory=memory, pins=pins)
+    assert "net.u0, net.u1 and 6 more units take 16" in text
+    assert "like cpu" not in text
+    assert "add 1 device like cpu:0" in message_of(profile, memory={"cpu:0": "9MiB"}, devices=["cpu:0"])
+    text = message_of(profile, memory={"cpu:0": "9MiB"}, devices=["cpu:0"], pins={"*": "cpu:0"})
+    assert "like cpu" not in text
+    problem = problem_from_graph(cost_graph(profile, 4), memory=memory, pins=pins)
+    assert [b.allowed[-1] for b in with_another(problem, 0).blocks] == [not b.pinned for b in problem.blocks]
+
+
+def test_pins_with_too_few_microbatches_for_so_many_stages_are_obeyed_as_the_planner_does(chain_profile):
+    """Under GPipe: what is told of them is what lacks there."""
+    profile, pins = chain_profile(4, param_bytes=2**20, microbatches=(1,)), {"net.u0": "cpu:0", "net.u3": "cpu:1"}
+    assert len(plan(profile, pins=pins).stages) == 2
+    text = message_of(profile, memory={"cpu:0": "3MiB", "cpu:1": "3MiB"}, pins=pins)
+    assert "no split obeys the pins" not in text
+
+
+def test_a_share_of_more_memory_is_in_whole_percents(chain_profile):
+    """However much it is."""
+    text = message_of(chain_profile(8, param_bytes=2**20), memory={"cpu:0": "3MiB", "cpu:1": "3MiB"})
+    assert re.search(r"give each device \d{3}% more memory", text)
+
+
 def test_no_time_no_changes(chain_profile):
     """Without time nothing is tried, and nothing is claimed."""
     problem = problem_from_graph(cost_graph(chain_profile(8, param_bytes=2**20), 4), memory={"cpu:0": 1, "cpu:1": 1})

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from shardwright.profiler.formats.given_devices import AMPLE_BYTES
 from shardwright.sharder.planning.problem import Block, Problem
 
-__all__ = ["links_in_words", "name_of", "size_of"]
+__all__ = ["links_in_words", "mib_of", "name_of", "size_of", "units_in_words"]
+
+MOST_NAMED = 3
+"""Of more units than these the first two are named, and the others counted."""
 
 
 def name_of(block: Block) -> str:
@@ -15,9 +21,23 @@ def name_of(block: Block) -> str:
 
 
 def size_of(count: int) -> str:
-    """Bytes in words."""
+    """Bytes in words; a cap of which nothing is said is none."""
+    if count >= AMPLE_BYTES:
+        return "no cap"
     unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if count >= u), (1, "B"))
     return f"{count / unit:.4g} {name}"
+
+
+def mib_of(size: int) -> int:
+    """Bytes in whole MiB, rounded up, as ``--memory`` takes them."""
+    return -(-size // 2**20)
+
+
+def units_in_words(units: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and 5 more units``."""
+    if len(units) > MOST_NAMED:
+        return f"{units[0]}, {units[1]} and {len(units) - 2} more units"
+    return " and ".join([*([", ".join(units[:-1])] if len(units) > 1 else []), units[-1]])
 
 
 def links_in_words(problem: Problem) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.formats.given_devices import AMPLE_BYTES
 from shardwright.sharder.planning.clock import clock_s
 from shardwright.sharder.planning.formulation.relaxed import (
     all_usable,
@@ -15,10 +17,12 @@ from shardwright.sharder.planning.formulation.relaxed import (
     with_another,
     with_caps_times,
     with_smaller_microbatches,
+    without_caps,
 )
-from shardwright.sharder.planning.formulation.words import links_in_words, name_of, size_of
+from shardwright.sharder.planning.formulation.words import links_in_words, mib_of, name_of, size_of
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import Problem
+from shardwright.sharder.planning.verdict.pinned_memory import attempts_at, lack_of_pinned
 
 __all__ = ["changes_that_fit", "why_nothing_fits"]
 
@@ -60,11 +64,34 @@ def why_nothing_fits(problems: list[Problem], deadline_s: float, *, batch: int, 
             f"no split fits without corrupt links ({links_in_words(problem)}), which change what they carry: give the "
             "devices more memory with --memory, or mend the links; `report` on the profile says how"
         )
-    if not all(all(block.allowed) for block in problem.blocks) and _fits(unpinned(problem), deadline_s):
+    if any(block.pinned for block in problem.blocks):
+        return _why_not_as_pinned(problem, deadline_s, batch=batch, train=train)
+    return _why_not(problem, deadline_s, batch=batch, train=train)
+
+
+def _why_not_as_pinned(problem: Problem, deadline_s: float, *, batch: int, train: bool) -> str:
+    """Whether it is where the pins are, or the memory of which device, and what would do."""
+    fits_unpinned = _fits(unpinned(problem), deadline_s)
+    without = "though one without them fits" if fits_unpinned else "and none that fits was found without them either"
+    if not _fits(without_caps(problem, range(len(problem.devices))), deadline_s):
+        links = f" (corrupt links are not used: {links_in_words(problem)})" if problem.unusable else ""
         return (
-            "no split obeys the pins, though one without them fits: each device takes one piece of the forward, in "
-            "its order; pin neighbours alike, or remove a pin"
+            f"no split obeys the pins, {without}{links}: each device takes one piece of the forward, "
+            "in its order; pin neighbours alike, or remove a pin"
         )
+    lack = lack_of_pinned(problem, deadline_s)
+    if lack is None:
+        fewer = "; or leave the pins out, since a split without them fits" if fits_unpinned else ""
+        return f"{_why_not(problem, deadline_s, batch=batch, train=train)}{fewer}"
+    changes = [f"--memory {lack.device}={mib_of(lack.need)}MiB is enough"] if lack.enough else []
+    if fits_unpinned:
+        changes.append("leave the pins out, since a split without them fits")
+    changes += changes_that_fit(problem, deadline_s, batch=batch, train=train, factor=not lack.enough)
+    return f"no split fits as pinned: {lack.in_words(problem)}: {'; or '.join(changes) or 'remove a pin'}"
+
+
+def _why_not(problem: Problem, deadline_s: float, *, batch: int, train: bool) -> str:
+    """What the model takes, what the devices have, and what would do."""
     static = sum(block.static_bytes for block in problem.blocks)
     whole = problem.memory_bytes(0, (1 << len(problem.blocks)) - 1, 0, 0)
     caps = ", ".join(f"{device} {size_of(cap)}" for device, cap in zip(problem.devices, problem.caps, strict=True))
@@ -77,15 +104,22 @@ def why_nothing_fits(problems: list[Problem], deadline_s: float, *, batch: int, 
     )
 
 
-def changes_that_fit(problem: Problem, deadline_s: float, *, batch: int, train: bool) -> Iterator[str]:
-    """The smallest change of each kind with which a split was found, in words; arguments as above."""
-    factor = _least_factor(problem, deadline_s)
-    if factor is not None:
-        raised = with_caps_times(problem, factor).caps
+def changes_that_fit(
+    problem: Problem, deadline_s: float, *, batch: int, train: bool, factor: bool = True
+) -> Iterator[str]:
+    """The smallest change of each kind with which a split was found, in words; arguments as above.
+
+    ``factor``: whether more memory on all devices is one.
+    """
+    times = _least_factor(problem, deadline_s) if factor else None
+    if times is not None:
+        raised = with_caps_times(problem, times).caps
         more = " ".join(
-            f"--memory {name}={-(-cap // 2**20)}MiB" for name, cap in zip(problem.devices, raised, strict=True)
+            f"--memory {name}={mib_of(cap)}MiB"
+            for name, cap in zip(problem.devices, raised, strict=True)
+            if cap < AMPLE_BYTES
         )
-        yield f"give each device {100 * (factor - 1):.2g}% more memory ({more})"
+        yield f"give each device {math.ceil(100 * (times - 1))}% more memory ({more})"
     roomiest = max(range(len(problem.devices)), key=problem.caps.__getitem__)
     added = problem
     for count in range(1, MOST_ADDED + 1):
@@ -93,12 +127,12 @@ def changes_that_fit(problem: Problem, deadline_s: float, *, batch: int, train: 
         if _fits(added, deadline_s):
             yield f"add {count} device{'s' * (count > 1)} like {problem.devices[roomiest]}"
             break
-    factor = 2
-    while factor <= MOST_PARTS and batch % (problem.microbatches * factor) == 0:
-        if _fits(with_smaller_microbatches(problem, factor), deadline_s):
-            yield f"profile --microbatches {problem.microbatches * factor}, which should fit (estimated)"
+    parts = 2
+    while parts <= MOST_PARTS and batch % (problem.microbatches * parts) == 0:
+        if _fits(with_smaller_microbatches(problem, parts), deadline_s):
+            yield f"profile --microbatches {problem.microbatches * parts}, which should fit (estimated)"
             break
-        factor *= 2
+        parts *= 2
     if train and problem.recompute == "never" and _fits(dataclasses.replace(problem, recompute="auto"), deadline_s):
         yield "let stages be computed anew in the backward (--recompute auto)"
     elif train and _fits(checkpointed(problem), deadline_s):
@@ -123,6 +157,8 @@ def _least_factor(problem: Problem, deadline_s: float) -> float | None:
 
 def _fits(problem: Problem, deadline_s: float) -> bool:
     """Whether some split of ``problem`` was found in the time that is left."""
-    with contextlib.suppress(ShardwrightError):
-        return partition(problem, time_limit_s=max(0.0, min(5.0, deadline_s - clock_s()))) is not None
+    for attempt in attempts_at(problem):
+        with contextlib.suppress(ShardwrightError):
+            if partition(attempt, time_limit_s=max(0.0, min(5.0, deadline_s - clock_s()))) is not None:
+                return True
     return False
