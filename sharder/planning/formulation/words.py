@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from shardwright.profiler.formats.given_devices import AMPLE_BYTES
 from shardwright.sharder.planning.problem import Block, Problem
 
-__all__ = ["links_in_words", "mib_of", "name_of", "size_of", "units_in_words"]
+__all__ = [
+    "count_of",
+    "links_in_words",
+    "mib_of",
+    "name_of",
+    "size_of",
+    "together_in_words",
+    "units_in_words",
+    "used_of",
+]
 
 MOST_NAMED = 3
 """Of more units than these the first two are named, and the others counted."""
@@ -26,6 +35,27 @@ def size_of(count: int) -> str:
         return "no cap"
     unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if count >= u), (1, "B"))
     return f"{count / unit:.4g} {name}"
+
+
+def used_of(used: int, cap: int) -> str:
+    """Bytes of a cap in words."""
+    return f"{size_of(used)}{', ' if cap >= AMPLE_BYTES else ' of '}{size_of(cap)}"
+
+
+def count_of(number: int, noun: str) -> str:
+    """``1 micro-batch``, ``2 micro-batches``."""
+    return f"{number} {noun}{'es' * (number != 1)}"
+
+
+def together_in_words(block: Block) -> str:
+    """A block as what needs: ``a needs``; ``a and b, which have to share a device, need``.
+
+    Several units of a block are what ``colocate`` or ``--together`` names, what shares a parameter, and what lies
+    between.
+    """
+    if len(block.units) < 2:
+        return f"{name_of(block)} needs"
+    return f"{units_in_words(block.units)}, which have to share a device, need"
 
 
 def mib_of(size: int) -> int:

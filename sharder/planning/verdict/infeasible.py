@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.formats.given_devices import AMPLE_BYTES
@@ -19,10 +19,10 @@ from shardwright.sharder.planning.formulation.relaxed import (
     with_smaller_microbatches,
     without_caps,
 )
-from shardwright.sharder.planning.formulation.words import links_in_words, mib_of, name_of, size_of
+from shardwright.sharder.planning.formulation.words import links_in_words, mib_of, name_of, size_of, together_in_words
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import Problem
-from shardwright.sharder.planning.verdict.pinned_memory import attempts_at, lack_of_pinned
+from shardwright.sharder.planning.verdict.pinned_memory import Lack, attempts_at, lack_of_pinned, proven_not_to_fit
 
 __all__ = ["changes_that_fit", "why_nothing_fits"]
 
@@ -53,11 +53,15 @@ def why_nothing_fits(problems: list[Problem], deadline_s: float, *, batch: int, 
         if not rooms:
             return f"{name_of(block)} is pinned to where it does not fit, not even alone: remove the pin"
         room, device, need = max(rooms)
+        if need > room and block.pinned and (lack := lack_of_pinned(problem, deadline_s)) is not None:
+            return _why_pinned_lacks(problem, lack, deadline_s, batch=batch, train=train)
         if need > room:
-            which = "the roomiest device" if all(block.allowed) else "where it is pinned"
+            which = "where it is pinned" if block.pinned else "the roomiest device that it may be on"
+            changes = [*changes_that_fit(problem, deadline_s, batch=batch, train=train)]
             return (
-                f"{name_of(block)} needs {size_of(need)} at {problem.microbatches} micro-batches; {device}, {which}, "
-                f"has {size_of(room)}: profile more micro-batches, or use a larger device"
+                f"at {problem.microbatches} micro-batches {together_in_words(block)} at least {size_of(need)}; "
+                f"{device}, {which}, has {size_of(room)}, {mib_of(need - room)} MiB too little: "
+                + ("; or ".join(changes) if changes else "profile more micro-batches, or use a larger device")
             )
     if problem.unusable and _fits(all_usable(problem), deadline_s):
         return (
@@ -73,7 +77,7 @@ def _why_not_as_pinned(problem: Problem, deadline_s: float, *, batch: int, train
     """Whether it is where the pins are, or the memory of which device, and what would do."""
     fits_unpinned = _fits(unpinned(problem), deadline_s)
     without = "though one without them fits" if fits_unpinned else "and none that fits was found without them either"
-    if not _fits(without_caps(problem, range(len(problem.devices))), deadline_s):
+    if proven_not_to_fit(without_caps(problem, range(len(problem.devices))), deadline_s):
         links = f" (corrupt links are not used: {links_in_words(problem)})" if problem.unusable else ""
         return (
             f"no split obeys the pins, {without}{links}: each device takes one piece of the forward, "
@@ -83,10 +87,16 @@ def _why_not_as_pinned(problem: Problem, deadline_s: float, *, batch: int, train
     if lack is None:
         fewer = "; or leave the pins out, since a split without them fits" if fits_unpinned else ""
         return f"{_why_not(problem, deadline_s, batch=batch, train=train)}{fewer}"
+    return _why_pinned_lacks(problem, lack, deadline_s, batch=batch, train=train)
+
+
+def _why_pinned_lacks(problem: Problem, lack: Lack, deadline_s: float, *, batch: int, train: bool) -> str:
+    """Which device lacks how much for what is pinned to it, and what would do."""
     changes = [f"--memory {lack.device}={mib_of(lack.need)}MiB is enough"] if lack.enough else []
-    if fits_unpinned:
+    if _fits(unpinned(problem), deadline_s):
         changes.append("leave the pins out, since a split without them fits")
-    changes += changes_that_fit(problem, deadline_s, batch=batch, train=train, factor=not lack.enough)
+    factor = _no_factor if lack.enough else _least_factor
+    changes += changes_that_fit(problem, deadline_s, batch=batch, train=train, least_factor=factor)
     return f"no split fits as pinned: {lack.in_words(problem)}: {'; or '.join(changes) or 'remove a pin'}"
 
 
@@ -105,13 +115,26 @@ def _why_not(problem: Problem, deadline_s: float, *, batch: int, train: bool) ->
 
 
 def changes_that_fit(
-    problem: Problem, deadline_s: float, *, batch: int, train: bool, factor: bool = True
+    problem: Problem,
+    deadline_s: float,
+    *,
+    batch: int,
+    train: bool,
+    fits: Callable[[Problem, float], bool] | None = None,
+    least_factor: Callable[[Problem, float], float | None] | None = None,
 ) -> Iterator[str]:
-    """The smallest change of each kind with which a split was found, in words; arguments as above.
+    """The smallest change of each kind with which a split was found, in words; arguments as above, and
 
-    ``factor``: whether more memory on all devices is one.
+    Args:
+        problem: in which nothing fits.
+        deadline_s: as above.
+        batch: as above.
+        train: as above.
+        fits: whether something fits a problem, until a time of ``clock_s()``; by default a chain of stages.
+        least_factor: of the memory caps with which something does; None where more memory for all is not asked for.
     """
-    times = _least_factor(problem, deadline_s) if factor else None
+    fits = fits or _fits
+    times = (least_factor or _least_factor)(problem, deadline_s)
     if times is not None:
         raised = with_caps_times(problem, times).caps
         more = " ".join(
@@ -124,19 +147,23 @@ def changes_that_fit(
     added = problem
     for count in range(1, MOST_ADDED + 1):
         added = with_another(added, roomiest)
-        if _fits(added, deadline_s):
+        if fits(added, deadline_s):
             yield f"add {count} device{'s' * (count > 1)} like {problem.devices[roomiest]}"
             break
     parts = 2
     while parts <= MOST_PARTS and batch % (problem.microbatches * parts) == 0:
-        if _fits(with_smaller_microbatches(problem, parts), deadline_s):
+        if fits(with_smaller_microbatches(problem, parts), deadline_s):
             yield f"profile --microbatches {problem.microbatches * parts}, which should fit (estimated)"
             break
         parts *= 2
-    if train and problem.recompute == "never" and _fits(dataclasses.replace(problem, recompute="auto"), deadline_s):
+    if train and problem.recompute == "never" and fits(dataclasses.replace(problem, recompute="auto"), deadline_s):
         yield "let stages be computed anew in the backward (--recompute auto)"
-    elif train and _fits(checkpointed(problem), deadline_s):
+    elif train and fits(checkpointed(problem), deadline_s):
         yield "compute activations anew in the backward (torch.utils.checkpoint around each unit), which should fit"
+
+
+def _no_factor(_problem: Problem, _deadline_s: float) -> None:
+    """Where more memory for one device is enough, more for all is not asked for."""
 
 
 def _least_factor(problem: Problem, deadline_s: float) -> float | None:

@@ -14,7 +14,7 @@ from shardwright.sharder.planning.formulation.words import mib_of, size_of, unit
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import Problem, bits
 
-__all__ = ["Lack", "attempts_at", "lack_of_pinned"]
+__all__ = ["Lack", "attempts_at", "lack_of_pinned", "proven_not_to_fit"]
 
 NEAR_BYTES = 2**20
 """How near the smallest sufficient cap of a device is found."""
@@ -37,9 +37,11 @@ class Lack(NamedTuple):
     def in_words(self, problem: Problem) -> str:
         """Who lacks how much."""
         units = [unit for v in bits(self.members) for unit in problem.blocks[v].units]
+        pinned = [unit for v in bits(self.members) for unit in problem.blocks[v].units if problem.blocks[v].pinned]
+        others = f" (pinned there: {units_in_words(pinned)})" if pinned and pinned != units else ""
         takes = "takes" if len(units) == 1 else "take"
         return (
-            f"at {problem.microbatches} micro-batches {units_in_words(units)} {takes} {size_of(self.need)} on "
+            f"at {problem.microbatches} micro-batches {units_in_words(units)}{others} {takes} {size_of(self.need)} on "
             f"{self.device}, {mib_of(self.need - self.cap)} MiB more than the {size_of(self.cap)} that it has"
         )
 
@@ -61,7 +63,7 @@ def lack_of_pinned(problem: Problem, deadline_s: float) -> Lack | None:
     pinned_to = [d for d in devices if any(b.pinned and b.allowed[d] for b in problem.blocks)]
     for device in pinned_to:
         roomy = without_caps(problem, [d for d in devices if d != device])
-        if _proven_not_to_fit(roomy, deadline_s):
+        if proven_not_to_fit(roomy, deadline_s):
             lack = _least(problem, device, deadline_s)
             return lack or _least(roomy, device, deadline_s, enough=False)
     lacks = [lack for device in pinned_to if (lack := _least(problem, device, deadline_s)) is not None]
@@ -100,7 +102,7 @@ def _held(problem: Problem, device: int, deadline_s: float) -> tuple[int, int] |
     return None
 
 
-def _proven_not_to_fit(problem: Problem, deadline_s: float) -> bool:
+def proven_not_to_fit(problem: Problem, deadline_s: float) -> bool:
     """Whether the search went through, and found no split."""
     with contextlib.suppress(ShardwrightError):
         return all(
