@@ -135,6 +135,8 @@ def test_pinned_units_that_their_device_does_not_hold_are_named(chain_profile):
     text = refused(profile, memory={"cpu:0": "4MiB", "cpu:1": "20MiB"}, **options)
     assert "net.u0, net.u1 and net.u2, as pinned, take 6" in text
     assert "MiB more than the 4 MiB that it has" in text
+    assert "leave the pins out, since an assignment without them fits" in text
+    assert "like cpu" not in text
     (asked,) = re.findall(r"--memory cpu:0=(\d+MiB) is enough", text)
     assert plan(profile, memory={"cpu:0": asked, "cpu:1": "20MiB"}, **options).stages
 

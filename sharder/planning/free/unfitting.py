@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.clock import clock_s
-from shardwright.sharder.planning.formulation.relaxed import timeless, with_caps_times
+from shardwright.sharder.planning.formulation.relaxed import timeless, unpinned, with_caps_times
 from shardwright.sharder.planning.formulation.words import (
     count_of,
     links_in_words,
@@ -47,10 +47,12 @@ def why_no_assignment_fits(
     asked = max(problems, key=lambda p: p.microbatches)
     problem = _at_once(asked, latency=latency)
     count = held_at_once(problem)
-    held = count_of(count, "micro-batch")
+    held = f", with {count_of(count, 'micro-batch')} held at once"
     lacks = _pinned_that_lack(problem, deadline_s) or _block_that_lacks(problem)
     changes = [lacks.change] if lacks is not None and lacks.change else []
     one_is_enough = bool(changes)
+    if any(block.pinned for block in problem.blocks) and _fits(unpinned(asked), deadline_s, latency=latency):
+        changes.append("leave the pins out, since an assignment without them fits")
     changes += changes_that_fit(
         asked,
         deadline_s,
@@ -64,7 +66,9 @@ def why_no_assignment_fits(
     links = f"; corrupt links are not used ({links_in_words(problem)})" if problem.unusable else ""
     remedy = "; or ".join(changes) or "raise --memory, add devices, or profile smaller micro-batches"
     words = lacks.words if lacks is not None else _whole(problem)
-    return f"no free assignment fits, with {held} held at once: {words}{links}: {remedy}"
+    if lacks is not None and lacks.of_all and not latency:
+        held = ""  # one device alone holds what its schedule says
+    return f"no free assignment fits{held}: {words}{links}: {remedy}"
 
 
 def _at_once(problem: Problem, *, latency: bool) -> Problem:
@@ -79,6 +83,8 @@ class _Lack:
     words: str
     change: str = ""
     """What alone is enough."""
+    of_all: bool = False
+    """Whether it is the whole model."""
 
 
 def _block_that_lacks(problem: Problem) -> _Lack | None:
@@ -120,6 +126,7 @@ def _pinned_that_lack(problem: Problem, deadline_s: float) -> _Lack | None:
             f"{units_in_words(units)}, as pinned, {'takes' if len(units) == 1 else 'take'} {size_of(need)} on {name}, "
             f"{mib_of(need - cap)} MiB more than the {size_of(cap)} that it has",
             f"--memory {name}={mib_of(need)}MiB is enough" if enough else "",
+            of_all=members == (1 << len(problem.blocks)) - 1,
         )
     return None
 
