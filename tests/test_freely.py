@@ -99,6 +99,18 @@ def test_the_least_share_is_no_larger_than_that_of_the_fastest(chain_profile):
     assert "largest batch" in text
 
 
+@pytest.mark.parametrize("asked", [{"contiguous": False}, {"objective": "latency"}], ids=str)
+def test_pins_and_groups_that_leave_no_other_assignment_are_named(branches, asked):
+    """With what there is without them."""
+    free = plan(branches, **asked)
+    for told, what in (({"pins": {"*": "cpu:1"}}, "pins"), ({"together": ["*"]}, "groups")):
+        kept = plan(branches, **asked, **told)
+        (change,) = kept.changes
+        assert (change.what, change.pays.step_s) == (what, pytest.approx(free.predicted.step_s))
+        assert "without them one takes" in verdict(kept).text
+    assert free.changes is None
+
+
 FREE = [{"contiguous": False}, {"contiguous": False, "objective": "memory"}, {"objective": "latency"}]
 
 

@@ -21,6 +21,9 @@ from shardwright.sharder.planning.plan import (
     Alternative,
     Candidate,
     Certificate,
+    Change,
+    Changeable,
+    Gain,
     Objective,
     Placement,
     Plan,
@@ -156,13 +159,18 @@ def plan(
         from shardwright.sharder.planning.free.freely import plan_freely
 
         counts = sorted(profile.microbatches)
-        return plan_freely(
-            profile,
-            [problem_at(counts[0])] if objective == "latency" and microbatches == "auto" else problems,
-            [problem_at(count) for count in counts],
-            objective=objective,
-            time_limit_s=time_limit_s,
+        asked_for = (
+            counts[:1] if objective == "latency" and microbatches == "auto" else [p.microbatches for p in problems]
         )
+        every = [problem_at(count) for count in counts]
+
+        def freely(pins: Mapping[str, str] | None, groups: Iterable[str | Iterable[str]]) -> Plan:
+            found = [problem_at(count, pins, groups) for count in asked_for]
+            left_s = max(0.0, deadline_s - clock_s())
+            return plan_freely(profile, found, every, objective=objective, time_limit_s=left_s)
+
+        written = freely(pins, groups)
+        return _with_what_is_freer(written, pins, groups, freely)
     if objective == "memory":
         return _for_memory(profile, problems, [problem_at(count) for count in sorted(profile.microbatches)], deadline_s)
     options = options_of(problems, profile, Asked(schedule, pieces, parted, asked, offload), deadline_s)
@@ -240,6 +248,28 @@ def _lifts_of(
     if pins and groups:
         lifts.append(Lift("pins and groups", lambda: problems_with(None, ())))
     return lifts
+
+
+def _with_what_is_freer(
+    written: Plan,
+    pins: Mapping[str, str] | None,
+    groups: Sequence[str | Iterable[str]],
+    freely: Callable[[Mapping[str, str] | None, Iterable[str | Iterable[str]]], Plan],
+) -> Plan:
+    """``written``, where pins or groups keep all on one device with what there is without them."""
+    if len(written.stages) > 1 or written.objective == "memory" or not (pins or groups):
+        return written
+    what: Changeable = "pins and groups" if pins and groups else "pins" if pins else "groups"
+    try:
+        other = freely(None, ())
+    except ShardwrightError:  # none was found in the time that is left
+        return written
+    step_s, alone_s = other.predicted.step_s, other.predicted.baseline_s
+    pays = None
+    if len(other.stages) > 1 and alone_s is not None and step_s * WORTHWHILE <= alone_s:
+        speedup = alone_s / step_s if step_s else 1.0
+        pays = Gain(factor=1, microbatches=other.microbatches, step_s=step_s, speedup=speedup)
+    return written.model_copy(update={"changes": (Change(what=what, tried=(1,), pays=pays),)})
 
 
 def _check_known(objective: str, transfers: str, recompute: str) -> None:
