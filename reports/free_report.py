@@ -30,7 +30,7 @@ def _as_told(plan: Plan) -> str:
     if not plan.changes:
         return ""
     gain, predicted = plan.changes[0].pays, plan.predicted
-    told = f" within {'the pins' if plan.changes[0].what == 'pins' else plan.changes[0].what}"
+    told = f" within the {plan.changes[0].what}"
     if gain is not None:
         return f"{told}; without them one takes {seconds(gain.step_s)}"
     if predicted.baseline_s is not None and predicted.baseline_s < predicted.step_s:
