@@ -156,21 +156,9 @@ def plan(
 
     problems = [problem_at(count) for count in (profile.microbatches if microbatches == "auto" else (microbatches,))]
     if not chain:
-        from shardwright.sharder.planning.free.freely import plan_freely
-
-        counts = sorted(profile.microbatches)
-        asked_for = (
-            counts[:1] if objective == "latency" and microbatches == "auto" else [p.microbatches for p in problems]
-        )
-        every = [problem_at(count) for count in counts]
-
-        def freely(pins: Mapping[str, str] | None, groups: Iterable[str | Iterable[str]]) -> Plan:
-            found = [problem_at(count, pins, groups) for count in asked_for]
-            left_s = max(0.0, deadline_s - clock_s())
-            return plan_freely(profile, found, every, objective=objective, time_limit_s=left_s)
-
-        written = freely(pins, groups)
-        return _with_what_is_freer(written, pins, groups, freely)
+        one_at_a_time = objective == "latency" and microbatches == "auto"
+        counts = [min(profile.microbatches)] if one_at_a_time else [p.microbatches for p in problems]
+        return _freely(profile, problem_at, counts, pins, groups, objective, deadline_s)
     if objective == "memory":
         return _for_memory(profile, problems, [problem_at(count) for count in sorted(profile.microbatches)], deadline_s)
     options = options_of(problems, profile, Asked(schedule, pieces, parted, asked, offload), deadline_s)
@@ -248,6 +236,28 @@ def _lifts_of(
     if pins and groups:
         lifts.append(Lift("pins and groups", lambda: problems_with(None, ())))
     return lifts
+
+
+def _freely(
+    profile: Profile,
+    problem_at: Callable[[int, Mapping[str, str] | None, Iterable[str | Iterable[str]]], Problem],
+    counts: Sequence[int],
+    pins: Mapping[str, str] | None,
+    groups: Sequence[str | Iterable[str]],
+    objective: Objective,
+    deadline_s: float,
+) -> Plan:
+    """The best plan that is no chain of stages, at one of ``counts`` micro-batches."""
+    from shardwright.sharder.planning.free.freely import plan_freely
+
+    every = [problem_at(count, pins, groups) for count in sorted(profile.microbatches)]
+
+    def freely(pins: Mapping[str, str] | None, groups: Iterable[str | Iterable[str]]) -> Plan:
+        found = [problem_at(count, pins, groups) for count in counts]
+        left_s = max(0.0, deadline_s - clock_s())
+        return plan_freely(profile, found, every, objective=objective, time_limit_s=left_s)
+
+    return _with_what_is_freer(freely(pins, groups), pins, groups, freely)
 
 
 def _with_what_is_freer(
