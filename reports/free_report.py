@@ -25,6 +25,19 @@ def _part(plan: Plan) -> str:
     return f"one micro-batch ({plan.batch / plan.microbatches:.3g} of {plan.batch} samples)"
 
 
+def _as_told(plan: Plan) -> str:
+    """What pins and groups have to do with it that all is on one device."""
+    if not plan.changes:
+        return ""
+    gain, predicted = plan.changes[0].pays, plan.predicted
+    told = f" within the {plan.changes[0].what}"
+    if gain is not None:
+        return f"{told}; without them one takes {seconds(gain.step_s)}"
+    if predicted.baseline_s is not None and predicted.baseline_s < predicted.step_s:
+        return f"{told}; without them {predicted.baseline_device} alone takes {seconds(predicted.baseline_s)}"
+    return told
+
+
 def verdict_of_free(plan: Plan) -> tuple[bool, str]:
     """Whether to shard, and what to expect of it."""
     predicted, latency = plan.predicted, plan.objective == "latency"
@@ -32,7 +45,7 @@ def verdict_of_free(plan: Plan) -> tuple[bool, str]:
     if len(plan.stages) == 1:
         what = f"{value} from input to end" if latency else f"{value} a step"
         others = "No other assignment is better" if plan.certificate.exact else "No better assignment was found"
-        return False, f"Do not shard this: keep it on {plan.devices[0]}, {what}. {others}."
+        return False, f"Do not shard this: keep it on {plan.devices[0]}, {what}. {others}{_as_told(plan)}."
     over = f"over {', '.join(plan.devices[:-1])} and {plan.devices[-1]}"
     if latency:
         head = f"Place this {over}, branches side by side: {_part(plan)} is through in {value}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
@@ -19,7 +19,7 @@ from shardwright.reports.layout import Column, Glyphs, bar, facts, listing, name
 from shardwright.reports.quantities import count, number_of_bytes, percent, ratio, seconds, used_of
 from shardwright.reports.replicas_report import in_replicas, pipelines_of, rival_in_words
 from shardwright.reports.timeline_report import timeline_drawn
-from shardwright.sharder.planning.plan import WORTHWHILE, Change, PinPrice, Placement, Plan
+from shardwright.sharder.planning.plan import WORTHWHILE, Change, Changeable, PinPrice, Placement, Plan
 
 __all__ = ["PlanReport", "Verdict", "verdict"]
 
@@ -27,6 +27,12 @@ LEAST_SHOWN = 0.05
 """Percent: less is rounded to none."""
 NAMED = 4
 """So many units whose weights are on no device are named in the verdict."""
+LIFTED: dict[Changeable, str] = {
+    "pins": "the pins",
+    "groups": "the groups that share a device",
+    "pins and groups": "the pins and the groups that share a device",
+}
+"""What a plan may be told to keep to, in words."""
 SURE = 0.9
 """A plan that beats its rival in fewer of the draws is best only by noise."""
 
@@ -105,14 +111,15 @@ def _verdict_of_splits(plan: Plan) -> Verdict:
         splits = [candidate for candidate in plan.candidates if candidate.stages > 1]
         text = f"Do not shard this: keep it on {plan.devices[0]}, {step} a step."
         if not splits:
-            proven = plan.certificate.exact or not plan.offloaded
-            return Verdict(False, f"{text} No split is better." if proven else text)
+            return Verdict(False, f"{text} {_none_better(plan)}")
         best = min(splits, key=lambda candidate: candidate.step_s)
         devices = best.stages // best.stages_per_device
+        obeying = " that obeys the pins" if plan.pins else ""
         return Verdict(
             False,
-            f"{text} The best split, over {devices} devices with {count(best.microbatches, 'micro-batch')}, "
-            f"would take {seconds(best.step_s)} ({ratio(predicted.step_s / best.step_s)}).",
+            f"{text} The best split{obeying}, over {devices} devices with "
+            f"{count(best.microbatches, 'micro-batch')}, would take {seconds(best.step_s)} "
+            f"({ratio(predicted.step_s / best.step_s)}).",
         )
     split = f"over {_joined(plan.devices)} with {count(plan.microbatches, 'micro-batch')}"
     if plan.replicas > 1:
@@ -132,6 +139,31 @@ def _verdict_of_splits(plan: Plan) -> Verdict:
             f"Keep it on {predicted.baseline_device}.",
         )
     return Verdict(True, f"Shard this {split}: expect {ratio(predicted.speedup)} the speed of {alone}, {steps}.")
+
+
+def _none_better(plan: Plan) -> str:
+    """That no split is better, and what there is without the pins or groups that leave none."""
+    predicted = plan.predicted
+    lifted = [change for change in plan.changes or () if change.what in LIFTED]
+    paying = next((change for change in lifted if change.pays is not None), None)
+    if paying is not None and paying.pays is not None:
+        return (
+            f"{LIFTED[paying.what].capitalize()} leave no better split; without them one takes "
+            f"{seconds(paying.pays.step_s)} ({ratio(paying.pays.speedup)} the speed of "
+            f"{predicted.baseline_device} alone)."
+        )
+    if plan.objective == "memory":
+        return "No split that was found, within pins and groups, fills its fullest device less."
+    if plan.offloaded and not plan.certificate.exact:
+        return "No better split was found."
+    if not plan.pins:
+        return "No split is better."
+    if predicted.baseline_s is not None and predicted.baseline_s < predicted.step_s:
+        return (
+            f"The pins leave nothing better; without them {predicted.baseline_device} alone takes "
+            f"{seconds(predicted.baseline_s)}."
+        )
+    return "No split that obeys the pins is better."
 
 
 def _verdict_of_obstacle(plan: Plan) -> Verdict:
@@ -415,8 +447,10 @@ def _what_would_change(changes: Sequence[Change]) -> str:
     return f"Nothing that was tried changes that: {', '.join(tried)}." if tried else "No change of it could be priced."
 
 
-def _change_in_words(what: Literal["batch", "links"], times: str) -> str:
-    """A batch or links so many ``times`` as large or as fast."""
+def _change_in_words(what: Changeable, times: str) -> str:
+    """A batch or links so many ``times`` as large or as fast, or what to plan without."""
+    if what in LIFTED:
+        return f"planning without {LIFTED[what]}"
     if what == "links":
         return f"links {times} times as fast"
     return f"a batch {times} times as large, in micro-batches of the same size"

@@ -13,7 +13,7 @@ from shardwright.reports.layout import Column, Glyphs, bar, facts, indented, nam
 from shardwright.reports.link_report import link_section
 from shardwright.reports.measured_report import measured_section
 from shardwright.reports.origins import mark, not_measured
-from shardwright.reports.quantities import count, number_of_bytes, percent, seconds, share, spread
+from shardwright.reports.quantities import count, memory_of, number_of_bytes, percent, seconds, share, spread
 
 __all__ = ["ProfileReport"]
 
@@ -280,4 +280,4 @@ def _describe(device: Device, glyphs: Glyphs) -> str:
     cores = [f"{'cores' if len(device.cores) > 1 else 'core'} {name_ranges([*map(str, device.cores)], glyphs.dots)}"]
     description = [device.description] if device.description else []
     node = [f"on {device.node}"] if device.node else []
-    return ", ".join([*description, *node, *(cores if device.cores else []), number_of_bytes(device.memory_bytes)])
+    return ", ".join([*description, *node, *(cores if device.cores else []), memory_of(device.memory_bytes)])

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 
+from shardwright.profiler.formats.given_devices import AMPLE_BYTES
+
 __all__ = [
     "bandwidth",
     "count",
+    "memory_of",
     "number_of_bytes",
     "per_second",
     "percent",
@@ -74,9 +77,16 @@ def number_of_bytes(value: int) -> str:
     return f"{_three_digits(value / 1024**power)} {_BINARY[power - 1]}" if power else f"{value} B"
 
 
+def memory_of(cap: int) -> str:
+    """What a device holds; nothing said of it is no cap."""
+    return "no cap" if cap >= AMPLE_BYTES else number_of_bytes(cap)
+
+
 def used_of(used: int, whole: int) -> str:
     """Part of an amount of memory: ``1.20 of 10.0 GiB``, or ``12.3 MiB of 10.0 GiB`` where the units differ."""
     text = number_of_bytes(used)
+    if whole >= AMPLE_BYTES:
+        return f"{text}, no cap"
     if _binary_unit(used) == _binary_unit(whole):
         text = text.partition(" ")[0]
     return f"{text} of {number_of_bytes(whole)}"

@@ -1,14 +1,18 @@
 """With what a split would be worth it where it is not: each change against planning with it."""
 
 import io
+import math
 
 import pytest
 from rich.console import Console
 
 from shardwright.profiler.profile import Link
 from shardwright.reports.plan_report import PlanReport, verdict
+from shardwright.sharder.planning.formulation.blocks import problem_from_graph
 from shardwright.sharder.planning.plan import WORTHWHILE, Change
 from shardwright.sharder.planning.planner import plan
+from shardwright.sharder.planning.pricing import baseline_of
+from shardwright.sharder.planning.verdict.changes import changes_tried
 
 
 def text_of(report):
@@ -44,6 +48,34 @@ def test_a_larger_batch_that_pays_is_found(chain_profile):
     assert at(batch.factor // 2).changes is not None  # half as much is not worth it
 
 
+def test_a_larger_batch_that_pays_is_found_where_one_device_is_the_best_split(chain_profile):
+    """One micro-batch gives a pipeline nothing: planned with more of them, the split is as predicted."""
+
+    def at(factor):
+        larger = chain_profile(8, microbatches=(factor,), forward_s=float(factor), tensor_bytes=100 * factor)
+        return plan(over_links(larger, 0.1, 1e3))
+
+    alone = at(1)
+    assert len(alone.stages) == 1
+    (change,) = [change for change in alone.changes if change.what == "batch"]
+    batch = change.pays
+    assert batch.microbatches == batch.factor == change.tried[-1]
+    paid = at(batch.factor).predicted
+    assert (paid.step_s, paid.speedup) == (pytest.approx(batch.step_s), pytest.approx(batch.speedup))
+    assert paid.speedup >= WORTHWHILE
+    words = f"a batch {batch.factor} times as large, in micro-batches of the same size"
+    assert f"What would change that: {words}" in text_of(PlanReport(alone))
+
+
+def test_without_time_no_change_is_claimed(chain_profile):
+    """Neither batches nor links are said to be tried for which no split was looked for."""
+    profile = chain_profile(8, microbatches=(1,))
+    baseline = baseline_of([problem_from_graph(profile.graph(1))], profile)
+    found = changes_tried([baseline], baseline, profile, -math.inf)
+    assert all(change.pays is None for change in found)
+    assert len(changes_tried([baseline], baseline, profile, math.inf)) == 2
+
+
 def test_faster_links_that_pay_are_found(chain_profile):
     """With links of that speed the planner itself shards; with those of the step before it does not."""
     profile = over_links(chain_profile(8, microbatches=(4,), tensor_bytes=1000), 0.0, 25.0)
@@ -57,11 +89,12 @@ def test_faster_links_that_pay_are_found(chain_profile):
 
 
 def test_where_nothing_pays_it_says_so(chain_profile):
-    """One unit cannot be split, whatever the links are, and there is no split whose batch could be larger."""
+    """One unit cannot be split, whatever the batch and the links are."""
     result = plan(chain_profile(1))
-    (links,) = result.changes
-    assert (links.what, links.pays) == ("links", None)
-    assert f"Nothing that was tried changes that: links up to {max(links.tried)} times as fast." in text_of(
+    batch, links = result.changes
+    assert (batch.what, batch.pays, links.what, links.pays) == ("batch", None, "links", None)
+    words = f"links up to {max(links.tried)} times as fast."
+    assert f"a batch up to {max(batch.tried)} times as large, in micro-batches of the same size, {words}" in text_of(
         PlanReport(result)
     )
 

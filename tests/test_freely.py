@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -98,11 +99,75 @@ def test_the_least_share_is_no_larger_than_that_of_the_fastest(chain_profile):
     assert "largest batch" in text
 
 
+@pytest.mark.parametrize("asked", [{"contiguous": False}, {"objective": "latency"}], ids=str)
+def test_pins_and_groups_that_leave_no_other_assignment_are_named(branches, asked):
+    """With what there is without them."""
+    free = plan(branches, **asked)
+    for told, what in (({"pins": {"*": "cpu:1"}}, "pins"), ({"together": ["*"]}, "groups")):
+        kept = plan(branches, **asked, **told)
+        (change,) = kept.changes
+        assert (change.what, change.pays.step_s) == (what, pytest.approx(free.predicted.step_s))
+        assert "without them one takes" in verdict(kept).text
+    assert free.changes is None
+
+
+FREE = [{"contiguous": False}, {"contiguous": False, "objective": "memory"}, {"objective": "latency"}]
+
+
+def refused(profile, **options):
+    """Why nothing fits."""
+    with pytest.raises(sw.ShardwrightError) as caught:
+        plan(profile, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("asked", FREE, ids=str)
+def test_the_memory_that_is_asked_for_is_enough_and_little_less_is_not(chain_profile, asked):
+    """For an assignment with as many micro-batches at once as are said; whole percents."""
+    profile = chain_profile(8, param_bytes=2**20, saved_bytes=2**20, tensor_bytes=2**10)
+    text = refused(profile, memory={"cpu:0": "5MiB", "cpu:1": "5MiB"}, **asked)
+    latency = asked.get("objective") == "latency"
+    assert f"with {'1 micro-batch' if latency else '2 micro-batches'} held at once: the model takes" in text
+    assert re.search(r"give each device \d+% more memory", text)
+    caps = {name: int(size) for name, size in re.findall(r"--memory (cpu:\d)=(\d+)MiB", text)}
+    assert plan(profile, memory={name: f"{size}MiB" for name, size in caps.items()}, **asked).stages
+    assert "no free assignment" in refused(profile, memory={n: f"{size - 2}MiB" for n, size in caps.items()}, **asked)
+
+
+def test_devices_more_for_latency_are_as_few_as_can_be(chain_profile):
+    """Sixteen MiB of weights on devices of five."""
+    text = refused(chain_profile(8, param_bytes=2**20), memory={"cpu:0": "5MiB", "cpu:1": "5MiB"}, objective="latency")
+    assert "or add 2 devices like cpu:0" in text
+
+
+def test_pinned_units_that_their_device_does_not_hold_are_named(chain_profile):
+    """All of them, with what lacks there and the memory that is enough for it."""
+    profile, pins = chain_profile(8, param_bytes=2**20), {"net.u[0-2]": "cpu:0"}
+    options = {"contiguous": False, "pins": pins, "microbatches": 4}
+    text = refused(profile, memory={"cpu:0": "4MiB", "cpu:1": "20MiB"}, **options)
+    assert "net.u0, net.u1 and net.u2, as pinned, take 6" in text
+    assert "MiB more than the 4 MiB that it has" in text
+    assert "leave the pins out, since an assignment without them fits" in text
+    assert "like cpu" not in text
+    (asked,) = re.findall(r"--memory cpu:0=(\d+MiB) is enough", text)
+    assert plan(profile, memory={"cpu:0": asked, "cpu:1": "20MiB"}, **options).stages
+
+
+def test_a_device_without_a_cap_is_said_to_have_none(chain_profile):
+    """In the report, and where nothing fits; nor is more memory asked for it."""
+    profile = chain_profile(8, param_bytes=2**20, memory_bytes=2**60)
+    text = text_of(PlanReport(plan(profile, objective="memory")), 100)
+    assert "MiB, no cap" in text
+    assert "TiB" not in text
+    text = refused(profile, memory={"cpu:0": "1MiB"}, contiguous=False, pins={"net.u0": "cpu:0"})
+    assert "--memory cpu:1" not in text
+
+
 @pytest.mark.parametrize("asked", ASKED, ids=str)
 def test_what_fits_nowhere_is_refused_with_both_numbers(chain_profile, asked):
     """By the name of a unit that is too large."""
     profile = chain_profile(2, param_bytes=2**30)
-    with pytest.raises(sw.ShardwrightError, match=r"net\.u0.* needs .*GiB.*cpu:1.* has 1\.5 GiB"):
+    with pytest.raises(sw.ShardwrightError, match=r"net\.u0 needs at least 2 GiB.*51[23] MiB"):
         plan(profile, memory={"cpu:0": "1GiB", "cpu:1": "1.5GiB"}, microbatches=4, **asked)
 
 

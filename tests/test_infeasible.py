@@ -17,7 +17,7 @@ from shardwright.sharder.planning.formulation.relaxed import (
 )
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.planner import plan
-from shardwright.sharder.planning.verdict.infeasible import changes_that_fit
+from shardwright.sharder.planning.verdict.infeasible import changes_that_fit, why_nothing_fits
 
 LATER = float("inf")
 
@@ -67,6 +67,84 @@ def test_no_change_is_named_that_does_not_help(chain_profile):
     text = message_of(chain_profile(8, param_bytes=2**20), memory={"cpu:0": "5MiB", "cpu:1": "6MiB"})
     assert "micro-batches, which" not in text
     assert "anew in the backward" not in text
+
+
+def test_pins_that_memory_has_no_room_for_are_told_from_pins_that_no_split_obeys(chain_profile):
+    """Neighbours, pinned alike: the message names the set, the device, what lacks, and what is enough."""
+    profile, pins = chain_profile(8, param_bytes=2**20), {"net.u[0-5]": "cpu:0"}
+    text = message_of(profile, memory={"cpu:0": "9MiB", "cpu:1": "30MiB"}, pins=pins)
+    assert "no split fits as pinned: at 4 micro-batches net.u0, net.u1 and 4 more units take 12" in text
+    assert "on cpu:0, 4 MiB more than the 9 MiB that it has" in text
+    assert "leave the pins out, since a split without them fits" in text
+    assert "neighbours" not in text
+    (asked,) = map(int, re.findall(r"--memory cpu:0=(\d+)MiB is enough", text))
+    assert plan(profile, memory={"cpu:0": f"{asked}MiB", "cpu:1": "30MiB"}, pins=pins).stages
+    message_of(profile, memory={"cpu:0": f"{asked - 2}MiB", "cpu:1": "30MiB"}, pins=pins)
+
+
+def test_where_several_devices_lack_memory_for_the_pins_all_are_raised(chain_profile):
+    """One of them that has to be larger is named; more memory for it alone is not said to be enough."""
+    profile, pins = chain_profile(8, param_bytes=2**20), {"net.u[0-3]": "cpu:0", "net.u[4-7]": "cpu:1"}
+    text = message_of(profile, memory={"cpu:0": "5MiB", "cpu:1": "7MiB"}, pins=pins)
+    assert "net.u0, net.u1 and 2 more units take" in text
+    assert "is enough" not in text
+    asked = dict(re.findall(r"--memory (cpu:\d)=(\d+MiB)", text))
+    assert plan(profile, memory=asked, pins=pins).stages
+
+
+def test_a_copy_of_a_device_is_no_place_for_what_is_pinned_to_it(chain_profile):
+    """More devices do not help where the pins hold the whole model in one place, on one device of several or alone."""
+    profile, pins = chain_profile(8, param_bytes=2**20), {"net.u0": "cpu:0", "net.u7": "cpu:0"}
+    memory = {"cpu:0": "9MiB", "cpu:1": "9MiB"}
+    text = message_of(profile, memory=memory, pins=pins)
+    assert "net.u0, net.u1 and 6 more units (pinned there: net.u0 and net.u7) take 16" in text
+    assert "like cpu" not in text
+    assert "add 1 device like cpu:0" in message_of(profile, memory={"cpu:0": "9MiB"}, devices=["cpu:0"])
+    text = message_of(profile, memory={"cpu:0": "9MiB"}, devices=["cpu:0"], pins={"*": "cpu:0"})
+    assert "like cpu" not in text
+    problem = problem_from_graph(cost_graph(profile, 4), memory=memory, pins=pins)
+    assert [b.allowed[-1] for b in with_another(problem, 0).blocks] == [not b.pinned for b in problem.blocks]
+
+
+def test_pins_with_too_few_microbatches_for_so_many_stages_are_obeyed_as_the_planner_does(chain_profile):
+    """Under GPipe: what is told of them is what lacks there."""
+    profile, pins = chain_profile(4, param_bytes=2**20, microbatches=(1,)), {"net.u0": "cpu:0", "net.u3": "cpu:1"}
+    assert len(plan(profile, pins=pins).stages) == 2
+    text = message_of(profile, memory={"cpu:0": "3MiB", "cpu:1": "3MiB"}, pins=pins)
+    assert "no split obeys the pins" not in text
+
+
+def test_a_share_of_more_memory_is_in_whole_percents(chain_profile):
+    """However much it is."""
+    text = message_of(chain_profile(8, param_bytes=2**20), memory={"cpu:0": "3MiB", "cpu:1": "3MiB"})
+    assert re.search(r"give each device \d{3}% more memory", text)
+
+
+def test_units_too_large_for_every_device_are_named_with_a_size_that_would_do(chain_profile):
+    """All of a group that has to share a device, what lacks there, and caps with which planning works."""
+    profile, caps = chain_profile(4, param_bytes=2**20), {"cpu:0": "3MiB", "cpu:1": "4MiB"}
+    text = message_of(profile, memory=caps, together=["net.u[0-2]"])
+    assert "net.u0, net.u1 and net.u2, which have to share a device, need at least 6 MiB" in text
+    assert "cpu:1, the roomiest device that it may be on, has 4 MiB, 3 MiB too little" in text
+    asked = dict(re.findall(r"--memory (cpu:\d)=(\d+MiB)", text))
+    assert plan(profile, memory=asked, together=["net.u[0-2]"]).stages
+
+
+def test_a_pinned_unit_too_large_for_its_device_asks_for_that_device_alone(chain_profile):
+    """The others are large enough as they are."""
+    profile, pins = chain_profile(4, param_bytes=2**20), {"net.u3": "cpu:0"}
+    text = message_of(profile, memory={"cpu:0": "1MiB", "cpu:1": "20MiB"}, pins=pins)
+    assert "no split fits as pinned: at 4 micro-batches net.u3 takes 2 MiB on cpu:0, 2 MiB more than" in text
+    (asked,) = re.findall(r"--memory cpu:0=(\d+MiB) is enough", text)
+    assert plan(profile, memory={"cpu:0": asked, "cpu:1": "20MiB"}, pins=pins).stages
+
+
+def test_without_time_pins_are_not_blamed(chain_profile):
+    """That no split obeys them is said where it is proven."""
+    memory, pins = {"cpu:0": "5MiB", "cpu:1": "6MiB"}, {"net.u0": "cpu:0", "net.u4": "cpu:1", "net.u7": "cpu:0"}
+    problem = problem_from_graph(cost_graph(chain_profile(8, param_bytes=2**20), 4), memory=memory, pins=pins)
+    assert "no split obeys the pins" in why_nothing_fits([problem], LATER, batch=8, train=True)
+    assert "pins" not in why_nothing_fits([problem], 0.0, batch=8, train=True)
 
 
 def test_no_time_no_changes(chain_profile):

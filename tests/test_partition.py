@@ -256,6 +256,16 @@ def test_a_search_cut_short_is_honest(problem, limit, time_limit_s):
     assert not found.exact or found.bound_s == found.value_s
 
 
+def test_pinned_blocks_larger_than_their_device_are_seen_without_search():
+    """Together they are, and none of them alone: no time is needed to say so, however wide the graph."""
+    wide = antichain(40)
+    blocks = tuple(dataclasses.replace(b, static_bytes=10, allowed=(True, v >= 30)) for v, b in enumerate(wide.blocks))
+    pinned = dataclasses.replace(wide, blocks=blocks, caps=(299, 10**6))
+    assert partition(pinned, time_limit_s=0.0) is None
+    with pytest.raises(ShardwrightError, match="found"):
+        partition(dataclasses.replace(pinned, caps=(320, 10**6)), time_limit_s=0.0)
+
+
 def test_closed_sets_of_wide_graphs_are_too_many_at_once():
     """Seen from the blocks that may come next, of which any may be in, without listing as many sets as are allowed."""
     side_by_side = 10

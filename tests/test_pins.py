@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from shardwright.errors import ShardwrightError
-from shardwright.reports.plan_report import PlanReport
+from shardwright.reports.plan_report import PlanReport, verdict
 from shardwright.sharder.planning.formulation.blocks import problem_from_graph
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.planner import plan
@@ -38,6 +38,42 @@ def test_a_pin_costs_what_planning_without_it_gains(chain_profile):
     assert second.without_s == result.certificate.value_s  # it would be there anyway
     assert first.exact
     assert second.exact
+
+
+def test_pins_that_leave_no_split_are_named_by_the_verdict(chain_profile):
+    """With what there is without them, as planned without them."""
+    profile = chain_profile(8, speed={"cpu:0": 1.0, "cpu:1": 2.0})
+    pinned, free = plan(profile, pins={"*": "cpu:1"}), plan(profile)
+    assert [stage.device for stage in pinned.stages] == ["cpu:1"]
+    (lifted,) = [change for change in pinned.changes if change.what == "pins"]
+    assert lifted.pays.step_s == pytest.approx(free.predicted.step_s)
+    assert lifted.pays.speedup == pytest.approx(free.predicted.speedup)
+    text = verdict(pinned).text
+    assert "The pins leave no better split; without them one takes" in text
+    assert "No split is better" not in text
+    assert "What would change that: planning without the pins (" in text_of(PlanReport(pinned))
+    assert free.changes is None
+
+
+def test_pins_to_the_slower_device_are_named_where_no_split_pays(make_profile):
+    """One unit cannot be split, and the other device is faster alone: that is what there is without the pin."""
+    pinned = plan(make_profile({"a": ["x"]}, speed={"cpu:0": 2.0, "cpu:1": 1.0}), pins={"net.a": "cpu:1"})
+    assert next(change for change in pinned.changes if change.what == "pins").pays is None
+    assert "The pins leave nothing better; without them cpu:0 alone takes" in verdict(pinned).text
+    kept = plan(make_profile({"a": ["x"]}, speed={"cpu:0": 2.0, "cpu:1": 1.0}), pins={"net.a": "cpu:0"})
+    assert "No split that obeys the pins is better." in verdict(kept).text
+
+
+def test_groups_that_leave_no_split_are_named_by_the_verdict(chain_profile):
+    """Alone, and with pins where it takes both to be away."""
+    profile = chain_profile(8)
+    grouped = plan(profile, together=["*"])
+    assert "The groups that share a device leave no better split; without them one takes" in verdict(grouped).text
+    assert [change.what for change in grouped.changes if change.pays] == ["groups"]
+    both = plan(profile, together=["*"], pins={"*": "cpu:1"})
+    assert [change.what for change in both.changes if change.pays] == ["pins and groups"]
+    assert "The pins and the groups that share a device leave no better split" in verdict(both).text
+    assert "pins" not in [change.what for change in plan(chain_profile(1)).changes]
 
 
 def test_a_pin_of_a_module_is_of_all_units_in_it(chain_profile):

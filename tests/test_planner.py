@@ -155,8 +155,8 @@ def test_unit_larger_than_every_device_is_refused_by_name(chain_profile):
     with pytest.raises(ShardwrightError) as caught:
         plan(chain_profile(2, param_bytes=2**30), memory={"cpu:0": "1GiB", "cpu:1": "1.5GiB"}, microbatches=4)
     assert str(caught.value) == (
-        "net.u0 needs 2 GiB at 4 micro-batches; cpu:1, the roomiest device, has 1.5 GiB: "
-        "profile more micro-batches, or use a larger device"
+        "at 4 micro-batches net.u0 needs at least 2 GiB; cpu:1, the roomiest device that it may be on, has 1.5 GiB, "
+        "513 MiB too little: give each device 103% more memory (--memory cpu:0=2069MiB --memory cpu:1=3103MiB)"
     )
 
 

@@ -35,9 +35,15 @@ __all__ = ["Partition", "partition"]
 
 
 def _cannot_fit(problem: Problem) -> bool:
-    """Whether memory rules out every split, seen without search: a block, or the sum of all that stays."""
+    """Whether memory rules out every split, seen without search: a block, or the sum of all that stays, everywhere or
+    on the one device that pins leave it."""
     static = sum(block.static_bytes for block in problem.blocks)
-    return static > sum(problem.caps) or not all(
+    pinned = [0] * len(problem.devices)
+    for block in problem.blocks:
+        if sum(block.allowed) == 1:
+            pinned[block.allowed.index(True)] += block.static_bytes
+    too_much = static > sum(problem.caps) or any(p > cap for p, cap in zip(pinned, problem.caps, strict=True))
+    return too_much or not all(
         any(block.allowed[d] and problem.least_bytes(v, d) <= cap for d, cap in enumerate(problem.caps))
         for v, block in enumerate(problem.blocks)
     )

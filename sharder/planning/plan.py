@@ -24,6 +24,7 @@ __all__ = [
     "Candidate",
     "Certificate",
     "Change",
+    "Changeable",
     "Gain",
     "Objective",
     "OtherSchedule",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 Objective = Literal["throughput", "latency", "memory"]
+Changeable = Literal["batch", "links", "pins", "groups", "pins and groups"]
 WORTHWHILE = 1.03
 """A predicted speedup below this is within the noise of the measurements, and not worth a pipeline."""
 
@@ -280,7 +282,7 @@ class Gain(Record):
     """The smallest factor with which a split would be worth it."""
 
     factor: PositiveInt
-    """So many times as large, or as fast."""
+    """So many times as large, or as fast; 1 without pins or groups."""
     microbatches: PositiveInt
     step_s: NonNegativeFloat
     speedup: NonNegativeFloat
@@ -290,10 +292,12 @@ class Gain(Record):
 class Change(Record):
     """A change of the task that was weighed, since a split is not worth it as it is."""
 
-    what: Literal["batch", "links"]
-    """``"batch"``: a larger one, in more micro-batches of the same size; ``"links"``: faster ones."""
+    what: Changeable
+    """``"batch"``: a larger one, in more micro-batches of the same size; ``"links"``: faster ones; ``"pins"`` and
+    ``"groups"``: planning without the pins, and without the groups that are to share a device."""
     tried: tuple[PositiveInt, ...] = Field(min_length=1)
-    """The factors with which the best that fits was found and priced, in rising order, up to the first that pays."""
+    """The factors with which the best that fits was found and priced, in rising order, up to the first that pays; of
+    pins and groups 1."""
     pays: Gain | None
     """None where none of them does."""
 

@@ -7,7 +7,7 @@ from a saved profile takes as a command, more than half are imports.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from shardwright.errors import ShardwrightError
@@ -22,6 +22,9 @@ from shardwright.sharder.planning.plan import (
     Alternative,
     Candidate,
     Certificate,
+    Change,
+    Changeable,
+    Gain,
     Objective,
     Placement,
     Plan,
@@ -35,7 +38,7 @@ from shardwright.sharder.planning.schedules.replicas import Replicas, on_mesh_of
 from shardwright.sharder.planning.schedules.weighed import better_of, compared
 from shardwright.sharder.planning.schedules.zero_bubble_options import is_zero_bubble, parted_asked
 from shardwright.sharder.planning.verdict.alternatives import alternatives_of, kept_whole, priced_in_parallel
-from shardwright.sharder.planning.verdict.changes import changes_tried
+from shardwright.sharder.planning.verdict.changes import Lift, changes_tried
 from shardwright.sharder.planning.verdict.explain import certify, gap_percent
 from shardwright.sharder.planning.verdict.pins import prices_of_pins
 from shardwright.sharder.planning.verdict.sensitivity import rivals_of, sensitivity_of
@@ -141,17 +144,15 @@ def plan(
         profile, schedule, objective, transfers, contiguous=contiguous, recompute=recompute, replicas=asked
     )
     chain = contiguous and objective != "latency"
-    if recompute == "always":
-        _check_recompute(chain=chain, train=profile.train)
-    if replans and (not chain or objective == "memory"):
-        raise ShardwrightError(
-            f"replans is {replans}, and only plans for throughput in a chain of stages are made anew: leave it out"
-        )
+    _check_recompute(recompute, chain=chain, train=profile.train)
+    _check_replans(replans, made_anew=chain and objective != "memory")
     names = tuple(devices) if devices is not None else None
     groups = [together] if isinstance(together, str) else list(together)
     deadline_s = clock_s() + time_limit_s
 
-    def problem_at(count: int, pins: Mapping[str, str] | None = pins) -> Problem:
+    def problem_at(
+        count: int, pins: Mapping[str, str] | None = pins, groups: Iterable[str | Iterable[str]] = groups
+    ) -> Problem:
         graph = given if given is not None and count == profile.microbatches[0] else costs_at(profile, count)
         order: Schedule = "gpipe" if schedule == "gpipe" or not profile.train else "1f1b"
         return problem_from_graph(
@@ -168,16 +169,9 @@ def plan(
 
     problems = [problem_at(count) for count in (profile.microbatches if microbatches == "auto" else (microbatches,))]
     if not chain:
-        from shardwright.sharder.planning.free.freely import plan_freely
-
-        counts = sorted(profile.microbatches)
-        return plan_freely(
-            profile,
-            [problem_at(counts[0])] if objective == "latency" and microbatches == "auto" else problems,
-            [problem_at(count) for count in counts],
-            objective=objective,
-            time_limit_s=time_limit_s,
-        )
+        one_at_a_time = objective == "latency" and microbatches == "auto"
+        counts = [min(profile.microbatches)] if one_at_a_time else [p.microbatches for p in problems]
+        return _freely(profile, problem_at, counts, pins, groups, objective, deadline_s)
     if objective == "memory":
         return _for_memory(profile, problems, [problem_at(count) for count in sorted(profile.microbatches)], deadline_s)
     options = options_of(problems, profile, Asked(schedule, pieces, parted, asked, offload), deadline_s)
@@ -203,6 +197,12 @@ def plan(
 
         alternatives += rival_in_replicas(chosen, problems, profile, baseline.step_s if baseline else None, deadline_s)
     certificate = certify(chosen, options, baseline, deadline_s)
+
+    def problems_with(pins: Mapping[str, str] | None, groups: Iterable[str | Iterable[str]]) -> list[Problem]:
+        mesh = [option.problem for option in options if len(option.problem.replicas) == len(chosen.problem.replicas)]
+        counts = sorted({problem.batch_microbatches for problem in mesh} or {chosen.problem.batch_microbatches})
+        return [on_mesh_of(problem_at(count, pins, groups), chosen.problem, profile) for count in counts]
+
     written = _write(profile, chosen, options, baseline, alternatives, certificate)
     return written.model_copy(
         update={
@@ -219,7 +219,9 @@ def plan(
             "changes": (
                 None
                 if baseline is None or (written.predicted.speedup or 0.0) >= WORTHWHILE
-                else changes_tried(plain or options, baseline, profile, deadline_s)
+                else changes_tried(
+                    plain or options, baseline, profile, deadline_s, _lifts_of(pins, groups, problems_with)
+                )
             ),
             "sensitivity": sensitivity_of(
                 chosen,
@@ -233,13 +235,83 @@ def plan(
     )
 
 
-def _check_recompute(*, chain: bool, train: bool) -> None:
+def _lifts_of(
+    pins: Mapping[str, str] | None,
+    groups: Sequence[str | Iterable[str]],
+    problems_with: Callable[[Mapping[str, str] | None, Iterable[str | Iterable[str]]], list[Problem]],
+) -> list[Lift]:
+    """What was asked for of pins and groups, each with the problems without it, and without both."""
+    lifts = []
+    if pins:
+        lifts.append(Lift("pins", lambda: problems_with(None, groups)))
+    if groups:
+        lifts.append(Lift("groups", lambda: problems_with(pins, ())))
+    if pins and groups:
+        lifts.append(Lift("pins and groups", lambda: problems_with(None, ())))
+    return lifts
+
+
+def _freely(
+    profile: Profile,
+    problem_at: Callable[[int, Mapping[str, str] | None, Iterable[str | Iterable[str]]], Problem],
+    counts: Sequence[int],
+    pins: Mapping[str, str] | None,
+    groups: Sequence[str | Iterable[str]],
+    objective: Objective,
+    deadline_s: float,
+) -> Plan:
+    """The best plan that is no chain of stages, at one of ``counts`` micro-batches."""
+    from shardwright.sharder.planning.free.freely import plan_freely
+
+    every = [problem_at(count, pins, groups) for count in sorted(profile.microbatches)]
+
+    def freely(pins: Mapping[str, str] | None, groups: Iterable[str | Iterable[str]]) -> Plan:
+        found = [problem_at(count, pins, groups) for count in counts]
+        left_s = max(0.0, deadline_s - clock_s())
+        return plan_freely(profile, found, every, objective=objective, time_limit_s=left_s)
+
+    return _with_what_is_freer(freely(pins, groups), pins, groups, freely)
+
+
+def _with_what_is_freer(
+    written: Plan,
+    pins: Mapping[str, str] | None,
+    groups: Sequence[str | Iterable[str]],
+    freely: Callable[[Mapping[str, str] | None, Iterable[str | Iterable[str]]], Plan],
+) -> Plan:
+    """``written``, where pins or groups keep all on one device with what there is without them."""
+    if len(written.stages) > 1 or written.objective == "memory" or not (pins or groups):
+        return written
+    what: Changeable = "pins and groups" if pins and groups else "pins" if pins else "groups"
+    try:
+        other = freely(None, ())
+    except ShardwrightError:  # none was found in the time that is left
+        return written
+    step_s, alone_s = other.predicted.step_s, other.predicted.baseline_s
+    pays = None
+    if len(other.stages) > 1 and alone_s is not None and step_s * WORTHWHILE <= alone_s:
+        speedup = alone_s / step_s if step_s else 1.0
+        pays = Gain(factor=1, microbatches=other.microbatches, step_s=step_s, speedup=speedup)
+    return written.model_copy(update={"changes": (Change(what=what, tried=(1,), pays=pays),)})
+
+
+def _check_recompute(recompute: Recompute, *, chain: bool, train: bool) -> None:
     """Refuse to compute every stage anew where there is no backward, or no stage."""
+    if recompute != "always":
+        return
     if not train:
         raise ShardwrightError("recompute 'always' is for training, and the profile is of inference: leave it out")
     if not chain:
         raise ShardwrightError(
             "recompute 'always' is for a chain of stages, which a free assignment and latency do not make: leave it out"
+        )
+
+
+def _check_replans(replans: int, *, made_anew: bool) -> None:
+    """Refuse to plan anew for what is not the throughput of a chain."""
+    if replans and not made_anew:
+        raise ShardwrightError(
+            f"replans is {replans}, and only plans for throughput in a chain of stages are made anew: leave it out"
         )
 
 

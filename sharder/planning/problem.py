@@ -151,6 +151,9 @@ class Block:
     sum_s: tuple[float, ...] = ()
     """Of ``update_s``, what summing its gradients over replicas takes; nothing = there are none. See replicas.py."""
 
+    pinned: bool = False
+    """Whether a pin says where it has to be."""
+
     def again_s(self, device: int) -> float:
         """Seconds of one more forward on ``device``."""
         return (self.recompute_s or self.forward_s)[device]

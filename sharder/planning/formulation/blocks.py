@@ -133,16 +133,10 @@ def _parts_s(nodes: list[dict[str, Any]], devices: tuple[str, ...]) -> tuple[tup
     return tuple(zip(*(_seconds([each[part] for each in parts], devices) for part in (0, 1)), strict=True))
 
 
-def _allowed(
-    graph: CostGraph,
-    nodes: tuple[str, ...],
-    devices: tuple[str, ...],
-    pinned: Pinned,
-    unfit: tuple[bool, ...],
-) -> tuple[bool, ...]:
-    """Which devices the pins leave for a block of ``nodes``, and each of them fits on."""
+def _wanted(graph: CostGraph, nodes: tuple[str, ...], pinned: Pinned) -> str | None:
+    """The device that the pins put a block of ``nodes`` on; None where they say nothing of it."""
     if not pinned:
-        return tuple(map(operator.not_, unfit))
+        return None
     wanted = {
         device: name
         for device, units in pinned
@@ -156,7 +150,14 @@ def _allowed(
         raise ShardwrightError(
             f"pins put {a} on {one} and {b} on {other}, but the two must share a device; pin them alike"
         )
-    return tuple((not wanted or device in wanted) and not lacks for device, lacks in zip(devices, unfit, strict=True))
+    return next(iter(wanted), None)
+
+
+def _allowed(devices: tuple[str, ...], wanted: str | None, unfit: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Which devices the pin of a block leaves, and it fits on."""
+    if wanted is None:
+        return tuple(map(operator.not_, unfit))
+    return tuple(device == wanted and not lacks for device, lacks in zip(devices, unfit, strict=True))
 
 
 def _unfit(graph: CostGraph, nodes: tuple[str, ...], devices: tuple[str, ...]) -> tuple[bool, ...]:
@@ -259,6 +260,7 @@ def problem_from_graph(
     members, before = _blocks(cut)
     data = graph.nodes
     unfit = [_unfit(graph, nodes, names) for nodes in members]
+    wanted = [_wanted(graph, nodes, pinned) for nodes in members]
     blocks = tuple(
         Block(
             nodes=nodes,
@@ -267,12 +269,13 @@ def problem_from_graph(
             update_s=_seconds([data[n]["update_s"] for n in nodes], names),
             static_bytes=sum(data[n]["static_bytes"] for n in nodes),
             units=tuple(data[n].get("unit") or n for n in nodes if data[n]["kind"] == "unit"),
-            allowed=_allowed(graph, nodes, names, pinned, lacking),
+            allowed=_allowed(names, device, lacking),
             unfit=lacking,
+            pinned=device is not None,
             recompute_s=_again_s([data[n] for n in nodes], names),
             parts_s=_parts_s([data[n] for n in nodes], names),
         )
-        for nodes, lacking in zip(members, unfit, strict=True)
+        for nodes, lacking, device in zip(members, unfit, wanted, strict=True)
     )
     block_of = {name: i for i, nodes in enumerate(members) for name in nodes}
     problem = Problem(

@@ -7,6 +7,7 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 
+from shardwright.profiler.formats.given_devices import AMPLE_BYTES
 from shardwright.sharder.planning.formulation.memory import Step, Storage
 from shardwright.sharder.planning.problem import Block, Link, Problem
 
@@ -14,11 +15,13 @@ __all__ = [
     "all_usable",
     "checkpointed",
     "in_shares",
+    "timeless",
     "unpinned",
     "with_another",
     "with_caps_times",
     "with_links_times",
     "with_smaller_microbatches",
+    "without_caps",
     "without_sums",
 ]
 
@@ -29,7 +32,9 @@ def unpinned(problem: Problem) -> Problem:
     fits = [tuple(map(operator.not_, b.unfit)) or anywhere for b in problem.blocks]
     if all(b.allowed == allowed for b, allowed in zip(problem.blocks, fits, strict=True)):
         return problem
-    blocks = (dataclasses.replace(b, allowed=allowed) for b, allowed in zip(problem.blocks, fits, strict=True))
+    blocks = (
+        dataclasses.replace(b, allowed=allowed, pinned=False) for b, allowed in zip(problem.blocks, fits, strict=True)
+    )
     return dataclasses.replace(problem, blocks=tuple(blocks))
 
 
@@ -73,8 +78,28 @@ def with_caps_times(problem: Problem, factor: float) -> Problem:
     return dataclasses.replace(problem, caps=tuple(math.ceil(cap * factor) for cap in problem.caps))
 
 
+def without_caps(problem: Problem, devices: Sequence[int]) -> Problem:
+    """Memory on ``devices`` without end."""
+    caps = tuple(AMPLE_BYTES if d in devices else cap for d, cap in enumerate(problem.caps))
+    return dataclasses.replace(problem, caps=caps)
+
+
+def timeless(problem: Problem) -> Problem:
+    """The same without times: any split that fits is the best."""
+    none = (0.0,) * len(problem.devices)
+    blocks = (
+        dataclasses.replace(b, forward_s=none, backward_s=none, update_s=none, recompute_s=()) for b in problem.blocks
+    )
+    links = tuple(tuple((s if math.isinf(s) else 0.0, math.inf) for s, _ in row) for row in problem.links)
+    hosts = tuple(tuple((s if math.isinf(s) else 0.0, math.inf) for s, _ in pair) for pair in problem.hosts)
+    return dataclasses.replace(problem, blocks=tuple(blocks), links=links, hosts=hosts)  # type: ignore[arg-type]
+
+
 def with_another(problem: Problem, device: int) -> Problem:
-    """One more device like ``device``, over links like its own; between the two lies the slowest of these."""
+    """One more device like ``device``, over links like its own; between the two lies the slowest of these.
+
+    What is pinned stays where it is pinned: to be on a copy of a device is not to be on the device.
+    """
     others = [o for o in range(len(problem.devices)) if o != device]
     row, column = problem.links[device], [links[device] for links in problem.links]
     between = _slowest([*(row[o] for o in others), *(column[o] for o in others)])
@@ -89,7 +114,7 @@ def with_another(problem: Problem, device: int) -> Problem:
             forward_s=(*b.forward_s, b.forward_s[device]),
             backward_s=(*b.backward_s, b.backward_s[device]),
             update_s=(*b.update_s, b.update_s[device]),
-            allowed=(*b.allowed, b.allowed[device]),
+            allowed=(*b.allowed, b.allowed[device] and not b.pinned),
             unfit=(*b.unfit, b.unfit[device]) if b.unfit else (),
             recompute_s=(*b.recompute_s, b.recompute_s[device]) if b.recompute_s else (),
             parts_s=(*b.parts_s, b.parts_s[device]) if b.parts_s else (),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shardwright.profiler.profile import Profile
-from shardwright.sharder.planning.formulation.words import name_of, size_of
+from shardwright.sharder.planning.formulation.words import name_of, used_of
 from shardwright.sharder.planning.free.assignment import (
     Assignment,
     held_at_once,
@@ -274,6 +274,6 @@ def peak_share(stages: Sequence[Stage], bound: float, *, exact: bool, largest: i
         bound=value if exact else min(bound, value),
         gap_percent=0.0 if exact else gap_percent(value, bound),
         exact=exact,
-        binds=f"{fullest.device}: {size_of(fullest.memory_bytes)} of {size_of(fullest.memory_cap_bytes)}",
+        binds=f"{fullest.device}: {used_of(fullest.memory_bytes, fullest.memory_cap_bytes)}",
         largest_batch=largest,
     )

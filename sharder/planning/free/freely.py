@@ -11,13 +11,11 @@ from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.clock import clock_s
 from shardwright.sharder.planning.formulation.relaxed import unpinned
-from shardwright.sharder.planning.formulation.words import links_in_words, name_of, size_of
 from shardwright.sharder.planning.free.assign import assign
 from shardwright.sharder.planning.free.assignment import (
     Assignment,
     Budget,
     as_free,
-    held_at_once,
 )
 from shardwright.sharder.planning.free.fastest import fastest
 from shardwright.sharder.planning.free.free_record import Alone, Found, Writer, peak_share
@@ -76,9 +74,20 @@ def plan_freely(
             if one is not None:
                 found.append(one)
     if not found:
-        raise unfinished or ShardwrightError(_why_none([*map(as_free, problems)]))
+        raise unfinished or _nothing_fits(profile, [*map(as_free, problems)], objective, budget)
     best = min(found, key=lambda one: one.rank)
     return Writer(profile, best).plan(objective, _baseline(profile, best, every))
+
+
+def _nothing_fits(
+    profile: Profile, problems: Sequence[Problem], objective: Objective, budget: Budget
+) -> ShardwrightError:
+    """Why no assignment fits, and what would; only a refusal imports that."""
+    from shardwright.sharder.planning.free.unfitting import why_no_assignment_fits
+
+    until_s, latency = clock_s() + budget.left_s, objective == "latency"
+    why = why_no_assignment_fits(problems, until_s, batch=profile.batch, train=profile.train, latency=latency)
+    return ShardwrightError(why)
 
 
 def _solve(problem: Problem, objective: Objective, budget: Budget) -> Found | None:
@@ -111,31 +120,6 @@ def _seeds(problem: Problem, budget: Budget) -> list[list[int]]:
             stage_of = {v: device for device, members in split.stages for v in bits(members)}
             return [[stage_of[v] for v in range(len(problem.blocks))]]
     return []
-
-
-def _why_none(problems: Sequence[Problem]) -> str:
-    """Which block or whole exceeds the memory."""
-    problem = max(problems, key=lambda p: p.microbatches)
-    alone = dataclasses.replace(problem, microbatches=1)
-    for v, block in enumerate(problem.blocks):
-        rooms = [(problem.caps[d], name) for d, name in enumerate(problem.devices) if block.allowed[d]]
-        if not rooms:
-            return f"{name_of(block)} is pinned to where it does not fit, not even alone: remove the pin"
-        need = alone.least_bytes(v, 0)
-        if need > max(rooms)[0]:
-            return (
-                f"{name_of(block)} needs {size_of(need)}; {max(rooms)[1]}, the roomiest device that it may be on, has "
-                f"{size_of(max(rooms)[0])}: profile more micro-batches, or use a larger device"
-            )
-    static = sum(block.static_bytes for block in problem.blocks)
-    caps = ", ".join(f"{name} {size_of(cap)}" for name, cap in zip(problem.devices, problem.caps, strict=True))
-    count = held_at_once(problem)
-    held = "" if count == 1 else f", with {count} micro-batches held at once"
-    links = f"; corrupt links are not used ({links_in_words(problem)})" if problem.unusable else ""
-    return (
-        f"no free assignment fits{held}: weights, gradients and optimizer state alone take {size_of(static)}; the "
-        f"devices have {caps}{links}: raise --memory, add devices, or profile smaller micro-batches"
-    )
 
 
 def _baseline(profile: Profile, found: Found, every: Sequence[Problem]) -> Alone:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.exact.search import ROUNDING, Stages
+from shardwright.sharder.planning.formulation.relaxed import timeless
 from shardwright.sharder.planning.free.assign import NOTHING_FOUND
 from shardwright.sharder.planning.free.assignment import (
     NOWHERE,
@@ -84,17 +85,6 @@ def share_of(problem: Problem, stages: Sequence[tuple[int, int]]) -> float:
     return most
 
 
-def _timeless(problem: Problem) -> Problem:
-    """The same without times: any split that fits is the best."""
-    none = (0.0,) * len(problem.devices)
-    blocks = (
-        dataclasses.replace(b, forward_s=none, backward_s=none, update_s=none, recompute_s=()) for b in problem.blocks
-    )
-    links = tuple(tuple((s if math.isinf(s) else 0.0, math.inf) for s, _ in row) for row in problem.links)
-    hosts = tuple(tuple((s if math.isinf(s) else 0.0, math.inf) for s, _ in pair) for pair in problem.hosts)
-    return dataclasses.replace(problem, blocks=tuple(blocks), links=links, hosts=hosts)  # type: ignore[arg-type]
-
-
 def _simple_bound(problem: Problem) -> float:
     """All that stays over all there is, and each block where it takes the smallest share."""
     static = sum(block.static_bytes for block in problem.blocks)
@@ -116,8 +106,8 @@ def least_share(problem: Problem, budget: Budget) -> LeastShare | None:
     Raises:
         ShardwrightError: none that fits was found in the time.
     """
-    timeless = _timeless(problem)
-    first = partition(timeless, time_limit_s=budget.left_s)
+    without_times = timeless(problem)
+    first = partition(without_times, time_limit_s=budget.left_s)
     if first is None:
         return None
     stages = first.stages
@@ -133,7 +123,7 @@ def least_share(problem: Problem, budget: Budget) -> LeastShare | None:
             middle = (low + high) / 2
             # Just below: every cap has to be smaller than the fullest device needs.
             below = tuple(math.ceil(cap * high * (1 - ROUNDING)) - 1 for cap in problem.caps)
-            asked = dataclasses.replace(timeless, caps=below) if last else within_share(timeless, middle)
+            asked = dataclasses.replace(without_times, caps=below) if last else within_share(without_times, middle)
             found = ask(asked)
             if found is not None:
                 stages = found.stages
@@ -342,13 +332,13 @@ def larger_batch(problem: Problem, batch: int, largest: int | None, budget: Budg
     """
     if largest is None:
         return None
-    timeless, unsure = _timeless(problem), False
+    untimed, unsure = timeless(problem), False
     best: Stages = ()
 
     def fits(count: int) -> bool:
         nonlocal best, unsure
         try:
-            found = partition(dataclasses.replace(timeless, microbatches=count), time_limit_s=budget.left_s / 4)
+            found = partition(dataclasses.replace(untimed, microbatches=count), time_limit_s=budget.left_s / 4)
         except ShardwrightError:  # the time was too short to tell
             unsure = True
             return False
