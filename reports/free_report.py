@@ -9,7 +9,7 @@ from rich.text import Text
 
 from shardwright.reports.layout import Column, Glyphs, bar, facts, section, tables
 from shardwright.reports.quantities import count, percent, ratio, seconds
-from shardwright.sharder.planning.plan import WORTHWHILE, Plan, Stage
+from shardwright.sharder.planning.plan import WORTHWHILE, PinPrice, Plan, Stage
 
 __all__ = ["certificate_of_free", "devices_of_free", "peak_of", "verdict_of_free"]
 
@@ -145,6 +145,7 @@ def certificate_of_free(plan: Plan) -> Iterator[RenderableType]:
             ("gap", gap),
             ("what binds", found.binds),
             *([("advice", plan.advice)] if plan.advice else []),
+            *((f"pin {pin.unit}={pin.device}", price_of(pin, found.value_s, what)) for pin in plan.pins),
         ]
     )
 
@@ -173,3 +174,13 @@ def _batch_in_words(plan: Plan, batch: int | None) -> str:
     if plan.of_model:
         return f"{batch} samples, in micro-batches of {plan.batch / plan.microbatches:.3g}"
     return f"{batch * plan.microbatches // plan.batch} micro-batches of this size"
+
+
+def price_of(pin: PinPrice, value_s: float, what: str = "largest load") -> str:
+    """What a pin costs, by the plan's value."""
+    if pin.without_s is None:
+        return f"its price was not found: {pin.why}"
+    if not value_s or pin.without_s >= value_s * (1 - 1e-9):
+        return "costs nothing" if pin.exact else "nothing better was found without it"
+    more = percent(100 * (value_s / pin.without_s - 1)) if pin.without_s else "all of it"
+    return f"costs {more}{'' if pin.exact else ' or more'}: the {what} is {seconds(pin.without_s)} without it"

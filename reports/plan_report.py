@@ -8,7 +8,7 @@ from typing import NamedTuple
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
-from shardwright.reports.free_report import certificate_of_free, devices_of_free, peak_of, verdict_of_free
+from shardwright.reports.free_report import certificate_of_free, devices_of_free, peak_of, price_of, verdict_of_free
 from shardwright.reports.interleaved_report import (
     device_loads_s,
     devices_of_interleaved,
@@ -19,7 +19,7 @@ from shardwright.reports.layout import Column, Glyphs, bar, facts, listing, name
 from shardwright.reports.quantities import count, number_of_bytes, percent, ratio, seconds, used_of
 from shardwright.reports.replicas_report import in_replicas, pipelines_of, rival_in_words
 from shardwright.reports.timeline_report import timeline_drawn
-from shardwright.sharder.planning.plan import WORTHWHILE, Change, Changeable, PinPrice, Placement, Plan
+from shardwright.sharder.planning.plan import WORTHWHILE, Change, Changeable, Placement, Plan
 
 __all__ = ["PlanReport", "Verdict", "verdict"]
 
@@ -332,7 +332,7 @@ class PlanReport:
                 *_step_in_words(certificate.step_gap_percent, within),
                 ("what binds", certificate.binds),
                 *(
-                    (f"pin {pin.unit}={pin.device}", _price_of(pin, certificate.least_s or certificate.value_s))
+                    (f"pin {pin.unit}={pin.device}", price_of(pin, certificate.least_s or certificate.value_s))
                     for pin in plan.pins
                 ),
                 *self._uncertainty(),
@@ -463,16 +463,6 @@ def _step_in_words(gap: float | None, within: str) -> Iterator[tuple[str, str]]:
     elif gap is not None:
         above = f"at most {percent(gap)}" if gap >= LEAST_SHOWN else "less than 0.1%"
         yield "step", f"{above} above the shortest of every split{within}, proven"
-
-
-def _price_of(pin: PinPrice, value_s: float) -> str:
-    """What a pin costs."""
-    if pin.without_s is None:
-        return f"its price was not found: {pin.why}"
-    if not value_s or pin.without_s >= value_s * (1 - 1e-9):
-        return "costs nothing" if pin.exact else "no better split was found without it"
-    more = percent(100 * (value_s / pin.without_s - 1)) if pin.without_s else "all of it"
-    return f"costs {more}{'' if pin.exact else ' or more'}: the largest load is {seconds(pin.without_s)} without it"
 
 
 def _transfers_in_words(plan: Plan) -> str:

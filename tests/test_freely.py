@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,3 +218,16 @@ def test_a_verdict_claims_no_more_than_the_certificate(branches):
     for exact, said in ((True, "No other assignment is better."), (False, "No better assignment was found.")):
         certificate = result.certificate.model_copy(update={"exact": exact})
         assert verdict(alone.model_copy(update={"certificate": certificate})).text.endswith(said)
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_pins_have_a_price(objective):
+    """What the value would be without each: that of a plan with the other alone."""
+    costs = sw.Costs.load(Path(__file__).parents[1] / "examples" / "costs.json")
+    pins = {"text.*": "cuda:2", "decoder": "cuda:0"}
+    found = sw.plan(costs, objective=objective, contiguous=False, pins=pins)
+    assert [(pin.unit, pin.device, pin.exact) for pin in found.pins] == [(*pin, True) for pin in pins.items()]
+    for pin in found.pins:
+        others = {unit: device for unit, device in pins.items() if unit != pin.unit}
+        other = sw.plan(costs, objective=objective, contiguous=False, pins=others)
+        assert pin.without_s == other.certificate.value_s <= found.certificate.value_s

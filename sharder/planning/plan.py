@@ -265,13 +265,13 @@ class Alternative(Record):
 
 
 class PinPrice(Record):
-    """What the largest load would be without one of the pins."""
+    """What the largest load, or under latency the finishing time, would be without one of the pins."""
 
     unit: str
     """Name or pattern."""
     device: str
     without_s: NonNegativeFloat | None
-    """The plan's own largest load, or less; None where no split without the pin was found."""
+    """The plan's own, or less; None where no plan without the pin was found."""
     exact: bool
     """Whether it is proven, or only the best that was found."""
     why: str = ""

@@ -40,7 +40,7 @@ from shardwright.sharder.planning.schedules.zero_bubble_options import is_zero_b
 from shardwright.sharder.planning.verdict.alternatives import alternatives_of, kept_whole, priced_in_parallel
 from shardwright.sharder.planning.verdict.changes import Lift, changes_tried
 from shardwright.sharder.planning.verdict.explain import certify, gap_percent
-from shardwright.sharder.planning.verdict.pins import prices_of_pins
+from shardwright.sharder.planning.verdict.pins import prices_of_pins, prices_of_pins_freely
 from shardwright.sharder.planning.verdict.sensitivity import rivals_of, sensitivity_of
 
 if TYPE_CHECKING:
@@ -265,12 +265,16 @@ def _freely(
 
     every = [problem_at(count, pins, groups) for count in sorted(profile.microbatches)]
 
-    def freely(pins: Mapping[str, str] | None, groups: Iterable[str | Iterable[str]]) -> Plan:
+    def freely(pins: Mapping[str, str] | None, groups: Iterable[str | Iterable[str]], parts: int = 1) -> Plan:
         found = [problem_at(count, pins, groups) for count in counts]
         left_s = max(0.0, deadline_s - clock_s())
-        return plan_freely(profile, found, every, objective=objective, time_limit_s=left_s)
+        return plan_freely(profile, found, every, objective=objective, time_limit_s=left_s / parts)
 
-    return _with_what_is_freer(freely(pins, groups), pins, groups, freely)
+    written = freely(pins, groups)
+    if pins and objective != "memory":
+        prices = prices_of_pins_freely(written, pins, lambda others, parts: freely(others, groups, parts))
+        written = written.model_copy(update={"pins": prices})
+    return _with_what_is_freer(written, pins, groups, freely)
 
 
 def _with_what_is_freer(

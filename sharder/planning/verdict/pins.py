@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.clock import clock_s
 from shardwright.sharder.planning.partition import Partition, partition
-from shardwright.sharder.planning.plan import PinPrice
+from shardwright.sharder.planning.plan import PinPrice, Plan
 from shardwright.sharder.planning.pricing import Option
 from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.verdict.offload import Rates, offload
 
-__all__ = ["prices_of_pins"]
+__all__ = ["prices_of_pins", "prices_of_pins_freely"]
 
 
 def prices_of_pins(
@@ -52,6 +52,29 @@ def prices_of_pins(
             continue
         without_s = min(split.value_s, chosen.of_least_load.split.value_s)
         prices.append(PinPrice(unit=pattern, device=device, without_s=without_s, exact=split.exact))
+    return tuple(prices)
+
+
+def prices_of_pins_freely(
+    written: Plan, pins: Mapping[str, str], plan_with: Callable[[Mapping[str, str], int], Plan]
+) -> tuple[PinPrice, ...]:
+    """What the value of a plan that is no chain of stages would be without each pin, the others kept.
+
+    Args:
+        written: the plan that obeys all.
+        pins: unit, module or pattern -> device.
+        plan_with: the plan with other pins, in one of so many parts of the time that is left.
+    """
+    prices = []
+    for position, (pattern, device) in enumerate(pins.items()):
+        others = {key: value for key, value in pins.items() if key != pattern}
+        try:
+            found = plan_with(others, len(pins) - position).certificate
+        except ShardwrightError as error:
+            prices.append(PinPrice(unit=pattern, device=device, without_s=None, exact=False, why=str(error)))
+            continue
+        without_s = min(found.value_s, written.certificate.value_s)
+        prices.append(PinPrice(unit=pattern, device=device, without_s=without_s, exact=found.exact))
     return tuple(prices)
 
 
