@@ -7,10 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import shardwright as sw
+from shardwright.profiler.graph import costs_at
 from shardwright.sharder.planning.exact.even import cut_evenly
+from shardwright.sharder.planning.formulation.blocks import problem_from_graph
 from shardwright.sharder.planning.formulation.relaxed import unpinned
 from shardwright.sharder.planning.planner import plan
 from shardwright.sharder.planning.problem import Block, Problem
+from shardwright.sharder.planning.verdict import alternatives
 from shardwright.sharder.planning.verdict.alternatives import data_parallel_s
 
 
@@ -123,3 +127,26 @@ def test_what_is_not_pinned_stays_as_it_is():
     narrow = dataclasses.replace(free.blocks[0], allowed=(False, False), unfit=(True, False))
     loose = unpinned(dataclasses.replace(free, blocks=(narrow, free.blocks[1])))
     assert [block.allowed for block in loose.blocks] == [(False, True), (True, True)]
+
+
+def test_data_parallel_takes_smaller_micro_batches_where_one_of_a_device_is_too_large():
+    """Two units of 40 MiB, and 120 MiB kept for the batch, on devices of 160 MiB: halves do not fit, quarters do."""
+
+    def problem_at(count):
+        units = [
+            {
+                "name": f"u{i}", "forward_s": 1 / count, "backward_s": 2 / count, "param_bytes": 10 * 2**20,
+                "static_bytes": 40 * 2**20, "saved_bytes": 120 * 2**20 // count,
+            }
+            for i in range(2)
+        ]  # fmt: skip
+        devices = {f"cuda:{d}": {"memory_bytes": 160 * 2**20} for d in range(2)}
+        costs = sw.Costs(devices=devices, microbatches=count, units=units, links=[{"bandwidth_bytes_per_s": 1e9}])
+        profile = costs.profile()
+        return profile, problem_from_graph(costs_at(profile, count), schedule="1f1b")
+
+    (profile, halves), (_, quarters) = problem_at(2), problem_at(4)
+    assert alternatives._data_parallel([halves], profile).step_s is None
+    found = alternatives._data_parallel([halves, quarters], profile)
+    assert found.microbatches == 4
+    assert found.step_s == pytest.approx(3.0 + 2 * 20 * 2**20 / 2 / 1e9)

@@ -51,7 +51,22 @@ def test_ctrl_c_gives_the_best_plan_so_far_with_its_gap():
     assert found.stages
     assert found.certificate.value_s >= found.certificate.bound_s > 0
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert clock.clock_s() < clock.LATER_S  # the next plan has its time again
+    assert sw.plan(wide_graph(), time_limit_s=0.5).stages  # the next plan has its time again
+
+
+@pytest.mark.usefixtures("interrupted")
+def test_ctrl_c_ends_what_would_never_end():
+    """However long the user allows, since there is Ctrl-C."""
+    assert sw.plan(wide_graph(), time_limit_s=float("inf")).stages
+
+
+def test_the_clock_never_goes_back():
+    """A deadline that another thread set meanwhile is none of a later age."""
+    before_s = clock.clock_s()
+    with clock.ended_by_interrupt():
+        signal.raise_signal(signal.SIGINT)
+        meanwhile_s = clock.clock_s()
+    assert before_s + clock.MOST_S < meanwhile_s <= clock.clock_s() < meanwhile_s + 60
 
 
 def test_the_second_ctrl_c_ends_it_without_a_plan(interrupted):

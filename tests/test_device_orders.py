@@ -12,7 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_mincut import tangled
 from test_partition import assignments, brute_force, largest_load, problems, sets_anew
+from test_transfers import brute_force as brute_force_of_transfers
+from test_transfers import problems as of_transfers
 
+from shardwright.sharder.planning.free.assignment import Budget
 from shardwright.sharder.planning.free.cpsat import has_ortools
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.split_loads import stage_loads
@@ -58,6 +61,20 @@ def gone_through(problem, time_limit_s=60.0):
             best[:] = found.stages, max(loads)
         bounds.append(found.bound)
     return best[1], max(bounds)
+
+
+@pytest.fixture(autouse=True)
+def whole_bytes(monkeypatch):
+    """These problems are small."""
+    monkeypatch.setattr(device_orders, "PAGE", 1)
+
+
+@many
+@given(of_transfers().filter(lambda p: len(p.devices) < 4 and len(p.blocks) < 6))
+def test_bounds_hold_whatever_the_transfers(problem):
+    """Those that are not counted, beside compute or through the host."""
+    if problem.most_stages == len(problem.devices) and possible(problem) and (found := gone_through(problem)):
+        assert found[1] <= brute_force_of_transfers(problem) * (1 + 1e-9)
 
 
 @many
@@ -127,3 +144,34 @@ def test_what_does_not_fit_is_no_split_but_its_bound_holds():
     free = device_orders._Programme(problem, ((0, 1), (2,), (3,)), 1e9)
     assert programme.least_s() >= free.least_s()
     assert len(programme.rows) == len(free.rows) + 4
+
+
+def test_many_devices_alike_are_halved_by_how_many_of_each_kind():
+    """One that is slow and 25 that cannot be told apart: two kinds of halves, and not ten million."""
+    problem = relayed(with_own_times(tangled(1, count=30), 1))
+    keys = "forward_s", "backward_s", "update_s"
+    blocks = tuple(
+        dataclasses.replace(
+            b,
+            allowed=(True,) * 26,
+            **{key: (2 * getattr(b, key)[0], *(getattr(b, key)[1],) * 25) for key in keys},
+        )
+        for b in problem.blocks
+    )
+    links = (((0.0, 20.0),) * 26,) * 26
+    problem = dataclasses.replace(
+        problem, blocks=blocks, devices=tuple(map(str, range(26))), caps=(10**9,) * 26, links=links, microbatches=26
+    )
+    orders = device_orders._Orders(problem, lambda: ((), 1e9), Budget(60))
+    halves = [*orders._halves(range(26))]
+    assert halves == [tuple(range(1, 14)), tuple(range(13))]
+
+
+def test_a_bound_near_the_value_is_not_yet_exact():
+    """One part in a thousand is told from it, one in ten million is not."""
+    orders = device_orders._Orders(relayed(with_own_times(tangled(2, count=8), 2)), lambda: ((), 1.0), Budget(60))
+    orders._waiting = []
+    orders._done = {((0,), (1,), (2,), (3,)): 0.999}
+    assert orders.bound_s == 0.999
+    orders._done = {((0,), (1,), (2,), (3,)): 1 - 1e-7}
+    assert orders.bound_s == 1.0

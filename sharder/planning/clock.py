@@ -9,15 +9,19 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["clock_s", "ended_by_interrupt"]
+__all__ = ["MOST_S", "clock_s", "ended_by_interrupt", "pass_second"]
 
+MOST_S = 1e8
+"""No deadline is farther: three years."""
 LATER_S = 1e9
-"""What the clock is put on by: farther than any deadline."""
+"""What Ctrl-C puts the clock on by, for good: put back, it would leave deadlines that were set meanwhile far ahead."""
 
 
 class _Clock:
     ended = False
-    """Whether the user wants what there is."""
+    """Whether the user wants what there is of the plan that is looked for."""
+    later_s = 0.0
+    """What the clock was put on by so far."""
 
 
 _clock = _Clock()
@@ -25,25 +29,34 @@ _clock = _Clock()
 
 def clock_s() -> float:
     """Seconds, as ``time.monotonic()`` has them; after Ctrl-C every deadline that was set before it has passed."""
-    return time.monotonic() + (LATER_S if _clock.ended else 0.0)
+    return time.monotonic() + _clock.later_s
 
 
 def _end(_: int, frame: FrameType | None) -> None:
     if _clock.ended:  # the second time: the user does not want that either
         signal.default_int_handler(signal.SIGINT, frame)
     _clock.ended = True
+    _clock.later_s += LATER_S
+
+
+def pass_second() -> None:
+    """Where a ``KeyboardInterrupt`` is taken for the end of the time: raise it, if it is not the first."""
+    if _clock.ended:
+        raise  # noqa: PLE0704  called where one is handled
 
 
 @contextlib.contextmanager
 def ended_by_interrupt() -> Iterator[None]:
     """Have the first Ctrl-C end the time that is left, and only the next one raise ``KeyboardInterrupt``.
 
-    In threads, and where a program has a handler of its own, Ctrl-C does what it did.
+    In threads, and where a program has a handler of its own, Ctrl-C does what it did. It ends the time of plans that
+    other threads look for meanwhile, too.
     """
     ours = threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
+    _clock.ended = False
     signal.signal(signal.SIGINT, _end)
     try:
         yield

@@ -14,7 +14,7 @@ from shardwright.errors import ShardwrightError
 from shardwright.profiler.graph import costs_at
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.arguments import check_arguments, check_words
-from shardwright.sharder.planning.clock import clock_s, ended_by_interrupt
+from shardwright.sharder.planning.clock import MOST_S, clock_s, ended_by_interrupt
 from shardwright.sharder.planning.formulation.blocks import problem_from_graph
 from shardwright.sharder.planning.options import Asked, nothing_fits, options_of, rates_of
 from shardwright.sharder.planning.plan import (
@@ -148,6 +148,7 @@ def plan(
     _check_replans(replans, made_anew=chain and objective != "memory")
     names = tuple(devices) if devices is not None else None
     groups = [together] if isinstance(together, str) else list(together)
+    time_limit_s = min(time_limit_s, MOST_S)
     deadline_s = clock_s() + time_limit_s
 
     def problem_at(

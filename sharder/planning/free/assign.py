@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from shardwright.errors import ShardwrightError
+from shardwright.sharder.planning.clock import pass_second
 from shardwright.sharder.planning.exact.search import ROUNDING
 from shardwright.sharder.planning.free.assignment import (
     NOWHERE,
@@ -200,6 +201,7 @@ def assign(problem: Problem, budget: Budget, seeds: Iterable[Sequence[int]] = ()
         if has_ortools():
             improve_by_cpsat(best, budget)
     except KeyboardInterrupt:
+        pass_second()
         budget.stop()
     if not best.of and not best.closed:
         raise ShardwrightError(NOTHING_FOUND)

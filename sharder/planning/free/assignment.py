@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from shardwright.sharder.planning.clock import clock_s
+from shardwright.sharder.planning.clock import clock_s, pass_second
 from shardwright.sharder.planning.exact.search import ROUNDING
 from shardwright.sharder.planning.exact.transfers import Traffic, load_s, seconds_of
 from shardwright.sharder.planning.problem import Crossing, Problem, bits, in_flight
@@ -101,6 +101,7 @@ class Budget:
         try:
             yield part
         except KeyboardInterrupt:
+            pass_second()
             self.stop()
         if part.stopped:
             self.stop()

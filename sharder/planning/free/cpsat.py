@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
+from shardwright.sharder.planning.clock import pass_second
 from shardwright.sharder.planning.exact.transfers import seconds_of
 from shardwright.sharder.planning.free.assignment import Best, Budget, classes_of, fits, held_at_once, masks_of
 from shardwright.sharder.planning.problem import Problem, bits
@@ -84,6 +85,7 @@ def run_solver(
                 if budget.spent():  # said again each time, for a search that has not begun does not hear it
                     solver.stop_search()
             except KeyboardInterrupt:
+                pass_second()
                 budget.stop()
     status = solving.result()
     if status == cp_model.INFEASIBLE:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardwright.errors import ShardwrightError
+from shardwright.sharder.planning.clock import pass_second
 from shardwright.sharder.planning.exact.search import ROUNDING
 from shardwright.sharder.planning.free.assign import NOTHING_FOUND, QUICK_S
 from shardwright.sharder.planning.free.assignment import EXACT, NOWHERE, Budget, classes_of, fits, masks_of
@@ -105,6 +106,7 @@ def fastest(problem: Problem, budget: Budget, seeds: Iterable[Sequence[int]] = (
         if has_ortools():
             improve_by_cpsat(lead, budget)
     except KeyboardInterrupt:
+        pass_second()
         budget.stop()
     if lead.schedule is None and not lead.closed:
         raise ShardwrightError(NOTHING_FOUND)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from shardwright.errors import ShardwrightError
+from shardwright.sharder.planning.clock import pass_second
 from shardwright.sharder.planning.exact.search import ROUNDING, Stages
 from shardwright.sharder.planning.formulation.relaxed import timeless
 from shardwright.sharder.planning.free.assign import NOTHING_FOUND
@@ -164,6 +165,7 @@ def least_share_freely(problem: Problem, budget: Budget, seeds: Sequence[Sequenc
         if has_ortools():
             _improve_by_cpsat(best, budget)
     except KeyboardInterrupt:
+        pass_second()
         budget.stop()
     if not best.of and not best.closed:
         raise ShardwrightError(NOTHING_FOUND)

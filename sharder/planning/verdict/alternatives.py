@@ -133,11 +133,12 @@ def _with_nodes(profile: Profile, option: Option) -> tuple[SplitStage, ...]:
 
 def _data_parallel(problems: Sequence[Problem], profile: Profile) -> Alternative:
     """The whole model on every device, if it fits, each with its share of the micro-batches: one where that number was
-    profiled, else of the size with which the step is shortest.
+    profiled and fits, else of the size with which the step is shortest.
     """
     devices = len(problems[0].devices)
-    shared = [p for p in problems if p.microbatches == devices] or [p for p in problems if p.microbatches > devices]
+    shared = [p for p in problems if p.microbatches >= devices]
     fitting = [problem for problem in shared if _fits_everywhere(problem, train=profile.train)]
+    fitting = [p for p in fitting if p.microbatches == devices] or fitting
     gradient_bytes = sum(node.grad_bytes for node in profile.nodes) if profile.train else 0
     varied = {variation.device: variation.relative for variation in profile.variations}
     relative = [varied.get(name, ()) for name in problems[0].devices]

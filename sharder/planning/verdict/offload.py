@@ -14,6 +14,7 @@ place.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from shardwright.sharder.planning.clock import clock_s
 from shardwright.sharder.planning.exact.search import ROUNDING, simple_bound_s
 from shardwright.sharder.planning.formulation.brought import Fetching
 from shardwright.sharder.planning.partition import Partition, partition
-from shardwright.sharder.planning.problem import Problem
+from shardwright.sharder.planning.problem import Block, Problem
 from shardwright.sharder.planning.split_loads import stage_loads
 from shardwright.sharder.planning.wide.ceilings import NEAR
 
@@ -86,6 +87,13 @@ def with_offloaded(problem: Problem, chosen: Sequence[int], rates: Rates) -> tup
         )
     brought = problem.ledger.with_more({v: problem.blocks[v].static_bytes for v in tiers})
     return dataclasses.replace(problem, blocks=tuple(blocks), ledger=brought), tiers
+
+
+def _may_come(block: Block, rates: Rates) -> bool:
+    """Whether the weights of ``block``, were they the only ones, could be brought to some device where it may be."""
+    tier: Tier = "cpu" if block.static_bytes <= rates.host_bytes and any(rates.fetch) else "disk"
+    seconds = (_fetch_s(block.static_bytes, fetch, tier, rates.disk) for fetch in rates.fetch)
+    return any(ok and s is not None for ok, s in zip(block.allowed, seconds, strict=True))
 
 
 def _fetch_s(size: int, fetch: float | None, tier: Tier, disk: float | None) -> float | None:
@@ -209,11 +217,11 @@ def _of_split(problem: Problem, relaxed: Problem, split: Partition, rates: Rates
 
 def _tried(problem: Problem, rates: Rates, deadline_s: float, value: Callable[[Offload], float]) -> Offload | None:
     """Of some choices of blocks, few of the largest, fewer, smaller ones, the one with the least ``value``."""
-    movable = [v for v in _movable(problem) if with_offloaded(problem, [v], rates)]
+    movable = [v for v in _movable(problem) if _may_come(problem.blocks[v], rates)]
     tries = len(movable).bit_length() + SPARED + SWAPPED
 
     def attempt(chosen: Sequence[int]) -> Offload | None:
-        changed = with_offloaded(problem, chosen, rates)
+        changed = None if clock_s() >= deadline_s else with_offloaded(problem, chosen, rates)
         if changed is None:
             return None
         try:
@@ -222,9 +230,11 @@ def _tried(problem: Problem, rates: Rates, deadline_s: float, value: Callable[[O
             return None
         return None if split is None else Offload(changed[0], split, changed[1])
 
-    fewest, most = 1, len(movable)
-    while most and with_offloaded(problem, movable[:most], rates) is None:
-        most -= 1
+    # The more blocks, the less room there is for all of them on the host.
+    most = bisect.bisect(
+        range(1, len(movable) + 1), False, key=lambda n: not with_offloaded(problem, movable[:n], rates)
+    )
+    fewest = 1
     best = attempt(movable[:most])
     if best is None:
         return None

@@ -129,20 +129,27 @@ class _Orders:
         return tuple((left[device].pop(0),) for device in (*row, *more))
 
     def go_on(self, groups: Groups) -> None:
-        """Replace ``groups``, the first of those that wait, by all with the largest of them in halves."""
-        before_s, _ = heapq.heappop(self._waiting)
+        """Replace ``groups``, the first of those that wait, by all with the largest of them in halves; not if the time
+        passes meanwhile."""
+        before_s, _ = self._waiting[0]
         position = max(range(len(groups)), key=lambda number: len(groups[number]))
-        for half in itertools.combinations(groups[position], len(groups[position]) // 2):
+        made = []
+        for half in self._halves(groups[position]):
+            if self.budget.spent():
+                return
             rest = tuple(device for device in groups[position] if device not in half)
-            if any(
-                first in rest and later in half
-                for class_ in self.classes
-                for first, later in itertools.combinations(class_, 2)
-            ):
-                continue  # the same, with devices exchanged that cannot be told apart
             finer = (*groups[:position], half, rest, *groups[position + 1 :])
-            bound_s = max(before_s, _Programme(self.problem, finer, self.best()[1]).least_s())
-            heapq.heappush(self._waiting, (bound_s, finer))
+            made.append((max(before_s, _Programme(self.problem, finer, self.best()[1]).least_s()), finer))
+        heapq.heappop(self._waiting)
+        for one in made:
+            heapq.heappush(self._waiting, one)
+
+    def _halves(self, group: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        """Every half of a group that can be told apart: of those that cannot be, the first so many."""
+        kinds = [[device for device in class_ if device in group] for class_ in self.classes]
+        for counts in itertools.product(*(range(len(kind) + 1) for kind in kinds)):
+            if sum(counts) == len(group) // 2:
+                yield tuple(sorted(d for kind, count in zip(kinds, counts, strict=True) for d in kind[:count]))
 
     def gone_through(self, order: Groups) -> Iterator[Narrowed]:
         """The best split over a whole ``order`` that CP-SAT finds; where time was short, it waits once more."""
@@ -152,13 +159,13 @@ class _Orders:
         programme = _Programme(self.problem, order, self.best()[1])
         splits: list[Stages] = []
         self._tries[order] += 1
+        model = programme.model()
+        finished, proven = False, 0.0
         with self.budget.part(max(1, PARTS - self._tries[order])) as part:
-            answer = run_solver(
-                programme.model(), part, lambda value: splits.append(programme.stages(value)), linear=True
-            )
+            answer = run_solver(model, part, lambda value: splits.append(programme.stages(value)), linear=True)
+            finished, proven = answer or (True, math.inf)
         for stages in splits[-1:]:
             yield Narrowed(stages, 0.0)
-        finished, proven = answer or (True, math.inf)
         bound_s = max(bound_s, min(proven / programme.scale, programme.lowest_s))
         if finished:
             self._done[order] = bound_s
