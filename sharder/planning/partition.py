@@ -27,6 +27,7 @@ from shardwright.sharder.planning.exact.search import (
 from shardwright.sharder.planning.exact.stagewise import Stagewise
 from shardwright.sharder.planning.exact.transfers import as_staged
 from shardwright.sharder.planning.formulation.device_classes import alike_devices, as_roomy_devices, orders_to_try
+from shardwright.sharder.planning.formulation.relaxed import timeless
 from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.schedules.interleave import interleaved
 from shardwright.sharder.planning.wide.incumbent import Incumbent, Partition
@@ -128,12 +129,25 @@ def partition(
     else:
         if not best.stages and complete:
             return None
-        if not best.stages:
+        if not best.stages and not _takes_any_that_fits(problem, best, limit, left_s(1.0), clock):
             raise ShardwrightError(
                 f"no split that fits was found along one order of the {len(problem.blocks)} blocks, and there are too "
                 "many other orders to search: give the devices more memory with --memory, or add a device"
             )
     return best.result
+
+
+def _takes_any_that_fits(
+    problem: Problem, best: Incumbent, limit: int, time_limit_s: float, clock: Callable[[], float]
+) -> bool:
+    """Where no good split was found that fits, take one that is looked for without regard to time; whether there is."""
+    without = timeless(problem)
+    if without != problem and time_limit_s > 0:
+        with contextlib.suppress(ShardwrightError):
+            found = partition(without, limit=limit, time_limit_s=time_limit_s, clock=clock)
+            if found is not None:
+                best.offer(found.stages)
+    return bool(best.stages)
 
 
 def _search_all(problem: Problem, best: Incumbent, limit: int, left_s: Callable[[float], float]) -> bool:

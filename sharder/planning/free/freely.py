@@ -91,6 +91,8 @@ def _nothing_fits(
 
 
 def _solve(problem: Problem, objective: Objective, budget: Budget) -> Found | None:
+    if sum(block.static_bytes for block in problem.blocks) > sum(problem.caps):
+        return None
     seeds = _seeds(problem, budget)
     if objective == "latency":
         quickest = fastest(problem, budget, seeds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Sequence
 
 from shardwright.errors import ShardwrightError
@@ -88,20 +89,25 @@ class _Lack:
 
 
 def _block_that_lacks(problem: Problem) -> _Lack | None:
-    """A block that is too large for every device that it may be on, with as many micro-batches as a part is held for.
-
-    The whole model on one device holds fewer, but where that fits, so does an assignment.
-    """
+    """A block that is too large for every device that it may be on, with as many micro-batches as a part holds."""
     parted = dataclasses.replace(problem, schedule="gpipe", microbatches=held_at_once(problem))
     for v, block in enumerate(problem.blocks):
         rooms = [(problem.caps[d], d) for d, allowed in enumerate(block.allowed) if allowed]
         if not rooms:
             return _Lack(f"{name_of(block)} is pinned to where it does not fit, not even alone", "remove the pin")
         cap, device = max(rooms)
-        need = parted.least_bytes(v, device)
+        need = min(parted.least_bytes(v, device), _alone_bytes(problem, device))
         if need > cap:
             return _Lack(_too_large(block, need, problem.devices[device], cap))
     return None
+
+
+def _alone_bytes(problem: Problem, device: int) -> int:
+    """What the whole model takes on a device, which may hold fewer micro-batches than a part does at once; endless
+    where it may not be there."""
+    if not all(block.allowed[device] for block in problem.blocks):
+        return sys.maxsize
+    return peak_bytes(problem, (1 << len(problem.blocks)) - 1, device)
 
 
 def _too_large(block: Block, need: int, device: str, cap: int) -> str:
@@ -116,7 +122,7 @@ def _pinned_that_lack(problem: Problem, deadline_s: float) -> _Lack | None:
     """What is pinned to a device that does not hold it, without anything else there."""
     for device, name in enumerate(problem.devices):
         members = sum(1 << v for v, b in enumerate(problem.blocks) if b.pinned and b.allowed[device])
-        need, cap = peak_bytes(problem, members, device), problem.caps[device]
+        need, cap = min(peak_bytes(problem, members, device), _alone_bytes(problem, device)), problem.caps[device]
         if not members or need <= cap:
             continue
         units = [unit for v, b in enumerate(problem.blocks) if members >> v & 1 for unit in b.units]
