@@ -46,7 +46,8 @@ def pieces_asked(
     if not fits and schedule == "interleaved":
         raise ShardwrightError(
             "interleaved stages are planned for the objective throughput with relayed transfers, as the pipeline "
-            f"engine sends them; not for {objective}, {'' if contiguous else 'free assignment, '}{transfers} transfers"
+            f"engine sends them; not for {objective}, {'' if contiguous else 'free assignment, '}{transfers} transfers: "
+            "leave these out, or the schedule"
         )
     return (asked or 2) if fits else 1
 
