@@ -50,7 +50,8 @@ def verdict_of_free(plan: Plan) -> tuple[bool, str]:
     if latency:
         head = f"Place this {over}, branches side by side: {_part(plan)} is through in {value}"
     else:
-        head = f"Each unit on any device, {over}: the busiest works {value} of a step of {count(plan.microbatches, 'micro-batch')}"
+        step = f"a step of {count(plan.microbatches, 'micro-batch')}"
+        head = f"Each unit on any device, {over}: the busiest works {value} of {step}"
     if predicted.baseline_s is None or predicted.speedup is None:
         text = f"{head}; no single device holds it."
         return True, text if latency else f"{text} {NO_ENGINE}."

@@ -44,10 +44,10 @@ def pieces_asked(
         )
     fits = objective == "throughput" and contiguous and transfers == "relayed" and recompute != "always"
     if not fits and schedule == "interleaved":
+        asked_for = f"{objective}, {'' if contiguous else 'free assignment, '}{transfers} transfers"
         raise ShardwrightError(
             "interleaved stages are planned for the objective throughput with relayed transfers, as the pipeline "
-            f"engine sends them; not for {objective}, {'' if contiguous else 'free assignment, '}{transfers} transfers: "
-            "leave these out, or the schedule"
+            f"engine sends them; not for {asked_for}: leave these out, or the schedule"
         )
     return (asked or 2) if fits else 1
 
