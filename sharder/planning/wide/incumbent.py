@@ -62,7 +62,7 @@ class Partition:
     stages: Stages
     value_s: float
     bound_s: float
-    """No split of this problem has a smaller largest load."""
+    """No split of this problem has a smaller largest load; to one part in a million, where CP-SAT has proven it."""
     exact: bool
 
 
