@@ -11,7 +11,7 @@ from shardwright.reports.layout import Column, Glyphs, bar, facts, section, tabl
 from shardwright.reports.quantities import count, percent, ratio, seconds
 from shardwright.sharder.planning.plan import WORTHWHILE, PinPrice, Plan, Stage
 
-__all__ = ["certificate_of_free", "devices_of_free", "peak_of", "verdict_of_free"]
+__all__ = ["certificate_of_free", "devices_of_free", "peak_of", "price_of", "verdict_of_free"]
 
 NO_ENGINE = "No pipeline engine runs such a plan: sw.place puts the units there"
 
