@@ -1,7 +1,9 @@
 """Training by a plan in the processes of a script: the unsharded model's losses, whichever way it is divided."""
 
+import gc
 import os
 import sys
+import time
 
 import pytest
 import torch
@@ -110,6 +112,32 @@ def test_the_interface_is_the_script_s_again(workers, captured_profile, given):
         pytest.skip("other systems call loopback otherwise")
     plan = planned(captured_profile, Language, 2)
     assert on_ranks(workers, 2, interfaces, Language, plan, given) == [({"lo"}, given, given)] * 2
+
+
+def one_after_another(plan, late):
+    """In a rank: the losses of three pipelines, each left before the next; ``late`` takes a while to leave."""
+    leave, losses = dist.destroy_process_group, []
+    if os.environ["RANK"] == str(late):
+        dist.destroy_process_group = lambda *args: (time.sleep(0.3), leave(*args))[1]
+    args, kwargs, target = Chain.batch(0)
+    try:
+        for _ in range(3):
+            pipe = made_pipe(Chain, plan)
+            losses.append(float(pipe.step(*args, target=target, **kwargs)))
+            pipe.close()
+            del pipe
+            gc.collect()  # the last to hold what is left
+    finally:
+        dist.destroy_process_group = leave
+    return losses
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_pipelines_follow_one_another(workers, captured_profile, late):
+    """The host of the store may be the last to leave: the others do not wait in a store that ends."""
+    plan = planned(captured_profile, Chain, 2)
+    first, second = on_ranks(workers, 2, one_after_another, plan, late)
+    assert first == second == [first[0]] * 3
 
 
 def hosted(function, *args):

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import shardwright as sw
 from shardwright.profiler.profile import Device
-from shardwright.profiler.workers.pool import Pool
+from shardwright.profiler.workers.pool import Pool, Worker, WorkerError
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,13 @@ def on_ranks(pool, count, function, *args):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     calls = {f"cpu:{rank}": (as_rank, (rank, count, port, function, args)) for rank in range(count)}
-    return list(pool.call(calls, limit_s=60).values())
+    try:
+        return list(pool.call(calls, limit_s=60).values())
+    except WorkerError:  # one that is stuck would take the tests to come along
+        for name in calls:
+            pool.workers[name].close()
+            pool.workers[name] = Worker(pool.workers[name].device)
+        raise
 
 
 def as_rank(rank, count, port, function, args):

@@ -309,7 +309,7 @@ def _join(plan: Plan, limit_s: float, ready: Callable[[], None]) -> tuple[Board,
     if there:
         store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
     elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=limit_s))))
+        store, rank, size = _met(limit_s)
     elif len(plan.devices) == 1:
         store, rank, size = HashStore(), 0, 1
     else:
@@ -342,6 +342,24 @@ def _join(plan: Plan, limit_s: float, ready: Callable[[], None]) -> tuple[Board,
     if not there:
         _make_group(plan, place, PrefixStore(f"{board.name}/group", store), board, limit_s)
     return board, place, not there
+
+
+_stores: dict[tuple[str | None, ...], tuple[Any, int, int]] = {}
+"""Where this process met others, by what the environment says: the last place only."""
+
+
+def _met(limit_s: float) -> tuple[Any, int, int]:
+    """The store of the ranks that the environment names, this one's number, and how many there are.
+
+    It is kept for the next pipeline. Rank 0 may be the store's host: if that let go of it with each pipeline, the
+    others could find the one that is about to end when they make their next, and wait for ever in it.
+    """
+    names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    key = tuple(os.environ.get(name) for name in names)
+    if key not in _stores:
+        _stores.clear()
+        _stores[key] = next(iter(rendezvous("env://", timeout=timedelta(seconds=limit_s))))
+    return _stores[key]
 
 
 def _make_group(plan: Plan, place: Place, store: Any, board: Board, limit_s: float) -> None:
