@@ -3,14 +3,14 @@
 A profile takes the slower of two sums for a GPU: what its units take there, and what the host takes to enqueue them.
 This is to find out how a host is to be timed so that the sum is what a training loop takes. Timed in one process:
 
-- the plain model's steps, enqueued in a loop: by events, and each phase by the host; before the units and after;
+- the plain model's steps, enqueued in a loop: by events, and each phase by the host; before the units and after, and
+  amid them, three steps after each of their rounds, of which the last is told;
 - the same with the queue drained before each phase;
-- the units as a profile times them: behind a GPU told to wait, for its clock, and one by one into a drained queue, for
-  the host's;
-- the units one after another as in a loop (``chained``), for the host's clock.
+- the units, each called by itself: behind a GPU told to wait, for its clock, and into a drained queue, for the host's;
+- the units in a row, as a profile times them for the host's clock.
 
-Beside each is the host's pace, in ms for the same small piece of work. On a CPU there is one clock, and drained and
-chained are the same.
+Beside each is the host's pace, in ms for the same small piece of work. On a CPU there is one clock, and both ways are
+the same.
 
     python benchmarks/clocks.py --models convnext,resnet50,swin    # needs transformers and diffusers: make zoo
     python benchmarks/clocks.py --device cpu:0 --models tiny_gpt2
@@ -46,15 +46,6 @@ from shardwright.profiler.recording.unitgraph import mean_square_loss
 sys.path.append(str(Path(__file__).parent))
 MODELS = "convnext,resnet50,swin,bert,t5,NetDict,unet_2d,tiny_gpt2,whisper,llama_bf16,vit,gpt2"
 PHASES = ("forward", "backward", "update")
-
-
-class Chained(CudaStopwatch):
-    """As in a loop: for the host's clock nothing is waited for."""
-
-    def finish(self):
-        """Wait only where the GPU's clock is read."""
-        if self.reads == "device":
-            super().finish()
 
 
 class Loop:
@@ -152,20 +143,22 @@ def one(name, make, device, options):
     steps = [step for step in capture.steps if step.call is not None]
     subjects = {step.name: Subject(step.call, device, train=True, optimizer="adam", accumulate=False) for step in steps}
     is_gpu = device.type == "cuda"
-    ways = {
-        "drained": CudaStopwatch(device) if is_gpu else HostStopwatch(),
-        "chained": Chained(device) if is_gpu else HostStopwatch(),
-    }
-    passes = {way: Pass(subjects) for way in ways}
-    series = {way: {key: Series() for key in subjects} for way in ways}
+    stopwatch = CudaStopwatch(device) if is_gpu else HostStopwatch()
+    passes = {way: Pass(subjects) for way in ("by themselves", "in a row")}
+    passes["by themselves"].in_a_row = False
+    series = {way: {key: Series() for key in subjects} for way in passes}
+    loop, amid = Loop(model, args, kwargs, capture.output_places, device), []
     for round_ in range(options.rounds + 1):
-        for way, stopwatch in ways.items():
-            passes[way].run(stopwatch, pace=pace_of(device))
+        for way, own in passes.items():
+            own.run(stopwatch, pace=pace_of(device))
             stopwatch.finish()
-            passes[way].note(series[way], first=round_ == 0)
+            own.note(series[way], first=round_ == 0)
+        amid.append([loop.step(drained=False) for _ in range(3)][-1])
+        loop.synchronize()
     for step in steps:
         if isinstance(step.call.function, nn.Module):
             step.call.function.cpu()
+    del loop
     after = Loop(model, args, kwargs, capture.output_places, device).timed(options.steps)
     print(f"\n{name}, {len(steps)} units and pieces of glue\n")
     print("| | GPU's clock, or the step | host: forward, backward, update | pace |\n|---|---|---|---|")
@@ -174,6 +167,7 @@ def one(name, make, device, options):
         own = in_ms(sums(found.values()))
         hosts = [each.host for each in found.values()] if is_gpu else [*found.values()]
         print(f"| units, {way} | {own} | {in_ms(sums(hosts))} | {1e3 * statistics.median(hosts[0].pace_s):.2f} |")
+    print(f"| loop amid | | {in_ms(medians(amid[1:]))} | |")
     print_loop("after", after)
     sys.stdout.flush()
 

@@ -1,8 +1,9 @@
 """How well a profile tells a GPU: step, peak memory, and the roofline's estimates, on models of usual size.
 
 Each model is profiled on one device as ``sw.profile`` does it, and planned for that device alone. Held against the
-plan is the plain model, trained in this process: steps enqueued one after another, as in a training loop, each timed
-from its begin to the next one's by events, and the allocator's peak of one of them. Where the processor sets the times,
+plan is the plain model, trained in this process before it is measured and after: steps enqueued one after another, as
+in a training loop, each timed from its begin to the next one's by events, and the allocator's peak of one of them.
+Where the processor sets the times,
 its pace in the loop is told, as a multiple of that in the profile, and how far the step is off at that pace. The
 estimates of units (forward and backward) are the roofline's with the catalogue's peaks: with the efficiencies that are
 assumed where nothing was measured, and with those fitted to the units of the other models of the same run, never of
@@ -242,13 +243,14 @@ def unit_times(capture, profile):
 
 
 @contextlib.contextmanager
-def remembered_captures():
-    """Fill the list with what profiles capture meanwhile: to capture a model takes most of the time."""
+def after_capture(function):
+    """Call ``function`` with what a profile captured before it measures, and give what it returns in the list."""
     found = []
 
     def captured(*args, **kwargs):
-        found.append(captures_of(*args, **kwargs))
-        return found[-1]
+        captures = captures_of(*args, **kwargs)
+        found.append(function(captures[0]))
+        return captures
 
     collect.captures_of = captured
     try:
@@ -261,17 +263,27 @@ def one(name, make, device, options):
     """Print a model's row; the times of its units, the errors of step and memory in percent."""
     torch.manual_seed(0)
     model, args, kwargs = make()
+
+    def loop(captures):
+        begin = time.perf_counter()
+        found = trained(model, args, kwargs, captures[1].output_places, device, options.steps)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return captures, found, time.perf_counter() - begin
+
     began = time.perf_counter()
-    with remembered_captures() as found:
+    with after_capture(loop) as found:
         profile = sw.profile(
             model, args, kwargs, devices=[options.device], microbatches=[1], rounds=options.rounds, refresh=True
         )
-    took = time.perf_counter() - began
-    ((captures, _),) = found
+    ((captures, before, trained_s),) = found
+    took = time.perf_counter() - began - trained_s
     plan = sw.plan(profile, microbatches=1)
     stage = plan.stages[0]
     predicted = stage.forward_s + stage.backward_s + stage.update_s
-    times, peak, pace_s = trained(model, args, kwargs, captures[1].output_places, device, options.steps)
+    after = loop(captures)[1]
+    times, peak, pace_s = before[0] + after[0], after[1], statistics.fmean((before[2], after[2]))
     low, step, high = statistics.quantiles(times, n=4)
     slower = pace_s / plan.paces[options.device] if options.device in plan.paces else 1.0
     memory_error = 100 * (stage.memory_bytes / peak - 1) if peak else 0.0

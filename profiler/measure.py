@@ -3,7 +3,8 @@
 Steps are measured in rounds, and a round goes like a training step at each number of micro-batches: the forwards of all
 steps in their order, then the backwards in reverse, then the updates. So a step finds the caches as it does in the real
 run, with its inputs just written, its weights cold and the code that calls it warm, and a slow second of the machine
-falls on all steps alike instead of spoiling one of them. On a GPU a pass has two turns, one for each clock. Rounds go
+falls on all steps alike instead of spoiling one of them. On a GPU a pass has two turns, one for each clock; in the
+host's the steps follow one another as in a loop (:mod:`shardwright.profiler.measuring.enqueuing`). Rounds go
 on until every step's median is known well enough, or the time for it is used up; a number of micro-batches at which all
 steps are known takes part no longer.
 """
@@ -20,8 +21,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
+from shardwright.profiler.measuring.enqueuing import enqueue_backwards, enqueue_forwards, shares
 from shardwright.profiler.measuring.optimizers import make_optimizer
-from shardwright.profiler.measuring.stopwatch import Clock, Enqueued, QueueFiller, Reading, Stopwatch
+from shardwright.profiler.measuring.stopwatch import Clock, CudaStopwatch, Enqueued, QueueFiller, Reading, Stopwatch
 from shardwright.profiler.measuring.subject import Subject, as_input
 from shardwright.profiler.measuring.timing import LEAST_REPEATS, Series
 from shardwright.profiler.workers.worker import resident
@@ -32,6 +34,7 @@ Key = TypeVar("Key")
 PHASES = ("forward", "backward_input", "backward_weight", "backward", "update", "recompute")
 PARTS = ("backward_input", "backward_weight")
 """Of a backward: they leave its graph for the whole of it."""
+UNPARTED = tuple(phase for phase in PHASES if phase not in PARTS)
 
 
 def excess_s(parts: Sequence[float], together: float) -> float:
@@ -69,8 +72,8 @@ class Pass(Generic[Key]):
     A step that goes back by itself enters PyTorch's engine once more than it does as a part of a model, and its
     parameters' update calls the optimizer once more. Amid the steps an empty backward is timed, as cold as they are,
     and before their updates one of all parameters at once; what the steps take longer by that is taken off, the same
-    for each. Where work is enqueued, all is run once for the device's clock and once for the host's, and this holds for
-    each of them by itself.
+    for each. Where work is enqueued, all is run once for the device's clock and once for the host's, in which the steps
+    follow one another as in a loop and only the updates are called one by one.
     """
 
     def __init__(self, subjects: Mapping[Key, Subject], *, alike: Mapping[Key, Key] | None = None) -> None:
@@ -78,7 +81,7 @@ class Pass(Generic[Key]):
         self.device = next((subject.device for subject in self.subjects.values()), torch.device("cpu"))
         self.named = {key: (alike or {}).get(key, key) for key in self.subjects}
         parted = any(subject.parted for subject in self.subjects.values())
-        self.phases = PHASES if parted else tuple(phase for phase in PHASES if phase not in PARTS)
+        self.phases = PHASES if parted else UNPARTED
         self.optimizer: torch.optim.Optimizer | None = None
         self.readings: dict[Clock, Readings[Key]] = {}
         """Of the last run."""
@@ -87,6 +90,8 @@ class Pass(Generic[Key]):
         self.pace_s: float | None = None
         """The pace during the last run, where it is taken: the host's in its own turn, where work is enqueued."""
         self.fillers = {"backward": QueueFiller(), "update": QueueFiller()}
+        self.in_a_row = not parted
+        """Whether steps follow one another in the host's turn."""
 
     def run(
         self,
@@ -101,21 +106,66 @@ class Pass(Generic[Key]):
         self.readings = {}
         paces = [pace()] if pace is not None else []
         for clock in stopwatch.clocks():
-            self.readings[clock] = Readings({key: {} for key in self.subjects})
-            self._run(self.readings[clock], stopwatch, before, on_refused, broken_off)
+            self.readings[clock] = readings = Readings({key: {} for key in self.subjects})
+            phases = self.phases
+            if clock == "host" and self._enqueue(readings, stopwatch, before, broken_off):
+                phases = ("update",)
+            self._run(phases, readings, stopwatch, before, on_refused, broken_off)
             if pace is not None:
                 paces.append(pace())
         self.pace_s = statistics.fmean(paces[-2:]) if paces else None
 
+    def _enqueue(
+        self,
+        readings: Readings[Key],
+        stopwatch: Stopwatch,
+        before: Callable[[Iterable[Subject]], None],
+        broken_off: Callable[[], bool],
+    ) -> bool:
+        """Time on the host's clock all forwards and backwards as in a loop; whether this was done, or broken off.
+
+        It is not with the parts of backwards, nor once it has failed, as for want of memory: which step it is shows when
+        each is called by itself.
+        """
+        if not self.in_a_row or not isinstance(stopwatch, CudaStopwatch):
+            return False
+        of_steps, alone = readings.of_steps, self.readings["device"]
+        train = any(subject.train for subject in self.subjects.values())
+        try:
+            before(self.subjects.values())
+            if not broken_off():
+                for key, reading in enqueue_forwards(self.subjects, stopwatch, keeping=train).items():
+                    of_steps[key]["forward"] = reading
+            before(self.subjects.values())
+            if train and not broken_off():
+                total_s = enqueue_backwards(self.subjects, stopwatch)
+                backwards = {key: found["backward"] for key, found in alone.of_steps.items() if "backward" in found}
+                alone_s = {key: _seconds(reading, "host") for key, reading in backwards.items()}
+                empty_s = _seconds(alone.empty_backward, "host") if alone.empty_backward is not None else 0.0
+                for key, reading in shares(total_s, alone_s, empty_s).items():
+                    of_steps[key]["backward"] = reading
+            again = {key: subject for key, subject in self.subjects.items() if subject.is_recomputed}
+            if again and not broken_off():
+                for key, reading in enqueue_forwards(again, stopwatch, keeping=False).items():
+                    of_steps[key]["recompute"] = reading
+        except Exception:
+            self.in_a_row = False
+            of_steps.update({key: {} for key in of_steps})
+            for subject in self.subjects.values():
+                subject.release()
+            return False
+        return True
+
     def _run(
         self,
+        phases: Sequence[str],
         readings: Readings[Key],
         stopwatch: Stopwatch,
         before: Callable[[Iterable[Subject]], None],
         on_refused: Callable[[Key, Exception], None] | None,
         broken_off: Callable[[], bool],
     ) -> None:
-        for phase in self.phases:
+        for phase in phases:
             if phase == "update" and not broken_off():
                 readings.whole_update = self._update_all(stopwatch)
             if phase in ("forward", "backward", *PARTS):

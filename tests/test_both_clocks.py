@@ -11,6 +11,7 @@ from test_stopwatch import Queue
 from torch import nn
 
 from shardwright.profiler.measure import Goal, Pass, Readings, measure
+from shardwright.profiler.measuring.enqueuing import shares
 from shardwright.profiler.measuring.stopwatch import Enqueued
 from shardwright.profiler.measuring.timing import Series, summarise
 from shardwright.profiler.profile import Clocked, Timing
@@ -54,6 +55,68 @@ def test_work_that_is_enqueued_is_timed_on_both_clocks():
         assert (timing.host.forward_s, timing.host.backward_s) == pytest.approx((launch_s, launch_s))
     assert settled["large"].slower is settled["large"]
     assert settled["small"].slower is settled["small"].host
+
+
+class Interrupted(Queue):
+    """Its host takes 8 ms more for the first launch after it waited or made an event."""
+
+    cold = False
+
+    def _mark(self):
+        self.cold = True
+        return super()._mark()
+
+    def finish(self):
+        self.cold = True
+        super().finish()
+
+    def _enqueue(self, seconds):
+        self.now += 8 / 1024 if self.cold else 0.0
+        self.cold = False
+        super()._enqueue(seconds)
+
+
+def test_the_host_is_timed_as_in_a_loop():
+    """A host that is slowed down by each other thing it does is so once in all forwards, and once in all backwards.
+
+    These are one call of the engine, divided as what each takes when it is called by itself.
+    """
+    queue, x = Interrupted(), torch.ones(3, requires_grad=True)
+    launches = {"a": 1, "b": 2, "c": 5}
+    subjects = {name: subject(Launches(queue, ms / 1024, 1 / 1024), x) for name, ms in launches.items()}
+    settled = {}
+    measure([Pass(subjects)], queue, Goal(repeats=6), on_settled=settled.__setitem__)
+    for name, ms in launches.items():
+        host = summarise(settled[name]).host
+        assert host.forward_s == host.recompute_s == pytest.approx((ms + 8 * (name == "a")) / 1024)
+        assert host.backward_s == pytest.approx((1 + 2 + 5 + 8) * (ms + 8) / (1 + 2 + 5 + 3 * 8) / 1024)
+
+
+@given(st.integers(0, 99), st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(0, 3))
+def test_shares_make_the_whole(total, alone, empty):
+    """In proportion to what each takes beyond an empty call; alike where that is nothing."""
+    found = shares(float(total), dict(enumerate(map(float, alone))), float(empty))
+    seconds = [found[number].host_s for number in range(len(alone))]
+    beyond = [max(each - empty, 0) for each in alone]
+    assert sum(seconds) == pytest.approx(total)
+    assert seconds == pytest.approx(
+        [total * each / sum(beyond) if any(beyond) else total / len(alone) for each in beyond]
+    )
+
+
+def test_steps_that_do_not_go_in_a_row_are_called_by_themselves(monkeypatch):
+    """What fails only together costs no measurement; what fails by itself is named."""
+    queue, x = Queue(), torch.ones(3, requires_grad=True)
+    subjects = {name: subject(Launches(queue, 1 / 1024, 1 / 1024), x) for name in "ab"}
+
+    def fails(*args, **options):
+        raise RuntimeError("not together")
+
+    monkeypatch.setattr("shardwright.profiler.measure.enqueue_backwards", fails)
+    settled, steps = {}, Pass(subjects)
+    measure([steps], queue, Goal(repeats=6), on_settled=settled.__setitem__)
+    assert not steps.in_a_row
+    assert [summarise(settled[name]).host.backward_s for name in "ab"] == pytest.approx([1 / 1024] * 2)
 
 
 SIDES = st.tuples(st.integers(0, 9), st.integers(0, 9))
@@ -119,7 +182,7 @@ def test_each_clock_is_read_in_its_turn_and_has_its_own_excess():
 
 
 class RunsOut(Launches):
-    """A unit that there is no memory for in its n-th forward."""
+    """A unit that there is no memory for from its n-th forward on."""
 
     def __init__(self, queue, at):
         super().__init__(queue, 1 / 1024, 1 / 1024)
@@ -127,7 +190,7 @@ class RunsOut(Launches):
 
     def forward(self, x):
         self.left -= 1
-        if not self.left:
+        if self.left <= 0:
             raise torch.OutOfMemoryError("out of memory")
         return super().forward(x)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -72,10 +72,14 @@ class Subject:
         """Time the forward; in training its outputs are held."""
         with self.peak.forward():
             output, reading = self._called("forward", stopwatch, keeping=self.train)
-            if self.train:
-                self.outputs = [t for _, t in tensors_in(output) if t.requires_grad]
+            self.hold(output)
             del output
         return reading
+
+    def hold(self, output: Any) -> None:
+        """Keep what the backward of a forward begins with; in training only."""
+        if self.train:
+            self.outputs = [t for _, t in tensors_in(output) if t.requires_grad]
 
     def backward(self, stopwatch: Stopwatch) -> Reading | None:
         """Time the backward of the forward before; None if there is none."""
@@ -83,7 +87,7 @@ class Subject:
         self.edges, self.left = [], None
         if not outputs:
             return None
-        gradients = self._gradients(outputs)
+        gradients = self.gradients(outputs)
         with self.peak.backward():
             _, reading = self.fillers["backward"].time(stopwatch, partial(torch.autograd.backward, outputs, gradients))
             del outputs
@@ -93,7 +97,7 @@ class Subject:
         """Time the backward up to the gradients of the inputs; the graph stays."""
         if not self.outputs or not self.parted:
             return None
-        gradients = self._gradients(self.outputs)
+        gradients = self.gradients(self.outputs)
         first = partial(inputs_first, self.outputs, gradients, self.edges, self.parameters)
         (_, self.left), reading = self.fillers["backward_input"].time(stopwatch, first)
         return reading
@@ -103,7 +107,7 @@ class Subject:
         left, self.left = self.left, None
         return None if left is None else self.fillers["backward_weight"].time(stopwatch, left.finish)[1]
 
-    def _gradients(self, outputs: list[Tensor]) -> list[Tensor]:
+    def gradients(self, outputs: list[Tensor]) -> list[Tensor]:
         """The gradients of the outputs; those of parameters and inputs are let go as in a step."""
         if self.grads is None:
             self.grads = [torch.randn_like(t) for t in outputs]
@@ -119,9 +123,14 @@ class Subject:
         """Time the update of the parameters; None if there is nothing to update."""
         return self.fillers["update"].time(stopwatch, self.optimizer.step)[1] if self.optimizer is not None else None
 
+    @property
+    def is_recomputed(self) -> bool:
+        """Whether its forward may be computed again, for the backward."""
+        return self.train and self.context is None and isinstance(self.function, nn.Module)
+
     def recompute(self, stopwatch: Stopwatch) -> Reading | None:
         """Time a forward that keeps nothing; None where none would be computed again."""
-        if not self.train or self.context is not None or not isinstance(self.function, nn.Module):
+        if not self.is_recomputed:
             return None
         return self._called("recompute", stopwatch, keeping=False)[1]
 
@@ -129,17 +138,19 @@ class Subject:
         """Let go of what a forward saved."""
         self.outputs, self.edges, self.left = [], [], None
 
-    def _called(self, phase: str, stopwatch: Stopwatch, *, keeping: bool) -> tuple[Any, Reading]:
+    def prepared(self, *, keeping: bool) -> Callable[[], Any]:
+        """A forward with inputs of its own, to be called once, with gradients on or off."""
         # A copy of each input: units may change theirs in place, and a producer would just have written it.
         given = [map_tensors(as_input, leaf) for leaf in self.leaves]
         if keeping and self.parted:
             self.edges = edges_of(tensor for _, tensor in tensors_in(given))
         args, kwargs = pytree.tree_unflatten(given, self.spec)
-        function = (
-            partial(self.function, *args, **kwargs)
-            if self.context is None
-            else partial(self.context.run, self.function, args, kwargs)
-        )
+        if self.context is None:
+            return partial(self.function, *args, **kwargs)
+        return partial(self.context.run, self.function, args, kwargs)
+
+    def _called(self, phase: str, stopwatch: Stopwatch, *, keeping: bool) -> tuple[Any, Reading]:
+        function = self.prepared(keeping=keeping)
         with torch.set_grad_enabled(keeping):
             return self.fillers[phase].time(stopwatch, function)
 
