@@ -124,8 +124,8 @@ class Pass(Generic[Key]):
     ) -> bool:
         """Time on the host's clock all forwards and backwards as in a loop; whether this was done, or broken off.
 
-        It is not with the parts of backwards, nor once it has failed, as for want of memory: which step it is shows when
-        each is called by itself.
+        It is not with the parts of backwards, nor once it has failed, as for want of memory: which step it is shows
+        when each is called by itself.
         """
         if not self.in_a_row or not isinstance(stopwatch, CudaStopwatch):
             return False

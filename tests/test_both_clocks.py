@@ -109,7 +109,7 @@ def test_steps_that_do_not_go_in_a_row_are_called_by_themselves(monkeypatch):
     queue, x = Queue(), torch.ones(3, requires_grad=True)
     subjects = {name: subject(Launches(queue, 1 / 1024, 1 / 1024), x) for name in "ab"}
 
-    def fails(*args, **options):
+    def fails(*_):
         raise RuntimeError("not together")
 
     monkeypatch.setattr("shardwright.profiler.measure.enqueue_backwards", fails)
