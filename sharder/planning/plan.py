@@ -17,6 +17,7 @@ from pydantic import (
 from shardwright.files import Document, Record
 from shardwright.profiler.profile import NodeKind, TensorSpec
 from shardwright.sharder.planning.consistency import fault_of
+from shardwright.sharder.planning.stage_memory import StageMemory
 
 __all__ = [
     "WORTHWHILE",
@@ -106,6 +107,8 @@ class Stage(Record):
     """Its part of the device's peak."""
     memory_cap_bytes: PositiveInt
     """Of the device."""
+    memory: StageMemory | None = None
+    """What ``memory_bytes`` is the peak of; None of a free assignment, and in plans of before it was kept."""
     in_flight: PositiveInt
     """Micro-batches whose saved tensors are held at once."""
     finish_s: NonNegativeFloat | None = None
