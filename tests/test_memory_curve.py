@@ -57,7 +57,9 @@ def weighed(draw, make, train):
         update = {"update_peak_bytes": {"cpu": draw(size)}, "update_left_bytes": 0} if train else {}
         nodes.append(
             node.model_copy(
-                update={"output_bytes": each(), "forward_peak_bytes": each(), "param_bytes": draw(size)} | sizes | update
+                update={"output_bytes": each(), "forward_peak_bytes": each(), "param_bytes": draw(size)}
+                | sizes
+                | update
             )
         )
     tensors = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -482,6 +483,18 @@ class Plan(Document):
             for device in (stage.device, *stage.replica_devices):
                 found[device] += stage.memory_bytes
         return found
+
+    def save_trace(self, path: str | Path) -> None:
+        """Write the step that the plan foresees as a Chrome trace, which ui.perfetto.dev opens, with the memory of each
+        device; of a latency plan the pass of one input.
+
+        Raises:
+            ShardwrightError: there is no timeline, as of a single device or a free assignment, or ``path`` cannot be
+                written.
+        """
+        from shardwright.sharder.planning.chrome import write_plan_trace
+
+        write_plan_trace(self, path)
 
     def placement(self) -> dict[str, str]:
         """Unit path -> device, of the first replica."""
