@@ -304,9 +304,9 @@ def largest_batch(problem: Problem, batch: int, fits_at: Callable[[Problem], boo
         return fits_at(dataclasses.replace(problem, microbatches=count))
 
     while fits(high):
-        low, high = high, 2 * high
-        if high > MOST_MICROBATCHES:
+        if high >= MOST_MICROBATCHES:
             return None
+        low, high = high, min(2 * high, MOST_MICROBATCHES)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -354,9 +354,9 @@ def larger_batch(problem: Problem, batch: int, largest: int | None, budget: Budg
         low = len(problem.devices)
         high = low + 1
     while not budget.spent() and fits(high):
-        low, high = high, 2 * high
-        if high > MOST_MICROBATCHES:
+        if high >= MOST_MICROBATCHES:
             return Larger(None, best, proven=True)
+        low, high = high, min(2 * high, MOST_MICROBATCHES)
     while not budget.spent() and high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
