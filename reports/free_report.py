@@ -9,9 +9,24 @@ from rich.text import Text
 
 from shardwright.reports.layout import Column, Glyphs, bar, facts, section, tables
 from shardwright.reports.quantities import count, percent, ratio, seconds
-from shardwright.sharder.planning.plan import WORTHWHILE, PinPrice, Plan, Stage
+from shardwright.sharder.planning.plan import WORTHWHILE, Changeable, Plan, Price, Stage
 
-__all__ = ["certificate_of_free", "devices_of_free", "peak_of", "price_of", "verdict_of_free"]
+__all__ = [
+    "LIFTED",
+    "candidates_of_free",
+    "certificate_of_free",
+    "devices_of_free",
+    "peak_of",
+    "prices_of_wishes",
+    "verdict_of_free",
+]
+
+LIFTED: dict[Changeable, str] = {
+    "pins": "the pins",
+    "groups": "the groups that share a device",
+    "pins and groups": "the pins and the groups that share a device",
+}
+"""What plans can be made without, in words."""
 
 NO_ENGINE = "No pipeline engine runs such a plan: sw.place puts the units there"
 
@@ -27,10 +42,11 @@ def _part(plan: Plan) -> str:
 
 def _as_told(plan: Plan) -> str:
     """What pins and groups have to do with it that all is on one device."""
-    if not plan.changes:
+    lifted = next((change for change in plan.changes or () if change.what in LIFTED), None)
+    if lifted is None:
         return ""
-    gain, predicted = plan.changes[0].pays, plan.predicted
-    told = f" within the {plan.changes[0].what}"
+    gain, predicted = lifted.pays, plan.predicted
+    told = f" within the {lifted.what}"
     if gain is not None:
         return f"{told}; without them one takes {seconds(gain.step_s)}"
     if predicted.baseline_s is not None and predicted.baseline_s < predicted.step_s:
@@ -144,7 +160,7 @@ def certificate_of_free(plan: Plan) -> Iterator[RenderableType]:
             ("gap", gap),
             ("what binds", found.binds),
             *([("advice", plan.advice)] if plan.advice else []),
-            *((f"pin {pin.unit}={pin.device}", price_of(pin, found.value_s, what)) for pin in plan.pins),
+            *prices_of_wishes(plan, found.value_s, what),
         ]
     )
 
@@ -175,11 +191,57 @@ def _batch_in_words(plan: Plan, batch: int | None) -> str:
     return f"{batch * plan.microbatches // plan.batch} micro-batches of this size"
 
 
-def price_of(pin: PinPrice, value_s: float, what: str = "largest load") -> str:
-    """What a pin costs, by the plan's value."""
-    if pin.without_s is None:
-        return f"its price was not found: {pin.why}"
-    if not value_s or pin.without_s >= value_s * (1 - 1e-9):
-        return "costs nothing" if pin.exact else "nothing better was found without it"
-    more = percent(100 * (value_s / pin.without_s - 1)) if pin.without_s else "all of it"
-    return f"costs {more}{'' if pin.exact else ' or more'}: the {what} is {seconds(pin.without_s)} without it"
+def prices_of_wishes(plan: Plan, value_s: float, what: str = "largest load") -> Iterator[tuple[str, str]]:
+    """What each pin and each group costs, of the plan's peak share or of ``value_s``, which is called ``what``."""
+    value = plan.peak.value if plan.peak is not None else value_s
+    what = what if plan.peak is None else "peak share"
+    for pin in plan.pins:
+        yield f"pin {pin.unit}={pin.device}", _price_in_words(pin, value, what)
+    for group in plan.groups:
+        yield f"together {', '.join(group.units)}", _price_in_words(group, value, what)
+
+
+def _price_in_words(price: Price, value: float, what: str) -> str:
+    """What a wish costs, by the plan's value."""
+    without = price.without_share if price.without_s is None else price.without_s
+    if without is None:
+        return f"its price was not found: {price.why}"
+    if not value or without >= value * (1 - 1e-9):
+        return "costs nothing" if price.exact else "nothing better was found without it"
+    more = percent(100 * (value / without - 1)) if without else "all of it"
+    least = percent(100 * without) if price.without_s is None else seconds(without)
+    return f"costs {more}{'' if price.exact else ' or more'}: the {what} is {least} without it"
+
+
+def candidates_of_free(plan: Plan, options: ConsoleOptions, glyphs: Glyphs) -> Iterator[RenderableType]:
+    """One device, this plan, and what one would do else."""
+    predicted, latency = plan.predicted, plan.objective == "latency"
+    rows: list[tuple[str, str, float, float | None, bool]] = []
+    if predicted.baseline_s is not None and predicted.baseline_device is not None:
+        alone = len(plan.stages) == 1 and plan.devices[0] == predicted.baseline_device
+        rows.append((f"{predicted.baseline_device} alone", "1", predicted.baseline_s, 1.0, alone))
+    if not any(chosen for *_, chosen in rows):
+        rows.append(("this plan", str(len(plan.stages)), predicted.step_s, predicted.speedup, True))
+    rows += [
+        (other.name, str(other.devices), other.step_s, other.speedup, False)
+        for other in plan.alternatives
+        if other.step_s is not None
+    ]
+    if len(rows) > 1:
+        names, devices, steps, speedups, chosen = zip(*rows, strict=True)
+        note = f"{_part(plan)}, from input to end" if latency else "the largest load of a step"
+        yield section("Predicted", note)
+        yield from tables(
+            Column("candidate", names, "left"),
+            [
+                Column("devices", devices, drop=1),
+                Column("time" if latency else "load", [*map(seconds, steps)]),
+                Column("speedup", [glyphs.none if each is None else ratio(each) for each in speedups]),
+                Column("", [f"{glyphs.chosen} chosen" if it else "" for it in chosen], "left", tight=True),
+            ],
+            options=options,
+            row_styles=["bold" if it else "" for it in chosen],
+        )
+    for other in plan.alternatives:
+        if other.step_s is None:
+            yield Text(f"  {other.name}: {other.why}", style="dim")

@@ -8,7 +8,15 @@ from typing import NamedTuple
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
-from shardwright.reports.free_report import certificate_of_free, devices_of_free, peak_of, price_of, verdict_of_free
+from shardwright.reports.free_report import (
+    LIFTED,
+    candidates_of_free,
+    certificate_of_free,
+    devices_of_free,
+    peak_of,
+    prices_of_wishes,
+    verdict_of_free,
+)
 from shardwright.reports.interleaved_report import (
     device_loads_s,
     devices_of_interleaved,
@@ -27,12 +35,6 @@ LEAST_SHOWN = 0.05
 """Percent: less is rounded to none."""
 NAMED = 4
 """So many units whose weights are on no device are named in the verdict."""
-LIFTED: dict[Changeable, str] = {
-    "pins": "the pins",
-    "groups": "the groups that share a device",
-    "pins and groups": "the pins and the groups that share a device",
-}
-"""What a plan may be told to keep to, in words."""
 SURE = 0.9
 """A plan that beats its rival in fewer of the draws is best only by noise."""
 
@@ -191,7 +193,7 @@ class PlanReport:
         yield from devices_of_free(self.plan, self._names(), options, glyphs) if free else self._stages(options, glyphs)
         yield from self._memory(options, glyphs)
         yield from certificate_of_free(self.plan) if free else self._certificate()
-        yield from self._candidates(options, glyphs)
+        yield from candidates_of_free(self.plan, options, glyphs) if free else self._candidates(options, glyphs)
         yield from timeline_drawn(self.plan, options, glyphs)
         yield from self._placement(glyphs)
 
@@ -331,10 +333,7 @@ class PlanReport:
                 ("gap", gap),
                 *_step_in_words(certificate.step_gap_percent, within),
                 ("what binds", certificate.binds),
-                *(
-                    (f"pin {pin.unit}={pin.device}", price_of(pin, certificate.least_s or certificate.value_s))
-                    for pin in plan.pins
-                ),
+                *prices_of_wishes(plan, certificate.least_s or certificate.value_s),
                 *self._uncertainty(),
             ]
         )
@@ -361,8 +360,6 @@ class PlanReport:
         """What was weighed: one device, the best split at each number of micro-batches, and what one would do else."""
         plan, predicted = self.plan, self.plan.predicted
         rows = []
-        if not plan.contiguous:
-            return
         if predicted.baseline_s is not None:
             alone = not any(candidate.chosen for candidate in plan.candidates)
             step = seconds(predicted.baseline_s)

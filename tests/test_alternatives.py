@@ -146,7 +146,7 @@ def test_data_parallel_takes_smaller_micro_batches_where_one_of_a_device_is_too_
         return profile, problem_from_graph(costs_at(profile, count), schedule="1f1b")
 
     (profile, halves), (_, quarters) = problem_at(2), problem_at(4)
-    assert alternatives._data_parallel([halves], profile).step_s is None
-    found = alternatives._data_parallel([halves, quarters], profile)
+    assert alternatives.data_parallel([halves], profile).step_s is None
+    found = alternatives.data_parallel([halves, quarters], profile)
     assert found.microbatches == 4
     assert found.step_s == pytest.approx(3.0 + 2 * 20 * 2**20 / 2 / 1e9)

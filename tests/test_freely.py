@@ -13,7 +13,7 @@ from reported import text_of
 import shardwright as sw
 from shardwright.reports.plan_report import PlanReport, verdict
 from shardwright.sharder.planning.free import assign, fastest, free_record
-from shardwright.sharder.planning.plan import Plan
+from shardwright.sharder.planning.plan import WORTHWHILE, Plan
 from shardwright.sharder.planning.planner import plan
 from shardwright.sharder.runtime.placing.sim import sim_device
 
@@ -231,3 +231,60 @@ def test_pins_have_a_price(objective):
         others = {unit: device for unit, device in pins.items() if unit != pin.unit}
         other = sw.plan(costs, objective=objective, contiguous=False, pins=others)
         assert pin.without_s == other.certificate.value_s <= found.certificate.value_s
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_what_one_would_do_else_is_priced_as_the_plan_is(objective):
+    """A plan pinned to the naive split has its value, or under latency an order that is no worse."""
+    costs = sw.Costs.load(Path(__file__).parents[1] / "examples" / "costs.json")
+    found = sw.plan(costs, objective=objective, contiguous=False)
+    assert [one.name for one in found.alternatives] == ["equal count", "by parameters", "data parallel"]
+    units = list(found.placement())
+    for other in found.alternatives[:2]:
+        assert other.speedup == pytest.approx(found.predicted.baseline_s / other.step_s)
+        assert found.certificate.value_s <= other.step_s
+    equal = found.alternatives[0]
+    pins = {unit: f"cuda:{number * equal.devices // len(units)}" for number, unit in enumerate(units)}
+    pinned = sw.plan(costs, objective=objective, contiguous=False, pins=pins).certificate.value_s
+    assert pinned <= equal.step_s * (1 + 1e-9)
+    assert objective == "latency" or pinned == pytest.approx(equal.step_s)
+
+
+def test_data_parallel_under_latency_shares_one_input_out(make_profile):
+    """Each device has the whole model, and a part of the input as it was profiled; without that it says so."""
+    chain = {"a": ["x"], "b": ["a"]}
+    found = plan(make_profile(chain, microbatches=(1, 2)), objective="latency")
+    parallel = found.alternatives[-1]
+    whole, half = (
+        sum(
+            n.forward_s + n.backward_s
+            for n in make_profile(chain, microbatches=(1, 2)).measurements
+            if n.microbatches == count and n.device == "cpu:0"
+        )
+        for count in (1, 2)
+    )
+    assert (parallel.name, parallel.devices) == ("data parallel", 2)
+    assert half <= parallel.step_s < whole * 1.5
+    lone = plan(make_profile(chain, microbatches=(1, 3)), objective="latency").alternatives[-1]
+    assert (lone.step_s, lone.why) == (None, "no profile of 1/2 of an input: 2 micro-batches")
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_links_with_which_an_assignment_is_worth_it_are_found(make_profile, objective):
+    """Over slow ones one device is best; the factor named is the first of those tried with which it is not."""
+    profile = make_profile(BRANCHES, forward_s=1.0, tensor_bytes=6 * 10**9, memory_bytes=10**12)
+
+    def faster(factor):
+        links = (one.model_copy(update={"latency_s": one.latency_s / factor}) for one in profile.links)
+        links = (one.model_copy(update={"bandwidth_bytes_per_s": one.bandwidth_bytes_per_s * factor}) for one in links)
+        return profile.model_copy(update={"links": tuple(links)})
+
+    found = plan(profile, objective=objective, contiguous=False)
+    assert len(found.stages) == 1
+    (change,) = found.changes
+    assert change.what == "links"
+    for factor in change.tried:
+        there = plan(faster(factor), objective=objective, contiguous=False).predicted
+        assert (there.speedup >= WORTHWHILE) == (factor == change.pays.factor)
+    assert change.pays.step_s == pytest.approx(there.step_s)
+    assert "What would change that: links" in " ".join(text_of(PlanReport(found), 200).split())

@@ -140,7 +140,7 @@ def test_a_free_assignment_needs_no_more_memory_than_halves():
 @quick
 @given(problems(most=4).filter(lambda p: len(p.devices) <= 3), st.integers(1, 4))
 def test_no_split_holds_a_larger_batch_than_the_largest_of_any(p, samples):
-    """Against every split at one micro-batch more, by brute force."""
+    """Against every split at one micro-batch more, and up to as many as let 1F1B have all its stages; brute force."""
     p = dataclasses.replace(p, recompute="never")
     found = least_share(p, Budget(60))
     if found is None:
@@ -154,4 +154,6 @@ def test_no_split_holds_a_larger_batch_than_the_largest_of_any(p, samples):
         count = 2**16 if larger.batch is None else larger.batch // samples
         assert stages_fit(larger.stages, p.caps)(dataclasses.replace(p, microbatches=count))
     if batch is not None:
-        assert contiguous_brute_force(dataclasses.replace(p, microbatches=batch // samples + 1)) > 1
+        more = batch // samples + 1
+        for count in range(more, max(more, len(p.devices)) + 1):
+            assert contiguous_brute_force(dataclasses.replace(p, microbatches=count)) > 1

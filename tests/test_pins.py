@@ -1,4 +1,4 @@
-"""What a pin costs: against planning without it."""
+"""What pins and groups cost: against planning without them."""
 
 import io
 import math
@@ -13,7 +13,7 @@ from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.planner import plan
 from shardwright.sharder.planning.pricing import price
 from shardwright.sharder.planning.verdict.offload import Rates
-from shardwright.sharder.planning.verdict.pins import prices_of_pins
+from shardwright.sharder.planning.verdict.prices import Wishes, load_without, prices_of
 
 NOWHERE = Rates((None, None), None, 0)
 """No weights can come from anywhere."""
@@ -124,15 +124,51 @@ def test_no_time_for_prices_is_said(chain_profile):
     def with_pins(pins):
         return problem_from_graph(profile.graph(4), pins=pins, memory=uneven)
 
-    pins = {"net.u0": "cpu:0"}
-    problem = with_pins(pins)
+    wishes = Wishes({"net.u0": "cpu:0"}, ())
+    problem = with_pins(wishes.pins)
     chosen = price(problem, partition(problem), profile)
-    assert prices_of_pins(chosen, pins, with_pins, NOWHERE, math.inf)[0].without_s is not None
-    (found,) = prices_of_pins(chosen, pins, with_pins, NOWHERE, 0.0)
+
+    def price_in(seconds):
+        def best_with(others, _):
+            return load_without(chosen, with_pins(others.pins), NOWHERE, seconds)
+
+        (found,), _ = prices_of(wishes, chosen.split.value_s, best_with)
+        return found
+
+    assert price_in(math.inf).without_s is not None
+    found = price_in(0.0)
     assert found.without_s is None
     assert "in the time allowed" in found.why
     text = text_of(PlanReport(plan(profile, microbatches=4).model_copy(update={"pins": (found,)})))
     assert f"its price was not found: {found.why}" in " ".join(text.split())
+
+
+ASKED = [{}, {"contiguous": False}, {"objective": "memory"}, {"objective": "memory", "contiguous": False}]
+
+
+@pytest.mark.parametrize("asked", [*ASKED, {"objective": "latency"}], ids=str)
+def test_each_wish_costs_what_planning_without_it_gains(make_profile, asked):
+    """Of the objective's own value: pins and groups, each with all others kept."""
+    graph = {"a": ["x"], "b": ["a"], "c": ["a"], "d": ["b", "c"], "e": ["d"]}
+    heavy = {"b": 5.0, "d": 3.0}
+    profile = make_profile(graph, forward_s=heavy, param_bytes=2**10, microbatches=(1, 4))
+    wishes = {"pins": {"net.a": "cpu:1", "net.e": "cpu:1"}, "together": [("net.b", "net.d"), "net.[ae]"]}
+
+    def value(found):
+        return found.peak.value if found.peak else found.certificate.least_s or found.certificate.value_s
+
+    found = plan(profile, microbatches=4, **asked, **wishes)
+    assert [(price.unit, price.device) for price in found.pins] == [*wishes["pins"].items()]
+    assert [price.units for price in found.groups] == [("net.b", "net.d"), ("net.[ae]",)]
+    others = [{"pins": {"net.e": "cpu:1"}}, {"pins": {"net.a": "cpu:1"}}]
+    others += [{"together": wishes["together"][1:]}, {"together": wishes["together"][:1]}]
+    for price_, other in zip((*found.pins, *found.groups), others, strict=True):
+        without = price_.without_share if "memory" in asked.values() else price_.without_s
+        assert without == pytest.approx(value(plan(profile, microbatches=4, **asked, **wishes | other)))
+        assert price_.exact
+        assert without <= value(found) * (1 + 1e-9)
+    text = " ".join(text_of(PlanReport(found)).split())
+    assert "together net.b, net.d costs" in text
 
 
 def offloading(profile):

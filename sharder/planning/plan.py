@@ -28,6 +28,7 @@ __all__ = [
     "Change",
     "Changeable",
     "Gain",
+    "GroupPrice",
     "Objective",
     "OtherSchedule",
     "PeakShare",
@@ -35,6 +36,7 @@ __all__ = [
     "Placement",
     "Plan",
     "Prediction",
+    "Price",
     "Replans",
     "Sensitivity",
     "SplitStage",
@@ -268,18 +270,34 @@ class Alternative(Record):
     """The tied parameters with users in several of its stages."""
 
 
-class PinPrice(Record):
-    """What the largest load, or under latency the finishing time, would be without one of the pins."""
+class Price(Record):
+    """What the largest load, or under latency the finishing time, or of memory the peak share, would be without a wish.
 
-    unit: str
-    """Name or pattern."""
-    device: str
-    without_s: NonNegativeFloat | None
-    """The plan's own, or less; None where no plan without the pin was found."""
+    The plan's own, or less; None where no plan without the wish was found.
+    """
+
+    without_s: NonNegativeFloat | None = None
+    without_share: NonNegativeFloat | None = None
+    """Under the objective memory."""
     exact: bool
     """Whether it is proven, or only the best that was found."""
     why: str = ""
     """Why there is no price."""
+
+
+class PinPrice(Price):
+    """Of a pin."""
+
+    unit: str
+    """Name or pattern."""
+    device: str
+
+
+class GroupPrice(Price):
+    """Of a group that is to share a device."""
+
+    units: tuple[str, ...]
+    """Names or patterns."""
 
 
 class Gain(Record):
@@ -396,6 +414,7 @@ class Plan(Document):
     """None where only one schedule was weighed, or one device is better."""
     alternatives: tuple[Alternative, ...] = ()
     pins: tuple[PinPrice, ...] = ()
+    groups: tuple[GroupPrice, ...] = ()
     """What the planner was told, and what that costs."""
     changes: tuple[Change, ...] | None = None
     """Where sharding is not worth it: what was tried that might change that; None where it is, or no single device

@@ -7,7 +7,7 @@ from a saved profile takes as a command, more than half are imports.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from shardwright.errors import ShardwrightError
@@ -22,9 +22,6 @@ from shardwright.sharder.planning.plan import (
     Alternative,
     Candidate,
     Certificate,
-    Change,
-    Changeable,
-    Gain,
     Objective,
     Placement,
     Plan,
@@ -38,9 +35,9 @@ from shardwright.sharder.planning.schedules.replicas import Replicas, on_mesh_of
 from shardwright.sharder.planning.schedules.weighed import better_of, compared
 from shardwright.sharder.planning.schedules.zero_bubble_options import is_zero_bubble, parted_asked
 from shardwright.sharder.planning.verdict.alternatives import alternatives_of, kept_whole, priced_in_parallel
-from shardwright.sharder.planning.verdict.changes import Lift, changes_tried
+from shardwright.sharder.planning.verdict.changes import changes_tried, lifts_of
 from shardwright.sharder.planning.verdict.explain import certify, gap_percent
-from shardwright.sharder.planning.verdict.pins import prices_of_pins, prices_of_pins_freely
+from shardwright.sharder.planning.verdict.prices import Value, Wishes, load_without, prices_of
 from shardwright.sharder.planning.verdict.sensitivity import rivals_of, sensitivity_of
 
 if TYPE_CHECKING:
@@ -138,33 +135,30 @@ def plan(
         time_limit_s=time_limit_s,
         replans=replans,
     )
-    pieces = pieces_asked(schedule, stages_per_device, objective, transfers, contiguous=contiguous, recompute=recompute)
-    asked = replicas_asked(replicas, objective, contiguous=contiguous)
-    parted = parted_asked(
-        profile, schedule, objective, transfers, contiguous=contiguous, recompute=recompute, replicas=asked
-    )
     chain = contiguous and objective != "latency"
+    weighed = _weighed(
+        profile, schedule, stages_per_device, replicas, objective, transfers, contiguous=contiguous, recompute=recompute
+    )._replace(offload=offload)
     _check_recompute(recompute, chain=chain, train=profile.train)
     _check_replans(replans, made_anew=chain and objective != "memory")
     names = tuple(devices) if devices is not None else None
-    groups = [together] if isinstance(together, str) else list(together)
+    groups = [together] if isinstance(together, str) else [g if isinstance(g, str) else tuple(g) for g in together]
+    wishes = Wishes(pins or {}, groups)
     time_limit_s = min(time_limit_s, MOST_S)
     deadline_s = clock_s() + time_limit_s
 
-    def problem_at(
-        count: int, pins: Mapping[str, str] | None = pins, groups: Iterable[str | Iterable[str]] = groups
-    ) -> Problem:
+    def problem_at(count: int, wishes: Wishes = wishes) -> Problem:
         graph = given if given is not None and count == profile.microbatches[0] else costs_at(profile, count)
         order: Schedule = "gpipe" if schedule == "gpipe" or not profile.train else "1f1b"
         return problem_from_graph(
             graph,
             devices=names,
             memory=memory,
-            pins=pins,
+            pins=wishes.pins,
             schedule=order,
             transfers=transfers,
             overlap=overlap,
-            together=groups,
+            together=wishes.groups,
             recompute=recompute if chain else "never",
         )
 
@@ -172,132 +166,45 @@ def plan(
     if not chain:
         one_at_a_time = objective == "latency" and microbatches == "auto"
         counts = [min(profile.microbatches)] if one_at_a_time else [p.microbatches for p in problems]
-        return _freely(profile, problem_at, counts, pins, groups, objective, deadline_s)
+        from shardwright.sharder.planning.free.freely import plan_freely
+
+        return plan_freely(profile, problem_at, counts, wishes, objective, deadline_s)
     if objective == "memory":
-        return _for_memory(profile, problems, [problem_at(count) for count in sorted(profile.microbatches)], deadline_s)
-    options = options_of(problems, profile, Asked(schedule, pieces, parted, asked, offload), deadline_s)
-    by_count = {problem.microbatches: problem for problem in problems}
-    every = [by_count.get(count) or problem_at(count) for count in sorted(profile.microbatches)]
-    baseline = baseline_of(every, profile)
-    alternatives = alternatives_of(problems, every, profile, baseline.step_s if baseline else None)
-    plain = [option for option in options if option.problem.stages_per_device == 1 and not is_zero_bubble(option)]
-    others = [option for option in options if option not in plain]
-    chosen = best = better_of(others if others and schedule in ("interleaved", "zero-bubble") else options)
-    if microbatches == "auto" and baseline is not None and not pins:
-        # Among single devices only a difference beyond noise counts; a split has to be faster.
-        alone = len(best.split.stages) == 1 and not best.problem.replicas
-        margin_s = noise_s(best, baseline) if alone else 0.0
-        if baseline.step_s < best.step_s + margin_s:
-            chosen = baseline
-    if len(chosen.split.stages) == 1 and len(chosen.problem.replicas) == len(problems[0].devices):
-        # It is data parallel itself.
-        alternatives = tuple(one for one in alternatives if one.name != "data parallel")
-    alternatives += kept_whole(chosen, options, baseline.step_s if baseline else None)
-    if asked == 1 and len(problems[0].devices) >= LEAST_DEVICES and not profile.obstacles:
-        from shardwright.sharder.planning.schedules.replicated import rival_in_replicas
-
-        alternatives += rival_in_replicas(chosen, problems, profile, baseline.step_s if baseline else None, deadline_s)
-    certificate = certify(chosen, options, baseline, deadline_s)
-
-    def problems_with(pins: Mapping[str, str] | None, groups: Iterable[str | Iterable[str]]) -> list[Problem]:
-        mesh = [option.problem for option in options if len(option.problem.replicas) == len(chosen.problem.replicas)]
-        counts = sorted({problem.batch_microbatches for problem in mesh} or {chosen.problem.batch_microbatches})
-        return [on_mesh_of(problem_at(count, pins, groups), chosen.problem, profile) for count in counts]
-
-    written = _write(profile, chosen, options, baseline, alternatives, certificate)
-    return written.model_copy(
-        update={
-            "other_schedule": compared(chosen, options),
-            "pins": prices_of_pins(
-                chosen,
-                pins or {},
-                lambda others: on_mesh_of(
-                    problem_at(chosen.problem.batch_microbatches, others), chosen.problem, profile
-                ),
-                rates_of(profile, chosen.problem),
-                deadline_s,
-            ),
-            "changes": (
-                None
-                if baseline is None or (written.predicted.speedup or 0.0) >= WORTHWHILE
-                else changes_tried(
-                    plain or options, baseline, profile, deadline_s, _lifts_of(pins, groups, problems_with)
-                )
-            ),
-            "sensitivity": sensitivity_of(
-                chosen,
-                rivals_of(chosen, options, baseline),
-                profile,
-                parallel=priced_in_parallel(alternatives, every),
-                replans=replans,
-                deadline_s=deadline_s,
-            ),
-        }
+        return _for_memory(profile, problem_at, [problem.microbatches for problem in problems], wishes, deadline_s)
+    return _for_throughput(
+        profile,
+        problem_at,
+        problems,
+        weighed,
+        wishes,
+        free=microbatches == "auto",
+        replans=replans,
+        deadline_s=deadline_s,
     )
 
 
-def _lifts_of(
-    pins: Mapping[str, str] | None,
-    groups: Sequence[str | Iterable[str]],
-    problems_with: Callable[[Mapping[str, str] | None, Iterable[str | Iterable[str]]], list[Problem]],
-) -> list[Lift]:
-    """What was asked for of pins and groups, each with the problems without it, and without both."""
-    lifts = []
-    if pins:
-        lifts.append(Lift("pins", lambda: problems_with(None, groups)))
-    if groups:
-        lifts.append(Lift("groups", lambda: problems_with(pins, ())))
-    if pins and groups:
-        lifts.append(Lift("pins and groups", lambda: problems_with(None, ())))
-    return lifts
-
-
-def _freely(
+def _weighed(
     profile: Profile,
-    problem_at: Callable[[int, Mapping[str, str] | None, Iterable[str | Iterable[str]]], Problem],
-    counts: Sequence[int],
-    pins: Mapping[str, str] | None,
-    groups: Sequence[str | Iterable[str]],
+    schedule: Wanted,
+    stages_per_device: int | None,
+    replicas: Replicas,
     objective: Objective,
-    deadline_s: float,
-) -> Plan:
-    """The best plan that is no chain of stages, at one of ``counts`` micro-batches."""
-    from shardwright.sharder.planning.free.freely import plan_freely
+    transfers: Transfers,
+    *,
+    contiguous: bool,
+    recompute: Recompute,
+) -> Asked:
+    """What is to be weighed.
 
-    every = [problem_at(count, pins, groups) for count in sorted(profile.microbatches)]
-
-    def freely(pins: Mapping[str, str] | None, groups: Iterable[str | Iterable[str]], parts: int = 1) -> Plan:
-        found = [problem_at(count, pins, groups) for count in counts]
-        left_s = max(0.0, deadline_s - clock_s())
-        return plan_freely(profile, found, every, objective=objective, time_limit_s=left_s / parts)
-
-    written = freely(pins, groups)
-    if pins and objective != "memory":
-        prices = prices_of_pins_freely(written, pins, lambda others, parts: freely(others, groups, parts))
-        written = written.model_copy(update={"pins": prices})
-    return _with_what_is_freer(written, pins, groups, freely)
-
-
-def _with_what_is_freer(
-    written: Plan,
-    pins: Mapping[str, str] | None,
-    groups: Sequence[str | Iterable[str]],
-    freely: Callable[[Mapping[str, str] | None, Iterable[str | Iterable[str]]], Plan],
-) -> Plan:
-    """``written``, where pins or groups keep all on one device with what there is without them."""
-    if len(written.stages) > 1 or written.objective == "memory" or not (pins or groups):
-        return written
-    what: Changeable = "pins and groups" if pins and groups else "pins" if pins else "groups"
-    try:
-        other = freely(None, ())
-    except ShardwrightError:  # none was found in the time that is left
-        return written
-    step_s, alone_s = other.predicted.step_s, other.predicted.baseline_s
-    pays = None
-    if len(other.stages) > 1 and alone_s is not None and step_s * WORTHWHILE <= alone_s:
-        speedup = alone_s / step_s if step_s else 1.0
-        pays = Gain(factor=1, microbatches=other.microbatches, step_s=step_s, speedup=speedup)
-    return written.model_copy(update={"changes": (Change(what=what, tried=(1,), pays=pays),)})
+    Raises:
+        ShardwrightError: some of it does not go together.
+    """
+    pieces = pieces_asked(schedule, stages_per_device, objective, transfers, contiguous=contiguous, recompute=recompute)
+    asked = replicas_asked(replicas, objective, contiguous=contiguous)
+    parted = parted_asked(
+        profile, schedule, objective, transfers, contiguous=contiguous, recompute=recompute, replicas=asked
+    )
+    return Asked(schedule, pieces, parted, asked, offload=True)
 
 
 def _check_recompute(recompute: Recompute, *, chain: bool, train: bool) -> None:
@@ -320,26 +227,115 @@ def _check_replans(replans: int, *, made_anew: bool) -> None:
         )
 
 
-def _for_memory(profile: Profile, problems: list[Problem], every: list[Problem], deadline_s: float) -> Plan:
+def _for_throughput(
+    profile: Profile,
+    problem_at: Callable[[int, Wishes], Problem],
+    problems: list[Problem],
+    weighed: Asked,
+    wishes: Wishes,
+    *,
+    free: bool,
+    replans: int,
+    deadline_s: float,
+) -> Plan:
+    """The chain of stages with the shortest step that was found, or one device; ``free`` as to micro-batches."""
+    options = options_of(problems, profile, weighed, deadline_s)
+    by_count = {problem.microbatches: problem for problem in problems}
+    every = [by_count.get(count) or problem_at(count, wishes) for count in sorted(profile.microbatches)]
+    baseline = baseline_of(every, profile)
+    alternatives = alternatives_of(problems, every, profile, baseline.step_s if baseline else None)
+    plain = [option for option in options if option.problem.stages_per_device == 1 and not is_zero_bubble(option)]
+    others = [option for option in options if option not in plain]
+    chosen = best = better_of(others if others and weighed.schedule in ("interleaved", "zero-bubble") else options)
+    if free and baseline is not None and not wishes.pins:
+        # Among single devices only a difference beyond noise counts; a split has to be faster.
+        alone = len(best.split.stages) == 1 and not best.problem.replicas
+        margin_s = noise_s(best, baseline) if alone else 0.0
+        if baseline.step_s < best.step_s + margin_s:
+            chosen = baseline
+    if len(chosen.split.stages) == 1 and len(chosen.problem.replicas) == len(problems[0].devices):
+        # It is data parallel itself.
+        alternatives = tuple(one for one in alternatives if one.name != "data parallel")
+    alternatives += kept_whole(chosen, options, baseline.step_s if baseline else None)
+    if weighed.replicas == 1 and len(problems[0].devices) >= LEAST_DEVICES and not profile.obstacles:
+        from shardwright.sharder.planning.schedules.replicated import rival_in_replicas
+
+        alternatives += rival_in_replicas(chosen, problems, profile, baseline.step_s if baseline else None, deadline_s)
+    certificate = certify(chosen, options, baseline, deadline_s)
+
+    def problems_with(wishes: Wishes) -> list[Problem]:
+        mesh = [option.problem for option in options if len(option.problem.replicas) == len(chosen.problem.replicas)]
+        counts = sorted({problem.batch_microbatches for problem in mesh} or {chosen.problem.batch_microbatches})
+        return [on_mesh_of(problem_at(count, wishes), chosen.problem, profile) for count in counts]
+
+    def least_load_with(wishes: Wishes, parts: int) -> Value:
+        problem = on_mesh_of(problem_at(chosen.problem.batch_microbatches, wishes), chosen.problem, profile)
+        left_s = max(0.0, deadline_s - clock_s())
+        return load_without(chosen, problem, rates_of(profile, chosen.problem), left_s / parts)
+
+    pin_prices, group_prices = prices_of(wishes, chosen.of_least_load.split.value_s, least_load_with)
+    written = _write(profile, chosen, options, baseline, alternatives, certificate)
+    return written.model_copy(
+        update={
+            "other_schedule": compared(chosen, options),
+            "pins": pin_prices,
+            "groups": group_prices,
+            "changes": (
+                None
+                if baseline is None or (written.predicted.speedup or 0.0) >= WORTHWHILE
+                else changes_tried(plain or options, baseline, profile, deadline_s, lifts_of(wishes, problems_with))
+            ),
+            "sensitivity": sensitivity_of(
+                chosen,
+                rivals_of(chosen, options, baseline),
+                profile,
+                parallel=priced_in_parallel(alternatives, every),
+                replans=replans,
+                deadline_s=deadline_s,
+            ),
+        }
+    )
+
+
+def _for_memory(
+    profile: Profile,
+    problem_at: Callable[[int, Wishes], Problem],
+    counts: list[int],
+    wishes: Wishes,
+    deadline_s: float,
+) -> Plan:
     """The split with the smallest peak share, and of those with no larger one that with the smallest largest load."""
     from shardwright.sharder.planning.free.freely import for_memory, least_of
-    from shardwright.sharder.planning.free.least_memory import within_share
+    from shardwright.sharder.planning.free.least_memory import LeastShare, within_share
 
-    # Stages computed anew take less almost always: they are for what does not fit otherwise.
-    kept = [dataclasses.replace(p, recompute="never" if p.recompute == "auto" else p.recompute) for p in problems]
-    least = least_of(kept, deadline_s) or least_of(problems, deadline_s)
-    if least is None:
-        raise nothing_fits(problems, profile, deadline_s)
-    problem, share = least
+    def least_with(wishes: Wishes, deadline_s: float) -> tuple[Problem, LeastShare]:
+        problems = [problem_at(count, wishes) for count in counts]
+        # Stages computed anew take less almost always: they are for what does not fit otherwise.
+        kept = [dataclasses.replace(p, recompute="never" if p.recompute == "auto" else p.recompute) for p in problems]
+        found = least_of(kept, deadline_s) or least_of(problems, deadline_s)
+        if found is None:
+            raise nothing_fits(problems, profile, deadline_s)
+        return found
+
+    def least_share_with(wishes: Wishes, parts: int) -> Value:
+        now_s = clock_s()
+        _, share = least_with(wishes, now_s + max(0.0, deadline_s - now_s) / parts)
+        return Value(share.value, share.exact)
+
+    problem, share = least_with(wishes, deadline_s)
     option = solve(within_share(problem, share.value), profile, time_limit_s=max(0.0, deadline_s - clock_s()))
     if option is None:
         raise AssertionError("a split was found with these caps")
     option = with_short_step(option, profile)
+    every = [problem_at(count, wishes) for count in sorted(profile.microbatches)]
     baseline = baseline_of(every, profile)
+    problems = [one for one in every if one.microbatches in counts]
     alternatives = alternatives_of(problems, every, profile, baseline.step_s if baseline else None)
     alternatives += kept_whole(option, [option], baseline.step_s if baseline else None)
     certificate = certify(option, [option], None, deadline_s)
+    pins, groups = prices_of(wishes, share.value, least_share_with, shares=True)
     written = _write(profile, option, [option], baseline, alternatives, certificate)
+    written = written.model_copy(update={"pins": pins, "groups": groups})
     return for_memory(written, option, problem, share, deadline_s)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.clock import clock_s
-from shardwright.sharder.planning.formulation.relaxed import unpinned
+from shardwright.sharder.planning.formulation.relaxed import unpinned, with_links_times
 from shardwright.sharder.planning.free.assign import assign
 from shardwright.sharder.planning.free.assignment import (
     Assignment,
@@ -18,6 +18,7 @@ from shardwright.sharder.planning.free.assignment import (
     as_free,
 )
 from shardwright.sharder.planning.free.fastest import fastest
+from shardwright.sharder.planning.free.free_alternatives import alternatives_freely
 from shardwright.sharder.planning.free.free_record import Alone, Found, Writer, peak_share
 from shardwright.sharder.planning.free.latency import Race
 from shardwright.sharder.planning.free.least_memory import (
@@ -31,17 +32,117 @@ from shardwright.sharder.planning.free.least_memory import (
 )
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.plan import (
+    WORTHWHILE,
+    Change,
+    Changeable,
+    Gain,
     LargerBatch,
     Objective,
     Plan,
 )
 from shardwright.sharder.planning.pricing import Option, baseline_of
 from shardwright.sharder.planning.problem import Problem, bits
+from shardwright.sharder.planning.verdict.changes import LINKS
+from shardwright.sharder.planning.verdict.prices import Value, Wishes, prices_of
 
 __all__ = ["for_memory", "least_of", "plan_freely"]
 
 
 def plan_freely(
+    profile: Profile,
+    problem_at: Callable[[int, Wishes], Problem],
+    counts: Sequence[int],
+    wishes: Wishes,
+    objective: Objective,
+    deadline_s: float,
+) -> Plan:
+    """The best plan that puts each unit on any device, with what one would do else, the price of each wish, and what
+    would change its verdict.
+
+    Args:
+        profile: times and sizes.
+        problem_at: the problem at a profiled number of micro-batches, with what it is to keep to.
+        counts: the numbers of micro-batches that may be chosen.
+        wishes: what is asked for.
+        objective: see :func:`~shardwright.sharder.planning.planner.plan`.
+        deadline_s: of ``clock_s()``, for all of it; after it, or Ctrl-C, the best so far with an honest gap.
+
+    Raises:
+        ShardwrightError: nothing fits, or nothing was found in the time.
+    """
+
+    def best_with(wishes: Wishes, parts: int, faster: int) -> Plan:
+        """The best with these wishes, and links so many times as fast, in one of so many parts of the time left."""
+        every = [problem_at(count, wishes) for count in sorted(profile.microbatches)]
+        every = [with_links_times(one, faster) for one in every] if faster > 1 else every
+        problems = [one for one in every if one.microbatches in counts]
+        left_s = max(0.0, deadline_s - clock_s())
+        return _best(profile, problems, every, objective=objective, time_limit_s=left_s / parts)
+
+    def value_with(wishes: Wishes, parts: int) -> Value:
+        return _value(best_with(wishes, parts, 1))
+
+    written = best_with(wishes, 1, 1)
+    pins, groups = prices_of(wishes, _value(written).value, value_with, shares=objective == "memory")
+    changes = _changes(written, wishes, best_with, deadline_s)
+    return written.model_copy(update={"pins": pins, "groups": groups, "changes": changes})
+
+
+def _value(written: Plan) -> Value:
+    """What the objective makes least."""
+    if written.peak is not None:
+        return Value(written.peak.value, written.peak.exact)
+    return Value(written.certificate.value_s, written.certificate.exact)
+
+
+def _changes(
+    written: Plan, wishes: Wishes, best_with: Callable[[Wishes, int, int], Plan], deadline_s: float
+) -> tuple[Change, ...] | None:
+    """What would make a plan worth it that is not: nothing to keep to, else faster links. None where nothing is to be
+    changed."""
+    alone_s, few = written.predicted.baseline_s, len(written.stages) == 1
+    if written.objective == "memory" or (alone_s is None and not few):
+        return None
+    if not few and (written.predicted.speedup or 0.0) >= WORTHWHILE:
+        return None
+    asked: list[tuple[Changeable, tuple[int, ...], Wishes]] = []
+    if wishes.pins or wishes.groups:
+        asked.append((_asked(wishes), (1,), Wishes({}, ())))
+    if len(written.profiled_devices) > 1:
+        asked.append(("links", LINKS, wishes))
+    found: list[Change] = []
+    for position, (what, factors, others) in enumerate(asked):
+        tried: list[int] = []
+        pays = None
+        for factor in factors:
+            try:
+                other = best_with(others, len(asked) - position + len(LINKS), factor)
+            except ShardwrightError:  # none was found in the time that is left
+                break
+            tried.append(factor)
+            if (pays := _gain(other, factor)) is not None:
+                break
+        if tried:
+            found.append(Change(what=what, tried=tuple(tried), pays=pays))
+        if pays is not None or clock_s() >= deadline_s:
+            break
+    return tuple(found)
+
+
+def _asked(wishes: Wishes) -> Changeable:
+    return "pins and groups" if wishes.pins and wishes.groups else "pins" if wishes.pins else "groups"
+
+
+def _gain(other: Plan, factor: int) -> Gain | None:
+    """What ``other`` gains over one device, if that is worth it."""
+    step_s, alone_s = other.predicted.step_s, other.predicted.baseline_s
+    if len(other.stages) == 1 or alone_s is None or step_s * WORTHWHILE > alone_s:
+        return None
+    speedup = alone_s / step_s if step_s else 1.0
+    return Gain(factor=factor, microbatches=other.microbatches, step_s=step_s, speedup=speedup)
+
+
+def _best(
     profile: Profile,
     problems: Sequence[Problem],
     every: Sequence[Problem],
@@ -49,14 +150,11 @@ def plan_freely(
     objective: Objective,
     time_limit_s: float,
 ) -> Plan:
-    """The best plan that puts each unit on any device.
+    """The best plan of ``problems`` that puts each unit on any device.
 
     Args:
-        profile: times and sizes.
         problems: at the numbers of micro-batches that may be chosen.
-        every: at all profiled numbers, for the baseline.
-        objective: see :func:`~shardwright.sharder.planning.planner.plan`.
-        time_limit_s: for all of it; after it, or Ctrl-C, the best so far with an honest gap.
+        every: at all profiled numbers, for the baseline and data parallel.
 
     Raises:
         ShardwrightError: nothing fits, or nothing was found in the time.
@@ -76,7 +174,10 @@ def plan_freely(
     if not found:
         raise unfinished or _nothing_fits(profile, [*map(as_free, problems)], objective, budget)
     best = min(found, key=lambda one: one.rank)
-    return Writer(profile, best).plan(objective, _baseline(profile, best, every))
+    alone = _baseline(profile, best, every)
+    written = Writer(profile, best).plan(objective, alone)
+    others = alternatives_freely(best, every, profile, alone.step_s)
+    return written.model_copy(update={"alternatives": others})
 
 
 def _nothing_fits(

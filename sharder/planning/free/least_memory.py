@@ -304,9 +304,9 @@ def largest_batch(problem: Problem, batch: int, fits_at: Callable[[Problem], boo
         return fits_at(dataclasses.replace(problem, microbatches=count))
 
     while fits(high):
-        low, high = high, 2 * high
-        if high > MOST_MICROBATCHES:
+        if high >= MOST_MICROBATCHES:
             return None
+        low, high = high, min(2 * high, MOST_MICROBATCHES)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -349,14 +349,18 @@ def larger_batch(problem: Problem, batch: int, largest: int | None, budget: Budg
 
     low = largest * problem.microbatches // batch
     high = low + 1
+    # With fewer micro-batches than devices 1F1B has as few stages: with more of them more stages may hold it.
+    if high < len(problem.devices) and not fits(high) and not budget.spent() and fits(len(problem.devices)):
+        low = len(problem.devices)
+        high = low + 1
     while not budget.spent() and fits(high):
-        low, high = high, 2 * high
-        if high > MOST_MICROBATCHES:
+        if high >= MOST_MICROBATCHES:
             return Larger(None, best, proven=True)
+        low, high = high, min(2 * high, MOST_MICROBATCHES)
     while not budget.spent() and high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    proven = not unsure and high - low == 1
+    proven = not unsure and high - low == 1 and high >= len(problem.devices)
     return Larger(batch * low // problem.microbatches, best, proven) if best else None
 
 

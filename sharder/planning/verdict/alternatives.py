@@ -33,7 +33,15 @@ from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.recorded import split_ties, stage_of_nodes, stages_of
 from shardwright.sharder.planning.split_loads import stage_loads
 
-__all__ = ["alternatives_of", "data_parallel_s", "kept_whole", "priced_in_parallel", "share_of"]
+__all__ = [
+    "alternatives_of",
+    "data_parallel",
+    "data_parallel_s",
+    "kept_whole",
+    "priced_in_parallel",
+    "share_of",
+    "with_speedups",
+]
 
 DRAWS = 101
 
@@ -50,13 +58,15 @@ def alternatives_of(
     """
     if len(problems[0].devices) < 2:
         return ()
-    found = (
-        *(_naive(name, problems, profile) for name in NAIVE),
-        _data_parallel(every, profile),
-    )
+    naive = [_naive(name, problems, profile) for name in NAIVE]
+    return with_speedups([*naive, data_parallel(every, profile)], baseline_s)
+
+
+def with_speedups(alternatives: Iterable[Alternative], baseline_s: float | None) -> tuple[Alternative, ...]:
+    """With how much each is faster than one device, which takes ``baseline_s`` seconds."""
     return tuple(
         one.model_copy(update={"speedup": baseline_s / one.step_s}) if baseline_s and one.step_s else one
-        for one in found
+        for one in alternatives
     )
 
 
@@ -131,7 +141,7 @@ def _with_nodes(profile: Profile, option: Option) -> tuple[SplitStage, ...]:
     )
 
 
-def _data_parallel(problems: Sequence[Problem], profile: Profile) -> Alternative:
+def data_parallel(problems: Sequence[Problem], profile: Profile) -> Alternative:
     """The whole model on every device, if it fits, each with its share of the micro-batches: one where that number was
     profiled and fits, else of the size with which the step is shortest.
     """

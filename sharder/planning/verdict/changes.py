@@ -18,8 +18,9 @@ from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.schedules.interleave import possible_devices
 from shardwright.sharder.planning.schedules.zero_bubble import divides
 from shardwright.sharder.planning.split_loads import stage_loads
+from shardwright.sharder.planning.verdict.prices import Wishes
 
-__all__ = ["Lift", "changes_tried"]
+__all__ = ["LINKS", "Lift", "changes_tried", "lifts_of"]
 
 BATCHES = (2, 4, 8, 16, 32)
 """So many times the batch, in micro-batches of the same size."""
@@ -33,6 +34,18 @@ class Lift(NamedTuple):
     what: Changeable
     problems: Callable[[], Sequence[Problem]]
     """At the numbers of micro-batches that may be chosen."""
+
+
+def lifts_of(wishes: Wishes, problems_with: Callable[[Wishes], Sequence[Problem]]) -> list[Lift]:
+    """What is asked for of pins and groups, each with the problems without it, and without both."""
+    lifts = []
+    if wishes.pins:
+        lifts.append(Lift("pins", lambda: problems_with(wishes._replace(pins={}))))
+    if wishes.groups:
+        lifts.append(Lift("groups", lambda: problems_with(wishes._replace(groups=()))))
+    if len(lifts) > 1:
+        lifts.append(Lift("pins and groups", lambda: problems_with(Wishes({}, ()))))
+    return lifts
 
 
 def changes_tried(
