@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from shardwright.profiler.capture import Progress
     from shardwright.profiler.formats.costs import Costs
     from shardwright.profiler.profile import Profile
-    from shardwright.sharder.planning.plan import Objective
+    from shardwright.sharder.planning.plan import Objective, Plan
     from shardwright.sharder.planning.problem import Recompute, Transfers, Wanted
 
 app = typer.Typer(
@@ -311,7 +311,7 @@ def shard(
         typer.Option(
             "--trace",
             metavar="FILE",
-            help="With --run: the measured timeline beside the predicted, for ui.perfetto.dev.",
+            help="Write the predicted timeline, and with --run the measured beside it, for ui.perfetto.dev.",
         ),
     ] = None,
     settings: SetOption = None,
@@ -326,7 +326,7 @@ def shard(
     path = _checked_folder(_out_path(out_path, target, "plan") if target else out_path or _plan_path(source))
     for written in filter(None, (run_out, trace)):
         _checked_folder(written)
-        run = True
+    run = run or run_out is not None
     made = _load_profile(source)
     if target is not None:
         _check_same_model(target, made.model, source)
@@ -339,11 +339,7 @@ def shard(
             f"--microbatches {microbatches}: a plan has one number; give one, or auto to compare them"
         )
     count: int | Literal["auto"] = counts[0] if counts else "auto"
-    if run and (free or objective == "latency"):
-        raise ShardwrightError(
-            "--run needs a chain of stages, which --free and --objective latency do not make: leave it out, and place "
-            "the plan with sw.place"
-        )
+    _check_schedule(free=free, latency=objective == "latency", run=run, trace=trace)
     plan = make_plan(
         made,
         objective=cast("Objective", objective),
@@ -369,6 +365,7 @@ def shard(
         out.print(f"\nNot planned anew: {source} does not say how sure its times are.", highlight=False, soft_wrap=True)
     out.print(f"\nWrote {path}.", highlight=False, soft_wrap=True)
     if not run:
+        _write_plan_trace(plan, trace)
         return
     if plan.devices == (plan.predicted.baseline_device,) and plan.microbatches == plan.predicted.baseline_microbatches:
         out.print("Nothing to run: the plan is the model on one device, as it is.")
@@ -434,7 +431,7 @@ def report(
     ] = None,
     trace: Annotated[
         Path | None,
-        typer.Option("--trace", metavar="FILE", help="Of a run: its timelines, for ui.perfetto.dev."),
+        typer.Option("--trace", metavar="FILE", help="Of a plan or a run: its timelines, for ui.perfetto.dev."),
     ] = None,
 ) -> None:
     """Show a saved profile, plan or run again, or export a profile."""
@@ -447,8 +444,8 @@ def report(
     kind = _format_of(path)
     if trace is not None:
         _checked_folder(trace)
-        if kind != Run.kind:
-            raise ShardwrightError(f"{path} is no run; --trace is for one, as `shard --run --run-out FILE` writes it")
+        if kind not in (Plan.kind, Run.kind):
+            raise ShardwrightError(f"{path} is neither a plan nor a run; --trace is for one: give what `shard` wrote")
     if kind in (Plan.kind, Run.kind) and (csv or parquet or graphml):
         raise ShardwrightError(
             f"{path} is a {kind.rpartition('.')[2]}; --csv, --parquet and --graphml are for a profile"
@@ -456,7 +453,12 @@ def report(
     if kind == Plan.kind:
         from shardwright.reports.plan_report import PlanReport
 
-        out.print(PlanReport(Plan.load(path)))
+        plan = Plan.load(path)
+        if trace is not None:
+            plan.save_trace(trace)
+        out.print(PlanReport(plan))
+        if trace is not None:
+            _tell_of_trace(trace)
     elif kind == Run.kind:
         from shardwright.reports.run_report import RunReport
 
@@ -564,6 +566,33 @@ def _export(
         write_graphml(made, graphml, microbatches)
     if written := [str(path) for path in (csv, parquet, graphml) if path is not None]:
         out.print(f"Wrote {', '.join(written)}.", highlight=False, soft_wrap=True)
+
+
+def _check_schedule(*, free: bool, latency: bool, run: bool, trace: Path | None) -> None:
+    """Refuse what a plan that is no pipeline could not give later."""
+    if run and (free or latency):
+        raise ShardwrightError(
+            "--run needs a chain of stages, which --free and --objective latency do not make: leave it out, and place "
+            "the plan with sw.place"
+        )
+    if trace is not None and free and not latency:
+        raise ShardwrightError(
+            "--trace is of a timeline, which a free assignment does not have: leave --free out, or ask for "
+            "--objective latency"
+        )
+
+
+def _write_plan_trace(plan: Plan, trace: Path | None) -> None:
+    """Where it is asked for; the planner may have found that one device is better, which is no mistake."""
+    if trace is None:
+        return
+    from shardwright.sharder.planning.chrome import no_timeline
+
+    if why := no_timeline(plan):
+        out.print(f"Wrote no {trace}: {why}.", highlight=False, soft_wrap=True)
+        return
+    plan.save_trace(trace)
+    _tell_of_trace(trace)
 
 
 def _tell_of_trace(path: Path) -> None:

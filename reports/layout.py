@@ -58,6 +58,8 @@ class Glyphs:
     scaled: str
     waits: str
     """A moment in which nothing is done."""
+    heights: str
+    """Of eight steps, from the lowest."""
     estimated: str = "~"
 
     @classmethod
@@ -71,8 +73,8 @@ class Glyphs:
         return Box("".join(line.format(self.rule) + "\n" for line in _BOX_LINES), ascii=self.rule == "-")
 
 
-_UNICODE = Glyphs("±", "…", "–", "█", "░", "▏▎▍▌▋▊▉", "◀", "─", "→", "≈", "·")  # noqa: RUF001  the dash is meant
-_ASCII = Glyphs("+-", "...", "-", "#", ".", "", "<", "-", "->", "=", ".")
+_UNICODE = Glyphs("±", "…", "–", "█", "░", "▏▎▍▌▋▊▉", "◀", "─", "→", "≈", "·", "▁▂▃▄▅▆▇█")  # noqa: RUF001  the dash is meant
+_ASCII = Glyphs("+-", "...", "-", "#", ".", "", "<", "-", "->", "=", ".", "_.:-=+*#")
 
 
 @dataclass(frozen=True)

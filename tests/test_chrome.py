@@ -1,11 +1,13 @@
-"""The Chrome trace of a run, parsed again: valid events, a process a timeline, a thread a stage, and no overlaps."""
+"""Chrome traces of runs and plans, parsed again: valid events, a process a timeline, a thread a stage, no overlaps."""
 
 import json
 from itertools import groupby, pairwise
+from pathlib import Path
 
 import pytest
 
 import shardwright as sw
+from shardwright.sharder.planning.schedules.foreseen import timeline_of
 from shardwright.sharder.runtime.record import Account, Accounts, Equality, Run, Slot, StageAccounts, Timed
 
 
@@ -106,3 +108,60 @@ def test_a_run_without_accounts_says_how_to_get_them(run, tmp_path):
     assert old.disturbance_percent is None
     with pytest.raises(sw.ShardwrightError, match=r"kept no timeline: run the plan again, with `shard --run --trace"):
         old.save_trace(tmp_path / "run.trace.json")
+
+
+COSTS = Path(__file__).parents[1] / "examples" / "costs.json"
+
+
+def saved(plan, folder):
+    """The events of a plan's trace."""
+    plan.save_trace(folder / "plan.trace.json")
+    return json.loads((folder / "plan.trace.json").read_text(encoding="utf-8"))["traceEvents"]
+
+
+@pytest.mark.parametrize(
+    "asked", [{}, {"schedule": "gpipe"}, {"schedule": "interleaved", "devices": ["cuda:0", "cuda:1"]}]
+)
+def test_a_plan_s_trace_is_the_step_that_it_foresees(asked, tmp_path):
+    """Each operation when the simulator has it, and of each device's memory the peak that the plan states."""
+    plan = sw.plan(sw.Costs.load(COSTS), **asked)
+    events = saved(plan, tmp_path)
+    computes = [e for e in events if e["ph"] == "X" and e["cat"] in ("forward", "backward")]
+    found = sorted((e["tid"] - 1, e["args"]["stage"], e["cat"], e["args"]["microbatch"], e["ts"]) for e in computes)
+    kinds = {"F": "forward", "B": "backward"}
+    assert found == sorted(
+        (slot.device, slot.operation.stage, kinds[slot.operation.kind], slot.operation.microbatch,
+         pytest.approx(1e6 * slot.start_s, abs=1e-2))
+        for slot in timeline_of(plan).slots
+    )  # fmt: skip
+    held = {}
+    for event in events:
+        if event["ph"] == "C":
+            held.setdefault(event["name"], []).append(event["args"]["bytes"])
+    assert {name: max(sizes) for name, sizes in held.items()} == {
+        f"memory of {device}": size for device, size in plan.memory().items()
+    }
+
+
+def test_a_latency_plan_s_trace_is_one_input_s_way(tmp_path):
+    """Each part when and where the plan has it."""
+    plan = sw.plan(sw.Costs.load(COSTS), objective="latency")
+    events = [event for event in saved(plan, tmp_path) if event["ph"] == "X"]
+    found = [(plan.devices[e["tid"] - 1], e["cat"], round(e["ts"]), round(e["dur"])) for e in events]
+    stated = [(t.device, t.phase, round(1e6 * t.start_s), round(1e6 * (t.end_s - t.start_s))) for t in plan.timeline]
+    assert sorted(found) == sorted(stated)
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({"contiguous": False}, "a free assignment has no pipeline.*--objective latency"),
+        ({"devices": ["cuda:0"]}, "cuda:0 alone.*--pin"),
+    ],
+)
+def test_a_plan_without_a_timeline_says_so(asked, why, tmp_path):
+    """And writes nothing."""
+    plan = sw.plan(sw.Costs.load(COSTS), **asked)
+    with pytest.raises(sw.ShardwrightError, match=why):
+        plan.save_trace(tmp_path / "plan.trace.json")
+    assert not [*tmp_path.iterdir()]

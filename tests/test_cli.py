@@ -96,12 +96,33 @@ def test_shard_plans_runs_and_reports(profiled, run_cli):
     assert again.returncode == 0, again.stderr
     assert json.loads((profiled / "again.trace.json").read_text()) == trace
     assert "Wrote again.trace.json: open it at https://ui.perfetto.dev." in again.stdout
-    refused = run_cli("report", "small.plan.json", "--trace", "again.trace.json", cwd=profiled, in_process=True)
+    refused = run_cli("report", "small.profile.json", "--trace", "again.trace.json", cwd=profiled, in_process=True)
     assert refused.returncode == 2
-    assert "small.plan.json is no run; --trace is for one" in refused.stderr.replace("\n", " ")
+    assert "small.profile.json is neither a plan nor a run; --trace" in refused.stderr.replace("\n", " ")
     checked = run_cli("verify", "nets.py:Small", "--plan", "small.plan.json", cwd=profiled, in_process=True)
     assert checked.returncode == 0, checked.stderr
     assert "verified" in checked.stdout
+
+
+def test_a_plan_s_timeline_is_written_without_a_run(profiled, run_cli):
+    """By ``shard`` and from the file alike; where there is none, ``shard`` says so and goes on, or refuses first."""
+    shard = ("shard", "--profile", "small.profile.json", "--microbatches", "4", "--out", "split.plan.json")
+    options = {"cwd": profiled, "in_process": True}
+    made = run_cli(*shard, "--pin", "0=cpu:0", "--pin", "5=cpu:1", "--trace", "split.trace.json", **options)
+    assert made.returncode == 0, made.stderr
+    assert "Wrote split.trace.json: open it at https://ui.perfetto.dev." in made.stdout
+    trace = (profiled / "split.trace.json").read_text()
+    assert {event["name"] for event in json.loads(trace)["traceEvents"]} >= {"F0", "B3", "memory of cpu:1"}
+    again = run_cli("report", "split.plan.json", "--trace", "again.trace.json", **options)
+    assert again.returncode == 0, again.stderr
+    assert (profiled / "again.trace.json").read_text() == trace
+    alone = run_cli(*shard, "--devices", "cpu:0", "--trace", "none.trace.json", **options)
+    assert alone.returncode == 0, alone.stderr
+    assert "Wrote no none.trace.json: the plan is the model on cpu:0 alone" in alone.stdout
+    refused = run_cli(*shard, "--free", "--trace", "none.trace.json", **options)
+    assert refused.returncode == 2
+    assert "--trace is of a timeline, which a free assignment does not have" in refused.stderr.replace("\n", " ")
+    assert not (profiled / "none.trace.json").exists()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -17,6 +18,7 @@ from pydantic import (
 from shardwright.files import Document, Record
 from shardwright.profiler.profile import NodeKind, TensorSpec
 from shardwright.sharder.planning.consistency import fault_of
+from shardwright.sharder.planning.stage_memory import StageMemory
 
 __all__ = [
     "WORTHWHILE",
@@ -108,6 +110,8 @@ class Stage(Record):
     """Its part of the device's peak."""
     memory_cap_bytes: PositiveInt
     """Of the device."""
+    memory: StageMemory | None = None
+    """What ``memory_bytes`` is the peak of; None of a free assignment, and in plans of before it was kept."""
     in_flight: PositiveInt
     """Micro-batches whose saved tensors are held at once."""
     finish_s: NonNegativeFloat | None = None
@@ -498,6 +502,18 @@ class Plan(Document):
             for device in (stage.device, *stage.replica_devices):
                 found[device] += stage.memory_bytes
         return found
+
+    def save_trace(self, path: str | Path) -> None:
+        """Write the step that the plan foresees as a Chrome trace, which ui.perfetto.dev opens, with the memory of each
+        device; of a latency plan the pass of one input.
+
+        Raises:
+            ShardwrightError: there is no timeline, as of a single device or a free assignment, or ``path`` cannot be
+                written.
+        """
+        from shardwright.sharder.planning.chrome import write_plan_trace
+
+        write_plan_trace(self, path)
 
     def placement(self) -> dict[str, str]:
         """Unit path -> device, of the first replica."""

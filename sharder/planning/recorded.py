@@ -12,6 +12,7 @@ from shardwright.sharder.planning.pricing import Option
 from shardwright.sharder.planning.problem import Problem, bits, in_flight
 from shardwright.sharder.planning.schedules.interleaved_memory import device_peaks
 from shardwright.sharder.planning.schedules.simulate import StageCost
+from shardwright.sharder.planning.schedules.stage_bytes import stage_memories
 from shardwright.sharder.planning.schedules.stage_costs import Stages, shares_of
 from shardwright.sharder.planning.schedules.zero_bubble import held_at_most
 
@@ -53,6 +54,7 @@ def stages_of(profile: Profile, option: Option) -> tuple[Stage, ...]:
             units[stage_of[node.name]][node.unit] = None
     stages, anew = [], option.anew
     held = _held(problem, split.stages, anew, train=profile.train)
+    memories = stage_memories(problem, split.stages, anew, train=profile.train)
     for index, (device, _) in enumerate(split.stages):
         stages.append(
             Stage(
@@ -63,6 +65,7 @@ def stages_of(profile: Profile, option: Option) -> tuple[Stage, ...]:
                 load_s=option.loads[index],
                 param_bytes=param_bytes[index],
                 memory_bytes=held[index][0],
+                memory=memories[index],
                 memory_cap_bytes=problem.caps[device],
                 in_flight=held[index][1],
                 recompute=anew[index],

@@ -23,8 +23,8 @@ from typing import Literal, NamedTuple
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.planning.schedules.foreseen import costs_of, timeline_of
 from shardwright.sharder.planning.schedules.simulate import StageCost
-from shardwright.sharder.planning.schedules.timeline import Timeline
-from shardwright.sharder.runtime.record import Account, Accounts, Off, Slot, StageAccounts, What
+from shardwright.sharder.planning.schedules.slots import Slot, What, exchanged_s, of_replicas, predicted_slots
+from shardwright.sharder.runtime.record import Account, Accounts, Off, StageAccounts
 
 __all__ = ["Mark", "Noted", "account", "accounts_of", "measured_costs", "measured_slots", "off", "predicted_slots"]
 
@@ -78,12 +78,7 @@ def accounts_of(plan: Plan, steps: Sequence[Sequence[Noted]]) -> Accounts:
     measured_s, measured = measured_slots(shown, plan.depth)
     costs = costs_of(plan)
     timeline = timeline_of(plan, costs)
-    one = predicted_slots(timeline, costs, serial=not plan.overlap)
-    predicted = tuple(
-        slot.model_copy(update={"replica": replica}) if replica else slot
-        for replica in range(plan.replicas)
-        for slot in one
-    )
+    predicted = of_replicas(predicted_slots(timeline, costs, serial=not plan.overlap), plan.replicas)
 
     def of(device: int, slots: Iterable[Slot], step_s: float) -> Account:
         replica, position = divmod(device, plan.depth)
@@ -169,61 +164,6 @@ def _message(replica: int, stage: int, mark: Mark) -> _Message:
         return (how, replica, -1 if how == "tie" else stage, mark.microbatch)
     towards_next = (how == "send") == (kind == "activations")
     return kind, replica, stage if towards_next else stage - 1, mark.microbatch
-
-
-def predicted_slots(timeline: Timeline, costs: Sequence[StageCost], *, serial: bool) -> tuple[Slot, ...]:
-    """The slots of a simulated step; ``serial``: transfers keep both ends from computing.
-
-    What is of no stage, as a device's wait for the end, is put down to the device's first one.
-    """
-    free_s = [0.0] * timeline.order.devices
-    slots: list[Slot] = []
-
-    def add(device: int, stage: int, what: What, microbatch: int | None, start_s: float, seconds: float) -> None:
-        if start_s > free_s[device]:
-            slots.append(_slot(stage, Mark("wait", microbatch, 0, 0), free_s[device], start_s))
-            free_s[device] = start_s
-        if seconds > 0:
-            slots.append(_slot(stage, Mark(what, microbatch, 0, 0), free_s[device], free_s[device] + seconds))
-            free_s[device] += seconds
-
-    for slot in timeline.slots:
-        at, number = (slot.device, slot.operation.stage), slot.operation.microbatch
-        if slot.operation.kind == "W":
-            add(*at, "backward of weights", number, slot.start_s, slot.end_s - slot.start_s)
-            free_s[slot.device] = slot.end_s
-            continue
-        forward = slot.operation.kind == "F"
-        into_s, out_s = _exchanged_s(costs, slot.operation.stage, forward=forward) if serial else (0.0, 0.0)
-        crossing = "activations" if forward else "gradients"
-        receive: What = "receive activations" if crossing == "activations" else "receive gradients"
-        send: What = "send activations" if crossing == "activations" else "send gradients"
-        add(*at, receive, number, slot.start_s - into_s, into_s)
-        engine_s = costs[slot.operation.stage].engine_s
-        add(*at, "forward" if forward else "backward", number, slot.start_s, slot.end_s - slot.start_s - engine_s)
-        free_s[slot.device] = slot.end_s
-        add(*at, send, number, slot.end_s, out_s)
-    for device in range(timeline.order.devices):
-        mine = costs[device :: timeline.order.devices]
-        add(device, device, "tie", None, free_s[device], sum(cost.tie_s for cost in mine))
-        add(device, device, "sum", None, free_s[device], sum(cost.sum_s for cost in mine))
-        add(device, device, "update", None, free_s[device], sum(cost.update_s for cost in mine))
-        add(device, device, "wait", None, timeline.step_s, 0.0)
-    return tuple(slots)
-
-
-def _exchanged_s(costs: Sequence[StageCost], stage: int, *, forward: bool) -> tuple[float, float]:
-    """Seconds in which ``stage`` receives the input of an operation and sends its result, as in simulate.py."""
-    cost, first, last = costs[stage], stage == 0, stage == len(costs) - 1
-    if forward:
-        into_s = 0.0 if first else _or(cost.receive_forward_s, costs[stage - 1].send_forward_s)
-        return into_s, 0.0 if last else cost.send_forward_s
-    out_s = 0.0 if first else _or(cost.send_backward_s, costs[stage - 1].receive_backward_s)
-    return 0.0 if last else cost.receive_backward_s, out_s
-
-
-def _or(own_s: float | None, other_s: float) -> float:
-    return other_s if own_s is None else own_s
 
 
 def measured_costs(slots: Sequence[Slot], plan: Plan, step_s: float) -> tuple[StageCost, ...]:
@@ -316,8 +256,8 @@ def _all_own(costs: Sequence[StageCost]) -> tuple[StageCost, ...]:
     return tuple(
         dataclasses.replace(
             cost,
-            receive_forward_s=_exchanged_s(costs, stage, forward=True)[0],
-            send_backward_s=_exchanged_s(costs, stage, forward=False)[1],
+            receive_forward_s=exchanged_s(costs, stage, forward=True)[0],
+            send_backward_s=exchanged_s(costs, stage, forward=False)[1],
         )
         for stage, cost in enumerate(costs)
     )

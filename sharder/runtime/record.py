@@ -9,6 +9,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 
 from shardwright.errors import ShardwrightError
 from shardwright.files import Document, Record
+from shardwright.sharder.planning.schedules.slots import Slot, What
 
 __all__ = [
     "Account",
@@ -24,22 +25,6 @@ __all__ = [
     "Weighed",
     "What",
 ]
-
-What = Literal[
-    "forward",
-    "loss",
-    "backward",
-    "backward of weights",
-    "update",
-    "tie",
-    "sum",
-    "send activations",
-    "receive activations",
-    "send gradients",
-    "receive gradients",
-    "wait",
-]
-"""What a stage is at. A transfer begins when both its ends are at it; until then the one that came first waits."""
 
 
 class Equality(Record):
@@ -105,23 +90,6 @@ class Weighed(Record):
     def error_percent(self) -> float:
         """How far the prediction was from the measurement; positive when it stated too much."""
         return 100.0 * (self.predicted_bytes / self.measured_bytes - 1.0) if self.measured_bytes else 0.0
-
-
-class Slot(Record):
-    """When a stage was at something, in seconds from the start of the step. The slots of a device do not overlap."""
-
-    stage: NonNegativeInt
-    what: What
-    microbatch: NonNegativeInt | None
-    """None: it is not of one micro-batch. Each replica counts its own."""
-    start_s: NonNegativeFloat
-    end_s: NonNegativeFloat
-    replica: NonNegativeInt = 0
-
-    @property
-    def duration_s(self) -> float:
-        """Seconds."""
-        return self.end_s - self.start_s
 
 
 class Account(Record):

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from shardwright.sharder.planning.plan import Plan
+from shardwright.sharder.planning.schedules.footprint import MemoryCurve, memory_curve
 from shardwright.sharder.planning.schedules.simulate import StageCost, simulate
 from shardwright.sharder.planning.schedules.timeline import Timeline
 
-__all__ = ["at_pace", "costs_of", "timeline_of"]
+__all__ = ["at_pace", "costs_of", "memory_of", "once_s_of", "timeline_of"]
 
 
 def costs_of(plan: Plan) -> tuple[StageCost, ...]:
@@ -48,6 +49,22 @@ def timeline_of(plan: Plan, costs: Sequence[StageCost] | None = None) -> Timelin
         transfers="overlapped" if plan.overlap else "serial",
         staged=plan.transfers == "staged",
     )
+
+
+def once_s_of(plan: Plan, device: int) -> float:
+    """Seconds in which a device of a replica, by its position, sums gradients and updates, after its operations."""
+    return sum(stage.tie_s + stage.sum_s + stage.update_s for stage in plan.stages[device :: plan.depth])
+
+
+def memory_of(plan: Plan, timeline: Timeline) -> tuple[MemoryCurve, ...] | None:
+    """What each device of a replica holds over a step; the most is what ``plan.memory()`` states.
+
+    None where the plan does not say what its stages hold: a free assignment, and a file of before that was kept.
+    """
+    stages = [stage.memory for stage in plan.stages if stage.memory is not None]
+    if not plan.contiguous or len(stages) < len(plan.stages):
+        return None
+    return tuple(memory_curve(timeline, stages, d, once_s_of(plan, d)) for d in range(plan.depth))
 
 
 def at_pace(plan: Plan, slower: Mapping[str, float]) -> float:
