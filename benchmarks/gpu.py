@@ -35,6 +35,7 @@ from shardwright.profiler import collect
 from shardwright.profiler.capture import captures_of
 from shardwright.profiler.estimates.catalogue import model_of
 from shardwright.profiler.estimates.estimate import ASSUMED, NOMINAL, demand_of, fit, roofline_s
+from shardwright.profiler.estimates.on_gpu import as_on_gpu
 from shardwright.profiler.estimates.workload import Mode, Workloads
 from shardwright.profiler.measuring.optimizers import make_optimizer
 from shardwright.profiler.measuring.pace import pace_of
@@ -223,7 +224,7 @@ def trained(model, args, kwargs, places, device, steps):
     return [between(first, second) for first, second in itertools.pairwise(marks)], peak, statistics.fmean(paces)
 
 
-def unit_times(capture, profile):
+def unit_times(capture, profile, device):
     """Kind, demand and measured seconds of the forward and the backward of each step that computes."""
     measured = {m.node: m for m in profile.measurements if m.microbatches == 1}
     workloads = Workloads()
@@ -236,7 +237,7 @@ def unit_times(capture, profile):
             (workload.forward, measured[step.name].forward_s),
             (workload.backward, measured[step.name].backward_s),
         ):
-            demand = demand_of(operations)
+            demand = demand_of(as_on_gpu(operations) if device.type == "cuda" else operations)
             if len(demand.flops) and seconds > 0:
                 rows.append((step.kind, demand, seconds))
     return rows
@@ -295,7 +296,7 @@ def one(name, make, device, options):
         f"({errors[0]:+.1f}%) | {slower:.3f}, {errors[2]:+.1f}% | {memory} | {took:.1f} s |",
         flush=True,
     )
-    return unit_times(captures[1], profile), errors
+    return unit_times(captures[1], profile, device), errors
 
 
 def print_rooflines(rows, rates):

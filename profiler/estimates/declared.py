@@ -9,7 +9,7 @@ was measured, for it is the host that launches operators.
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,9 +30,11 @@ from shardwright.profiler.estimates.estimate import (
     fit,
     roofline_s,
 )
+from shardwright.profiler.estimates.on_gpu import as_on_gpu
 from shardwright.profiler.estimates.workload import Mode, Workloads
 from shardwright.profiler.graph import OF_HOST
 from shardwright.profiler.profile import Device, Estimate, Link, Measurement, Origin
+from shardwright.profiler.recording.operations import Operation
 from shardwright.profiler.recording.unitgraph import UnitGraph
 
 __all__ = ["DeclaredTimes", "Site", "find_site"]
@@ -51,6 +53,11 @@ class _StepDemand:
     forward: Demand
     backward: Demand
     update: Demand
+
+    @property
+    def phases(self) -> dict[str, Demand]:
+        """By the name of a phase's time in a measurement."""
+        return {"forward_s": self.forward, "backward_s": self.backward, "update_s": self.update}
 
 
 _Demands = Mapping[tuple[str, int], _StepDemand]
@@ -108,8 +115,9 @@ class Site:
         declared = [device for device in self.devices if device.declared]
         if self.cluster is None or not declared:
             return DeclaredTimes()
-        demands = _demands(captures, train=train, optimizer=optimizer, tell=tell)
-        references = [_reference(device, measurements, demands) for device in self.found]
+        kinds = {device.kind for device in self.devices}
+        demands = _demands(captures, kinds, train=train, optimizer=optimizer, tell=tell)
+        references = [_reference(device, measurements, demands[device.kind]) for device in self.found]
         rows: list[Measurement] = []
         estimates = []
         for device in declared:
@@ -120,7 +128,7 @@ class Site:
                 rows += [measurement.model_copy(update=taken) for measurement in reference.times.values()]
                 continue
             try:
-                rows += _computed(device.name, self.cluster.rates[device.name], demands, reference)
+                rows += _computed(device, self.cluster.rates[device.name], demands, reference)
             except ShardwrightError as error:
                 raise ShardwrightError(f"{self.cluster.path}: {device.name}: {error}") from error
             estimates.append(_estimate(device.name, reference))
@@ -172,15 +180,20 @@ def _is_here(device: Device, cluster: Cluster) -> bool:
     return model is not None and model.model == device.model
 
 
-def _demands(captures: Mapping[int, UnitGraph], *, train: bool, optimizer: str, tell: Progress) -> _Demands:
-    """What every step that is timed asks for; the update, one a batch, is the same at each number of micro-batches."""
+def _demands(
+    captures: Mapping[int, UnitGraph], kinds: Iterable[str], *, train: bool, optimizer: str, tell: Progress
+) -> dict[str, _Demands]:
+    """By kind of device, what every step that is timed asks for.
+
+    The update, one a batch, is the same at each number of micro-batches.
+    """
     steps = {count: {step.name: step for step in capture.steps} for count, capture in captures.items()}
     timed = [step.name for step in captures[1].steps if step.call is not None and (train or step.kind != "output")]
     workloads = Workloads()
-    demands: dict[tuple[str, int], _StepDemand] = {}
+    demands: dict[str, dict[tuple[str, int], _StepDemand]] = {kind: {} for kind in kinds}
     for done, name in enumerate(timed):
         tell("estimate", done, len(timed))
-        update: Demand | None = None
+        update: tuple[Operation, ...] | None = None
         for count in sorted(captures):
             call = steps[count][name].call
             if call is None:
@@ -192,10 +205,13 @@ def _demands(captures: Mapping[int, UnitGraph], *, train: bool, optimizer: str, 
             except ShardwrightError as error:
                 raise ShardwrightError(f"{name}: {error}") from error
             if update is None:
-                update = demand_of(workload.update)
-            demands[name, count] = _StepDemand(demand_of(workload.forward), demand_of(workload.backward), update)
+                update = workload.update
+            phases = (workload.forward, workload.backward, update)
+            for kind, found in demands.items():
+                run = (as_on_gpu(phase) if kind == "cuda" else phase for phase in phases)
+                found[name, count] = _StepDemand(*map(demand_of, run))
     tell("estimate", len(timed), len(timed))
-    return demands
+    return dict(demands)
 
 
 def _reference(device: Device, measurements: Sequence[Measurement], demands: _Demands) -> _Reference:
@@ -241,23 +257,24 @@ def _estimate(device: str, reference: _Reference | None) -> Estimate:
     )
 
 
-def _computed(device: str, rates: Rates, demands: _Demands, reference: _Reference | None) -> list[Measurement]:
+def _computed(
+    device: Device, rates: Rates, demands: Mapping[str, _Demands], reference: _Reference | None
+) -> list[Measurement]:
     """Times on the roofline, corrected by how far the reference device is from its own."""
     efficiency = _efficiency(reference)
     corrects = reference is not None and reference.rates is not None
     source: Origin = "scaled" if corrects else "estimated"
     rows = []
-    for key, demand in demands.items():
-        phases = {"forward_s": demand.forward, "backward_s": demand.backward, "update_s": demand.update}
-        times = {name: roofline_s(phase, rates, efficiency) for name, phase in phases.items()}
+    for key, demand in demands[device.kind].items():
+        times = {name: roofline_s(phase, rates, efficiency) for name, phase in demand.phases.items()}
         if reference is not None and reference.rates is not None and key in reference.times:
-            for name, phase in phases.items():
+            for name, phase in demands[reference.device.kind][key].phases.items():
                 own = roofline_s(phase, reference.rates, efficiency)
                 times[name] *= getattr(reference.times[key], name) / own if own else 1.0
         rows.append(
             Measurement(
                 node=key[0],
-                device=device,
+                device=device.name,
                 microbatches=key[1],
                 repeats=0,
                 forward_spread_s=0.0,

@@ -48,9 +48,10 @@ class Efficiency:
     operation_s: float
 
 
-ASSUMED = Efficiency(compute=0.6, memory=0.75, operation_s=1e-5)
-"""Until something is measured: a guess of what large products and large element-wise operators reach on GPUs. The time
-of an operator is what benchmarks/roofline.py finds on a CPU core, 7 to 12 us, which is mostly the host's own work."""
+ASSUMED = Efficiency(compute=0.6, memory=0.9, operation_s=5e-6)
+"""Until something is measured, as on a GPU: what came nearest to the times of ten models' units on an H100, 2026-11-28
+(docs/accuracy.md). Caches are in it: more of the bandwidth than memory alone gives. The host's time is not, of which an
+operator took 27 to 92 us there: networks of small operators wait for it."""
 
 NOMINAL = Rates(
     peak_flops=dict.fromkeys(("float64", "float32", "tf32", "float16", "bfloat16", "float8", "int8"), 1e12),
