@@ -7,10 +7,17 @@ from collections.abc import Iterator
 from rich.console import ConsoleOptions, RenderableType
 
 from shardwright.reports.layout import Column, Glyphs, bar, section, tables
-from shardwright.reports.quantities import count, number_of_bytes, percent, seconds, used_of
-from shardwright.sharder.planning.plan import OtherSchedule, Plan
+from shardwright.reports.quantities import count, number_of_bytes, percent, ratio, seconds, used_of
+from shardwright.sharder.planning.plan import WORTHWHILE, OtherSchedule, Plan
 
-__all__ = ["SCHEDULES", "device_loads_s", "devices_of_interleaved", "schedule_in_words", "weighed"]
+__all__ = [
+    "SCHEDULES",
+    "device_loads_s",
+    "devices_of_interleaved",
+    "rival_schedule_in_words",
+    "schedule_in_words",
+    "weighed",
+]
 
 
 SCHEDULES = {"1f1b": "1F1B", "gpipe": "GPipe", "interleaved": "interleaved 1F1B", "zero-bubble": "zero-bubble"}
@@ -45,6 +52,19 @@ def weighed(plan: Plan, other: OtherSchedule) -> str:
     return (
         f"{'Its schedule is not the fastest: a' if slower else 'A'} step takes {seconds(plan.predicted.step_s)} with "
         f"{own} and {seconds(other.step_s)} with {theirs}: {reasons}."
+    )
+
+
+def rival_schedule_in_words(plan: Plan) -> str:
+    """The fastest of the schedules that were not asked for, where it is noticeably faster."""
+    rivals = [one for one in plan.alternatives if one.name in ("interleaved", "zero-bubble") and one.step_s]
+    best = min(rivals, key=lambda one: one.step_s or 0.0, default=None)
+    if best is None or not best.step_s or best.step_s * WORTHWHILE > plan.predicted.step_s:
+        return ""
+    theirs = schedule_in_words(best.name, 2 if best.name == "interleaved" else 1)
+    return (
+        f" {theirs[0].upper()}{theirs[1:]} would take {seconds(best.step_s)}: faster by "
+        f"{ratio(plan.predicted.step_s / best.step_s)} (--schedule {best.name})."
     )
 
 

@@ -20,6 +20,7 @@ from shardwright.reports.free_report import (
 from shardwright.reports.interleaved_report import (
     device_loads_s,
     devices_of_interleaved,
+    rival_schedule_in_words,
     schedule_in_words,
     weighed,
 )
@@ -56,7 +57,9 @@ def verdict(plan: Plan) -> Verdict:
     if not plan.contiguous:
         return Verdict(*verdict_of_free(plan))
     shard, text = _verdict_of_splits(plan)
-    text += _offloaded_in_words(plan) + _recomputed_in_words(plan) + rival_in_words(plan)
+    text += (
+        _offloaded_in_words(plan) + _recomputed_in_words(plan) + rival_in_words(plan) + rival_schedule_in_words(plan)
+    )
     if plan.other_schedule is not None:
         text = f"{text} {weighed(plan, plan.other_schedule)}"
     parallel = next((one for one in plan.alternatives if one.name == "data parallel" and one.step_s is not None), None)
@@ -387,6 +390,7 @@ class PlanReport:
                 speedup = glyphs.none if other.speedup is None else ratio(other.speedup)
                 step, devices = seconds(other.step_s), str(other.devices // other.replicas)
                 name = f"{other.replicas} replicas" if other.name == "replicas" else other.name
+                name = f"{name} by 2" if name == "interleaved" else name
                 rows.append((name, str(other.microbatches), devices, glyphs.none, step, speedup, False))
         if not rows:
             return

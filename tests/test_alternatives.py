@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 import shardwright as sw
 from shardwright.profiler.graph import costs_at
-from shardwright.sharder.planning.exact.even import cut_evenly
+from shardwright.reports.plan_report import verdict
+from shardwright.sharder.planning.exact.even import NAIVE, cut_evenly
 from shardwright.sharder.planning.formulation.blocks import problem_from_graph
 from shardwright.sharder.planning.formulation.relaxed import unpinned
+from shardwright.sharder.planning.plan import WORTHWHILE
 from shardwright.sharder.planning.planner import plan
 from shardwright.sharder.planning.problem import Block, Problem
 from shardwright.sharder.planning.verdict import alternatives
@@ -92,8 +94,8 @@ def test_unsteady_devices_wait_for_each_other():
 def test_no_alternative_is_better_than_the_proven_plan(chain_profile):
     """The splits are among those that the planner searches; each says at how many micro-batches it is best."""
     result = plan(chain_profile(8))
-    splits = [one for one in result.alternatives if one.name != "data parallel"]
-    assert [one.name for one in splits] == ["equal count", "by parameters"]
+    assert [one.name for one in result.alternatives] == [*NAIVE, "data parallel", "interleaved"]
+    splits = [one for one in result.alternatives if one.name in NAIVE]
     assert all(one.step_s >= result.predicted.step_s * (1 - 1e-9) for one in splits)
     assert all(one.speedup == pytest.approx(result.predicted.baseline_s / one.step_s) for one in splits)
 
@@ -150,3 +152,30 @@ def test_data_parallel_takes_smaller_micro_batches_where_one_of_a_device_is_too_
     found = alternatives.data_parallel([halves, quarters], profile)
     assert found.microbatches == 4
     assert found.step_s == pytest.approx(3.0 + 2 * 20 * 2**20 / 2 / 1e9)
+
+
+def test_other_schedules_stand_beside_a_plan_that_asked_for_none(chain_profile):
+    """Each with the step of the plan that it names; a sentence where it is noticeably shorter, and none else."""
+    profile = chain_profile(8, speed={"cpu:0": 1.0, "cpu:1": 1.0}, microbatches=(4,))
+    measurements = (
+        m.model_copy(update={"backward_input_s": m.backward_s / 2, "backward_weight_s": m.backward_s / 2})
+        for m in profile.measurements
+    )
+    parted = profile.model_copy(update={"measurements": tuple(measurements)})
+    found = plan(parted, microbatches=4)
+    rivals = {one.name: one for one in found.alternatives if one.name in ("interleaved", "zero-bubble")}
+    assert [*rivals] == ["interleaved", "zero-bubble"]
+    for name, one in rivals.items():
+        asked = plan(parted, microbatches=4, schedule=name)
+        assert (one.step_s, one.devices) == (pytest.approx(asked.predicted.step_s), 2)
+        assert not [other for other in asked.alternatives if other.name in rivals]
+    best = min(rivals.values(), key=lambda one: one.step_s)
+    assert best.step_s * WORTHWHILE <= found.predicted.step_s
+    said = f"faster by {found.predicted.step_s / best.step_s:.2f}x (--schedule {best.name})"
+    assert said in verdict(found).text
+    slower = [one.model_copy(update={"step_s": found.predicted.step_s}) for one in found.alternatives]
+    assert "--schedule" not in verdict(found.model_copy(update={"alternatives": tuple(slower)})).text
+    names = [one.name for one in plan(profile, microbatches=4).alternatives]
+    assert "zero-bubble" not in names  # of which the parts of backwards are not known
+    assert "interleaved" in names
+    assert "interleaved" not in [one.name for one in plan(profile, microbatches=4, transfers="staged").alternatives]

@@ -251,7 +251,9 @@ class OtherSchedule(Record):
 class Alternative(Record):
     """What one would do without a planner, at its best number of micro-batches, priced from the same costs."""
 
-    name: Literal["equal count", "by parameters", "data parallel", "nothing anew", "replicas"]
+    name: Literal[
+        "equal count", "by parameters", "data parallel", "nothing anew", "replicas", "interleaved", "zero-bubble"
+    ]
     microbatches: PositiveInt
     devices: PositiveInt
     """Of all replicas."""

@@ -261,6 +261,11 @@ def _for_throughput(
         from shardwright.sharder.planning.schedules.replicated import rival_in_replicas
 
         alternatives += rival_in_replicas(chosen, problems, profile, baseline.step_s if baseline else None, deadline_s)
+    if len(chosen.split.stages) > 1 and not chosen.problem.replicas and not chosen.tiers and not profile.obstacles:
+        from shardwright.sharder.planning.schedules.rivals import rival_schedules
+
+        baseline_s = baseline.step_s if baseline else None
+        alternatives += rival_schedules(chosen, weighed, profile, baseline_s, deadline_s)
     certificate = certify(chosen, options, baseline, deadline_s)
 
     def problems_with(wishes: Wishes) -> list[Problem]:
