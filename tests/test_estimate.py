@@ -17,7 +17,7 @@ from shardwright.profiler.estimates.estimate import (
     fit,
     roofline_s,
 )
-from shardwright.profiler.estimates.on_gpu import SLOWER, as_on_gpu
+from shardwright.profiler.estimates.on_gpu import LAUNCHES, as_on_gpu
 from shardwright.profiler.recording.operations import Operation
 
 RATES = Rates(peak_flops={"float32": 1e12, "bfloat16": 4e12}, memory_bytes_per_s=1e11)
@@ -63,14 +63,18 @@ def test_a_missing_rate_is_named():
     assert roofline_s(demand_of([operation(0, 10**11, torch.float16)]), RATES, WHOLE) == pytest.approx(1)
 
 
-def test_a_gpu_makes_no_mask_and_is_slower_at_convolutions():
-    """A dropout is the operator that applies its mask; arithmetic of convolutions and attention counts four times."""
+def test_a_gpu_makes_no_mask_and_launches_convolutions_in_parts():
+    """A dropout is the operator that applies its mask; a convolution asks for no more, but for several launches."""
     mask, scale = operation(0, 10, name="aten.bernoulli_.float"), operation(0, 10, name="aten.div_.Scalar")
     apply, product = operation(0, 30, name="aten.mul.Tensor"), operation(100, 30)
     assert [*as_on_gpu([product, mask, scale, apply, scale])] == [product, apply, scale]
     assert [*as_on_gpu([mask, apply, scale, mask, scale, scale])] == [apply, scale, scale]
-    for name in ("aten.convolution_backward.default", "aten._scaled_dot_product_flash_attention_for_cpu.default"):
-        assert [*as_on_gpu([product._replace(name=name)])] == [product._replace(name=name, flops=SLOWER * 100)]
+    for name, launches in LAUNCHES.items():
+        convolution = product._replace(name=name)
+        found = demand_of(as_on_gpu([convolution]))
+        assert found.count.sum() == launches
+        assert (found.flops.sum(), found.bytes.sum()) == (convolution.flops, convolution.bytes)
+        assert roofline_s(found, RATES, Efficiency(1.0, 1.0, 1.0)) == pytest.approx(launches, rel=1e-6)
 
 
 # Calibration

@@ -146,6 +146,13 @@ def test_attention_counts_whatever_kernel_it_takes():
     assert both == by_hand(2, 4, 10, 8) * (2 + 5) // 2
 
 
+def test_attention_counts_the_heads_of_its_queries():
+    """Fewer heads of keys and values are read several times, and their arithmetic is done for every head of queries."""
+    q, kv = Q.clone().requires_grad_(), Q[:, :2].clone().requires_grad_()
+    whole = operations_of(lambda: functional.scaled_dot_product_attention(q, kv, kv, enable_gqa=True).sum().backward())
+    assert sum(o.flops for o in whole) == by_hand(2, 4, 10, 8) * (2 + 5) // 2
+
+
 @pytest.mark.parametrize("module", [nn.MultiheadAttention, nn.TransformerEncoderLayer])
 def test_fused_layers_count_what_their_parts_do(module):
     """The kernel that takes a whole layer in evaluation does the arithmetic of the layer in training."""

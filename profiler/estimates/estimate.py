@@ -49,9 +49,9 @@ class Efficiency:
 
 
 ASSUMED = Efficiency(compute=0.6, memory=0.9, operation_s=5e-6)
-"""Until something is measured, as on a GPU: what came nearest to the times of ten models' units on an H100, 2026-11-28
-(docs/accuracy.md). Caches are in it: more of the bandwidth than memory alone gives. The host's time is not, of which an
-operator took 27 to 92 us there: networks of small operators wait for it."""
+"""Until something is measured, as on a GPU: of what was tried, near the best for the units of ten models on an H100,
+2026-11-28 (docs/accuracy.md). Caches are in it: more of the bandwidth than memory alone gives. The host's time is not,
+of which an operator took 27 to 92 us there: networks of small operators wait for it."""
 
 NOMINAL = Rates(
     peak_flops=dict.fromkeys(("float64", "float32", "tf32", "float16", "bfloat16", "float8", "int8"), 1e12),

@@ -1,9 +1,10 @@
 """What a GPU runs in place of what a CPU was seen to run, as far as a roofline has to know.
 
 Operators are recorded as a CPU runs them. A CPU makes the mask of a dropout by two operators of its own, a GPU in the
-one that applies it. And of their peak rates convolutions (in tf32) and fused attention reach about a quarter of what
-products of matrices do: fitted to 608 forwards and backwards of the units of ten models on an H100, products 0.62,
-convolutions 0.16 to 0.18, attention 0.17 (2026-11-28, docs/accuracy.md). They are counted as four times the arithmetic.
+one that applies it. And a convolution is several kernels on a GPU: tensor cores want channels last, so that tensors in
+PyTorch's usual layout are transposed before and after (microsoft/onnxruntime, pull request 17200, shows such kernels),
+and a backward has two gradients to compute. How many there are was not counted: 3 and 10 come nearest to the times of
+the units of ten models on an H100 (2026-11-28, docs/accuracy.md), and 3 to 5 and 8 to 18 about as near.
 """
 
 from __future__ import annotations
@@ -12,21 +13,22 @@ from collections.abc import Iterable, Iterator
 
 from shardwright.profiler.recording.operations import Operation
 
-__all__ = ["SLOWER", "as_on_gpu"]
+__all__ = ["LAUNCHES", "as_on_gpu"]
 
-SLOWER = 4
-"""So many times the arithmetic of a product of matrices takes as long as that of a convolution or of attention."""
+LAUNCHES = {"aten.convolution.default": 3, "aten.convolution_backward.default": 10}
+"""As many operators' time beside arithmetic and bytes each of these takes."""
 MASK = ("aten.bernoulli_.float", "aten.div_.Scalar")
 """A dropout's mask, and its scale."""
 
 
 def as_on_gpu(operations: Iterable[Operation]) -> Iterator[Operation]:
-    """The operators that a GPU runs for ``operations``, which a CPU ran."""
+    """The operators that a GPU runs for ``operations``, which a CPU ran; further launches as ones that do nothing."""
     before = ""
     for operation in operations:
-        if operation.name == MASK[0] or (operation.name, before) == (MASK[1], MASK[0]):
-            before = operation.name
-            continue
+        is_mask = operation.name == MASK[0] or (operation.name, before) == (MASK[1], MASK[0])
         before = operation.name
-        slower = "convolution" in operation.name or "attention" in operation.name
-        yield operation._replace(flops=SLOWER * operation.flops) if slower else operation
+        if is_mask:
+            continue
+        yield operation
+        for _ in range(LAUNCHES.get(operation.name, 1) - 1):
+            yield operation._replace(flops=0, bytes=0)

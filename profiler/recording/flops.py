@@ -31,11 +31,16 @@ def formula_of(func: Any) -> Formula | None:
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+    return int(sdpa_flop_count(query.shape, _shared(key, query), _shared(value, query)))
 
 
 def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+    return int(sdpa_backward_flop_count(grad.shape, query.shape, _shared(key, query), _shared(value, query)))
+
+
+def _shared(of: Tensor, query: Tensor) -> tuple[int, ...]:
+    """The shape of keys or values for each head of the queries; torch 2.11's formula refuses fewer heads."""
+    return (*of.shape[:-3], query.shape[-3], *of.shape[-2:])
 
 
 def _multi_head(query: Tensor, key: Tensor, value: Tensor, width: int, heads: int, *_: Any, **__: Any) -> int:
