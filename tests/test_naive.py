@@ -52,7 +52,7 @@ def test_naive_splits_are_run_beside_the_plan(captured_profile):
     model = Tied()
     plan = planned(captured_profile, model)
     assert plan.devices == ("cpu:1", "cpu:0")
-    count, parameters, parallel = plan.alternatives
+    count, parameters, parallel, *_ = plan.alternatives
     fewer = parameters.model_copy(update={"microbatches": 2})
     run = sw.run(
         model, plan.model_copy(update={"alternatives": (count, fewer, parallel)}), (torch.randn(8, 6),), steps=2
@@ -109,7 +109,7 @@ def test_what_is_the_plans_own_is_not_run_again(captured_profile):
 def test_what_cannot_be_measured_says_why(captured_profile):
     """A step that would take too long; a split that is not possible; a plan of before the stages were kept."""
     plan = planned(captured_profile)
-    count, parameters, _ = plan.alternatives
+    count, parameters, *_ = plan.alternatives
     long = count.model_copy(update={"step_s": NAIVE_LIMIT_S / 3})
     without = parameters.model_copy(update={"step_s": None, "why": "none fits", "stages": ()})
     found, refused = naive_plans(plan.model_copy(update={"alternatives": (long, without)}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from shardwright.sharder.planning.exact.even import NAIVE
 from shardwright.sharder.planning.plan import Alternative, Plan, Stage
 from shardwright.sharder.runtime.record import Naive
 
@@ -19,7 +20,7 @@ def naive_plans(plan: Plan) -> tuple[dict[str, Plan], tuple[Naive, ...]]:
     found: dict[str, Plan] = {}
     refused: list[Naive] = []
     for alternative in plan.alternatives:
-        if alternative.name in ("data parallel", "nothing anew", "replicas"):  # no split, and the planner's own
+        if alternative.name not in NAIVE:  # no split, or the planner's own
             continue
         why = _why_not(plan, alternative, found)
         if why:
@@ -39,7 +40,7 @@ def naive_plans(plan: Plan) -> tuple[dict[str, Plan], tuple[Naive, ...]]:
 
 def not_measured(alternative: Alternative, why: str) -> Naive:
     """The record of a split that was not run."""
-    assert alternative.name in ("equal count", "by parameters"), "the others are not naive"
+    assert alternative.name in ("equal count", "by parameters"), "the others are not naive"  # as in NAIVE
     devices = tuple(stage.device for stage in alternative.stages)
     return Naive(
         name=alternative.name, devices=devices, microbatches=alternative.microbatches, steps=0, timed=None, why=why
