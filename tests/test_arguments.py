@@ -30,6 +30,8 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "costs.json"
         ({"devices": "cuda:0"}, "devices is 'cuda:0'; give names, such as"),
         ({"devices": [5]}, r"devices is \[5\]; give names, such as"),
         ({"together": 5}, "together is 5; give names, such as"),
+        ({"together": [["body"], []]}, "together has a group that names no unit"),
+        ({"together": ""}, "together has a group that names no unit"),
         ({"together": [["body"], 5]}, r"together is \[\['body'\], 5\]; give names, such as"),
     ],
 )

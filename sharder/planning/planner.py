@@ -143,6 +143,8 @@ def plan(
     _check_replans(replans, made_anew=chain and objective != "memory")
     names = tuple(devices) if devices is not None else None
     groups = [together] if isinstance(together, str) else [g if isinstance(g, str) else tuple(g) for g in together]
+    if not all(groups):
+        raise ShardwrightError("together has a group that names no unit: give names, or leave it out")
     wishes = Wishes(pins or {}, groups)
     time_limit_s = min(time_limit_s, MOST_S)
     deadline_s = clock_s() + time_limit_s
