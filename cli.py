@@ -369,6 +369,7 @@ def shard(
         return
     if plan.devices == (plan.predicted.baseline_device,) and plan.microbatches == plan.predicted.baseline_microbatches:
         out.print("Nothing to run: the plan is the model on one device, as it is.")
+        _write_plan_trace(plan, trace)
         return
     with _progress() as progress:
         progress("load the model", 0, 1)

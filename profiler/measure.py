@@ -92,6 +92,8 @@ class Pass(Generic[Key]):
         self.fillers = {"backward": QueueFiller(), "update": QueueFiller()}
         self.in_a_row = not parted
         """Whether steps follow one another in the host's turn."""
+        self._anew = False
+        """Whether the host's readings begin anew, since they are taken in another way from the last run on."""
 
     def run(
         self,
@@ -102,7 +104,10 @@ class Pass(Generic[Key]):
         pace: Callable[[], float] | None = None,
         broken_off: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Time every step once on each clock; see :func:`measure`. ``broken_off`` is asked before each step."""
+        """Time every step once on each clock; see :func:`measure`.
+
+        ``broken_off`` is asked before each step, and in the host's turn before each row of them.
+        """
         self.readings = {}
         paces = [pace()] if pace is not None else []
         for clock in stopwatch.clocks():
@@ -149,7 +154,7 @@ class Pass(Generic[Key]):
                 for key, reading in enqueue_forwards(again, stopwatch, keeping=False).items():
                     of_steps[key]["recompute"] = reading
         except Exception:
-            self.in_a_row = False
+            self.in_a_row, self._anew = False, True
             of_steps.update({key: {} for key in of_steps})
             for subject in self.subjects.values():
                 subject.release()
@@ -226,6 +231,11 @@ class Pass(Generic[Key]):
 
     def note(self, series: Mapping[Key, Series], *, first: bool) -> None:
         """Add what the last run read, once the stopwatch has finished; of the ``first`` run, its first call."""
+        if self._anew:
+            self._anew = False
+            self.excess.pop("host", None)
+            for name in set(self.named.values()) & series.keys():
+                series[name].host = None
         for clock, readings in self.readings.items():
             on_clock: Mapping[Key, Series] = series
             if clock == "host":

@@ -11,7 +11,7 @@ from test_stopwatch import Queue
 from torch import nn
 
 from shardwright.profiler.measure import Goal, Pass, Readings, measure
-from shardwright.profiler.measuring.enqueuing import shares
+from shardwright.profiler.measuring.enqueuing import enqueue_backwards, shares
 from shardwright.profiler.measuring.stopwatch import Enqueued
 from shardwright.profiler.measuring.timing import Series, summarise
 from shardwright.profiler.profile import Clocked, Timing
@@ -104,19 +104,26 @@ def test_shares_make_the_whole(total, alone, empty):
     )
 
 
-def test_steps_that_do_not_go_in_a_row_are_called_by_themselves(monkeypatch):
-    """What fails only together costs no measurement; what fails by itself is named."""
-    queue, x = Queue(), torch.ones(3, requires_grad=True)
+@pytest.mark.parametrize("left", [0, 4])
+def test_steps_that_do_not_go_in_a_row_are_called_by_themselves(monkeypatch, left):
+    """What fails only together costs no measurement, and what was read in a row before is not mixed with the rest."""
+    queue, x = Interrupted(), torch.ones(3, requires_grad=True)
+    enqueue, calls = enqueue_backwards, iter(range(100))
     subjects = {name: subject(Launches(queue, 1 / 1024, 1 / 1024), x) for name in "ab"}
 
-    def fails(*_):
-        raise RuntimeError("not together")
+    def fails(*args):
+        if next(calls) >= left:
+            raise RuntimeError("not together")
+        return enqueue(*args)
 
     monkeypatch.setattr("shardwright.profiler.measure.enqueue_backwards", fails)
     settled, steps = {}, Pass(subjects)
-    measure([steps], queue, Goal(repeats=6), on_settled=settled.__setitem__)
+    measure([steps], queue, Goal(repeats=12), on_settled=settled.__setitem__)
     assert not steps.in_a_row
-    assert [summarise(settled[name]).host.backward_s for name in "ab"] == pytest.approx([1 / 1024] * 2)
+    for name in "ab":
+        host = settled[name].host
+        assert host.backwards() == pytest.approx([9 / 1024] * host.repeats)
+        assert host.forwards() == pytest.approx([9 / 1024] * host.repeats)
 
 
 SIDES = st.tuples(st.integers(0, 9), st.integers(0, 9))

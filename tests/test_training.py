@@ -140,6 +140,32 @@ def test_pipelines_follow_one_another(workers, captured_profile, late):
     assert first == second == [first[0]] * 3
 
 
+def with_groups_between(plan):
+    """In a rank: the losses of two pipelines, with groups of the script's own, made anew each time, around them."""
+    losses = []
+    args, kwargs, target = Chain.batch(0)
+    for _ in range(2):
+        for _ in range(3):
+            dist.init_process_group("gloo")
+            total = torch.ones(1)
+            dist.all_reduce(total)
+            assert total == 2
+            dist.destroy_process_group()
+            gc.collect()
+            time.sleep(0.2)  # the script's: rank 0's store ends with the group
+        pipe = made_pipe(Chain, plan)
+        losses.append(float(pipe.step(*args, target=target, **kwargs)))
+        pipe.close()
+    return losses
+
+
+def test_a_script_may_make_groups_of_its_own_between(workers, captured_profile):
+    """What a pipeline leaves behind is not in their way: the ranks meet at the same port."""
+    plan = planned(captured_profile, Chain, 2)
+    first, second = on_ranks(workers, 2, with_groups_between, plan)
+    assert first == second == [first[0]] * 2
+
+
 def hosted(function, *args):
     """In a rank whose stages exchange through the host's memory, as those of a plan over kinds of devices do."""
     from shardwright.sharder.runtime.piping import ranks

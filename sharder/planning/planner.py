@@ -312,8 +312,9 @@ def _for_memory(
     deadline_s: float,
 ) -> Plan:
     """The split with the smallest peak share, and of those with no larger one that with the smallest largest load."""
+    from shardwright.sharder.planning.free.assignment import Budget
     from shardwright.sharder.planning.free.freely import for_memory, least_of
-    from shardwright.sharder.planning.free.least_memory import LeastShare, within_share
+    from shardwright.sharder.planning.free.least_memory import LeastShare, least_share, within_share
 
     def least_with(wishes: Wishes, deadline_s: float) -> tuple[Problem, LeastShare]:
         problems = [problem_at(count, wishes) for count in counts]
@@ -324,12 +325,22 @@ def _for_memory(
             raise nothing_fits(problems, profile, deadline_s)
         return found
 
-    def least_share_with(wishes: Wishes, parts: int) -> Value:
-        now_s = clock_s()
-        _, share = least_with(wishes, now_s + max(0.0, deadline_s - now_s) / parts)
-        return Value(share.value, share.exact)
-
     problem, share = least_with(wishes, deadline_s)
+
+    def least_share_with(wishes: Wishes, parts: int) -> Value:
+        """Under the plan's schedule, with what it computes anew."""
+        others = [
+            dataclasses.replace(problem_at(count, wishes), schedule=problem.schedule, recompute=problem.recompute)
+            for count in counts
+        ]
+        until_s = clock_s() + max(0.0, deadline_s - clock_s()) / parts
+        found = [
+            least_share(one, Budget(max(0.0, until_s - clock_s()) / (len(others) - n))) for n, one in enumerate(others)
+        ]
+        shares = [one for one in found if one is not None]
+        best = min(shares, key=lambda one: one.value)
+        return Value(best.value, best.exact)
+
     option = solve(within_share(problem, share.value), profile, time_limit_s=max(0.0, deadline_s - clock_s()))
     if option is None:
         raise AssertionError("a split was found with these caps")

@@ -71,8 +71,13 @@ def plan_freely(
         ShardwrightError: nothing fits, or nothing was found in the time.
     """
 
-    def best_with(wishes: Wishes, parts: int, faster: int) -> Plan:
-        """The best with these wishes, and links so many times as fast, in one of so many parts of the time left."""
+    def best_with(wishes: Wishes, parts: int, faster: int, *, others: bool = True) -> Plan:
+        """The best with these wishes, and links so many times as fast, in one of so many parts of the time left.
+
+        The plan itself comes out of no time, too, ``others`` than it do not.
+        """
+        if others and clock_s() >= deadline_s:
+            raise ShardwrightError("no time was left; allow more with --time-limit")
         every = [problem_at(count, wishes) for count in sorted(profile.microbatches)]
         every = [with_links_times(one, faster) for one in every] if faster > 1 else every
         problems = [one for one in every if one.microbatches in counts]
@@ -82,7 +87,7 @@ def plan_freely(
     def value_with(wishes: Wishes, parts: int) -> Value:
         return _value(best_with(wishes, parts, 1))
 
-    written = best_with(wishes, 1, 1)
+    written = best_with(wishes, 1, 1, others=False)
     pins, groups = prices_of(wishes, _value(written).value, value_with, shares=objective == "memory")
     changes = _changes(written, wishes, best_with, deadline_s)
     return written.model_copy(update={"pins": pins, "groups": groups, "changes": changes})
@@ -108,13 +113,15 @@ def _changes(
     asked: list[tuple[Changeable, tuple[int, ...], Wishes]] = []
     if wishes.pins or wishes.groups:
         asked.append((_asked(wishes), (1,), Wishes({}, ())))
-    if len(written.profiled_devices) > 1:
+    if len(written.profiled_devices) > 1 and written.certificate.exact:  # else one may be worth it over these links
         asked.append(("links", LINKS, wishes))
     found: list[Change] = []
     for position, (what, factors, others) in enumerate(asked):
         tried: list[int] = []
         pays = None
         for factor in factors:
+            if clock_s() >= deadline_s:
+                break
             try:
                 other = best_with(others, len(asked) - position + len(LINKS), factor)
             except ShardwrightError:  # none was found in the time that is left
@@ -124,7 +131,7 @@ def _changes(
                 break
         if tried:
             found.append(Change(what=what, tried=tuple(tried), pays=pays))
-        if pays is not None or clock_s() >= deadline_s:
+        if pays is not None:
             break
     return tuple(found)
 
@@ -136,10 +143,9 @@ def _asked(wishes: Wishes) -> Changeable:
 def _gain(other: Plan, factor: int) -> Gain | None:
     """What ``other`` gains over one device, if that is worth it."""
     step_s, alone_s = other.predicted.step_s, other.predicted.baseline_s
-    if len(other.stages) == 1 or alone_s is None or step_s * WORTHWHILE > alone_s:
+    if len(other.stages) == 1 or not alone_s or not step_s or step_s * WORTHWHILE > alone_s:
         return None
-    speedup = alone_s / step_s if step_s else 1.0
-    return Gain(factor=factor, microbatches=other.microbatches, step_s=step_s, speedup=speedup)
+    return Gain(factor=factor, microbatches=other.microbatches, step_s=step_s, speedup=alone_s / step_s)
 
 
 def _best(

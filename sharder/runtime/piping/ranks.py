@@ -15,6 +15,7 @@ no more. Before any message is sent they meet over the store, where one that fai
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,14 +24,14 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore, PrefixStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.devices import available_cores, share_cores
 from shardwright.profiler.workers.worker import root_of
 from shardwright.sharder.planning.plan import Plan
-from shardwright.sharder.runtime.board import Board
+from shardwright.sharder.runtime.board import LOOK_S, Board
 from shardwright.sharder.runtime.nodes import Place, choose_interface, device_order, place_of
 from shardwright.sharder.runtime.piping.hosted import backend_of, is_hosted
 
@@ -38,6 +39,8 @@ __all__ = ["Ranks", "stage_device"]
 
 MEETING_S = 300.0
 """Processes that start one after another, each importing much, are waited for at least so long."""
+PORT = "shardwright/port"
+"""Under which the ranks find their store, and are counted in it."""
 CONNECT_S = 30.0
 """They connect when all are there, which takes no longer unless they cannot reach each other."""
 
@@ -344,22 +347,51 @@ def _join(plan: Plan, limit_s: float, ready: Callable[[], None]) -> tuple[Board,
     return board, place, not there
 
 
-_stores: dict[tuple[str | None, ...], tuple[Any, int, int]] = {}
-"""Where this process met others, by what the environment says: the last place only."""
+_kept: dict[tuple[str | None, ...], tuple[Any, int, int]] = {}
+"""A store of the pipelines' own, by the environment of the processes that met: the last only."""
 
 
 def _met(limit_s: float) -> tuple[Any, int, int]:
     """The store of the ranks that the environment names, this one's number, and how many there are.
 
-    It is kept for the next pipeline. Rank 0 may be the store's host: if that let go of it with each pipeline, the
-    others could find the one that is about to end when they make their next, and wait for ever in it.
+    ``torchrun`` hosts a store that outlives all pipelines. Else rank 0 does, and if that let go of it with each
+    pipeline, others could find the one that is about to end when they make their next, and wait in it for ever. It
+    cannot be kept either: PyTorch gives whoever meets at the same port later, as for a group of the script's own, the
+    same store with what was left in it. So the ranks meet there once, for the port of a store that is theirs alone.
     """
-    names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
-    key = tuple(os.environ.get(name) for name in names)
-    if key not in _stores:
-        _stores.clear()
-        _stores[key] = next(iter(rendezvous("env://", timeout=timedelta(seconds=limit_s))))
-    return _stores[key]
+    limit = timedelta(seconds=limit_s)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return _meeting(limit)
+    key = tuple(os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"))
+    if key not in _kept:
+        _kept.clear()
+        _kept[key] = _own_store(limit)
+    store, rank, size = _kept[key]
+    store.set_timeout(limit)
+    return store, rank, size
+
+
+def _meeting(limit: timedelta) -> tuple[Any, int, int]:
+    """The store that the environment names, with the rank and the count of ranks."""
+    store, rank, size = next(iter(rendezvous("env://", timeout=limit)))
+    return store, rank, size
+
+
+def _own_store(limit: timedelta) -> tuple[Any, int, int]:
+    """A store that rank 0 hosts at a free port, once all are there."""
+    meeting, rank, size = _meeting(limit)
+    host, first = os.environ["MASTER_ADDR"], rank == 0
+    port = 0 if first else int(meeting.get(PORT))
+    store = TCPStore(host, port, is_master=first, timeout=limit, wait_for_workers=False)
+    if first:
+        meeting.set(PORT, str(store.port))
+    here, end = store.add(PORT, 1), time.monotonic() + limit.total_seconds()
+    while first and here < size:  # they need the meeting's store until then
+        if time.monotonic() > end:
+            raise dist.DistError(f"{size - here} of {size} processes did not come within {limit.total_seconds():.0f} s")
+        time.sleep(LOOK_S)
+        here = store.add(PORT, 0)
+    return store, rank, size
 
 
 def _make_group(plan: Plan, place: Place, store: Any, board: Board, limit_s: float) -> None:
