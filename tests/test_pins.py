@@ -6,6 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
+import shardwright as sw
 from shardwright.errors import ShardwrightError
 from shardwright.reports.plan_report import PlanReport, verdict
 from shardwright.sharder.planning.formulation.blocks import problem_from_graph
@@ -169,6 +170,26 @@ def test_each_wish_costs_what_planning_without_it_gains(make_profile, asked):
         assert without <= value(found) * (1 + 1e-9)
     text = " ".join(text_of(PlanReport(found)).split())
     assert "together net.b, net.d costs" in text
+
+
+def test_a_pin_of_a_plan_that_fell_back_to_gpipe_is_priced_under_it():
+    """Without the pin 1F1B may have a split of its own, which is another schedule's price."""
+    sizes = [(4, 0, 0.8), (1, 4, 0.5), (2, 2, 0.3), (3, 5, 0.3), (2, 2, 0.4), (4, 2, 0.9)]  # MB: static, saved, output
+    units = [
+        {"name": f"u{i}", "forward_s": 1e-3, "static_bytes": 1e6 * a, "saved_bytes": 1e6 * b, "output_bytes": 1e6 * c}
+        for i, (a, b, c) in enumerate(sizes)
+    ]
+    units[4]["inputs"] = ["u3", "u0"]
+    devices = {"cuda:0": {"memory_bytes": 60e6}, "cuda:1": {"memory_bytes": 20e6}}
+    units = [unit | {"backward_s": 2e-3} for unit in units]
+    links = [{"latency_s": 1e-5, "bandwidth_bytes_per_s": 1e8}]
+    costs = sw.Costs.model_validate({"microbatches": 1, "devices": devices, "links": links, "units": units})
+    found = plan(costs, objective="memory", pins={"u4": "cuda:1", "u0": "cuda:0"})
+    assert found.schedule == "gpipe"
+    price_, _ = found.pins
+    without = plan(costs, objective="memory", pins={"u0": "cuda:0"}, schedule="gpipe")
+    assert price_.without_share == pytest.approx(without.peak.value)
+    assert price_.without_share < found.peak.value
 
 
 def offloading(profile):
