@@ -49,7 +49,7 @@ def _as_told(plan: Plan) -> str:
     told = f" within the {lifted.what}"
     if gain is not None:
         return f"{told}; without them one takes {seconds(gain.step_s)}"
-    if predicted.baseline_s is not None and predicted.baseline_s < predicted.step_s:
+    if predicted.baseline_s is not None and predicted.baseline_s < predicted.step_s * (1 - 1e-9):
         return f"{told}; without them {predicted.baseline_device} alone takes {seconds(predicted.baseline_s)}"
     return told
 

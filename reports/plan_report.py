@@ -63,7 +63,7 @@ def verdict(plan: Plan) -> Verdict:
     if plan.other_schedule is not None:
         text = f"{text} {weighed(plan, plan.other_schedule)}"
     parallel = next((one for one in plan.alternatives if one.name == "data parallel" and one.step_s is not None), None)
-    if parallel is None or parallel.step_s is None or parallel.step_s * WORTHWHILE > plan.predicted.step_s:
+    if parallel is None or not parallel.step_s or parallel.step_s * WORTHWHILE > plan.predicted.step_s:
         return Verdict(shard, text)
     return Verdict(
         shard,

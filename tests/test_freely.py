@@ -288,3 +288,18 @@ def test_links_with_which_an_assignment_is_worth_it_are_found(make_profile, obje
         assert (there.speedup >= WORTHWHILE) == (factor == change.pays.factor)
     assert change.pays.step_s == pytest.approx(there.step_s)
     assert "What would change that: links" in " ".join(text_of(PlanReport(found), 200).split())
+
+
+@pytest.mark.parametrize("asked", [*ASKED, {}], ids=str)
+def test_units_that_take_no_time_and_no_room_are_planned_and_told(asked):
+    """Nothing is divided by what they take, and nothing is a gain."""
+    costs = sw.Costs.model_validate(
+        {
+            "microbatches": 2,
+            "devices": {f"cuda:{d}": {"memory_bytes": 1e9} for d in range(2)},
+            "links": [{"latency_s": 0, "bandwidth_bytes_per_s": 1e9}],
+            "units": [{"name": f"u{i}", "forward_s": 0, "backward_s": 0} for i in range(4)],
+        }
+    )
+    found = sw.plan(costs, pins={"u0": "cuda:1"}, together=[["u1", "u2"]], **asked)
+    assert "Placement" in text_of(PlanReport(found), 60)

@@ -89,7 +89,8 @@ def plan_freely(
 
     written = best_with(wishes, 1, 1, others=False)
     pins, groups = prices_of(wishes, _value(written).value, value_with, shares=objective == "memory")
-    changes = _changes(written, wishes, best_with, deadline_s)
+    several = len(problem_at(counts[0], wishes).devices) > 1
+    changes = _changes(written, wishes, best_with, deadline_s) if several else None
     return written.model_copy(update={"pins": pins, "groups": groups, "changes": changes})
 
 
@@ -113,7 +114,7 @@ def _changes(
     asked: list[tuple[Changeable, tuple[int, ...], Wishes]] = []
     if wishes.pins or wishes.groups:
         asked.append((_asked(wishes), (1,), Wishes({}, ())))
-    if len(written.profiled_devices) > 1 and written.certificate.exact:  # else one may be worth it over these links
+    if written.certificate.exact:  # else one may be worth it over these links
         asked.append(("links", LINKS, wishes))
     found: list[Change] = []
     for position, (what, factors, others) in enumerate(asked):

@@ -69,8 +69,9 @@ class LeastShare:
 
 
 def within_share(problem: Problem, share: float) -> Problem:
-    """Caps of so large a share of their own."""
-    return dataclasses.replace(problem, caps=tuple(math.floor(cap * share * (1 + ROUNDING)) for cap in problem.caps))
+    """Caps of so large a share of their own, and of a byte at least: units without bytes fit there, too."""
+    caps = tuple(max(1, math.floor(cap * share * (1 + ROUNDING))) for cap in problem.caps)
+    return dataclasses.replace(problem, caps=caps)
 
 
 def share_of(problem: Problem, stages: Sequence[tuple[int, int]]) -> float:
