@@ -1,10 +1,9 @@
 """What a GPU runs in place of what a CPU was seen to run, as far as a roofline has to know.
 
 Operators are recorded as a CPU runs them. A CPU makes the mask of a dropout by two operators of its own, a GPU in the
-one that applies it. And a convolution is several kernels on a GPU: tensor cores want channels last, so that tensors in
-PyTorch's usual layout are transposed before and after (microsoft/onnxruntime, pull request 17200, shows such kernels),
-and a backward has two gradients to compute. How many there are was not counted: 3 and 10 come nearest to the times of
-the units of ten models on an H100 (2026-11-28, docs/accuracy.md), and 3 to 5 and 8 to 18 about as near.
+one that applies it. And a convolution takes longer on a GPU beside its arithmetic and bytes than other operators do, as
+if it were several: 3, and its backward 10, come nearest to the times of the units of ten models on an H100 (2026-11-28,
+docs/accuracy.md), and 3 to 5 and 8 to 18 about as near. Which kernels these are was not looked into.
 """
 
 from __future__ import annotations
