@@ -212,10 +212,9 @@ def test_replicas_run_as_one_model(captured_profile):
     assert (run.devices, run.replicas) == (plan.devices, 2)
     assert run.equality.tensors == 4 + 2 * (len(list(model.parameters())) + 1)
     assert [each.device for each in run.memory] == list(plan.devices)
-    # Not always to the byte: a message or two more were seen at times.
-    assert run.memory[0].measured_bytes == pytest.approx(run.memory[2].measured_bytes, rel=0.15)
+    # Not always to the byte: an activation or two more were seen at times, but no message of all gradients.
     for weighed in run.memory:
-        assert weighed.measured_bytes == pytest.approx(weighed.predicted_bytes, rel=0.2), weighed
+        assert weighed.measured_bytes == pytest.approx(weighed.predicted_bytes, rel=0.05), weighed
     accounts = run.accounts
     assert [stage.device for stage in accounts.stages] == list(plan.devices)
     for stage in accounts.stages:
@@ -238,9 +237,8 @@ def test_whole_replicas_run(captured_profile):
     run = sw.run(model, plan, (x,), steps=1)
     assert run.devices == ("cpu:0", "cpu:1")
     assert run.equality.tensors == 4 + 2 * len(list(model.parameters()))
-    # At times a tenth more: the bytes of all gradients, as many as the buffer has in which they are summed.
     for weighed in run.memory:
-        assert weighed.measured_bytes == pytest.approx(weighed.predicted_bytes, rel=0.15), weighed
+        assert weighed.measured_bytes == pytest.approx(weighed.predicted_bytes, rel=0.05), weighed
 
 
 class Mixed(nn.Module):

@@ -134,8 +134,15 @@ class ReplicaGradients:
             dist.all_reduce(whole, group=self.group)
             for gradient, part in zip(group, whole.split([gradient.numel() for gradient in group]), strict=True):
                 gradient.copy_(part.view_as(gradient))
+            _free(whole)
         for work in works:
             work.wait()
+
+
+def _free(message: Tensor) -> None:
+    """Free what ``message`` is in now: the thread of Gloo that sent it may hold it for a while after."""
+    message.untyped_storage().resize_(0)
+    message.resize_(0)  # an operation, so that the counter of live storages sees the size
 
 
 def _refuse_sparse(named: Mapping[str, nn.Parameter]) -> None:
