@@ -232,7 +232,7 @@ def unit_times(capture, profile, device):
     for step in capture.steps:
         if step.call is None or step.name not in measured:
             continue
-        workload = workloads.of(step.call, Mode(train=True))
+        workload = workloads.of(step.call, Mode(train=True, kind=device.type))
         for operations, seconds in (
             (workload.forward, measured[step.name].forward_s),
             (workload.backward, measured[step.name].backward_s),

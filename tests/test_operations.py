@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from shardwright.profiler.recording.operations import (
@@ -272,6 +273,32 @@ def test_a_training_step_is_the_same_under_the_recorder():
     assert all(map(torch.equal, plain, seen))
     assert saved == saved_too
     assert len(operations) > 20
+
+
+ACTIVATIONS = [
+    *(functional.silu, functional.mish, functional.gelu, functional.elu, functional.selu, functional.celu),
+    *(functional.hardswish, functional.hardsigmoid, functional.softplus, functional.logsigmoid, functional.rrelu),
+    *(functional.leaky_relu, functional.hardtanh, functional.softshrink, functional.tanh, functional.glu),
+]
+
+
+@pytest.mark.parametrize("function", ACTIVATIONS, ids=lambda f: f.__name__)
+def test_outside_inference_mode_nothing_is_taken_apart(function):
+    """Forward and backward of an activation are the operators that PyTorch calls, whatever these could be made of."""
+    names = []
+
+    class Plain(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def run():
+        x = torch.randn(4, 6, requires_grad=True)
+        function(x).sum().backward()
+
+    with Plain():
+        run()
+    assert [operation.name for operation in operations_of(run)] == names
 
 
 def test_identity_and_versions_are_kept():

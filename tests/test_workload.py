@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.nn import functional
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.estimates.workload import HOST_ONLY, Mode, Workloads
@@ -175,3 +176,27 @@ def test_equal_steps_share_a_workload():
     for other in (of(Plain(8, 8), rows=5), of(Plain(8, 8).requires_grad_(False)), of(Custom(8, 8))):
         assert other is not first
         assert texts(other) != texts(first)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_dropout_and_attention_are_the_operators_of_the_device(kind):
+    """A GPU drops in one operator, and keeps no probabilities of attention; a CPU makes a mask and divides it."""
+
+    class Dropping(nn.Module):
+        def forward(self, x):
+            return functional.scaled_dot_product_attention(*[functional.dropout(x, 0.5)] * 3, dropout_p=0.5)
+
+    call = Call(Dropping(), (torch.randn(2, 2, 8, 4, requires_grad=True),), {})
+    workload = workload_of(call, Mode(train=True, kind=kind))
+    names = {operation.name for operation in (*workload.forward, *workload.backward)}
+    on_cpu, on_gpu = {"aten.bernoulli_.float", "aten._safe_softmax.default"}, {"aten.native_dropout.default"}
+    assert names & (on_cpu | on_gpu) == (on_cpu if kind == "cpu" else on_gpu)
+    assert ("aten.native_dropout_backward.default" in names) == (kind == "cuda")
+
+
+def test_workloads_of_one_step_by_kind_are_kept_apart():
+    """A backward is found once for equal forwards, but not for those of another kind of device."""
+    workloads = Workloads()
+    call = Call(nn.Dropout(0.5), (torch.randn(4, 4, requires_grad=True),), {})
+    found = {kind: workloads.of(call, Mode(train=True, kind=kind)).backward for kind in ("cpu", "cuda")}
+    assert [o.name for o in found["cpu"]] != [o.name for o in found["cuda"]]

@@ -8,6 +8,7 @@ was measured, for it is the host that launches operators.
 
 from __future__ import annotations
 
+import itertools
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -193,23 +194,20 @@ def _demands(
     demands: dict[str, dict[tuple[str, int], _StepDemand]] = {kind: {} for kind in kinds}
     for done, name in enumerate(timed):
         tell("estimate", done, len(timed))
-        update: tuple[Operation, ...] | None = None
-        for count in sorted(captures):
+        updates: dict[str, tuple[Operation, ...]] = {}
+        for kind, count in itertools.product(demands, sorted(captures)):
             call = steps[count][name].call
             if call is None:
                 continue
-            first = update is None
-            mode = Mode(train, optimizer if first and train else "", accumulate=count > 1, foreach=True)
+            updated = optimizer if train and kind not in updates else ""
+            mode = Mode(train, updated, accumulate=count > 1, foreach=True, kind=kind)
             try:
                 workload = workloads.of(call, mode)
             except ShardwrightError as error:
                 raise ShardwrightError(f"{name}: {error}") from error
-            if update is None:
-                update = workload.update
-            phases = (workload.forward, workload.backward, update)
-            for kind, found in demands.items():
-                run = (as_on_gpu(phase) if kind == "cuda" else phase for phase in phases)
-                found[name, count] = _StepDemand(*map(demand_of, run))
+            phases = (workload.forward, workload.backward, updates.setdefault(kind, workload.update))
+            run = (as_on_gpu(phase) if kind == "cuda" else phase for phase in phases)
+            demands[kind][name, count] = _StepDemand(*map(demand_of, run))
     tell("estimate", len(timed), len(timed))
     return dict(demands)
 

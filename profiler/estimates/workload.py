@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from shardwright.errors import ShardwrightError
+from shardwright.profiler.measuring.gpu_kernels import kernels_of
 from shardwright.profiler.measuring.optimizers import make_optimizer
 from shardwright.profiler.recording.operations import Operation, OperationRecorder
 from shardwright.profiler.recording.regions import Region, regions_told
@@ -42,6 +43,8 @@ class Mode:
     """Gradients are added to what is there, as from the second micro-batch on."""
     foreach: bool = False
     """The optimizer handles all parameters in one call, as it does on GPUs."""
+    kind: str = "cpu"
+    """Of device: attention and dropout take the operators that they are there."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Workloads:
                 not there.
         """
         try:
-            with unlogged(), FakeTensorMode(allow_non_fake_inputs=True):
+            with unlogged(), FakeTensorMode(allow_non_fake_inputs=True), kernels_of(mode.kind):
                 return self._run(_copied(call, fake_like), mode)
         except Exception as error:
             if _is_without_values(call):
@@ -79,7 +82,8 @@ class Workloads:
                     "or profile it where it runs"
                 ) from error
         try:
-            return self._run(_copied(call, _real_copy), mode)
+            with kernels_of(mode.kind):
+                return self._run(_copied(call, _real_copy), mode)
         except Exception as error:
             raise ShardwrightError(f"a step cannot be run to see its operators: {_line(error)}") from error
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from shardwright.profiler.profile import Device
 from shardwright.profiler.recording.staying import StayingMode
 
-__all__ = ["kernels_as_on", "without_dropout"]
+__all__ = ["kernels_as_on", "kernels_of", "without_dropout"]
 
 _DROPOUT_AT = {
     F.scaled_dot_product_attention: 4,
@@ -51,11 +51,13 @@ def without_dropout(
 def kernels_as_on(devices: Iterable[Device]) -> Iterator[None]:
     """Inside, attention and dropout keep for the backward what they keep on ``devices``: no change if one is no GPU."""
     kinds = {device.kind for device in devices}
-    if kinds != {"cuda"}:
+    with kernels_of("cuda" if kinds == {"cuda"} else "cpu"):
         yield
-        return
-    with _AsOnGPUs():
-        yield
+
+
+def kernels_of(kind: str) -> AbstractContextManager[Any]:
+    """A block in which attention and dropout go as on devices of ``kind``, though the tensors are on a CPU."""
+    return _AsOnGPUs() if kind == "cuda" else nullcontext()
 
 
 class _AsOnGPUs(StayingMode):

@@ -175,7 +175,7 @@ def _operator(func: Any) -> _Operator:
     return _Operator(
         name=str(func),
         short_name=short_name,
-        is_composite=not is_query and func._can_decompose(),
+        is_composite=not is_query and func._can_decompose() and not _has_kernel(func),
         is_query=is_query,
         is_free=func.is_view or short_name in FREE,
         formula=formula_of(func),
@@ -183,6 +183,11 @@ def _operator(func: Any) -> _Operator:
             (i, a.name, a.is_out) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write
         ),
     )
+
+
+def _has_kernel(func: OpOverload[Any, Any]) -> bool:
+    """Whether an operator that could be taken apart is one on a CPU all the same, as the backward of SiLU."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), torch._C.DispatchKey.CPU)
 
 
 @cache
