@@ -211,10 +211,13 @@ def shard(
             help="The model: file.py:Name or package.module:Name. Planning alone needs none: --profile FILE is enough.",
         ),
     ] = None,
-    profile_path: Annotated[
-        Path | None,
+    profile_paths: Annotated[
+        list[Path] | None,
         typer.Option(
-            "--profile", metavar="FILE", help="The profile, or costs written by hand; default NAME.profile.json."
+            "--profile",
+            metavar="FILE",
+            help="The profile, or costs written by hand, of several numbers of micro-batches if given again; default "
+            "NAME.profile.json.",
         ),
     ] = None,
     out_path: Annotated[
@@ -322,12 +325,13 @@ def shard(
     from shardwright.reports.plan_report import PlanReport
     from shardwright.sharder.planning.planner import plan as make_plan
 
-    source = _profile_path(profile_path, target)
+    sources = _profile_paths(profile_paths, target)
+    source = sources[0]
     path = _checked_folder(_out_path(out_path, target, "plan") if target else out_path or _plan_path(source))
     for written in filter(None, (run_out, trace)):
         _checked_folder(written)
     run = run or run_out is not None
-    made = _load_profile(source)
+    made, *others = map(_load_profile, sources)
     if target is not None:
         _check_same_model(target, made.model, source)
     if run and (target is None or not made.of_model):
@@ -341,7 +345,7 @@ def shard(
     count: int | Literal["auto"] = counts[0] if counts else "auto"
     _check_schedule(free=free, latency=objective == "latency", run=run, trace=trace)
     plan = make_plan(
-        made,
+        cast("list[Costs]", [made, *others]) if others else made,
         objective=cast("Objective", objective),
         contiguous=not free,
         microbatches=count,
@@ -527,15 +531,16 @@ def _as_profile(made: Profile | Costs) -> Profile:
     return made if isinstance(made, Profile) else made.profile()
 
 
-def _profile_path(given: Path | None, target: str | None) -> Path:
-    """The profile to plan from, which has to be there."""
-    if given is None and target is None:
+def _profile_paths(given: list[Path] | None, target: str | None) -> list[Path]:
+    """The profile to plan from, or costs of several numbers of micro-batches; they have to be there."""
+    if not given and target is None:
         raise ShardwrightError("nothing to plan: give TARGET, or --profile FILE with a profile or costs")
-    source = given or _out_path(None, str(target), "profile")
-    if not source.exists():
-        remedy = f"make it with `profile {target} --out {source}`" if target else "give a profile or costs"
-        raise ShardwrightError(f"there is no {source}: {remedy}")
-    return source
+    sources = given or [_out_path(None, str(target), "profile")]
+    for source in sources:
+        if not source.exists():
+            remedy = f"make it with `profile {target} --out {source}`" if target else "give a profile or costs"
+            raise ShardwrightError(f"there is no {source}: {remedy}")
+    return sources
 
 
 def _plan_path(source: Path) -> Path:

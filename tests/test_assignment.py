@@ -12,21 +12,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_partition import chain, problems
 
+from shardwright.sharder.planning.clock import Budget
 from shardwright.sharder.planning.free import assign as assign_module
-from shardwright.sharder.planning.free.assign import assign, improved, listed
-from shardwright.sharder.planning.free.assignment import (
-    Best,
-    Budget,
-    loads_of,
-    masks_of,
-    peak_bytes,
-)
+from shardwright.sharder.planning.free import fastest as fastest_module
+from shardwright.sharder.planning.free.assign import assign, branch_and_bound, improved, listed
+from shardwright.sharder.planning.free.assignment import Best, Holdings, loads_of, masks_of, peak_bytes, static_bytes
 from shardwright.sharder.planning.free.bounds import bound_s, grain_bound_s
-from shardwright.sharder.planning.free.cpsat import has_ortools, improve_by_cpsat
+from shardwright.sharder.planning.free.cpsat import improve_by_cpsat
+from shardwright.sharder.planning.free.fastest import Lead, fastest
+from shardwright.sharder.planning.free.latency import Race
 from shardwright.sharder.planning.free.least_memory import least_share_freely
 from shardwright.sharder.planning.free.tally import Tally
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import bits
+from shardwright.sharder.planning.solver import has_ortools
 from shardwright.sharder.planning.split_loads import stage_loads
 
 needs_ortools = pytest.mark.skipif(not has_ortools(), reason="OR-tools is an extra")
@@ -299,3 +298,38 @@ def test_ctrl_c_returns_the_best_so_far(monkeypatch):
     found = assign(dataclasses.replace(chain([4.0, 3.0, 2.0]), transfers="staged"), budget)
     assert len(found.of) == 3
     assert budget.spent()
+
+
+@quick
+@given(free_problems(), st.randoms(use_true_random=False))
+def test_running_sums_of_bytes_are_those_of_the_members(p, random):
+    """In whatever order the blocks come, with the copies of ties."""
+    held, members = Holdings(p), [0] * len(p.devices)
+    for v in random.sample(range(len(p.blocks)), len(p.blocks)):
+        found = [held.with_block(v, d) for d in range(len(p.devices))]
+        assert found == [static_bytes(p, mask | 1 << v) for mask in members]
+        device = random.randrange(len(p.devices))
+        held.add(v, device)
+        members[device] |= 1 << v
+    assert held.bytes == [static_bytes(p, mask) for mask in members]
+
+
+@pytest.mark.parametrize("solve", [assign, fastest])
+def test_without_time_the_first_that_fits_is_taken(solve):
+    """Nothing further is even made: on thousands of units each takes seconds."""
+
+    def seeds():
+        yield [0, 0, 0]
+        raise AssertionError("another was asked for")
+
+    assert solve(dataclasses.replace(chain([4.0, 3.0, 3.0]), transfers="direct"), Budget(0), seeds()) is not None
+
+
+def test_long_graphs_are_left_to_other_searches():
+    """Branch and bound calls itself for each block: of 1,500 Python would say that this is too deep."""
+    p = dataclasses.replace(chain([2.0] * 1_500), transfers="direct")
+    best, lead = Best(p, bound_s(p)), Lead(Race(p))
+    branch_and_bound(best, Budget(10))
+    fastest_module.branch_and_bound(lead, Budget(10))
+    assert not best.closed
+    assert not lead.closed

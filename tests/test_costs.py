@@ -256,3 +256,84 @@ def test_a_variation_is_a_row_of_times():
     graph.graph["devices"]["cuda:0"]["variation"] = 0.1
     with pytest.raises(ShardwrightError, match=r"variation is 0\.1; give times relative to the median"):
         sw.plan(graph)
+
+
+def at_count(count: int, forward_s: float, **changes: Any) -> dict[str, Any]:
+    """Costs of one micro-batch of ``count``, whose two units take ``forward_s`` each, and twice that backward."""
+    unit = {
+        "forward_s": forward_s,
+        "backward_s": 2 * forward_s,
+        "saved_bytes": 800 // count,
+        "output_bytes": 80 // count,
+    }
+    units = [{"name": name, **unit, "param_bytes": 100} for name in ("body", "head")]
+    return {**SHORT, "microbatches": count, "devices": {"a": {}, "b": {}}, "units": units} | changes
+
+
+@pytest.mark.parametrize(("times", "best"), [((4.0, 1.0), 8), ((4.0, 3.9), 2)])
+def test_costs_of_several_numbers_are_compared(times, best):
+    """A step of M micro-batches over two equal stages is (M + 1) of them: 9 x 3 s beat 3 x 12 s, and not 9 x 11.7 s."""
+    counts = (2, 8)
+    costs = [parsed(at_count(count, forward_s)) for count, forward_s in zip(counts, times, strict=True)]
+    plan = sw.plan(costs)
+    assert plan.microbatches == best
+    each = [sw.plan(one) for one in costs]
+    assert plan.predicted.step_s == min(one.predicted.step_s for one in each)
+    assert plan.predicted.step_s == pytest.approx((best + 1) * 3 * times[counts.index(best)])
+    assert {(c.microbatches, c.step_s) for c in plan.candidates} == {
+        (one.microbatches, one.predicted.step_s) for one in each
+    }
+    assert [stage.memory_bytes for stage in plan.stages] == [s.memory_bytes for s in each[counts.index(best)].stages]
+    assert sw.plan(costs, microbatches=2).microbatches == 2
+
+
+def test_the_command_takes_several_files(run_cli, tmp_path):
+    """In any order; the plan is named for the first."""
+    for name, count, forward_s in (("some", 8, 1.0), ("few", 2, 4.0)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(at_count(count, forward_s)))
+    done = run_cli("shard", "--profile", "some.json", "--profile", "few.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sw.Plan.load(tmp_path / "some.plan.json").microbatches == 8
+    (tmp_path / "other.json").write_text(json.dumps(at_count(8, 2.0)))
+    done = run_cli("shard", "--profile", "some.json", "--profile", "other.json", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "two of the costs are of 8 micro-batches; give one of each number" in done.stderr
+
+
+LINK = {"latency_s": 0.0, "bandwidth_bytes_per_s": 1e9}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"train": False, "units": [{"name": "body", "forward_s": 1.0}, {"name": "head", "forward_s": 1.0}]},
+            "train: True at 2 micro-batches and False at 8; only times and bytes of a micro-batch may differ",
+        ),
+        ({"devices": {"a": {}, "c": {}}}, "devices: a, b at 2 micro-batches and a, c at 8;"),
+        (
+            {"devices": {"a": {"memory_bytes": 5}, "b": {}}},
+            f"device a: memory_bytes: {2**60} at 2 micro-batches and 5 at 8;",
+        ),
+        ({"links": [LINK]}, "links: none at 2 micro-batches and link a -> b, link b -> a at 8;"),
+        ({"units": at_count(8, 1.0)["units"][:1]}, "units: body, head at 2 micro-batches and body at 8;"),
+        (
+            {"units": [at_count(8, 1.0)["units"][0], {**at_count(8, 1.0)["units"][1], "param_bytes": 7}]},
+            "unit head: param_bytes: 100 at 2 micro-batches and 7 at 8;",
+        ),
+        ({"colocate": [["body", "head"]]}, "colocate: none at 2 micro-batches and ('body', 'head') at 8;"),
+    ],
+)
+def test_costs_that_are_not_of_one_model_are_refused(changes, says):
+    """The first thing that differs is named, with both values."""
+    with pytest.raises(ShardwrightError, match=f"^{re.escape(says)}"):
+        sw.plan([parsed(at_count(2, 1.0)), parsed(at_count(8, 1.0, **changes))])
+
+
+def test_profiles_are_not_put_together(make_profile):
+    """What was measured has all numbers in one profile."""
+    profile = make_profile({"a": ["x"], "b": ["a"]})
+    with pytest.raises(ShardwrightError, match="was profiled, and several profiles are put together of costs only"):
+        sw.plan([profile, parsed(SHORT)])
+    with pytest.raises(ShardwrightError, match="no costs to plan"):
+        sw.plan([])

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from shardwright.sharder.planning.free.assignment import Budget
-from shardwright.sharder.planning.free.cpsat import run_solver
+from shardwright.sharder.planning.clock import Budget
+from shardwright.sharder.planning.solver import run_solver
 
 
 def test_ctrl_c_stops_cp_sat_and_works_again_after_it():

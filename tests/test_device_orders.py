@@ -15,9 +15,9 @@ from test_partition import assignments, brute_force, largest_load, problems, set
 from test_transfers import brute_force as brute_force_of_transfers
 from test_transfers import problems as of_transfers
 
-from shardwright.sharder.planning.free.assignment import Budget
-from shardwright.sharder.planning.free.cpsat import has_ortools
+from shardwright.sharder.planning.clock import Budget
 from shardwright.sharder.planning.partition import partition
+from shardwright.sharder.planning.solver import has_ortools
 from shardwright.sharder.planning.split_loads import stage_loads
 from shardwright.sharder.planning.wide import device_orders, incumbent
 from shardwright.sharder.planning.wide.device_orders import device_by_device, possible

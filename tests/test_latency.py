@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from test_assignment import every_assignment, free_problems
 from test_partition import antichain, chain
 
+from shardwright.sharder.planning.clock import Budget
 from shardwright.sharder.planning.free import fastest as fastest_module
-from shardwright.sharder.planning.free.assignment import Budget, masks_of, peak_bytes
-from shardwright.sharder.planning.free.cpsat import has_ortools
+from shardwright.sharder.planning.free.assignment import masks_of, peak_bytes
 from shardwright.sharder.planning.free.fastest import Lead, branch_and_bound, fastest, improve_by_cpsat, improved
 from shardwright.sharder.planning.free.latency import Race, listed
 from shardwright.sharder.planning.problem import Crossing, bits
+from shardwright.sharder.planning.solver import has_ortools
 
 needs_ortools = pytest.mark.skipif(not has_ortools(), reason="OR-tools is an extra")
 quick = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -13,9 +13,9 @@ from test_assignment import free_problems
 from test_partition import chain, problems
 from test_transfers import assignments
 
+from shardwright.sharder.planning.clock import Budget
 from shardwright.sharder.planning.free import least_memory
-from shardwright.sharder.planning.free.assignment import Best, Budget, loads_of, masks_of, peak_bytes
-from shardwright.sharder.planning.free.cpsat import has_ortools
+from shardwright.sharder.planning.free.assignment import Best, loads_of, masks_of, peak_bytes
 from shardwright.sharder.planning.free.least_memory import (
     assignment_fits,
     fullest,
@@ -26,6 +26,7 @@ from shardwright.sharder.planning.free.least_memory import (
     share_of,
     stages_fit,
 )
+from shardwright.sharder.planning.solver import has_ortools
 from shardwright.sharder.planning.split_loads import stage_loads
 
 needs_ortools = pytest.mark.skipif(not has_ortools(), reason="OR-tools is an extra")

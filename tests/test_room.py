@@ -14,9 +14,9 @@ from test_partition import brute_force, chain, problems
 from test_shifting import plain, tangled
 
 from shardwright.errors import ShardwrightError
+from shardwright.sharder.planning.clock import Budget
 from shardwright.sharder.planning.exact.search import closed_sets
 from shardwright.sharder.planning.free import least_memory
-from shardwright.sharder.planning.free.assignment import Budget
 from shardwright.sharder.planning.free.least_memory import least_share
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.split_loads import stage_loads

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["MOST_S", "clock_s", "ended_by_interrupt", "pass_second"]
+__all__ = ["MOST_S", "Budget", "clock_s", "ended_by_interrupt", "pass_second"]
 
 MOST_S = 1e8
 """No deadline is farther: three years."""
@@ -63,3 +64,37 @@ def ended_by_interrupt() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _clock.ended = False
+
+
+class Budget:
+    """The time that is left; once the user interrupts, none."""
+
+    def __init__(self, seconds: float) -> None:
+        self._deadline_s = clock_s() + seconds
+        self.stopped = False
+        """Whether the user interrupted."""
+
+    @property
+    def left_s(self) -> float:
+        """Seconds."""
+        return max(0.0, self._deadline_s - clock_s())
+
+    def spent(self) -> bool:
+        """Whether to stop."""
+        return self.left_s <= 0
+
+    def stop(self) -> None:
+        """Leave no time, since the user wants what there is."""
+        self._deadline_s, self.stopped = -math.inf, True
+
+    @contextlib.contextmanager
+    def part(self, parts: float) -> Iterator[Budget]:
+        """A budget of one of so many parts of what is left; an interrupt of it is one of this as well."""
+        part = Budget(self.left_s / parts)
+        try:
+            yield part
+        except KeyboardInterrupt:
+            pass_second()
+            self.stop()
+        if part.stopped:
+            self.stop()

@@ -7,14 +7,14 @@ from a saved profile takes as a command, more than half are imports.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.graph import costs_at
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.arguments import check_arguments, check_words
-from shardwright.sharder.planning.clock import MOST_S, clock_s, ended_by_interrupt
+from shardwright.sharder.planning.clock import MOST_S, Budget, clock_s, ended_by_interrupt
 from shardwright.sharder.planning.formulation.blocks import problem_from_graph
 from shardwright.sharder.planning.options import Asked, nothing_fits, options_of, rates_of
 from shardwright.sharder.planning.plan import (
@@ -54,7 +54,7 @@ LEAST_DEVICES = 4
 
 @ended_by_interrupt()
 def plan(
-    profile: Profile | Costs | nx.DiGraph[Any],
+    profile: Profile | Costs | nx.DiGraph[Any] | Sequence[Costs | nx.DiGraph[Any]],
     *,
     objective: Objective = "throughput",
     contiguous: bool = True,
@@ -81,8 +81,8 @@ def plan(
 
     Args:
         profile: times and sizes, as measured or loaded; or costs as written by hand, or a graph of costs from anywhere,
-            with the attributes that :mod:`shardwright.profiler.graph` lists. A plan of such costs has no model to be
-            placed.
+            with the attributes that :mod:`shardwright.profiler.graph` lists. Several of these, each of another number
+            of micro-batches, are as one profile. A plan of such costs has no model to be placed.
         objective: ``"throughput"``, the steady state of a pipeline; ``"latency"``, one input as fast as possible,
             branches on different devices at once; ``"memory"``, the fullest device as little full as possible.
         contiguous: whether the devices take stages that follow each other, as a pipeline does; else each unit may be on
@@ -119,12 +119,7 @@ def plan(
         ShardwrightError: nothing fits the memory, an argument names what the profile does not have, or a graph's
             attribute is missing or wrong.
     """
-    given: CostGraph | None = None
-    if not isinstance(profile, Profile):
-        from shardwright.profiler.formats.costs import Costs
-        from shardwright.profiler.formats.from_graph import costs_from_graph
-
-        profile, given = costs_from_graph(profile.cost_graph() if isinstance(profile, Costs) else profile)
+    profile, given = (profile, None) if isinstance(profile, Profile) else _of_costs(profile)
     check_words(objective, transfers, recompute)
     check_arguments(
         memory=memory,
@@ -183,6 +178,26 @@ def plan(
         replans=replans,
         deadline_s=deadline_s,
     )
+
+
+def _of_costs(
+    costs: Costs | nx.DiGraph[Any] | Sequence[Costs | nx.DiGraph[Any]],
+) -> tuple[Profile, CostGraph | None]:
+    """The profile of costs, and their cost graph where they are of one number of micro-batches."""
+    from shardwright.profiler.formats.costs import Costs
+    from shardwright.profiler.formats.from_graph import costs_from_graph, profile_from_graph
+
+    if not isinstance(costs, Sequence):
+        return costs_from_graph(costs.cost_graph() if isinstance(costs, Costs) else costs)
+    from shardwright.profiler.formats.counts import profile_of_counts
+
+    if not costs:
+        raise ShardwrightError("there are no costs to plan; give those of one number of micro-batches, or of several")
+    profiles = [
+        one if isinstance(one, Profile) else one.profile() if isinstance(one, Costs) else profile_from_graph(one)
+        for one in costs
+    ]
+    return (profile_of_counts(profiles) if len(profiles) > 1 else profiles[0]), None
 
 
 def _weighed(
@@ -312,7 +327,6 @@ def _for_memory(
     deadline_s: float,
 ) -> Plan:
     """The split with the smallest peak share, and of those with no larger one that with the smallest largest load."""
-    from shardwright.sharder.planning.free.assignment import Budget
     from shardwright.sharder.planning.free.freely import for_memory, least_of
     from shardwright.sharder.planning.free.least_memory import LeastShare, least_share, within_share
 

@@ -7,31 +7,26 @@ below. Of devices that cannot be told apart only the first empty one is tried.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.planning.clock import pass_second
+from shardwright.sharder.planning.clock import Budget, pass_second
 from shardwright.sharder.planning.exact.search import ROUNDING
-from shardwright.sharder.planning.free.assignment import (
-    NOWHERE,
-    Assignment,
-    Best,
-    Budget,
-    classes_of,
-    fits,
-    masks_of,
-    static_bytes,
-)
+from shardwright.sharder.planning.free.assignment import NOWHERE, Assignment, Best, Holdings, classes_of, fits, masks_of
 from shardwright.sharder.planning.free.bounds import bound_s, grain_bound_s
-from shardwright.sharder.planning.free.cpsat import has_ortools, improve_by_cpsat
+from shardwright.sharder.planning.free.cpsat import improve_by_cpsat
 from shardwright.sharder.planning.free.tally import Tally
 from shardwright.sharder.planning.problem import Problem
+from shardwright.sharder.planning.solver import has_ortools
 
 __all__ = ["assign", "branch_and_bound", "improved", "listed"]
 
 SMALL = 14
 """So many blocks at most, branch and bound comes before CP-SAT."""
+DEEP = 200
+"""So many at most, it is tried at all: it calls itself for each block, of which Python allows a thousand or so."""
 QUICK_S = 3.0
 """For branch and bound, where CP-SAT comes after."""
 NOTHING_FOUND = "no assignment that fits was found in the time allowed; allow more with --time-limit"
@@ -43,11 +38,11 @@ def listed(problem: Problem) -> Iterable[list[int]]:
     blocks = range(len(problem.blocks))
     for order in (list(blocks), sorted(blocks, key=lambda v: -min(problem.seconds[v]))):
         tally = Tally(problem)
-        held = [0] * len(problem.devices)
+        held = Holdings(problem)
         for v in order:
             choices = []
             for device, allowed in enumerate(problem.blocks[v].allowed):
-                if allowed and static_bytes(problem, held[device] | 1 << v) <= problem.caps[device]:
+                if allowed and held.with_block(v, device) <= problem.caps[device]:
                     tally.move(v, device)
                     loads = tally.loads_s()
                     choices.append((tally.barred, max(loads), sum(loads), device))
@@ -56,7 +51,7 @@ def listed(problem: Problem) -> Iterable[list[int]]:
                 break
             device = min(choices)[-1]
             tally.move(v, device)
-            held[device] |= 1 << v
+            held.add(v, device)
         else:
             yield list(tally.of)
 
@@ -173,7 +168,9 @@ class _Branches:
 
 def branch_and_bound(best: Best, budget: Budget) -> None:
     """Search every assignment that may be better than ``best``, which is changed, within the time."""
-    if not best.proven and _Branches(best, budget).descend(0):
+    if best.proven or len(best.problem.blocks) > DEEP:
+        return
+    if _Branches(best, budget).descend(0):
         best.closed = True
 
 
@@ -192,8 +189,11 @@ def assign(problem: Problem, budget: Budget, seeds: Iterable[Sequence[int]] = ()
     if math.isinf(best.bound):
         return None
     try:
-        for of in (*seeds, *([d] * len(problem.blocks) for d in range(len(problem.devices))), *listed(problem)):
+        alone = ([d] * len(problem.blocks) for d in range(len(problem.devices)))
+        for of in itertools.chain(seeds, alone, listed(problem)):
             best.offer(of)
+            if budget.spent() and best.of:
+                break
         improved(best, budget)
         best.bound = max(best.bound, min(best.value, grain_bound_s(problem, best.value)))
         if len(problem.blocks) <= SMALL or not has_ortools():

@@ -25,24 +25,22 @@ are summed as they come.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from shardwright.sharder.planning.clock import clock_s, pass_second
 from shardwright.sharder.planning.exact.search import ROUNDING
 from shardwright.sharder.planning.exact.transfers import Traffic, load_s, seconds_of
-from shardwright.sharder.planning.problem import Crossing, Problem, bits, in_flight
+from shardwright.sharder.planning.problem import Crossing, Problem, Tie, bits, in_flight
+from shardwright.sharder.planning.solver import EXACT
 
 __all__ = [
-    "EXACT",
     "NOWHERE",
     "Assignment",
     "Best",
-    "Budget",
+    "Holdings",
     "as_free",
     "classes_of",
     "costs_of",
@@ -59,9 +57,6 @@ __all__ = [
 
 NOWHERE = -1
 
-EXACT = 1e-6
-"""A bound that is nearer than this share proves the value: CP-SAT counts in whole numbers."""
-
 
 @dataclass(frozen=True)
 class Assignment:
@@ -71,40 +66,6 @@ class Assignment:
     value: float
     bound: float
     exact: bool
-
-
-class Budget:
-    """The time that is left; once the user interrupts, none."""
-
-    def __init__(self, seconds: float) -> None:
-        self._deadline_s = clock_s() + seconds
-        self.stopped = False
-        """Whether the user interrupted."""
-
-    @property
-    def left_s(self) -> float:
-        """Seconds."""
-        return max(0.0, self._deadline_s - clock_s())
-
-    def spent(self) -> bool:
-        """Whether to stop."""
-        return self.left_s <= 0
-
-    def stop(self) -> None:
-        """Leave no time, since the user wants what there is."""
-        self._deadline_s, self.stopped = -math.inf, True
-
-    @contextlib.contextmanager
-    def part(self, parts: float) -> Iterator[Budget]:
-        """A budget of one of so many parts of what is left; an interrupt of it is one of this as well."""
-        part = Budget(self.left_s / parts)
-        try:
-            yield part
-        except KeyboardInterrupt:
-            pass_second()
-            self.stop()
-        if part.stopped:
-            self.stop()
 
 
 def as_free(problem: Problem) -> Problem:
@@ -188,6 +149,32 @@ def static_bytes(problem: Problem, members: int) -> int:
     """Parameters and what else stays, with the copies of ties."""
     static = sum(problem.blocks[v].static_bytes for v in bits(members))
     return static + sum(tie.copy_bytes for tie in problem.ties if not tie.counted(members))
+
+
+class Holdings:
+    """By device what :func:`static_bytes` says, of an assignment that grows block by block."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.bytes = [0] * len(problem.devices)
+        self._problem = problem
+        self._members = [0] * len(problem.devices)
+        self._ties: list[list[Tie]] = [[] for _ in problem.blocks]
+        for tie in problem.ties:
+            for v in bits(tie.users):
+                self._ties[v].append(tie)
+
+    def with_block(self, block: int, device: int) -> int:
+        """The bytes of ``device`` with ``block``, which is nowhere yet, in it too."""
+        before = self._members[device]
+        after, size = before | 1 << block, self.bytes[device] + self._problem.blocks[block].static_bytes
+        for tie in self._ties[block]:
+            size += tie.copy_bytes * (tie.counted(before) - tie.counted(after))
+        return size
+
+    def add(self, block: int, device: int) -> None:
+        """Put ``block`` on ``device``."""
+        self.bytes[device] = self.with_block(block, device)
+        self._members[device] |= 1 << block
 
 
 def held_at_once(problem: Problem) -> int:

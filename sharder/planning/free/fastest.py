@@ -8,19 +8,21 @@ device, present if the block is there, no two of a device at once; times are rou
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.planning.clock import pass_second
+from shardwright.sharder.planning.clock import Budget, pass_second
 from shardwright.sharder.planning.exact.search import ROUNDING
-from shardwright.sharder.planning.free.assign import NOTHING_FOUND, QUICK_S
-from shardwright.sharder.planning.free.assignment import EXACT, NOWHERE, Budget, classes_of, fits, masks_of
-from shardwright.sharder.planning.free.cpsat import RESOLUTION, Shares, has_ortools, run_solver
+from shardwright.sharder.planning.free.assign import DEEP, NOTHING_FOUND, QUICK_S
+from shardwright.sharder.planning.free.assignment import NOWHERE, classes_of, fits, masks_of
+from shardwright.sharder.planning.free.cpsat import RESOLUTION, Shares
 from shardwright.sharder.planning.free.latency import Arc, Pass, Race, Schedule, listed, sequenced
 from shardwright.sharder.planning.problem import Problem, bits
+from shardwright.sharder.planning.solver import EXACT, has_ortools, run_solver
 
 __all__ = ["Fastest", "Lead", "branch_and_bound", "fastest", "improve_by_cpsat"]
 
@@ -98,8 +100,11 @@ def fastest(problem: Problem, budget: Budget, seeds: Iterable[Sequence[int]] = (
     if math.isinf(lead.bound_s):
         return None
     try:
-        for of in (*seeds, *([d] * len(problem.blocks) for d in lead.race.devices), *listed(lead.race)):
+        alone = ([d] * len(problem.blocks) for d in lead.race.devices)
+        for of in itertools.chain(seeds, alone, listed(lead.race)):
             lead.offer_assignment(of)
+            if budget.spent() and lead.schedule is not None:
+                break
         improved(lead, budget)
         if len(problem.blocks) <= SMALL or not has_ortools():
             branch_and_bound(lead, Budget(min(budget.left_s, QUICK_S)) if has_ortools() else budget)
@@ -125,8 +130,8 @@ def improved(lead: Lead, budget: Budget) -> None:
                 if of[v] != device and lead.race.problem.blocks[v].allowed[device]:
                     of[v] = device
                     helped |= lead.offer_assignment(of)
-            if budget.spent():
-                return
+                if budget.spent():
+                    return
 
 
 class _Branches:
@@ -212,7 +217,9 @@ class _Branches:
 def branch_and_bound(lead: Lead, budget: Budget) -> None:
     """Search every schedule that may be better than ``lead``, which is changed, within the time."""
     count = len(lead.race.problem.blocks)
-    if not lead.proven and _Branches(lead, budget).forward([0.0] * count, [0.0] * len(lead.race.devices), 0.0):
+    if lead.proven or count > DEEP:
+        return
+    if _Branches(lead, budget).forward([0.0] * count, [0.0] * len(lead.race.devices), 0.0):
         lead.closed = True
 
 

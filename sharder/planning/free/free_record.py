@@ -17,7 +17,6 @@ from shardwright.sharder.planning.free.assignment import (
     traffic_by_device,
 )
 from shardwright.sharder.planning.free.bounds import bound_s
-from shardwright.sharder.planning.free.cpsat import EXTRA, has_ortools
 from shardwright.sharder.planning.free.latency import Race, Schedule
 from shardwright.sharder.planning.free.least_memory import (
     assignment_fits,
@@ -36,6 +35,7 @@ from shardwright.sharder.planning.plan import (
 )
 from shardwright.sharder.planning.problem import Problem, bits
 from shardwright.sharder.planning.recorded import makers_of_numbers
+from shardwright.sharder.planning.solver import EXTRA, has_ortools
 from shardwright.sharder.planning.verdict.explain import gap_percent
 
 __all__ = ["Alone", "Found", "Writer", "peak_share"]

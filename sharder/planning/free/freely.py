@@ -9,14 +9,10 @@ from collections.abc import Callable, Sequence
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
-from shardwright.sharder.planning.clock import clock_s
+from shardwright.sharder.planning.clock import Budget, clock_s
 from shardwright.sharder.planning.formulation.relaxed import unpinned, with_links_times
 from shardwright.sharder.planning.free.assign import assign
-from shardwright.sharder.planning.free.assignment import (
-    Assignment,
-    Budget,
-    as_free,
-)
+from shardwright.sharder.planning.free.assignment import Assignment, as_free
 from shardwright.sharder.planning.free.fastest import fastest
 from shardwright.sharder.planning.free.free_alternatives import alternatives_freely
 from shardwright.sharder.planning.free.free_record import Alone, Found, Writer, peak_share

@@ -30,7 +30,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from shardwright.sharder.planning.exact.transfers import seconds_of
-from shardwright.sharder.planning.free.assignment import masks_of, obeys, static_bytes
+from shardwright.sharder.planning.free.assignment import Holdings, masks_of, obeys
 from shardwright.sharder.planning.free.bounds import fluid_bound_s
 from shardwright.sharder.planning.problem import Problem, bits
 
@@ -268,27 +268,33 @@ def _lists(race: Race, key: _Key) -> Iterator[list[int]]:
     """One assignment: of all ready blocks and devices always the pair with the smallest key."""
     one, problem = race.forward, race.problem
     waiting = [len(arcs) for arcs in one.into]
-    ready = {v for v, count in enumerate(waiting) if not count}
     of, end = [-1] * len(waiting), [0.0] * len(waiting)
-    free, held = [0.0] * len(race.devices), [0] * len(race.devices)
+    free, held = [0.0] * len(race.devices), Holdings(problem)
+    here = [0.0] * len(race.devices)
+    # By ready block: when all that it reads is on each device, which does not change any more.
+    ready = {v: here for v, count in enumerate(waiting) if not count}
     while ready:
         pairs = []
-        for v in ready:
+        for v, arrived in ready.items():
             for d in race.devices:
-                if not problem.blocks[v].allowed[d] or static_bytes(problem, held[d] | 1 << v) > problem.caps[d]:
+                if not problem.blocks[v].allowed[d] or held.with_block(v, d) > problem.caps[d]:
                     continue
-                start = max([free[d], *(end[a.source] + a.delay_s[of[a.source]][d] for a in one.into[v])])
+                start = max(free[d], arrived[d])
                 pairs.append((key(v, start, start + one.seconds[v][d]), v, d, start))
         if not pairs:
             return
         _, v, d, start = min(pairs)
         if math.isinf(start):
             return
-        ready.remove(v)
-        of[v], free[d], held[d] = d, start + one.seconds[v][d], held[d] | 1 << v
-        end[v] = free[d]
+        del ready[v]
+        of[v] = d
+        free[d] = end[v] = start + one.seconds[v][d]
+        held.add(v, d)
         for arc in one.out[v]:
             waiting[arc.target] -= 1
             if not waiting[arc.target]:
-                ready.add(arc.target)
+                into = one.into[arc.target]
+                ready[arc.target] = [
+                    max(end[a.source] + a.delay_s[of[a.source]][x] for a in into) for x in race.devices
+                ]
     yield of

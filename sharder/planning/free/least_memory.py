@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.planning.clock import pass_second
+from shardwright.sharder.planning.clock import Budget, pass_second
 from shardwright.sharder.planning.exact.search import ROUNDING, Stages
 from shardwright.sharder.planning.formulation.relaxed import timeless
 from shardwright.sharder.planning.free.assign import NOTHING_FOUND
@@ -27,16 +27,16 @@ from shardwright.sharder.planning.free.assignment import (
     NOWHERE,
     Assignment,
     Best,
-    Budget,
     classes_of,
     held_at_once,
     loads_of,
     masks_of,
     peak_bytes,
 )
-from shardwright.sharder.planning.free.cpsat import RESOLUTION, Shares, has_ortools, run_solver
+from shardwright.sharder.planning.free.cpsat import RESOLUTION, Shares
 from shardwright.sharder.planning.partition import Partition, partition
 from shardwright.sharder.planning.problem import Problem, bits
+from shardwright.sharder.planning.solver import has_ortools, run_solver
 
 __all__ = [
     "Larger",

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.planning.clock import clock_s
+from shardwright.sharder.planning.clock import Budget, clock_s
 from shardwright.sharder.planning.formulation.relaxed import timeless, unpinned, with_caps_times
 from shardwright.sharder.planning.formulation.words import (
     count_of,
@@ -20,7 +20,7 @@ from shardwright.sharder.planning.formulation.words import (
     units_in_words,
 )
 from shardwright.sharder.planning.free.assign import assign
-from shardwright.sharder.planning.free.assignment import Budget, held_at_once, peak_bytes
+from shardwright.sharder.planning.free.assignment import held_at_once, peak_bytes
 from shardwright.sharder.planning.free.least_memory import least_share_freely
 from shardwright.sharder.planning.problem import Block, Problem
 from shardwright.sharder.planning.verdict.infeasible import CAPS_WITHIN, changes_that_fit

@@ -35,11 +35,11 @@ from typing import Any
 
 import numpy as np
 
+from shardwright.sharder.planning.clock import Budget
 from shardwright.sharder.planning.exact.search import Stages
 from shardwright.sharder.planning.formulation.device_classes import alike_devices
-from shardwright.sharder.planning.free.assignment import EXACT, Budget
-from shardwright.sharder.planning.free.cpsat import has_ortools, run_solver
 from shardwright.sharder.planning.problem import Problem, bits
+from shardwright.sharder.planning.solver import EXACT, has_ortools, run_solver
 from shardwright.sharder.planning.wide.ceilings import Narrowed
 
 __all__ = ["device_by_device", "possible"]
