@@ -6,6 +6,7 @@ turn. Models are the zoo's, wider and with more samples, so that a step takes lo
 
     python benchmarks/pipeline.py                               # all: an hour or two (make zoo first)
     python benchmarks/pipeline.py --models bert,resnet --microbatches 4,8
+    python benchmarks/pipeline.py --devices cpu,cuda:0 --apart  # over unlike devices, where a plan would take one alone
     python benchmarks/pipeline.py --one-stage                   # what the machinery costs: one stage on one worker
 
 Columns: the step as predicted and measured; how far it is off as predicted, and as predicted for devices as fast as
@@ -142,9 +143,13 @@ def summary(found: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def measured(case: Case, profile: sw.Profile, model: nn.Module, inputs: tuple[Any, Any], steps: int) -> Outcome:
-    """Plan and run a case."""
-    plan = sw.plan(profile, schedule=case.schedule, microbatches=case.microbatches)
+def measured(
+    case: Case, profile: sw.Profile, model: nn.Module, inputs: tuple[Any, Any], steps: int, *, apart: bool
+) -> Outcome:
+    """Plan and run a case; if ``apart``, with the first and the last unit pinned to the first and the last device."""
+    units = [node.unit for node in profile.nodes if node.kind == "unit"]
+    pins = {units[0]: profile.devices[0].name, units[-1]: profile.devices[-1].name} if apart else None
+    plan = sw.plan(profile, schedule=case.schedule, microbatches=case.microbatches, pins=pins)
     args, kwargs = inputs
     run = sw.run(model, plan, args, kwargs, steps=steps, naive=len(plan.stages) > 1)
     return Outcome(case, run, len(plan.stages))
@@ -159,6 +164,7 @@ def main() -> None:
     parser.add_argument("--devices", default="cpu:0,cpu:1")
     parser.add_argument("--steps", type=int, default=11)
     parser.add_argument("--samples", type=int, default=0, help="in a batch; otherwise each model has its own number")
+    parser.add_argument("--apart", action="store_true", help="the first unit on the first device, the last on the last")
     parser.add_argument("--one-stage", action="store_true", help="on the first device alone, whole batches")
     options = parser.parse_args()
     os.environ[FOLDER_VARIABLE] = tempfile.mkdtemp()
@@ -181,7 +187,7 @@ def main() -> None:
             continue
         for case in group[:1] if options.one_stage else group:
             try:
-                found.append(measured(case, profile, model, tuple(inputs), options.steps))
+                found.append(measured(case, profile, model, tuple(inputs), options.steps, apart=options.apart))
                 print(row(found[-1]), flush=True)
             except sw.ShardwrightError as error:
                 print(f"{case}: {error}", flush=True)

@@ -5,6 +5,7 @@ model: forward, the profile's loss, backward and update. The ratio is that of th
 median over the rounds: the machine's speed changes from second to second.
 
     python benchmarks/profile_accuracy.py                       # models of the zoo (make zoo)
+    python benchmarks/profile_accuracy.py --samples 16 --width 256 --channels 4     # larger ones
     python benchmarks/profile_accuracy.py --cpu-time            # of the thread: on a machine that is busy otherwise
     python benchmarks/profile_accuracy.py --again               # a second profile, and 80 layers against 2
 """
@@ -33,6 +34,7 @@ from shardwright.profiler.measure import prepare
 from shardwright.profiler.measuring.optimizers import make_optimizer
 from shardwright.profiler.measuring.signature import step_key
 from shardwright.profiler.measuring.stopwatch import HostStopwatch
+from shardwright.profiler.measuring.timed import timed_steps
 from shardwright.profiler.measuring.timing import Series
 from shardwright.profiler.recording.inputs import outputs_of
 from shardwright.profiler.recording.unitgraph import mean_square_loss
@@ -100,7 +102,7 @@ def alternate(rounds, cpu_time):
 def compare(name, model, args, kwargs, rounds, cpu_time):
     """Sum of units and median step, both in s, and how many units there were."""
     captures, _ = captures_of(model, args, kwargs, [1], devices=2, train=True)
-    called = [one for one in captures[1].steps if one.call is not None]
+    called = timed_steps(captures[1], train=True, accumulate=False)
     keys = {one.name: step_key(one, train=True, optimizer="adam", accumulate=False) for one in called}
     few = Few()
     how = How(train=True, optimizer="adam")
@@ -159,6 +161,9 @@ def main():
     parser.add_argument("--models", default=MODELS)
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--samples", type=int, help="in a batch; by default two or so")
+    parser.add_argument("--width", type=int, help="of hidden states, where a model has none of its own; by default 32")
+    parser.add_argument("--channels", type=int, help="how many times those of convolutions")
     parser.add_argument("--again", action="store_true")
     options = parser.parse_args()
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -170,6 +175,7 @@ def main():
         import zoo
 
         cloudpickle.register_pickle_by_value(zoo)  # the worker cannot import it
+        zoo.resize(options.samples, width=options.width, channels=options.channels)
         print(
             "| model | units | forward | backward | update | sum of units | whole step | ratio |\n" + "|---" * 8 + "|"
         )

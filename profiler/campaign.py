@@ -30,6 +30,7 @@ from shardwright.profiler.measuring.signature import device_key, step_key
 from shardwright.profiler.measuring.stand_ins import filled, sendable
 from shardwright.profiler.measuring.stopwatch import CudaStopwatch, HostStopwatch, Stopwatch
 from shardwright.profiler.measuring.subject import Subject
+from shardwright.profiler.measuring.timed import timed_steps
 from shardwright.profiler.measuring.timing import Series, at_pace, summarise
 from shardwright.profiler.profile import Clocked, Device, Misfit, Variation
 from shardwright.profiler.recording.structure import nbytes, tensors_in
@@ -180,8 +181,7 @@ def investigate(
     items = {
         Item(count, step.name): step
         for count, capture in captures.items()
-        for step in capture.steps
-        if step.call is not None and (train or step.kind != "output")
+        for step in timed_steps(capture, train=train, accumulate=count > 1)
     }
     keys = _keys(items, devices, train=train, optimizer=optimizer, parted=parted)
     whole = _Whole(keys, sum(work_bytes(step, train=train) for (count, _), step in items.items() if count == 1))

@@ -354,7 +354,10 @@ class Profile(Document):
         return {(m.node, m.device, m.microbatches): m for m in self.measurements}
 
     def measurement(self, node: str, device: str, microbatches: int) -> Measurement | None:
-        """The times of ``node`` on ``device``, or None for a node that takes none (an input, a parameter)."""
+        """The times of ``node`` on ``device``, or None for a node that takes none.
+
+        Inputs take none, and parameters that are not trained or that a unit holds.
+        """
         return self._measured.get((node, device, microbatches))
 
     def step_s(self, device: str, microbatches: int = 1) -> float:

@@ -31,7 +31,7 @@ from shardwright.profiler.trace import trace
 
 __all__ = ["Known", "Request", "keep", "recall"]
 
-METHOD = 1
+METHOD = 2
 """How profiles are made; counted up when those of an earlier release would not be made alike."""
 
 

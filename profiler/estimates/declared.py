@@ -34,6 +34,7 @@ from shardwright.profiler.estimates.estimate import (
 from shardwright.profiler.estimates.on_gpu import as_on_gpu
 from shardwright.profiler.estimates.workload import Mode, Workloads
 from shardwright.profiler.graph import OF_HOST
+from shardwright.profiler.measuring.timed import timed_steps
 from shardwright.profiler.profile import Device, Estimate, Link, Measurement, Origin
 from shardwright.profiler.recording.operations import Operation
 from shardwright.profiler.recording.unitgraph import UnitGraph
@@ -188,17 +189,18 @@ def _demands(
 
     The update, one a batch, is the same at each number of micro-batches.
     """
-    steps = {count: {step.name: step for step in capture.steps} for count, capture in captures.items()}
-    timed = [step.name for step in captures[1].steps if step.call is not None and (train or step.kind != "output")]
+    steps = {
+        count: {step.name: step for step in timed_steps(capture, train=train, accumulate=count > 1)}
+        for count, capture in captures.items()
+    }
     workloads = Workloads()
     demands: dict[str, dict[tuple[str, int], _StepDemand]] = {kind: {} for kind in kinds}
-    for done, name in enumerate(timed):
-        tell("estimate", done, len(timed))
+    for done, name in enumerate(steps[1]):
+        tell("estimate", done, len(steps[1]))
         updates: dict[str, tuple[Operation, ...]] = {}
         for kind, count in itertools.product(demands, sorted(captures)):
             call = steps[count][name].call
-            if call is None:
-                continue
+            assert call is not None  # as all that are timed have
             updated = optimizer if train and kind not in updates else ""
             mode = Mode(train, updated, accumulate=count > 1, foreach=True, kind=kind)
             try:
@@ -208,7 +210,7 @@ def _demands(
             phases = (workload.forward, workload.backward, updates.setdefault(kind, workload.update))
             run = (as_on_gpu(phase) if kind == "cuda" else phase for phase in phases)
             demands[kind][name, count] = _StepDemand(*map(demand_of, run))
-    tell("estimate", len(timed), len(timed))
+    tell("estimate", len(steps[1]), len(steps[1]))
     return dict(demands)
 
 

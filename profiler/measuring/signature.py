@@ -37,7 +37,7 @@ def step_key(step: Step, *, train: bool, optimizer: str | None, accumulate: bool
         accumulate: whether gradients are added to what is there.
         parted: whether the backward is run in two parts, too.
     """
-    assert step.call is not None  # inputs and parameters take no time
+    assert step.call is not None  # see timed.py
     digest = hashlib.sha256()
     for line in _lines(step.call):
         digest.update(f"{line}\n".encode())

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from shardwright.profiler.measuring.optimizers import make_optimizer
 from shardwright.profiler.measuring.parted import WeightsLeft, edges_of, inputs_first
 from shardwright.profiler.measuring.stopwatch import QueueFiller, Reading, Stopwatch
+from shardwright.profiler.measuring.timed import Lent
 from shardwright.profiler.recording.structure import map_tensors, tensors_in
 from shardwright.profiler.recording.unitgraph import Call
 
@@ -53,6 +54,8 @@ class Subject:
             self.parameters = [p for p in self.function.parameters() if p.requires_grad]
         self.optimizer_name = optimizer
         self.optimizer = make_optimizer(optimizer, self.parameters) if train and optimizer else None
+        if isinstance(self.function, Lent) and self.optimizer is not None:
+            self.function.parameter.grad = torch.randn_like(self.function.parameter)  # no backward brings one
         self.outputs: list[Tensor] = []
         self.grads: list[Tensor] | None = None
         self.peak = _Peak(device)
