@@ -1,7 +1,7 @@
 """Which steps of a capture take time: those that call something, and parameters that a forward uses outside of units.
 
-Glue computes with such a parameter, but its gradient arrives at the parameter, and the optimizer updates it there. Where
-all experts are one parameter of three dimensions, that is most of the update.
+Glue computes with such a parameter, but its gradient arrives at the parameter, and the optimizer updates it there.
+Where all experts are one parameter of three dimensions, that is most of the update.
 """
 
 from __future__ import annotations
