@@ -287,6 +287,16 @@ def test_costs_of_several_numbers_are_compared(times, best):
     assert sw.plan(costs, microbatches=2).microbatches == 2
 
 
+def test_one_device_counts_at_each_number():
+    """Where the larger number is much the faster one, one device is priced at that too: 2 x 2 x 3 s, and not 2 x 27."""
+    slow = [{"latency_s": 10.0, "bandwidth_bytes_per_s": 1e9}]
+    costs = [parsed(at_count(1, 9.0, links=slow)), parsed(at_count(2, 1.0, links=slow))]
+    for kept in (costs, costs[1:]):
+        plan = sw.plan(kept)
+        assert (plan.microbatches, len(plan.stages)) == (2, 1)
+        assert plan.predicted.step_s == plan.predicted.baseline_s == pytest.approx(12)
+
+
 def test_the_command_takes_several_files(run_cli, tmp_path):
     """In any order; the plan is named for the first."""
     for name, count, forward_s in (("some", 8, 1.0), ("few", 2, 4.0)):

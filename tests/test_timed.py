@@ -11,6 +11,7 @@ from shardwright.profiler.estimates.workload import Mode, Workloads
 from shardwright.profiler.measuring.stopwatch import HostStopwatch
 from shardwright.profiler.measuring.subject import Subject
 from shardwright.profiler.measuring.timed import timed_steps
+from shardwright.profiler.recording.unitgraph import Call
 from shardwright.profiler.trace import trace
 from shardwright.sharder.planning.formulation.blocks import problem_from_graph
 
@@ -39,6 +40,25 @@ def lent(model, **how):
     return [step for step in steps_of(model, **how).values() if step.kind == "parameter"]
 
 
+class Listed(nn.Module):
+    """Parameters in containers and in a layer that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.table = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+        self.scales = nn.ParameterList([nn.Parameter(torch.randn(4)) for _ in range(2)])
+        self.shifts = nn.ParameterDict({"one": nn.Parameter(torch.randn(4))})
+
+    def forward(self, x):
+        x = self.head(x * self.scales[0] + self.shifts["one"]) * self.scales[1]
+        return nn.functional.linear(x, self.table.weight)
+
+
+def test_what_no_called_unit_holds_takes_time():
+    """A container of parameters is called by nobody, nor is a layer whose weight alone is used."""
+    assert {step.unit for step in lent(Listed())} == {"scales.0", "scales.1", "shifts.one", "table.weight"}
+
+
 def test_only_what_is_trained_and_in_no_unit_takes_time():
     """Buffers and frozen parameters are not updated, and those of units are updated there."""
     assert [step.unit for step in lent(Experts())] == ["experts"]
@@ -63,15 +83,42 @@ def test_the_update_is_that_of_the_parameter(accumulate):
     assert model.experts.grad is not None
 
 
+def workload_of_update(parameter):
+    """Adam's operators on one parameter of a module that is called."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parameter = parameter
+
+        def forward(self):
+            return self.parameter * 2
+
+    return Workloads().of(Call(Scaled(), (), {}), Mode(train=True, optimizer="adam", foreach=True)).update
+
+
 def test_its_operators_are_estimated():
     """Adam's on the parameter alone, and for later micro-batches the addition of gradients."""
     (step,) = lent(Experts())
     alone = Workloads().of(step.call, Mode(train=True, optimizer="adam", foreach=True))
     assert not alone.forward
     assert not alone.backward
+    assert alone.update == workload_of_update(nn.Parameter(torch.randn(3, 4, 4)))
     (step,) = lent(Experts(), accumulate=True)
     added = Workloads().of(step.call, Mode(train=True, accumulate=True))
     assert [operation.name for operation in added.backward] == ["aten.add_.Tensor"]
+
+
+def test_a_declared_device_has_the_update(tmp_path):
+    """At each number of micro-batches, as a unit's."""
+    cluster = tmp_path / "cluster.toml"
+    cluster.write_text('[[devices]]\nname = "cuda:0"\nmodel = "H100 SXM"\n')
+    with torch.device("meta"):
+        model, x = Experts(), torch.randn(2, 4)
+    profile = sw.profile(model, (x,), cluster=cluster, microbatches=[2])
+    (node,) = (node.name for node in profile.nodes if node.unit == "experts")
+    for count in (1, 2):
+        assert profile.measurement(node, "cuda:0", count).update_s > 0
 
 
 def test_a_profile_has_the_update_and_a_plan_counts_it():

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.measuring.gpu_kernels import kernels_of
 from shardwright.profiler.measuring.optimizers import make_optimizer
+from shardwright.profiler.measuring.timed import Lent
 from shardwright.profiler.recording.operations import Operation, OperationRecorder
 from shardwright.profiler.recording.regions import Region, regions_told
 from shardwright.profiler.recording.shapes import fake_like, unlogged
@@ -113,7 +114,8 @@ class Workloads:
                 forward, output = _recorded(partial(call.context.run, call.function, args, kwargs), done)
         outputs = [t for _, t in tensors_in(output) if t.requires_grad] if mode.train else []
         if not outputs:
-            return Workload(forward)
+            # At a parameter by itself a gradient arrives all the same; without one, nothing is updated.
+            return Workload(forward, (), _update(parameters, mode) if isinstance(call.function, Lent) else ())
         forms = tuple((p.shape, p.dtype) for p in parameters)
         key = mode, call.context, tuple(regions), forms, tuple(o.text for o in forward), tuple(_graph(outputs))
         if key not in self.known:

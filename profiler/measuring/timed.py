@@ -35,12 +35,13 @@ class Lent(nn.Module):
 def timed_steps(capture: UnitGraph, *, train: bool, accumulate: bool) -> list[Step]:
     """The steps that take time, in order, each with what it calls.
 
-    A parameter that some unit holds too is updated there.
+    A parameter that a unit holds too, if that is called, is updated there.
 
     Args:
         accumulate: whether gradients are added to those of micro-batches before.
     """
-    held = {id(parameter) for unit in capture.units.values() for parameter in unit.parameters()}
+    called = {step.unit for step in capture.steps if step.kind == "unit"}
+    held = {id(parameter) for unit in called for parameter in capture.units[unit].parameters()}
     found = []
     for step in capture.steps:
         if step.call is not None:
