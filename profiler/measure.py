@@ -11,10 +11,11 @@ steps are known takes part no longer.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -22,8 +23,17 @@ import torch
 from torch import nn
 
 from shardwright.profiler.measuring.enqueuing import enqueue_backwards, enqueue_forwards, shares
+from shardwright.profiler.measuring.in_a_row import Backwards, BrokenOffError, forwards
 from shardwright.profiler.measuring.optimizers import make_optimizer
-from shardwright.profiler.measuring.stopwatch import Clock, CudaStopwatch, Enqueued, QueueFiller, Reading, Stopwatch
+from shardwright.profiler.measuring.stopwatch import (
+    Clock,
+    CudaStopwatch,
+    Enqueued,
+    HostStopwatch,
+    QueueFiller,
+    Reading,
+    Stopwatch,
+)
 from shardwright.profiler.measuring.subject import Subject, as_input
 from shardwright.profiler.measuring.timing import LEAST_REPEATS, Series
 from shardwright.profiler.workers.worker import resident
@@ -58,7 +68,8 @@ class Readings(Generic[Key]):
 
     of_steps: dict[Key, dict[str, Reading]]
     """By step and phase."""
-    empty_backward: Reading | None = None
+    empty: dict[str, Reading] = field(default_factory=dict)
+    """By phase, of a backward of nothing that is timed as the steps' are."""
     whole_update: Reading | None = None
 
 
@@ -69,11 +80,12 @@ class Pass(Generic[Key]):
         subjects: the steps in the order of the forward.
         alike: step -> an earlier one that does the same work; what both take is averaged, as the earlier one's.
 
-    A step that goes back by itself enters PyTorch's engine once more than it does as a part of a model, and its
-    parameters' update calls the optimizer once more. Amid the steps an empty backward is timed, as cold as they are,
-    and before their updates one of all parameters at once; what the steps take longer by that is taken off, the same
-    for each. Where work is enqueued, all is run once for the device's clock and once for the host's, in which the steps
-    follow one another as in a loop and only the updates are called one by one.
+    On a CPU all backwards are one call of PyTorch's engine (:mod:`shardwright.profiler.measuring.in_a_row`). Elsewhere,
+    and in its parts, a step that goes back by itself enters the engine once more than it does as a part of a model, and
+    its parameters' update calls the optimizer once more. Amid the steps an empty backward is timed, as cold as they
+    are, and before their updates one of all parameters at once; what the steps take longer by that is taken off, the
+    same for each. Where work is enqueued, all is run once for the device's clock and once for the host's, in which the
+    steps follow one another as in a loop and only the updates are called one by one.
     """
 
     def __init__(self, subjects: Mapping[Key, Subject], *, alike: Mapping[Key, Key] | None = None) -> None:
@@ -111,11 +123,13 @@ class Pass(Generic[Key]):
         self.readings = {}
         paces = [pace()] if pace is not None else []
         for clock in stopwatch.clocks():
-            self.readings[clock] = readings = Readings({key: {} for key in self.subjects})
-            phases = self.phases
-            if clock == "host" and self._enqueue(readings, stopwatch, before, broken_off):
-                phases = ("update",)
-            self._run(phases, readings, stopwatch, before, on_refused, broken_off)
+            while True:
+                self.readings[clock] = readings = Readings({key: {} for key in self.subjects})
+                phases = self.phases
+                if clock == "host" and self._enqueue(readings, stopwatch, before, broken_off):
+                    phases = ("update",)
+                if self._run(phases, readings, stopwatch, before, on_refused, broken_off):
+                    break
             if pace is not None:
                 paces.append(pace())
         self.pace_s = statistics.fmean(paces[-2:]) if paces else None
@@ -146,7 +160,7 @@ class Pass(Generic[Key]):
                 total_s = enqueue_backwards(self.subjects, stopwatch)
                 backwards = {key: found["backward"] for key, found in alone.of_steps.items() if "backward" in found}
                 alone_s = {key: _seconds(reading, "host") for key, reading in backwards.items()}
-                empty_s = _seconds(alone.empty_backward, "host") if alone.empty_backward is not None else 0.0
+                empty_s = _seconds(alone.empty["backward"], "host") if "backward" in alone.empty else 0.0
                 for key, reading in shares(total_s, alone_s, empty_s).items():
                     of_steps[key]["backward"] = reading
             again = {key: subject for key, subject in self.subjects.items() if subject.is_recomputed}
@@ -169,34 +183,106 @@ class Pass(Generic[Key]):
         before: Callable[[Iterable[Subject]], None],
         on_refused: Callable[[Key, Exception], None] | None,
         broken_off: Callable[[], bool],
-    ) -> None:
+    ) -> bool:
+        """Time the phases of every step; False if a step was dropped and the others have to begin anew."""
+        backwards = Backwards[Key](stopwatch.clock, broken_off) if isinstance(stopwatch, HostStopwatch) else None
         for phase in phases:
             if phase == "update" and not broken_off():
                 readings.whole_update = self._update_all(stopwatch)
             if phase in ("forward", "backward", *PARTS):
                 before(self.subjects.values())
-            keys = [*self.subjects] if phase not in ("backward", *PARTS) else [*reversed(self.subjects)]
-            for position, key in enumerate(keys):
-                if broken_off():
-                    break
-                if phase == "backward" and position == len(keys) // 2:
-                    readings.empty_backward = self._empty_backward(stopwatch)
-                if key not in self.subjects:
-                    continue
-                try:
-                    reading = getattr(self.subjects[key], phase)(stopwatch)
-                except Exception as error:
-                    if on_refused is None or not is_out_of_memory(error):
-                        raise RuntimeError(f"{key}: {error}") from error
-                    self._drop(key)
-                    on_refused(self.named[key], error)
-                    continue
-                if reading is not None:
-                    readings.of_steps[key][phase] = reading
+            if backwards is not None and phase in ("forward", "recompute"):
+                self._go_forward(phase, backwards, readings, on_refused)
+            elif backwards is not None and phase == "backward":
+                if not self._go_back(backwards, readings, on_refused):
+                    return False
+            else:
+                self._call_each(phase, readings, stopwatch, on_refused, broken_off)
         if self.optimizer is None:
             self.optimizer = self._optimizer()
         for subject in self.subjects.values():
             subject.release()
+        return True
+
+    def _call_each(
+        self,
+        phase: str,
+        readings: Readings[Key],
+        stopwatch: Stopwatch,
+        on_refused: Callable[[Key, Exception], None] | None,
+        broken_off: Callable[[], bool],
+    ) -> None:
+        """Time a phase of every step by itself."""
+        keys = [*self.subjects] if phase not in ("backward", *PARTS) else [*reversed(self.subjects)]
+        for position, key in enumerate(keys):
+            if broken_off():
+                break
+            if phase in ("backward", "backward_input") and position == len(keys) // 2:
+                readings.empty[phase] = self._empty_backward(stopwatch)
+            if key not in self.subjects:
+                continue
+            try:
+                reading = getattr(self.subjects[key], phase)(stopwatch)
+            except Exception as error:
+                self._refuse(key, error, on_refused)
+                continue
+            if reading is not None:
+                readings.of_steps[key][phase] = reading
+
+    def _go_forward(
+        self,
+        phase: str,
+        backwards: Backwards[Key],
+        readings: Readings[Key],
+        on_refused: Callable[[Key, Exception], None] | None,
+    ) -> None:
+        """Time all forwards in a row, for a backward if there is one, or as they are computed anew."""
+        again = phase == "recompute"
+        subjects = {key: each for key, each in self.subjects.items() if each.is_recomputed or not again}
+
+        def before(position: int) -> None:
+            if not again and position == count // 2:
+                backwards.amid()
+            if backwards.broken_off():
+                raise BrokenOffError
+
+        def failed(key: Key, error: Exception) -> None:
+            self._refuse(key, error, on_refused)
+            for gone in subjects.keys() - self.subjects.keys():
+                del subjects[gone]
+
+        count, keeping = len(subjects), any(subject.train for subject in subjects.values()) and not again
+        with contextlib.suppress(BrokenOffError):
+            found = forwards(subjects, backwards.clock, keeping=keeping, before=before, on_failed=failed)
+            for key, seconds in found.items():
+                readings.of_steps[key][phase] = partial(float, seconds)
+
+    def _go_back(
+        self, backwards: Backwards[Key], readings: Readings[Key], on_refused: Callable[[Key, Exception], None] | None
+    ) -> bool:
+        """Time all backwards; False if there was no memory for one, which ends those behind it too."""
+        try:
+            for key, reading in backwards.run(self.subjects).items():
+                readings.of_steps[key]["backward"] = reading
+        except BrokenOffError:
+            return True
+        except Exception as error:
+            if backwards.current is None:
+                raise
+            self._refuse(backwards.current, error, on_refused)
+            for subject in self.subjects.values():
+                subject.release()
+            return False
+        if backwards.empty is not None:
+            readings.empty["backward"] = backwards.empty
+        return True
+
+    def _refuse(self, key: Key, error: Exception, on_refused: Callable[[Key, Exception], None] | None) -> None:
+        """Leave out a step that there is no memory for; any other error is raised with its name."""
+        if on_refused is None or not is_out_of_memory(error):
+            raise RuntimeError(f"{key}: {error}") from error
+        self._drop(key)
+        on_refused(self.named[key], error)
 
     def _optimizer(self) -> torch.optim.Optimizer | None:
         """An optimizer of the parameters of all steps, with the state of their own."""
@@ -254,10 +340,10 @@ class Pass(Generic[Key]):
         for key, read in readings.of_steps.items():
             for phase, reading in read.items():
                 found.setdefault(self.named[key], {}).setdefault(phase, []).append(_seconds(reading, clock))
-        excess = self.excess.setdefault(clock, {"backward": [], "update": []})
+        excess = self.excess.setdefault(clock, {"backward": [], "backward_input": [], "update": []})
         if not first:
-            if readings.empty_backward is not None:
-                excess["backward"].append(_seconds(readings.empty_backward, clock))
+            for phase, empty in readings.empty.items():
+                excess[phase].append(_seconds(empty, clock))
             if readings.whole_update is not None:
                 updates = [seconds for phases in found.values() for seconds in phases.get("update", ())]
                 excess["update"].append(excess_s(updates, _seconds(readings.whole_update, clock)))

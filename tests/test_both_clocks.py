@@ -178,8 +178,8 @@ def test_each_clock_is_read_in_its_turn_and_has_its_own_excess():
         phases = {"forward": 2.0, "backward": 7.0, "update": 6.0}
         on_host = {phase: enqueued(80.0 * times, times * seconds) for phase, seconds in phases.items()}
         steps.readings = {
-            "device": Readings({"a": on_device}, enqueued(1.0 * times, 90.0), enqueued(3.0 * times, 90.0)),
-            "host": Readings({"a": on_host}, enqueued(80.0, 2.0 * times), enqueued(80.0, 2.0 * times)),
+            "device": Readings({"a": on_device}, {"backward": enqueued(times, 90.0)}, enqueued(3.0 * times, 90.0)),
+            "host": Readings({"a": on_host}, {"backward": enqueued(80.0, 2.0 * times)}, enqueued(80.0, 2.0 * times)),
         }
         steps.note(series, first=times == 10.0)
     device, host = series["a"], series["a"].host

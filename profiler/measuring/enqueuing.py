@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from shardwright.profiler.measuring.in_a_row import forwards
 from shardwright.profiler.measuring.stopwatch import CudaStopwatch, Enqueued
 from shardwright.profiler.measuring.subject import Subject
 
@@ -26,19 +27,9 @@ def enqueue_forwards(
     subjects: Mapping[Key, Subject], stopwatch: CudaStopwatch, *, keeping: bool
 ) -> dict[Key, Enqueued]:
     """What the host takes for each forward, in their order; with ``keeping`` their outputs are held for a backward."""
-    ready = {key: subject.prepared(keeping=keeping) for key, subject in subjects.items()}
-    clock, readings = stopwatch.clock, {}
     stopwatch.finish()
-    with torch.set_grad_enabled(keeping):
-        for key, subject in subjects.items():
-            function = ready.pop(key)  # its inputs are let go of with it
-            begin = clock()
-            output = function()
-            readings[key] = _on_host(clock() - begin)
-            if keeping:
-                subject.hold(output)
-            del function, output
-    return readings
+    seconds = forwards(dict(subjects), stopwatch.clock, keeping=keeping, ahead=True)
+    return {key: _on_host(each) for key, each in seconds.items()}
 
 
 def enqueue_backwards(subjects: Mapping[Key, Subject], stopwatch: CudaStopwatch) -> float:
@@ -46,9 +37,10 @@ def enqueue_backwards(subjects: Mapping[Key, Subject], stopwatch: CudaStopwatch)
     outputs: list[Tensor] = []
     gradients: list[Tensor] = []
     for subject in subjects.values():
-        held, subject.outputs = subject.outputs, []
-        gradients += subject.gradients(held) if held else []
-        outputs += held
+        if subject.outputs:
+            subject.let_go_gradients()
+            outputs += subject.outputs
+            gradients += [t.clone() for t in subject.begin_backward()]
     if not outputs:
         return 0.0
     stopwatch.finish()

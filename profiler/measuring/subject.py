@@ -48,6 +48,9 @@ class Subject:
         self.context = call.context
         self.leaves, self.spec = pytree.tree_flatten((call.args, call.kwargs))
         self.leaves = [self._leaf(leaf, device) for leaf in self.leaves]
+        self.copied = [as_input if isinstance(leaf, Tensor) else partial(map_tensors, as_input) for leaf in self.leaves]
+        self.names = [*call.kwargs] if _are_leaves([*call.args, *call.kwargs.values()]) else None
+        """Of the inputs by keyword, where no input holds others."""
         self.parameters: list[nn.Parameter] = []
         if isinstance(self.function, nn.Module):
             self.function.train(train)
@@ -83,24 +86,34 @@ class Subject:
         """Keep what the backward of a forward begins with; in training only."""
         if self.train:
             self.outputs = [t for _, t in tensors_in(output) if t.requires_grad]
+            if self.grads is None:
+                self.grads = [torch.randn_like(t) for t in self.outputs]
 
     def backward(self, stopwatch: Stopwatch) -> Reading | None:
         """Time the backward of the forward before; None if there is none."""
-        outputs, self.outputs = self.outputs, []
-        self.edges, self.left = [], None
-        if not outputs:
+        if not self.outputs:
+            self.release()
             return None
-        gradients = self.gradients(outputs)
+        outputs = self.outputs
+        self.let_go_gradients()
+        gradients = [t.clone() for t in self.begin_backward()]
         with self.peak.backward():
             _, reading = self.fillers["backward"].time(stopwatch, partial(torch.autograd.backward, outputs, gradients))
             del outputs
         return reading
 
+    def begin_backward(self) -> list[Tensor]:
+        """The gradients that the backward of what is held begins with; what is held is let go."""
+        assert self.grads is not None  # made when it was held
+        self.release()
+        return self.grads
+
     def backward_input(self, stopwatch: Stopwatch) -> Reading | None:
         """Time the backward up to the gradients of the inputs; the graph stays."""
         if not self.outputs or not self.parted:
             return None
-        gradients = self.gradients(self.outputs)
+        self.let_go_gradients()
+        gradients = [t.clone() for t in self.grads or ()]
         first = partial(inputs_first, self.outputs, gradients, self.edges, self.parameters)
         (_, self.left), reading = self.fillers["backward_input"].time(stopwatch, first)
         return reading
@@ -110,17 +123,14 @@ class Subject:
         left, self.left = self.left, None
         return None if left is None else self.fillers["backward_weight"].time(stopwatch, left.finish)[1]
 
-    def gradients(self, outputs: list[Tensor]) -> list[Tensor]:
-        """The gradients of the outputs; those of parameters and inputs are let go as in a step."""
-        if self.grads is None:
-            self.grads = [torch.randn_like(t) for t in outputs]
+    def let_go_gradients(self) -> None:
+        """Have those of parameters and inputs arrive as in a step."""
         if not self.accumulate:
             for parameter in self.parameters:
                 parameter.grad = None
         for leaf in self.leaves:
             if isinstance(leaf, Tensor):
                 leaf.grad = None
-        return [t.clone() for t in self.grads]
 
     def update(self, stopwatch: Stopwatch) -> Reading | None:
         """Time the update of the parameters; None if there is nothing to update."""
@@ -144,13 +154,16 @@ class Subject:
     def prepared(self, *, keeping: bool) -> Callable[[], Any]:
         """A forward with inputs of its own, to be called once, with gradients on or off."""
         # A copy of each input: units may change theirs in place, and a producer would just have written it.
-        given = [map_tensors(as_input, leaf) for leaf in self.leaves]
+        given = [copied(leaf) for copied, leaf in zip(self.copied, self.leaves, strict=True)]
         if keeping and self.parted:
             self.edges = edges_of(tensor for _, tensor in tensors_in(given))
-        args, kwargs = pytree.tree_unflatten(given, self.spec)
-        if self.context is None:
-            return partial(self.function, *args, **kwargs)
-        return partial(self.context.run, self.function, args, kwargs)
+        if self.names is not None:  # nothing is to be looked for in them
+            first = len(given) - len(self.names)
+            args, kwargs = given[:first], dict(zip(self.names, given[first:], strict=True))
+        else:
+            args, kwargs = pytree.tree_unflatten(given, self.spec)
+        function = partial(self.function, *args, **kwargs)
+        return function if self.context is None else partial(self.context.run, function)
 
     def _called(self, phase: str, stopwatch: Stopwatch, *, keeping: bool) -> tuple[Any, Reading]:
         function = self.prepared(keeping=keeping)
@@ -159,6 +172,10 @@ class Subject:
 
 
 _Sink = getattr(torch._C._functions, "UndefinedGrad", None)
+
+
+def _are_leaves(values: list[Any]) -> bool:
+    return all(pytree.tree_structure(value).is_leaf() for value in values)
 
 
 def as_input(leaf: Tensor) -> Tensor:

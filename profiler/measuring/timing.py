@@ -122,7 +122,7 @@ class Series:
     def input_backwards(self) -> list[float]:
         """The part of the backward of each repeat that comes to the gradients of the inputs, as a part of a longer
         one."""
-        return self._levelled(self._without("backward", self.backward_input_s))
+        return self._levelled(self._without("backward_input", self.backward_input_s))
 
     def weight_backwards(self) -> list[float]:
         """The rest of each: the engine is entered as often in a longer one."""
