@@ -99,6 +99,18 @@ def alternate(rounds, cpu_time):
     return times, whole[1:]
 
 
+def new_parts(called):
+    """By step, the part of its parameters, by their bytes, that no step before has: they are updated once."""
+    seen, parts = set(), {}
+    for one in called:
+        function = one.call.function
+        trained = [p for p in function.parameters() if p.requires_grad] if isinstance(function, nn.Module) else []
+        new = [p for p in trained if id(p) not in seen]
+        seen.update(map(id, trained))
+        parts[one.name] = sum(p.nbytes for p in new) / sum(p.nbytes for p in trained) if trained else 1.0
+    return parts
+
+
 def compare(name, model, args, kwargs, rounds, cpu_time):
     """Sum of units and median step, both in s, and how many units there were."""
     captures, _ = captures_of(model, args, kwargs, [1], devices=2, train=True)
@@ -114,7 +126,9 @@ def compare(name, model, args, kwargs, rounds, cpu_time):
             pool.call({"cpu:0": (hold, (one.name, {1: one.call}, key, how, number == 0))}, limit_s=120)
         pool.call({"cpu:0": (hold_whole, (model, args, kwargs, captures[1].output_places))}, limit_s=120)
         times, whole = pool.call({"cpu:0": (alternate, (rounds, cpu_time))}, limit_s=600)["cpu:0"]
-    parts = [np.sum([times[keys[one.name]][phase] for one in called], axis=0) for phase in range(3)]
+    new = new_parts(called)
+    parts = [np.sum([times[keys[one.name]][phase] for one in called], axis=0) for phase in range(2)]
+    parts.append(np.sum([new[one.name] * np.array(times[keys[one.name]][2]) for one in called], axis=0))
     found, true = np.array([*parts, sum(parts)]), np.array(whole).T
     units = sum(one.kind == "unit" for one in called)
     pairs = zip(1e3 * np.median(found, axis=1), 1e3 * np.median(true, axis=1), strict=True)

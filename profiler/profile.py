@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from shardwright.errors import ShardwrightError
 from shardwright.files import Document, Record
+from shardwright.profiler.shared_updates import Shared, once_each
 
 if TYPE_CHECKING:
     import networkx
@@ -361,7 +362,10 @@ class Profile(Document):
         return self._measured.get((node, device, microbatches))
 
     def step_s(self, device: str, microbatches: int = 1) -> float:
-        """Sum over all nodes of one step on ``device``: forward and backward of each micro-batch, one update."""
+        """Sum over all nodes of one step on ``device``: forward and backward of each micro-batch, one update.
+
+        A parameter that several nodes use is updated once.
+        """
         rows = [m for m in self.measurements if m.device == device and m.microbatches == microbatches]
         if not rows:
             known = ", ".join(d.name for d in self.devices)
@@ -369,7 +373,14 @@ class Profile(Document):
                 f"the profile has no times for {device} at {microbatches} micro-batches; it has devices {known} "
                 f"and micro-batches {', '.join(map(str, self.microbatches))}"
             )
-        return sum(microbatches * (m.forward_s + m.backward_s) + m.update_s for m in rows)
+        updates = once_each(
+            {m.node: {device: m.update_s} for m in rows},
+            {node.name: node.grad_bytes for node in self.nodes},
+            [Shared(tie.nodes, tie.gradient_bytes) for tie in self.ties],
+            {node.name: node.unit for node in self.nodes if node.kind == "unit" and node.unit},
+        )
+        updates_s = sum(seconds for own in updates.own.values() for seconds in own.values())
+        return updates_s + sum(microbatches * (m.forward_s + m.backward_s) for m in rows)
 
     def frame(self) -> pandas.DataFrame:
         """One row for each measurement, with the node's kind, type and bytes beside its times."""

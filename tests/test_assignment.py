@@ -56,6 +56,8 @@ def load_by_hand(p, of, device):
         users = set(bits(tie.users))
         if users & mine and users - mine:
             compute += p.sum_s(tie, device)
+        if users & mine and tie.first not in mine and tie.update_s:
+            compute += tie.update_s[device]
     out = into = 0.0
     for t in p.crossings:
         home, targets = of[t.producer], {of[r] for r in bits(t.readers)} - {of[t.producer]}
@@ -101,6 +103,7 @@ def every_load(p):
     for tie, d in itertools.product(p.ties, range(devices)):
         here = np.stack([on[d][v] for v in bits(tie.users)])
         compute[d, here.any(axis=0) & ~here.all(axis=0)] += p.sum_s(tie, d)
+        compute[d, here.any(axis=0) & ~on[d][tie.first]] += tie.update_s[d] if tie.update_s else 0.0
     for t in p.crossings:
         reads = [np.any([on[d][r] for r in bits(t.readers)], axis=0) for d in range(devices)]
         seen = np.zeros(len(of), bool)

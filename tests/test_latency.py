@@ -16,6 +16,7 @@ from test_partition import antichain, chain
 from shardwright.sharder.planning.clock import Budget
 from shardwright.sharder.planning.free import fastest as fastest_module
 from shardwright.sharder.planning.free.assignment import masks_of, peak_bytes
+from shardwright.sharder.planning.free.cpsat import RESOLUTION
 from shardwright.sharder.planning.free.fastest import Lead, branch_and_bound, fastest, improve_by_cpsat, improved
 from shardwright.sharder.planning.free.latency import Race, listed
 from shardwright.sharder.planning.problem import Crossing, bits
@@ -86,6 +87,7 @@ def brute_force(p):
                 ties = [t for t in p.ties if t.users & mask and t.users & ~mask and t.gradient_bytes]
                 waits = [end[v] for v in bits(mask)] + [end[v] for t in ties for v in bits(t.users)]
                 work = sum(p.blocks[v].update_s[d] for v in bits(mask)) + sum(p.sum_s(t, d) for t in ties)
+                work += sum(t.update_s[d] for t in ties if t.update_s and not mask >> t.first & 1)
                 done.append(max(waits) + work if mask else 0.0)
             best = min(best, *([max(done)] if count else []))
     return best
@@ -130,6 +132,8 @@ def brute_force_of_many(p):
                 held = on[d][:, users].any(axis=1) & ~on[d][:, users].all(axis=1)
                 waits = np.where(held, np.maximum(waits, end[users].max(axis=0)), waits)
                 work += np.where(held, p.sum_s(tie, d), 0.0)
+                if tie.update_s:
+                    work += np.where(held & ~on[d][:, tie.first], tie.update_s[d], 0.0)
             last = np.maximum(last, np.where(on[d].any(axis=1), waits + work, 0.0))
         best = min(best, last.min(initial=math.inf))
     return best
@@ -158,12 +162,15 @@ def few_orders(p, most=40):
 @settings(max_examples=8, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(free_problems(blocks=10, devices=4, least=8).filter(few_orders))
 def test_schedules_of_ten_are_the_best_of_all(p):
-    """Up to ten blocks on four devices: a million assignments, each in every order."""
+    """Up to ten blocks on four devices: a million assignments, each in every order.
+
+    The bound of CP-SAT is of times that are rounded down.
+    """
     found, value = fastest(p, Budget(120)), brute_force_of_many(p)
     if found is None:
         assert math.isinf(value)
     else:
-        assert found.exact
+        assert found.exact or found.bound_s >= value * (1 - len(p.blocks) * 4 / RESOLUTION)
         assert same(found.schedule.value_s, value)
 
 

@@ -109,7 +109,9 @@ def problems(draw, least=1, most=7):
         if ties and draw(st.booleans()):  # a second parameter of the same users
             mask, first = ties[-1].users, ties[-1].first
         # Without a gradient it is a constant of which every reader has a copy.
-        ties.append(Tie(f"p{name}", mask, first, draw(size), draw(st.sampled_from([0, 1, 3, 9, 90]))))
+        gradient_bytes = draw(st.sampled_from([0, 1, 3, 9, 90]))
+        update_s = draw(st.one_of(st.just(()), row)) if gradient_bytes else ()
+        ties.append(Tie(f"p{name}", mask, first, draw(size), gradient_bytes, update_s))
     latency = st.sampled_from([0.0, 1.0, 2.0] * 4 + [math.inf])  # infinite: nothing may be sent over it
     one_link = st.tuples(latency, st.sampled_from([1.0, 4.0, 100.0]))
     same_link = draw(one_link) if alike else None
@@ -203,6 +205,7 @@ def largest_load(p, stage_of, order, anew):
             at = {stage_of[v] for v in range(len(p.blocks)) if tie.users >> v & 1}
             if s in at and at != {s}:
                 load += 2 * slowest_s(p, d, tie.gradient_bytes) if tie.gradient_bytes else 0
+                load += tie.update_s[d] if tie.update_s and stage_of[tie.first] != s else 0
         if p.memory_bytes(start, end, d, stages - s - 1, recomputed=anew[s]) > p.caps[d]:
             return None
         loads.append(load)

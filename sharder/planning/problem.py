@@ -188,6 +188,8 @@ class Tie:
     """Of one more copy: parameter, gradient and optimizer state."""
     gradient_bytes: int
     """Summed over the copies once a step."""
+    update_s: tuple[float, ...] = ()
+    """By device, of one more copy; nothing where it is empty."""
 
     def held(self, members: int) -> bool:
         """Whether a stage of the blocks in ``members`` has a copy beside other stages' copies."""
@@ -367,9 +369,17 @@ class Problem:
         links = [link for other in others for link in (self.links[device][other], self.links[other][device])]
         return 2 * max((latency + tie.gradient_bytes / bandwidth for latency, bandwidth in links), default=0.0)
 
+    def tie_sums_s(self, members: int, device: int) -> float:
+        """Seconds of a step in which a stage of the blocks in ``members`` on ``device`` gets the sums of gradients."""
+        return sum(self.sum_s(tie, device) for tie in self.ties if tie.held(members))
+
+    def copies_s(self, members: int, device: int) -> float:
+        """Seconds of a step in which it updates the copies that it has beside its blocks' own parameters."""
+        return sum(tie.update_s[device] for tie in self.ties if tie.update_s and not tie.counted(members))
+
     def ties_s(self, members: int, device: int) -> float:
         """Seconds of a step that ties cost a stage of the blocks in ``members`` on ``device``."""
-        return sum(self.sum_s(tie, device) for tie in self.ties if tie.held(members))
+        return self.tie_sums_s(members, device) + self.copies_s(members, device)
 
     @property
     def unusable(self) -> tuple[tuple[str, str], ...]:

@@ -136,7 +136,9 @@ class Tied(NamedTuple):
     """As a bit mask."""
     copy_bytes: int
     sum_s: tuple[float, ...]
-    """By device."""
+    """By device, of each copy beside others."""
+    update_s: tuple[float, ...]
+    """By device, of a copy that the block does not count."""
 
 
 class Done(NamedTuple):
@@ -156,14 +158,15 @@ class Done(NamedTuple):
 
 def tied_of(problem: Problem) -> list[Tied]:
     """The ties of ``problem`` that cost something, those with the same users as one."""
-    devices = range(len(problem.devices))
+    devices, none = range(len(problem.devices)), (0.0,) * len(problem.devices)
     found: dict[tuple[int, int], Tied] = {}
     for tie in problem.ties:
         key = tie.users, 1 << tie.first
-        known = found.get(key, Tied(*key, 0, (0.0,) * len(devices)))
+        known = found.get(key, Tied(*key, 0, none, none))
         sum_s = tuple(known.sum_s[d] + problem.sum_s(tie, d) for d in devices)
-        found[key] = Tied(*key, known.copy_bytes + tie.copy_bytes, sum_s)
-    return [tied for tied in found.values() if tied.copy_bytes or any(tied.sum_s)]
+        update_s = tuple(map(operator.add, known.update_s, tie.update_s or none))
+        found[key] = Tied(*key, known.copy_bytes + tie.copy_bytes, sum_s, update_s)
+    return [tied for tied in found.values() if tied.copy_bytes or any(tied.sum_s) or any(tied.update_s)]
 
 
 def sums_of(problem: Problem, lattice: Lattice) -> dict[int, Done]:
@@ -288,7 +291,9 @@ class Search:
 
     def ties_s(self, members: int, device: int) -> float:
         """Seconds of a step that ties cost a stage of the blocks in ``members`` on ``device``."""
-        return sum(tied.sum_s[device] for tied in self.ties if members & tied.users and tied.users & ~members)
+        here = [tied for tied in self.ties if members & tied.users]
+        sums_s = sum(tied.sum_s[device] for tied in here if tied.users & ~members)
+        return sums_s + sum(tied.update_s[device] for tied in here if not members & tied.first)
 
     def copies(self, members: int) -> int:
         """Bytes of the copies that a stage of the blocks in ``members`` has beside its blocks' own."""

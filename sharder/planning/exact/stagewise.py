@@ -133,7 +133,7 @@ class Stagewise:
             for d in range(len(problem.devices))
         ]
         self.most_at_once = problem.ledger.most_at_once()
-        self.ties = [(tied, self.counts(tied.users)) for tied in tied_of(problem)]
+        self.ties = [(tied, self.counts(tied.users), self.counts(tied.first)) for tied in tied_of(problem)]
         self.total = {tensor.name: tensor.readers.bit_count() for tensor in problem.crossings}
         self.readers = lru_cache(maxsize=4096)(self._readers)
 
@@ -243,10 +243,13 @@ class Stagewise:
         """The ends of a stage from ``start`` on ``device`` that time, pins and what is left behind them allow."""
         at = self._in_reach(start, device, free, after)
         compute_s = self.work[device][at] - self.work[device][start]
-        for tied, users in self.ties:
+        for tied, users, first in self.ties:
             inside = users[at] - users[start]
             held = (inside > 0) & (inside < tied.users.bit_count())
-            compute_s = compute_s + np.where(held, tied.sum_s[device], 0.0)
+            copied = (inside > 0) & (first[at] == first[start])
+            compute_s = (
+                compute_s + np.where(held, tied.sum_s[device], 0.0) + np.where(copied, tied.update_s[device], 0.0)
+            )
         out_s, in_s = self._traffic(start, before, device, at)
         if self.problem.overlap:
             low = (compute_s < self.ceiling_s) & (out_s < self.ceiling_s) & (in_s < self.ceiling_s)
@@ -330,7 +333,7 @@ class Stagewise:
         cap, count = problem.caps[device], problem.microbatches
         members = self.closed[end] & ~self.closed[start]
         size = last.static_bytes - first.static_bytes
-        size += sum(tied.copy_bytes for tied, _ in self.ties if members & tied.users and not members & tied.first)
+        size += sum(tied.copy_bytes for tied, *_ in self.ties if members & tied.users and not members & tied.first)
         if size > cap:
             return math.inf
         # What is at most received and at most sent settles most stages; the others are walked through.

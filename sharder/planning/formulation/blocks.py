@@ -11,13 +11,14 @@ import dataclasses
 import itertools
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.costgraph import CostGraph
 from shardwright.profiler.ordering import connected_groups, strong_components, topological_order
 from shardwright.profiler.profile import NodeKind
+from shardwright.profiler.shared_updates import Shared, Updates, once_each
 from shardwright.profiler.sizes import parse_bytes
 from shardwright.sharder.planning.formulation.ledger import ledger_of
 from shardwright.sharder.planning.formulation.patterns import Pinned, matching
@@ -49,22 +50,43 @@ def _own_copies(graph: CostGraph) -> dict[str, list[str]]:
     }
 
 
-def _ties(graph: CostGraph, own: Mapping[str, list[str]], block_of: Mapping[str, int]) -> tuple[Tie, ...]:
+def _updates(graph: CostGraph) -> Updates:
+    """Of nodes, and of the copies of what several use, in the order of the graph's ties.
+
+    What no unit holds was timed with the node of the parameter, which is where its first reader is.
+    """
+    position, data = {name: i for i, name in enumerate(graph)}, graph.nodes
+    holders = {data[n].get("unit") or n: [n] for n in _of_kind(graph, "parameter") if any(data[n]["update_s"].values())}
+    shared = [
+        Shared([*holders.get(name, ()), *sorted(users, key=position.__getitem__)], gradient_bytes)
+        for name, users, _, gradient_bytes in graph.graph.get("ties", ())
+    ]
+    return once_each(
+        {n: data[n]["update_s"] for n in graph},
+        {n: data[n]["grad_bytes"] for n in graph},
+        shared,
+        {n: data[n].get("unit") or n for n in _of_kind(graph, "unit")},
+    )
+
+
+def _ties(
+    graph: CostGraph,
+    own: Mapping[str, list[str]],
+    block_of: Mapping[str, int],
+    copies: Sequence[Mapping[str, float]],
+    devices: Sequence[str],
+) -> tuple[Tie, ...]:
     """The ties with users in several blocks; buffers and constants are ties whose copies have nothing to sum."""
     position = {name: i for i, name in enumerate(graph)}
-    found = [
-        (name, sorted(users, key=position.__getitem__), copy_bytes, gradient_bytes)
-        for name, users, copy_bytes, gradient_bytes in graph.graph.get("ties", ())
-    ]
-    found += [
-        (node, readers, graph.nodes[node]["static_bytes"], 0)
-        for node, readers in own.items()
-        if graph.nodes[node]["copied"]
-    ]
-    ties = (
-        Tie(name, sum(1 << v for v in {block_of[user] for user in users}), block_of[users[0]], copy_bytes, gradient)
-        for name, users, copy_bytes, gradient in found
-    )
+    ties = []
+    for (name, nodes, copy_bytes, gradient), copy in zip(graph.graph.get("ties", ()), copies, strict=True):
+        users = [block_of[user] for user in sorted(nodes, key=position.__getitem__)]
+        update_s = tuple(copy.get(device, 0.0) for device in devices) if copy else ()
+        ties.append(Tie(name, sum(1 << v for v in {*users}), users[0], copy_bytes, gradient, update_s))
+    for node, readers in own.items():
+        if graph.nodes[node]["copied"]:
+            users = [block_of[reader] for reader in readers]
+            ties.append(Tie(node, sum(1 << v for v in {*users}), users[0], graph.nodes[node]["static_bytes"], 0))
     return tuple(tie for tie in ties if tie.users.bit_count() > 1)
 
 
@@ -258,7 +280,7 @@ def problem_from_graph(
         copied = ((node, reader) for node, readers in own.items() for reader in readers[1:])
         cut = graph.changed({"colocate": (*graph.graph.get("colocate", ()), *groups)}, without=copied)
     members, before = _blocks(cut)
-    data = graph.nodes
+    data, updates = graph.nodes, _updates(graph)
     unfit = [_unfit(graph, nodes, names) for nodes in members]
     wanted = [_wanted(graph, nodes, pinned) for nodes in members]
     blocks = tuple(
@@ -266,7 +288,7 @@ def problem_from_graph(
             nodes=nodes,
             forward_s=_seconds([data[n]["forward_s"] for n in nodes], names),
             backward_s=_seconds([data[n]["backward_s"] for n in nodes], names),
-            update_s=_seconds([data[n]["update_s"] for n in nodes], names),
+            update_s=_seconds([updates.own[n] for n in nodes], names),
             static_bytes=sum(data[n]["static_bytes"] for n in nodes),
             units=tuple(data[n].get("unit") or n for n in nodes if data[n]["kind"] == "unit"),
             allowed=_allowed(names, device, lacking),
@@ -282,7 +304,7 @@ def problem_from_graph(
         blocks=blocks,
         predecessors=tuple(sum(1 << p for p in set_) for set_ in before),
         crossings=_crossings(cut, block_of),
-        ties=_ties(graph, own, block_of),
+        ties=_ties(graph, own, block_of, updates.copies, names),
         devices=names,
         caps=tuple(parse_bytes(memory.get(d, known[d]["memory_bytes"])) for d in names),
         links=tuple(tuple(graph.graph["links"][a, b] if a != b else (0.0, float("inf")) for b in names) for a in names),

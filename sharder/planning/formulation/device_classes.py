@@ -30,6 +30,7 @@ def alike_devices(problem: Problem) -> list[list[int]]:
     times = (b.forward_s + b.backward_s + b.update_s + (b.recompute_s or b.forward_s) for b in problem.blocks)
     own = [*zip(*times, strict=True)]
     parts = [*zip(*(b.parts_s for b in problem.blocks if b.parts_s), strict=True)]
+    copies = [*zip(*(tie.update_s for tie in problem.ties if tie.update_s), strict=True)]
     count = len(problem.devices)
     rates = problem.fetching.rates if problem.fetching else ()
     pins = [*zip(*(block.allowed for block in problem.blocks), strict=True)]
@@ -49,6 +50,7 @@ def alike_devices(problem: Problem) -> list[list[int]]:
             and (problem.transfers != "staged" or problem.ways[a] == problem.ways[b])
             and all(own[a + i * count] == own[b + i * count] for i in range(4))
             and parts[a : a + 1] == parts[b : b + 1]
+            and copies[a : a + 1] == copies[b : b + 1]
         )
 
     classes: list[list[int]] = []

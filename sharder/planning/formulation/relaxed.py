@@ -92,7 +92,8 @@ def timeless(problem: Problem) -> Problem:
     )
     links = tuple(tuple((s if math.isinf(s) else 0.0, math.inf) for s, _ in row) for row in problem.links)
     hosts = tuple(tuple((s if math.isinf(s) else 0.0, math.inf) for s, _ in pair) for pair in problem.hosts)
-    return dataclasses.replace(problem, blocks=tuple(blocks), links=links, hosts=hosts)  # type: ignore[arg-type]
+    ties = tuple(dataclasses.replace(tie, update_s=()) for tie in problem.ties)
+    return dataclasses.replace(problem, blocks=tuple(blocks), ties=ties, links=links, hosts=hosts)  # type: ignore[arg-type]
 
 
 def with_another(problem: Problem, device: int) -> Problem:
@@ -121,9 +122,13 @@ def with_another(problem: Problem, device: int) -> Problem:
         )
         for b in problem.blocks
     )
+    ties = (
+        dataclasses.replace(t, update_s=(*t.update_s, t.update_s[device]) if t.update_s else ()) for t in problem.ties
+    )
     return dataclasses.replace(
         problem,
         blocks=tuple(blocks),
+        ties=tuple(ties),
         devices=(*problem.devices, f"another {problem.devices[device]}"),
         caps=(*problem.caps, problem.caps[device]),
         links=tuple(map(tuple, links)),

@@ -163,6 +163,8 @@ class Shares:
             if problem.blocks[v].allowed[device]
         ]
         compute += [(problem.sum_s(tie, device), h[device]) for tie, h in zip(problem.ties, self.held, strict=True)]
+        copies = [(tie, copied) for tie, copied in zip(problem.ties, self.copied, strict=True) if tie.update_s]
+        compute += [(tie.update_s[device], copied[device]) for tie, copied in copies]
         sends: list[tuple[float, Any]] = []
         receives: list[tuple[float, Any]] = []
         for number, tensor in enumerate(problem.crossings):

@@ -259,6 +259,7 @@ class _Clocked(Shares):
         work = sum(max(row) for row in self.problem.seconds)
         delays = (s for one in (self.race.forward, self.race.backward) for a in one.arcs for r in a.delay_s for s in r)
         ties = sum(self.problem.sum_s(tie, d) for tie in self.problem.ties for d in self.devices)
+        ties += sum(sum(tie.update_s) for tie in self.problem.ties)
         return work + sum(filter(math.isfinite, delays)) + (ties if math.isfinite(ties) else 0.0)
 
     def _units(self, seconds: float) -> int:
@@ -314,6 +315,9 @@ class _Clocked(Shares):
                     self.model.add(held[d] == 0)
                 else:
                     after += cost * held[d]
+            for tie, copied in zip(self.problem.ties, self.copied, strict=True):
+                if tie.update_s:
+                    after += self._units(tie.update_s[d]) * copied[d]
             for v, row in enumerate(self.on):
                 if not isinstance(row[d], int):
                     self.model.add(self.finish >= ends[v] + after).only_enforce_if(row[d])

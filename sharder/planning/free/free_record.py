@@ -131,7 +131,8 @@ class Writer:
         for index, d in enumerate(self.used):
             blocks = [problem.blocks[v] for v in bits(self.masks[d])]
             names = {name for block in blocks for name in block.nodes}
-            update_s, tie_s = sum(b.update_s[d] for b in blocks), problem.ties_s(self.masks[d], d)
+            update_s = sum(b.update_s[d] for b in blocks) + problem.copies_s(self.masks[d], d)
+            tie_s = problem.tie_sums_s(self.masks[d], d)
             forward_s, backward_s = sum(b.forward_s[d] for b in blocks), sum(b.backward_s[d] for b in blocks)
             whole = len(self.used) == 1 and problem.schedule == "1f1b"
             stages.append(

@@ -52,6 +52,9 @@ class Tally:
                 self._add(self.traffic[at], seconds, sign)
         for tie in self._ties[block]:
             holders = {self.of[user] for user in bits(tie.users)} - {NOWHERE}
+            first = self.of[tie.first]
+            for holder in holders - {first} if tie.update_s and first != NOWHERE else ():
+                self.compute_s[holder] += sign * tie.update_s[holder]
             for holder in holders if len(holders) > 1 else ():
                 row = [self.compute_s[holder]]
                 self._add(row, [self.problem.sum_s(tie, holder)], sign)

@@ -87,7 +87,7 @@ def device_loads(problem: Problem, stages: Stages) -> list[float]:
     traffic, ties_s = traffic_of(problem, stages), ties_s_of(problem, stages)
     loads = []
     for position, (device, members) in enumerate(shares_of(stages, problem.stages_per_device)):
-        work_s = sum(problem.work_s(v, device) for v in bits(members)) + ties_s[position]
+        work_s = sum(problem.work_s(v, device) for v in bits(members)) + sum(ties_s[position])
         together = Traffic(*(sum(parts) for parts in zip(*traffic[position::count], strict=True)))
         loads.append(load_s(problem, work_s, together))
     return loads
@@ -104,8 +104,8 @@ def piece_loads(problem: Problem, stages: Stages) -> list[float] | None:
         if peak.bytes > problem.caps[device]:
             return None
     return [
-        load_s(problem, sum(problem.work_s(v, device) for v in bits(members)) + tie_s, traffic)
-        for (device, members), traffic, tie_s in zip(
+        load_s(problem, sum(problem.work_s(v, device) for v in bits(members)) + sum(ties_s), traffic)
+        for (device, members), traffic, ties_s in zip(
             stages, traffic_of(problem, stages), ties_s_of(problem, stages), strict=True
         )
     ]

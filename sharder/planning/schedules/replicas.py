@@ -178,6 +178,12 @@ def joined(problem: Problem, mesh: Mesh, sizes: _Sizes) -> Problem:
             _block_of(b, of_replica, sums, gradient, inputs - inputs // replicas)
             for b, gradient, inputs in zip(problem.blocks, *sizes, strict=True)
         ),
+        ties=tuple(
+            dataclasses.replace(tie, update_s=tuple(max(tie.update_s[d] for d in members) for members in mesh))
+            if tie.update_s
+            else tie
+            for tie in problem.ties
+        ),
         devices=tuple(problem.devices[d] for d in of_replica[0]),
         caps=tuple(min(problem.caps[d] for d in members) for members in mesh),
         links=tuple(tuple(_matched(problem, a, b) for b in mesh) for a in mesh),

@@ -27,11 +27,14 @@ def shares_of(stages: Stages, stages_per_device: int) -> list[tuple[int, int]]:
     return shares
 
 
-def ties_s_of(problem: Problem, stages: Stages) -> list[float]:
-    """Seconds of a step that ties cost each stage; what a device's stages share, its first one has all of."""
+def ties_s_of(problem: Problem, stages: Stages) -> list[tuple[float, float]]:
+    """Seconds of a step that ties cost each stage: sums of gradients, and updates of copies.
+
+    What a device's stages share, its first one has all of.
+    """
     shares = shares_of(stages, problem.stages_per_device)
-    later = [0.0] * (len(stages) - len(shares))
-    return [problem.ties_s(members, device) for device, members in shares] + later
+    own = [(problem.tie_sums_s(members, device), problem.copies_s(members, device)) for device, members in shares]
+    return own + [(0.0, 0.0)] * (len(stages) - len(shares))
 
 
 def sums_s_of(problem: Problem, stages: Stages) -> list[float]:
@@ -57,7 +60,7 @@ def stage_costs(problem: Problem, stages: Stages, anew: Sequence[bool] = ()) -> 
     """
     relayed, by_engine = problem.transfers == "relayed", len(stages) > 1 or bool(problem.replicas)
     costs = []
-    for position, ((device, members), traffic, tie_s, sum_s, again) in enumerate(
+    for position, ((device, members), traffic, (tie_s, copies_s), sum_s, again) in enumerate(
         zip(
             stages,
             traffic_of(problem, stages),
@@ -74,7 +77,7 @@ def stage_costs(problem: Problem, stages: Stages, anew: Sequence[bool] = ()) -> 
             StageCost(
                 forward_s=sum(b.again_s(device) for b in blocks) if again else forward_s,
                 backward_s=sum(b.backward_s[device] for b in blocks) + (forward_s if again else 0.0),
-                update_s=sum(b.update_s[device] - (b.sum_s[device] if b.sum_s else 0.0) for b in blocks),
+                update_s=copies_s + sum(b.update_s[device] - (b.sum_s[device] if b.sum_s else 0.0) for b in blocks),
                 send_forward_s=traffic.forward_out_s,
                 receive_backward_s=traffic.backward_in_s,
                 tie_s=tie_s,
