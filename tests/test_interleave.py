@@ -94,9 +94,9 @@ def problems(draw, chain=False):
     )
     if draw(st.booleans()):
         users = draw(st.sets(st.integers(0, count - 1), min_size=2, max_size=3))
-        mask, gradient_bytes = sum(1 << v for v in users), draw(st.sampled_from([0, 9]))
-        update_s = tuple(draw(st.sampled_from([0.0, 2.0, 5.0])) for _ in range(devices)) if gradient_bytes else ()
-        tie = Tie("p", mask, min(users), draw(st.integers(0, 9)), gradient_bytes, update_s)
+        copy_bytes, gradient_bytes = draw(st.integers(0, 9)), draw(st.sampled_from([0, 9]))
+        update_s = tuple(2.0 + d for d in range(devices)) if gradient_bytes else ()
+        tie = Tie("p", sum(1 << v for v in users), min(users), copy_bytes, gradient_bytes, update_s)
         problem = dataclasses.replace(problem, ties=(tie,))
     pinned = draw(st.sampled_from([None, None, 0, count - 1]))
     if pinned is not None:

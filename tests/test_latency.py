@@ -16,7 +16,6 @@ from test_partition import antichain, chain
 from shardwright.sharder.planning.clock import Budget
 from shardwright.sharder.planning.free import fastest as fastest_module
 from shardwright.sharder.planning.free.assignment import masks_of, peak_bytes
-from shardwright.sharder.planning.free.cpsat import RESOLUTION
 from shardwright.sharder.planning.free.fastest import Lead, branch_and_bound, fastest, improve_by_cpsat, improved
 from shardwright.sharder.planning.free.latency import Race, listed
 from shardwright.sharder.planning.problem import Crossing, bits
@@ -162,15 +161,12 @@ def few_orders(p, most=40):
 @settings(max_examples=8, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(free_problems(blocks=10, devices=4, least=8).filter(few_orders))
 def test_schedules_of_ten_are_the_best_of_all(p):
-    """Up to ten blocks on four devices: a million assignments, each in every order.
-
-    The bound of CP-SAT is of times that are rounded down.
-    """
+    """Up to ten blocks on four devices: a million assignments, each in every order."""
     found, value = fastest(p, Budget(120)), brute_force_of_many(p)
     if found is None:
         assert math.isinf(value)
     else:
-        assert found.exact or found.bound_s >= value * (1 - len(p.blocks) * 4 / RESOLUTION)
+        assert found.exact
         assert same(found.schedule.value_s, value)
 
 

@@ -109,9 +109,9 @@ def problems(draw, least=1, most=7):
         if ties and draw(st.booleans()):  # a second parameter of the same users
             mask, first = ties[-1].users, ties[-1].first
         # Without a gradient it is a constant of which every reader has a copy.
-        gradient_bytes = draw(st.sampled_from([0, 1, 3, 9, 90]))
-        update_s = draw(st.one_of(st.just(()), row)) if gradient_bytes else ()
-        ties.append(Tie(f"p{name}", mask, first, draw(size), gradient_bytes, update_s))
+        copy_bytes, gradient_bytes = draw(size), draw(st.sampled_from([0, 1, 3, 9, 90]))
+        update_s = blocks[first].update_s if gradient_bytes > 1 else ()
+        ties.append(Tie(f"p{name}", mask, first, copy_bytes, gradient_bytes, update_s))
     latency = st.sampled_from([0.0, 1.0, 2.0] * 4 + [math.inf])  # infinite: nothing may be sent over it
     one_link = st.tuples(latency, st.sampled_from([1.0, 4.0, 100.0]))
     same_link = draw(one_link) if alike else None

@@ -57,9 +57,9 @@ def problems(draw, most_blocks=7, kinds=KINDS):
     ties = []
     if count > 1 and draw(st.booleans()):
         users = draw(st.sets(st.integers(0, count - 1), min_size=2, max_size=4))
-        mask, gradient_bytes = sum(1 << v for v in users), draw(st.sampled_from([0, 3, 30]))
-        update_s = draw(st.one_of(st.just(()), times)) if gradient_bytes else ()
-        ties.append(Tie("p", mask, min(users), draw(size), gradient_bytes, update_s))
+        copy_bytes, gradient_bytes = draw(size), draw(st.sampled_from([0, 3, 30]))
+        update_s = blocks[min(users)].update_s if gradient_bytes else ()
+        ties.append(Tie("p", sum(1 << v for v in users), min(users), copy_bytes, gradient_bytes, update_s))
     latency = st.sampled_from([0.0, 1.0, 2.0] * 4 + [math.inf])  # infinite: nothing may be sent over it
     one_link = st.tuples(latency, st.sampled_from([1.0, 4.0, 100.0]))
     same = draw(one_link) if alike else None

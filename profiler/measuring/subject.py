@@ -162,8 +162,9 @@ class Subject:
             args, kwargs = given[:first], dict(zip(self.names, given[first:], strict=True))
         else:
             args, kwargs = pytree.tree_unflatten(given, self.spec)
-        function = partial(self.function, *args, **kwargs)
-        return function if self.context is None else partial(self.context.run, function)
+        if self.context is not None:
+            return partial(self.context.run, self.function, args, kwargs)
+        return partial(self.function, *args, **kwargs)
 
     def _called(self, phase: str, stopwatch: Stopwatch, *, keeping: bool) -> tuple[Any, Reading]:
         function = self.prepared(keeping=keeping)
