@@ -40,7 +40,8 @@ Node attributes
     backward_input_s, backward_weight_s
                       likewise, its two parts: up to the gradients of the inputs, and those of the weights, which
                       zero-bubble schedules need [not known]
-    update_s          likewise, seconds of one optimizer step [0]
+    update_s          likewise, seconds of one optimizer step; what several nodes share (ties, calls of one unit) counts
+                      once on each device [0]
     recompute_s       likewise, in training, a forward that keeps nothing for backward [forward_s]
     median_error      how sure these are: half of their 95% interval, as a part of them; in no graph of a profile,
                       where each device has its own [not known]

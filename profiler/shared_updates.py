@@ -44,10 +44,11 @@ def once_each(
         update_s: by node, in the order of the forward, and device.
         gradient_bytes: by node, of the parameters that no node before it has.
         shared: parameters of several nodes.
-        unit_of: the module that a node calls.
+        unit_of: the module that a node calls; a later call of it, that has no bytes, updates nothing.
     """
     first: dict[str, str] = {}
-    again = {node for node in update_s if node in unit_of and first.setdefault(unit_of[node], node) != node}
+    later = {node for node in update_s if node in unit_of and first.setdefault(unit_of[node], node) != node}
+    again = {node for node in later if not gradient_bytes.get(node)}
     shared = [each._replace(users=[user for user in each.users if user not in again]) for each in shared]
     borrowed: dict[str, int] = {}
     for each in shared:

@@ -111,8 +111,10 @@ def test_a_looped_block_is_updated_once(chain_profile):
     """Its calls share a device; in the planner's problem and in the profile's own sum."""
     profile = timed(chain_profile(4), {f"u{number}": 5.0 for number in range(4)})
     before = timed(profile, {}).step_s("cpu:0", 2)
-    nodes = (n.model_copy(update={"unit": "net.u1"}) if n.name in ("u1", "u2") else n for n in profile.nodes)
-    profile = profile.model_copy(update={"nodes": tuple(nodes), "colocate": (("u1", "u2"),)})
+    assert profile.step_s("cpu:0", 2) == before + 20.0
+    calls = {"u1": {"unit": "net.u1", "grad_bytes": 9}, "u2": {"unit": "net.u1", "grad_bytes": 0}}
+    nodes = tuple(n.model_copy(update=calls.get(n.name, {})) for n in profile.nodes)
+    profile = profile.model_copy(update={"nodes": nodes, "colocate": (("u1", "u2"),)})
     assert profile.step_s("cpu:0", 2) == before + 15.0
     problem = problem_from_graph(profile.graph(2))
     assert [block.update_s[0] for block in problem.blocks] == [0.0, 5.0, 5.0, 5.0, 0.0]
