@@ -111,6 +111,7 @@ def test_each_backward_of_a_row_is_given_gradients_of_its_own():
     for _ in range(3):
         steps.run(HostStopwatch())
         assert torch.equal(step.parameters[0].grad, step.grads[1])
+    assert not step.parameters[0]._backward_hooks  # none is left there for the next round
     assert len(given) == 3
     assert all(torch.equal(each, given[0]) for each in given)
     assert all(other.parameters[0].grad is not None for other in others.values())

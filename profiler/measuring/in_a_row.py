@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from shardwright.profiler.measuring.stopwatch import Reading
 from shardwright.profiler.measuring.subject import Subject, as_input
@@ -98,6 +99,7 @@ class Backwards(Generic[Key]):
         self._first, self._amid = self._nothing(), self._nothing()
         self._marks: list[tuple[Key | None, float, float]] = []
         """At each output: of which step, when what came before it ended, and when it began."""
+        self._handles: list[RemovableHandle] = []
 
     def amid(self) -> None:
         """Have the backward of nothing come here, between the forward before and the next one."""
@@ -118,7 +120,11 @@ class Backwards(Generic[Key]):
             subject.let_go_gradients()
             outputs += subject.outputs
             gradients += subject.begin_backward()
-        torch.autograd.backward(outputs, gradients)
+        try:
+            torch.autograd.backward(outputs, gradients)
+        finally:
+            for handle in self._handles:  # an output may be a parameter, which stays
+                handle.remove()
         return self._readings()
 
     def _readings(self) -> dict[Key, Reading]:
@@ -140,7 +146,7 @@ class Backwards(Generic[Key]):
         others = [*(hooks._backward_hooks or {}).items()]
         for number, _ in others:
             del hooks._backward_hooks[number]
-        output.register_hook(partial(self._mark, key))
+        self._handles.append(output.register_hook(partial(self._mark, key)))
         hooks._backward_hooks.update(others)
 
     def _mark(self, key: Key | None, gradient: Tensor) -> Tensor:
