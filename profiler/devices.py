@@ -53,7 +53,7 @@ def find_devices(names: Sequence[str] | str | None = None, *, beside: Sequence[s
             index = int(name.partition(":")[2])
             if index >= gpus:
                 raise ShardwrightError(
-                    f"there is no {name}: this machine has {gpus} CUDA devices; leave out --devices to see"
+                    f"there is no {name}: this machine has {gpus} CUDA devices; without --devices what there is is used"
                 )
             free, _ = torch.cuda.mem_get_info(index)
             description = torch.cuda.get_device_name(index)

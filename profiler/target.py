@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -60,7 +61,7 @@ def load_target(
     if input_specs:
         return model, _spelled_out(input_specs)
     if inputs:
-        return model, _as_sample(_call(_resolve(inputs), inputs, {}), inputs)
+        return model, _as_sample(_call(_resolve(inputs, wanted="function"), inputs, {}), inputs)
     make_inputs = getattr(maker, "sample_inputs", None) or getattr(model, "sample_inputs", None)
     if make_inputs is None:
         raise ShardwrightError(
@@ -91,21 +92,25 @@ def load_model(maker: Any, spec: str, settings: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _resolve(spec: str) -> Any:
-    """The object that ``spec`` names."""
+def _resolve(spec: str, wanted: Literal["Name", "function"] = "Name") -> Any:
+    """The object that ``spec`` names: a model or what makes it, or a ``function`` that makes inputs."""
     place, colon, name = spec.rpartition(":")
     if not colon or not place or not name:
-        raise ShardwrightError(f"{spec!r} is not a target: write file.py:Name or package.module:Name")
+        raise ShardwrightError(f"{spec!r} is not a target: write file.py:{wanted} or package.module:{wanted}")
     module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
-            models = [k for k, v in vars(module).items() if isinstance(v, type) and issubclass(v, nn.Module)]
-            here = [m for m in models if getattr(module, m).__module__ == module.__name__]
-            hint = f"; its models are {', '.join(here)}" if here else ""
+            fits = inspect.isfunction if wanted == "function" else _is_model
+            here = [k for k, v in vars(module).items() if fits(v) and v.__module__ == module.__name__]
+            hint = f"; its {'functions' if wanted == 'function' else 'models'} are {', '.join(here)}" if here else ""
             raise ShardwrightError(f"{place} has no {name}{hint}")
         found = getattr(found, part)
     return found
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, nn.Module)
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -156,13 +161,17 @@ def _call(function: Callable[..., Any], name: str, settings: Mapping[str, Any]) 
         raise
     except (Exception, SystemExit) as error:
         given = ", ".join(f"{k}={v!r}" for k, v in settings.items())
-        raise ShardwrightError(f"{name}({given}) failed: {_describe(error)}") from error
+        remedy = (
+            "; make it a @staticmethod" if isinstance(error, TypeError) and "argument: 'self'" in str(error) else ""
+        )
+        raise ShardwrightError(f"{name}({given}) failed: {_describe(error)}{remedy}") from error
 
 
 def _describe(error: BaseException, preferred: Path | None = None) -> str:
     """The error on one line, with the file and line of the user's code where it arose."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if preferred is not None and Path(f.filename) == preferred] or frames
+    own = [f for f in frames if preferred is not None and Path(f.filename) == preferred]
+    own = own or [f for f in frames if f.filename != __file__]
     where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}{where}"

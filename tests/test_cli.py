@@ -33,6 +33,10 @@ class Other(Small):
 class Failing(Small):
     def forward(self, x):
         raise RuntimeError("not today")
+
+class Leaving(Small):
+    def forward(self, x):
+        raise SystemExit(3)
 """
 
 
@@ -207,7 +211,8 @@ SPLIT = ["shard", "nets.py:Small", "--profile", "small.profile.json", "--microba
 # fmt: off
 MISTAKES = [
     (["profile", "absent.py:Net"], "there is no file absent.py"),
-    (["profile", "nets.py:Absent"], "has no Absent; its models are Small, Other, Failing"),
+    (["profile", "nets.py:Absent"], "has no Absent; its models are Small, Other, Failing, Leaving"),
+    (["profile", "nets.py:Leaving"], "the forward of Leaving failed on the sample inputs: SystemExit: 3"),
     (["profile", "nets.py:Failing"], "the forward of Failing failed on the sample inputs: RuntimeError: not today"),
     (["profile", "nets.py:Small", "--devices", "gpu:0"], "'gpu:0' is not a device"),
     (["profile", "nets.py:Small", "--devices", "cuda:99"], "there is no cuda:99"),

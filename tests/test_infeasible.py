@@ -120,6 +120,13 @@ def test_a_share_of_more_memory_is_in_whole_percents(chain_profile):
     assert re.search(r"give each device \d{3}% more memory", text)
 
 
+def test_what_lacks_of_a_tiny_cap_is_told_in_its_own_unit(chain_profile):
+    """And not rounded up to a whole MiB."""
+    text = message_of(chain_profile(4, param_bytes=2**12), memory={"cpu:0": "1KiB", "cpu:1": "1KiB"})
+    assert "has 1 KiB, " in text
+    assert "MiB too little" not in text
+
+
 def test_units_too_large_for_every_device_are_named_with_a_size_that_would_do(chain_profile):
     """All of a group that has to share a device, what lacks there, and caps with which planning works."""
     profile, caps = chain_profile(4, param_bytes=2**20), {"cpu:0": "3MiB", "cpu:1": "4MiB"}

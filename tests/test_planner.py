@@ -61,6 +61,19 @@ def test_even_chain_over_two_devices(chain_profile):
     assert [stage.in_flight for stage in result.stages] == [2, 1]
 
 
+def test_few_microbatches_are_split_by_gpipe_where_that_is_shorter(chain_profile):
+    """1F1B needs a micro-batch for each stage, GPipe does not: with one, two devices share the update."""
+    profile = chain_profile(2, microbatches=(1,))
+    rows = tuple(m.model_copy(update={"update_s": 5.0}) for m in profile.measurements if m.node.startswith("u"))
+    updated = profile.model_copy(update={"measurements": rows})
+    result = plan(updated, microbatches=1)
+    assert (result.schedule, len(result.stages)) == ("gpipe", 2)
+    assert result.predicted.step_s == plan(updated, microbatches=1, schedule="gpipe").predicted.step_s
+    assert result.predicted.baseline_s == pytest.approx(result.predicted.step_s + 5.0, rel=1e-5)
+    whole = plan(chain_profile(2, microbatches=(1,)), microbatches=1)
+    assert (whole.schedule, len(whole.stages)) == ("1f1b", 1)
+
+
 def tied(profile, *nodes, gradient_bytes=10**9, name="net.w"):
     """The profile with a parameter that ``nodes`` share; a copy on one of its links takes 2 s for each 10^9 bytes."""
     tie = Tie(name=name, nodes=nodes, copy_bytes=3_000, gradient_bytes=gradient_bytes)

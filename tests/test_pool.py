@@ -36,6 +36,35 @@ def fail():
     raise ValueError("two\nlines")
 
 
+def spread(model, x):
+    return model(x), [name for name, _ in model.named_parameters()]
+
+
+class Softened(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight):
+        return torch.tanh(weight)
+
+
+def test_parametrized_modules_are_sent():
+    """Weight norm, spectral norm and ones of the user's, several of a module and one behind another."""
+    own = nn.Linear(4, 4)
+    for name in ("weight", "bias", "weight"):
+        nn.utils.parametrize.register_parametrization(own, name, Softened())
+    norm = nn.utils.parametrizations
+    model = nn.Sequential(norm.weight_norm(nn.Linear(3, 4)), own, norm.spectral_norm(nn.Linear(4, 2)), own).eval()
+    model = model[:3]
+    x = torch.ones(2, 3)
+    with Pool([device()]) as pool:
+        output, names = pool.call({"cpu:0": (spread, (model, x))}, limit_s=60)["cpu:0"]
+        twice = pool.call({"cpu:0": (spread, (nn.Sequential(own, own), torch.ones(1, 4)))}, limit_s=60)["cpu:0"]
+    assert torch.equal(output, model(x))
+    assert names == [name for name, _ in model.named_parameters()]
+    assert len(twice[1]) == len([*own.parameters()])  # it is one module there too
+    assert type(own).__name__ == "ParametrizedLinear"
+
+
 def kill_self():
     os.kill(os.getpid(), signal.SIGKILL)
 

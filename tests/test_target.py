@@ -21,6 +21,13 @@ class Model(nn.Sequential):
     def sample_inputs():
         return (torch.randn(8, 4),)
 
+class Unbound(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 4)
+
+    def sample_inputs(self):
+        return torch.randn(8, 4)
+
 def factory(width: int = 3):
     return Model(width)
 
@@ -80,7 +87,7 @@ def test_inputs_from_a_function(file):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("Missing", {}, r"has no Missing; its models are Model"),
+        ("Missing", {}, r"has no Missing; its models are Model, Unbound"),
         ("number", {}, "is a int, not a model"),
         ("no_model", {}, "returned a str, not an nn.Module: let it return the model alone"),
         ("broken", {}, r"broken\(\) failed: ValueError: no weights \(my_nets.py:\d+\)"),
@@ -88,6 +95,9 @@ def test_inputs_from_a_function(file):
         ("instance", {"settings": {"width": 2}}, "is an instance; keyword arguments"),
         ("factory", {"inputs": "FILE:text_inputs"}, "must return a tensor, a tuple of args"),
         ("Model", {"inputs": "FILE:pairs", "input_specs": ["8x4"]}, "not both"),
+        ("Model", {"inputs": "FILE:absent"}, "has no absent; its functions are .*pairs"),
+        ("Model", {"inputs": "my_nets.py"}, "is not a target: write file.py:function"),
+        ("Unbound", {}, r"argument: 'self'; make it a @staticmethod$"),
     ],
 )
 def test_a_wrong_target_is_one_clear_line(file, name, options, message):

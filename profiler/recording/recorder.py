@@ -129,7 +129,7 @@ class Recorder(SavedWatcher, TorchFunctionMode):
                 output = self.model(*args, **kwargs)
             except ShardwrightError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 if self.counts_saved and "saved tensor hooks" in str(error):
                     raise SavedTensorsUncountedError from error
                 inside = f" in unit {self.current.name}" if self.current is not None and self.depth else ""

@@ -99,8 +99,9 @@ class Worker:
         try:
             data = dumps((function, args, kwargs))
         except Exception as error:
+            why = " ".join(str(error).split())
             raise ShardwrightError(
-                f"a unit or input cannot be sent to its worker: {type(error).__name__}: {error}; "
+                f"a unit or input cannot be sent to its worker: {type(error).__name__}: {why}; "
                 "remove hooks or attributes that hold locks, files or generators"
             ) from error
         try:

@@ -4,6 +4,9 @@ A model of transformers whose outputs are recorded while it runs (hidden states,
 to the process: its constructor enters it into a table, and one that arrives by pickle was constructed elsewhere. So the
 worker constructs one of the class, without storage, before the first arrives. Hooks that it has by then record to a
 context variable of its module, which is that of the worker's module there.
+
+A module with parametrizations (weight norm, spectral norm) refuses to be pickled: its class was made for it alone. So
+the worker gives one of the class beneath a class of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import cloudpickle
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 __all__ = ["dumps"]
 
@@ -39,10 +43,16 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # untyped
             if isinstance(reduced, tuple):
                 made, args, *rest = reduced
                 return (_made_known, (type(obj), obj.config, made, args), *rest)
+        if isinstance(obj, nn.Module) and _is_parametrized(obj):
+            return _bare, (type(obj).__bases__[0],), obj.__dict__, None, None, _parametrize
         name = _name_of(obj) if _has_context_variable(obj) else None
         if name is not None:
             return _global, (type(obj).__module__, name)
         return super().reducer_override(obj)
+
+
+def _is_parametrized(module: nn.Module) -> bool:
+    return "parametrizations" in module.__dict__.get("_modules", ()) and parametrize.is_parametrized(module)
 
 
 def _has_context_variable(obj: Any) -> bool:
@@ -73,6 +83,19 @@ def dumps(call: Any) -> bytes:
 def _global(module: str, name: str) -> Any:
     """What ``module`` calls so in this process."""
     return getattr(importlib.import_module(module), name)
+
+
+def _bare(kind: type[nn.Module]) -> nn.Module:
+    """A module without anything in it."""
+    return kind.__new__(kind)
+
+
+def _parametrize(module: nn.Module, state: dict[str, Any]) -> None:
+    """Make ``module`` what it was, parametrizations and all, as ``register_parametrization`` does at the first one."""
+    module.__dict__.update(state)
+    parametrize._inject_new_class(module)
+    for name in module.parametrizations:  # type: ignore[union-attr]  # a ModuleDict
+        parametrize._inject_property(module, name)
 
 
 _KNOWN: set[type[nn.Module]] = set()

@@ -117,9 +117,11 @@ def solve_each(
 
 
 def _solved(problem: Problem, profile: Profile, time_limit_s: float) -> Option | None:
+    """The best split, by GPipe too where 1F1B, which needs a micro-batch for each stage, allows fewer than devices."""
     attempts = [problem]
     if problem.schedule == "1f1b" and problem.most_stages < len(problem.devices):
         attempts.append(dataclasses.replace(problem, schedule="gpipe"))
+    options: list[Option] = []
     unfinished: ShardwrightError | None = None
     for attempt in attempts:
         try:
@@ -128,7 +130,9 @@ def _solved(problem: Problem, profile: Profile, time_limit_s: float) -> Option |
             unfinished = error
             continue
         if split is not None:
-            return price(attempt, split, profile)
+            options.append(price(attempt, split, profile))
+    if options:
+        return min(options, key=lambda option: option.step_s)  # of equal ones the first, by 1F1B
     if unfinished is not None:
         raise unfinished
     return None

@@ -63,6 +63,11 @@ def mib_of(size: int) -> int:
     return -(-size // 2**20)
 
 
+def lack_of(size: int) -> str:
+    """Bytes that are missing, in words: in whole MiB, as caps are given, from one on."""
+    return f"{mib_of(size)} MiB" if size >= 2**20 else size_of(size)
+
+
 def units_in_words(units: Sequence[str]) -> str:
     """``a``, ``a and b``, ``a, b and 5 more units``."""
     if len(units) > MOST_NAMED:

@@ -12,6 +12,7 @@ from shardwright.sharder.planning.clock import Budget, clock_s
 from shardwright.sharder.planning.formulation.relaxed import timeless, unpinned, with_caps_times
 from shardwright.sharder.planning.formulation.words import (
     count_of,
+    lack_of,
     links_in_words,
     mib_of,
     name_of,
@@ -113,7 +114,7 @@ def _alone_bytes(problem: Problem, device: int) -> int:
 def _too_large(block: Block, need: int, device: str, cap: int) -> str:
     which = "where it is pinned" if block.pinned else "the roomiest device that it may be on"
     return (
-        f"{together_in_words(block)} at least {size_of(need)}, {mib_of(need - cap)} MiB more than the {size_of(cap)} "
+        f"{together_in_words(block)} at least {size_of(need)}, {lack_of(need - cap)} more than the {size_of(cap)} "
         f"of {device}, {which}"
     )
 
@@ -130,7 +131,7 @@ def _pinned_that_lack(problem: Problem, deadline_s: float) -> _Lack | None:
         enough = _fits(dataclasses.replace(problem, caps=caps), deadline_s)
         return _Lack(
             f"{units_in_words(units)}, as pinned, {'takes' if len(units) == 1 else 'take'} {size_of(need)} on {name}, "
-            f"{mib_of(need - cap)} MiB more than the {size_of(cap)} that it has",
+            f"{lack_of(need - cap)} more than the {size_of(cap)} that it has",
             f"--memory {name}={mib_of(need)}MiB is enough" if enough else "",
             of_all=members == (1 << len(problem.blocks)) - 1,
         )

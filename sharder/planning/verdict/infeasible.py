@@ -19,7 +19,14 @@ from shardwright.sharder.planning.formulation.relaxed import (
     with_smaller_microbatches,
     without_caps,
 )
-from shardwright.sharder.planning.formulation.words import links_in_words, mib_of, name_of, size_of, together_in_words
+from shardwright.sharder.planning.formulation.words import (
+    lack_of,
+    links_in_words,
+    mib_of,
+    name_of,
+    size_of,
+    together_in_words,
+)
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.verdict.pinned_memory import Lack, attempts_at, lack_of_pinned, proven_not_to_fit
@@ -60,7 +67,7 @@ def why_nothing_fits(problems: list[Problem], deadline_s: float, *, batch: int, 
             changes = [*changes_that_fit(problem, deadline_s, batch=batch, train=train)]
             return (
                 f"at {problem.microbatches} micro-batches {together_in_words(block)} at least {size_of(need)}; "
-                f"{device}, {which}, has {size_of(room)}, {mib_of(need - room)} MiB too little: "
+                f"{device}, {which}, has {size_of(room)}, {lack_of(need - room)} too little: "
                 + ("; or ".join(changes) if changes else "profile more micro-batches, or use a larger device")
             )
     if problem.unusable and _fits(all_usable(problem), deadline_s):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.clock import clock_s
 from shardwright.sharder.planning.formulation.relaxed import timeless, without_caps
-from shardwright.sharder.planning.formulation.words import mib_of, size_of, units_in_words
+from shardwright.sharder.planning.formulation.words import lack_of, size_of, units_in_words
 from shardwright.sharder.planning.partition import partition
 from shardwright.sharder.planning.problem import Problem, bits
 
@@ -42,7 +42,7 @@ class Lack(NamedTuple):
         takes = "takes" if len(units) == 1 else "take"
         return (
             f"at {problem.microbatches} micro-batches {units_in_words(units)}{others} {takes} {size_of(self.need)} on "
-            f"{self.device}, {mib_of(self.need - self.cap)} MiB more than the {size_of(self.cap)} that it has"
+            f"{self.device}, {lack_of(self.need - self.cap)} more than the {size_of(self.cap)} that it has"
         )
 
 
