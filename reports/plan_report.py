@@ -243,6 +243,8 @@ class PlanReport:
         anew = ["yes" if stage.recompute else glyphs.none for stage in stages]
         schedule = schedule_in_words(plan.schedule, plan.stages_per_device)
         note = "times of the whole batch; load of a step, with the optimizer's update" if plan.train else ""
+        if plan.train and plan.schedule == "gpipe":  # as it may have been chosen: 1F1B needs more micro-batches
+            note += f", {schedule}"
         if plan.microbatches > 1:
             part = f"one of {plan.microbatches} micro-batches"
             if plan.of_model:
