@@ -91,7 +91,8 @@ def plan(
         memory: caps by device, in bytes or as text (``"10GiB"``), that replace the devices' own.
         pins: unit, module or pattern -> device.
         devices: which devices to use; all that were profiled by default.
-        schedule: ``"1f1b"``; ``"gpipe"``, which holds all micro-batches at once; ``"interleaved"``, 1F1B with several
+        schedule: ``"1f1b"``, and where that allows fewer stages than devices, for want of micro-batches, GPipe if its
+            step is shorter; ``"gpipe"``, which holds all micro-batches at once; ``"interleaved"``, 1F1B with several
             stages on each device, which fills the pipeline sooner and sends more; ``"zero-bubble"``, 1F1B with each
             backward in two parts, of which the second fills waits and holds more, for profiles that have them; or
             ``"auto"``, whichever of 1F1B and the last two has the shorter step. Inference has forwards only.
