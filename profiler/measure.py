@@ -239,6 +239,7 @@ class Pass(Generic[Key]):
         """Time all forwards in a row, for a backward if there is one, or as they are computed anew."""
         again = phase == "recompute"
         subjects = {key: each for key, each in self.subjects.items() if each.is_recomputed or not again}
+        count, keeping = len(subjects), any(subject.train for subject in subjects.values()) and not again
 
         def before(position: int) -> None:
             if not again and position == count // 2:
@@ -251,7 +252,6 @@ class Pass(Generic[Key]):
             for gone in subjects.keys() - self.subjects.keys():
                 del subjects[gone]
 
-        count, keeping = len(subjects), any(subject.train for subject in subjects.values()) and not again
         with contextlib.suppress(BrokenOffError):
             found = forwards(subjects, backwards.clock, keeping=keeping, before=before, on_failed=failed)
             for key, seconds in found.items():

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from shardwright.errors import ShardwrightError
 from shardwright.files import Document, Record
-from shardwright.profiler.shared_updates import Shared, once_each
+from shardwright.profiler.shared_updates import once_each, shared_of
 
 if TYPE_CHECKING:
     import networkx
@@ -373,10 +373,13 @@ class Profile(Document):
                 f"the profile has no times for {device} at {microbatches} micro-batches; it has devices {known} "
                 f"and micro-batches {', '.join(map(str, self.microbatches))}"
             )
+        update_s = {m.node: m.update_s for m in rows}
+        holders = {n.unit or n.name: n.name for n in self.nodes if n.kind == "parameter" and update_s.get(n.name)}
+        ties = [(tie.name, tie.nodes, tie.gradient_bytes) for tie in self.ties]
         updates = once_each(
-            {m.node: {device: m.update_s} for m in rows},
+            {node.name: {device: update_s[node.name]} for node in self.nodes if node.name in update_s},
             {node.name: node.grad_bytes for node in self.nodes},
-            [Shared(tie.nodes, tie.gradient_bytes) for tie in self.ties],
+            shared_of(ties, (node.name for node in self.nodes), holders),
             {node.name: node.unit for node in self.nodes if node.kind == "unit" and node.unit},
         )
         updates_s = sum(seconds for own in updates.own.values() for seconds in own.values())

@@ -7,10 +7,10 @@ work of its own either, but of the copy that there is if the two are on differen
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-__all__ = ["Shared", "Updates", "once_each"]
+__all__ = ["Shared", "Updates", "once_each", "shared_of"]
 
 ByDevice = Mapping[str, float]
 
@@ -32,6 +32,23 @@ class Updates(NamedTuple):
     """Of each shared parameter, of a copy on a device that has not its first user."""
 
 
+def shared_of(
+    ties: Iterable[tuple[str, Sequence[str], int]], nodes: Iterable[str], holders: Mapping[str, str]
+) -> list[Shared]:
+    """The parameters of ``ties``: name, users, bytes of gradients.
+
+    Args:
+        nodes: in the order of the forward.
+        holders: parameter -> its node, if that was timed with the update, since no unit holds it; it goes with the
+            first user.
+    """
+    position = {name: number for number, name in enumerate(nodes)}
+    return [
+        Shared([*([holders[name]] if name in holders else []), *sorted(users, key=position.__getitem__)], size)
+        for name, users, size in ties
+    ]
+
+
 def once_each(
     update_s: Mapping[str, ByDevice],
     gradient_bytes: Mapping[str, int],
@@ -46,9 +63,13 @@ def once_each(
         shared: parameters of several nodes.
         unit_of: the module that a node calls; a later call of it, that has no bytes, updates nothing.
     """
-    first: dict[str, str] = {}
-    later = {node for node in update_s if node in unit_of and first.setdefault(unit_of[node], node) != node}
-    again = {node for node in later if not gradient_bytes.get(node)}
+    calls: dict[str, list[str]] = {}
+    for node in update_s:
+        calls.setdefault(unit_of.get(node, node), []).append(node)
+    again: set[str] = set()
+    for nodes in calls.values():
+        bare = [node for node in nodes if not gradient_bytes.get(node)]
+        again.update(bare if len(bare) < len(nodes) else bare[1:])
     shared = [each._replace(users=[user for user in each.users if user not in again]) for each in shared]
     borrowed: dict[str, int] = {}
     for each in shared:
@@ -63,12 +84,14 @@ def once_each(
     copies: list[dict[str, float]] = []
     for each in shared:
         parts = [part_s(user, each.gradient_bytes) for user in each.users]
-        updated = [part for part in parts if any(part.values())]
-        if not updated or updated[0] is not parts[0]:  # it is not known with the node that counts its bytes
-            copies.append({})
-            continue
-        copies.append(updated[-1])
-        for user, part in zip(each.users[1:], parts[1:], strict=True):
-            for device, seconds in part.items():
-                own[user][device] = max(0.0, own[user][device] - seconds)
+        updated = [(user, part) for user, part in zip(each.users, parts, strict=True) if any(part.values())]
+        copies.append(updated[-1][1] if updated else {})
+        for user, part in updated:
+            if user != each.users[0]:
+                for device, seconds in part.items():
+                    own[user][device] = max(0.0, own[user][device] - seconds)
+        if updated and updated[0][0] != each.users[0]:  # glue, say: the update is where the bytes are counted
+            first = own.setdefault(each.users[0], {})
+            for device, seconds in updated[0][1].items():
+                first[device] = first.get(device, 0.0) + seconds
     return Updates(own, copies)

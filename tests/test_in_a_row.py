@@ -1,5 +1,6 @@
 """Steps in a row: forwards one after another, backwards in one call of the engine, each with its own time."""
 
+import gc
 import itertools
 
 import pytest
@@ -115,6 +116,31 @@ def test_each_backward_of_a_row_is_given_gradients_of_its_own():
     assert len(given) == 3
     assert all(torch.equal(each, given[0]) for each in given)
     assert all(other.parameters[0].grad is not None for other in others.values())
+
+
+def test_nothing_is_kept_of_a_round():
+    """Neither what looks at the clock nor what was computed, though the engine's nodes hold hooks."""
+    step = subject(Gives([]), X)
+    steps, clock = Pass({"step": step}), HostStopwatch(Clock())
+    alive = []
+    for _ in range(3):
+        steps.run(clock)
+        gc.collect()
+        alive.append(sum(type(each) is Backwards for each in gc.get_objects()))
+    assert alive == [0, 0, 0]
+
+
+def test_nested_tensors_go_back_in_a_row_too():
+    """The engine takes none from a hook."""
+
+    class Nests(nn.Module):
+        def forward(self, x):
+            return torch.nested.as_nested_tensor([x * 2, x[:1] * 3])
+
+    steps = Pass({"a": subject(nn.Linear(3, 3), X), "nests": subject(Nests(), X)})
+    for _ in range(2):
+        steps.run(HostStopwatch())
+        assert set(steps.readings["device"].of_steps["nests"]) >= {"forward", "backward"}
 
 
 def test_gradients_of_a_row_are_those_of_each_alone():

@@ -39,12 +39,26 @@ def test_glue_that_uses_a_parameter_of_a_unit_has_a_copy_to_update():
     assert updates.copies == [{"a": 1.0, "b": 2.0}]
 
 
-def test_what_is_not_timed_where_it_is_counted_stays_as_it_is():
-    """No update would be left of one whose first user has none, nor of what is not trained."""
-    times = {"glue": {}, "a": {"cpu": 1.0}, "b": {"cpu": 2.0}}
-    assert once_each(times, {"a": 5, "b": 5}, [Shared(["glue", "a", "b"], 5)], {}) == (times, [{}])
+def test_an_update_is_where_the_bytes_are_counted():
+    """With the first user, though glue was not timed with it; the units after it update a copy where they are apart."""
+    times = {"glue": {}, "a": {"cpu": 1.0}, "b": {"cpu": 4.0}}
+    updates = once_each(times, {"a": 0, "b": 5}, [Shared(["glue", "a", "b"], 5)], {})
+    assert updates.own == {"glue": {"cpu": 1.0}, "a": {"cpu": 0.0}, "b": {"cpu": 2.0}}
+    assert updates.copies == [{"cpu": 2.0}]
+
+
+def test_what_is_not_trained_is_not_updated():
+    """Nor what was not timed."""
+    times = {"a": {"cpu": 1.0}, "b": {"cpu": 2.0}}
     assert once_each(times, {"a": 5, "b": 5}, [Shared(["a", "b"], 0)], {}) == (times, [{}])
     assert once_each({}, {}, [Shared(["a", "b"], 3)], {}) == ({}, [{}])
+
+
+def test_calls_of_a_module_in_any_order_are_updated_once():
+    """By the one that has its bytes, or else by the first."""
+    times, units = {"u#2": {"cpu": 5.0}, "u": {"cpu": 5.0}}, {"u": "u", "u#2": "u"}
+    assert once_each(times, {"u": 3, "u#2": 0}, [], units).own == {"u#2": {"cpu": 0.0}, "u": {"cpu": 5.0}}
+    assert once_each(times, {}, [], units).own == {"u#2": {"cpu": 5.0}, "u": {"cpu": 0.0}}
 
 
 SIZES = st.integers(1, 9)
@@ -90,6 +104,8 @@ def test_tied_units_are_updated_once_on_each_device(chain_profile):
     profile = timed(tied(chain_profile(4), "u0", "u1", "u2", "u3"), update_s)
     before = timed(profile, {}).step_s("cpu:0", 2)
     assert profile.step_s("cpu:0", 2) == before + 5.0
+    ties = tuple(tie.model_copy(update={"nodes": tie.nodes[::-1]}) for tie in profile.ties)
+    assert profile.model_copy(update={"ties": ties}).step_s("cpu:0", 2) == before + 5.0
     problem = problem_from_graph(profile.graph(2))
     assert [block.update_s for block in problem.blocks] == [(0.0, 0.0), (5.0, 5.0), *[(0.0, 0.0)] * 4]
     assert problem.ties[0].update_s == (5.0, 5.0)
@@ -131,4 +147,6 @@ def test_a_parameter_that_no_unit_holds_is_updated_where_its_copies_are(make_pro
     problem = problem_from_graph(profile.graph(1))
     (tie,) = problem.ties
     assert set(tie.update_s) == {3.0}
+    work_s = sum(problem.work_s(v, 0) for v in range(len(problem.blocks)))
+    assert profile.step_s("cpu:0", 1) == pytest.approx(work_s)
     assert [block.nodes for block in problem.blocks if any(block.update_s)] == [("w", "g")]

@@ -6,12 +6,14 @@ way (docs/accuracy.md). So between two forwards there is a look at the clock, th
 layer before would have done, and nothing else.
 
 In one call the engine takes first what was made last, so that of steps whose forwards came one after another the last
-goes back first, and each is done before the next begins. Hooks of the outputs look at the clock there.
+goes back first, and each is done before the next begins; an output that is a parameter goes before all others. Hooks
+of the outputs look at the clock there.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -110,17 +112,16 @@ class Backwards(Generic[Key]):
         if not any(subject.outputs for subject in subjects.values()):
             return {}
         outputs, gradients = [self._first, self._amid], [torch.ones(1), torch.ones(1)]
-        for output in outputs:  # the first goes back last, since leaving the engine is no step's
-            self._mark_at(output, None)
-        for key, subject in subjects.items():
-            if not subject.outputs:
-                continue
-            for output in subject.outputs:
-                self._mark_at(output, key)
-            subject.let_go_gradients()
-            outputs += subject.outputs
-            gradients += subject.begin_backward()
         try:
+            for output in outputs:  # the first goes back last, since leaving the engine is no step's
+                self._mark_at(output, None)
+            for key, subject in subjects.items():
+                if subject.outputs:
+                    for output in subject.outputs:
+                        self._mark_at(output, key)
+                    subject.let_go_gradients()
+                    outputs += subject.outputs
+                    gradients += [g.clone() if _is_nested(g) else g for g in subject.begin_backward()]
             torch.autograd.backward(outputs, gradients)
         finally:
             for handle in self._handles:  # an output may be a parameter, which stays
@@ -133,11 +134,11 @@ class Backwards(Generic[Key]):
             seconds[key] = seconds.get(key, 0.0) + end - begin
         empty_s = seconds.pop(None, 0.0)
         self.empty = partial(float, empty_s)
+        marks = Counter(key for key, *_ in self._marks)
         found: dict[Key, Reading] = {}
         for key, each in seconds.items():
-            marks = sum(mark[0] == key for mark in self._marks)
             assert key is not None
-            found[key] = partial(float, max(0.0, each - (marks - 1) * empty_s))
+            found[key] = partial(float, max(0.0, each - (marks[key] - 1) * empty_s))
         return found
 
     def _mark_at(self, output: Tensor, key: Key | None) -> None:
@@ -149,15 +150,20 @@ class Backwards(Generic[Key]):
         self._handles.append(output.register_hook(partial(self._mark, key)))
         hooks._backward_hooks.update(others)
 
-    def _mark(self, key: Key | None, gradient: Tensor) -> Tensor:
+    def _mark(self, key: Key | None, gradient: Tensor) -> Tensor | None:
         end = self.clock()
         self.current = key
         if self.broken_off():
             raise BrokenOffError
-        written = gradient.clone()  # just now, as what comes from the step behind is
+        # Written just now, as what comes from the step behind is; the engine takes no nested one from a hook.
+        written = None if _is_nested(gradient) else gradient.clone()
         self._marks.append((key, end, self.clock()))
         return written
 
     @staticmethod
     def _nothing() -> Tensor:
         return as_input(torch.zeros(1, requires_grad=True))
+
+
+def _is_nested(tensor: Tensor) -> bool:
+    return tensor.is_nested and tensor.layout == torch.strided

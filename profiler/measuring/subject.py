@@ -78,8 +78,7 @@ class Subject:
         """Time the forward; in training its outputs are held."""
         with self.peak.forward():
             output, reading = self._called("forward", stopwatch, keeping=self.train)
-            self.hold(output)
-            del output
+        self.hold(output)
         return reading
 
     def hold(self, output: Any) -> None:

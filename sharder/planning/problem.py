@@ -69,6 +69,7 @@ exact for stages of one kind are exact over all sets of stages computed anew, an
 A stage that has some users of a tied parameter, but not all, holds a copy of it:
 
     ties(s) = sum over the p that it holds of 2 * (latency + gradient bytes / bandwidth), if there is a gradient
+              + sum over the p that it holds, without the block whose update has p in it, of the update of a copy
     copies(s) = sum over the p that it holds, without the block whose static bytes count p, of the bytes of a copy
 
 A step ends with one sum of the gradients over the copies. A ring sends and receives less than twice the gradient for

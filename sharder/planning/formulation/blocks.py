@@ -18,7 +18,7 @@ from shardwright.errors import ShardwrightError
 from shardwright.profiler.costgraph import CostGraph
 from shardwright.profiler.ordering import connected_groups, strong_components, topological_order
 from shardwright.profiler.profile import NodeKind
-from shardwright.profiler.shared_updates import Shared, Updates, once_each
+from shardwright.profiler.shared_updates import Updates, once_each, shared_of
 from shardwright.profiler.sizes import parse_bytes
 from shardwright.sharder.planning.formulation.ledger import ledger_of
 from shardwright.sharder.planning.formulation.patterns import Pinned, matching
@@ -55,12 +55,10 @@ def _updates(graph: CostGraph) -> Updates:
 
     What no unit holds was timed with the node of the parameter, which is where its first reader is.
     """
-    position, data = {name: i for i, name in enumerate(graph)}, graph.nodes
-    holders = {data[n].get("unit") or n: [n] for n in _of_kind(graph, "parameter") if any(data[n]["update_s"].values())}
-    shared = [
-        Shared([*holders.get(name, ()), *sorted(users, key=position.__getitem__)], gradient_bytes)
-        for name, users, _, gradient_bytes in graph.graph.get("ties", ())
-    ]
+    data = graph.nodes
+    holders = {data[n].get("unit") or n: n for n in _of_kind(graph, "parameter") if any(data[n]["update_s"].values())}
+    ties = [(name, users, gradient_bytes) for name, users, _, gradient_bytes in graph.graph.get("ties", ())]
+    shared = shared_of(ties, graph, holders)
     return once_each(
         {n: data[n]["update_s"] for n in graph},
         {n: data[n]["grad_bytes"] for n in graph},
