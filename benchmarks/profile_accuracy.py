@@ -27,12 +27,12 @@ from torch import nn
 
 import shardwright as sw
 from shardwright.profiler.cache import FOLDER_VARIABLE
-from shardwright.profiler.campaign import Few, How, Item, hold, passes_held, work_bytes
+from shardwright.profiler.campaign import Few, keys_of, loans, work_bytes
 from shardwright.profiler.capture import captures_of
 from shardwright.profiler.devices import find_devices
 from shardwright.profiler.measure import prepare
+from shardwright.profiler.measuring.held import How, Item, hold, passes_held
 from shardwright.profiler.measuring.optimizers import make_optimizer
-from shardwright.profiler.measuring.signature import step_key
 from shardwright.profiler.measuring.stopwatch import HostStopwatch
 from shardwright.profiler.measuring.timed import timed_steps
 from shardwright.profiler.measuring.timing import Series
@@ -95,7 +95,7 @@ def alternate(rounds, cpu_time):
         steps.note(series, first=count == 0)
         step(stopwatch)
         whole.append(step(stopwatch))
-    times = {resident["held"][item][0]: (s.forward_s, s.backwards(), s.updates()) for item, s in series.items()}
+    times = {resident["held"][item].key: (s.forward_s, s.backwards(), s.updates()) for item, s in series.items()}
     return times, whole[1:]
 
 
@@ -115,15 +115,22 @@ def compare(name, model, args, kwargs, rounds, cpu_time):
     """Sum of units and median step, both in s, and how many units there were."""
     captures, _ = captures_of(model, args, kwargs, [1], devices=2, train=True)
     called = timed_steps(captures[1], train=True, accumulate=False)
-    keys = {one.name: step_key(one, train=True, optimizer="adam", accumulate=False) for one in called}
+    items = {Item(1, one.name): one for one in called}
+    known = keys_of(items, train=True, optimizer="adam")
+    lent = loans(items, known, train=True)
+    keys = {item.step: key for item, key in known.items()}
     few = Few()
     how = How(train=True, optimizer="adam")
-    chosen = [one for one in called if few.admits(keys[one.name], work_bytes(one, train=True))]
+    lent_bytes = {name: loan.nbytes for name, loan in lent.items()}
+    chosen = [
+        one for one in called if few.admits(keys[one.name], work_bytes(one, train=True) - lent_bytes.get(one.name, 0))
+    ]
     with Pool(find_devices(["cpu:0"])) as pool:
         pool.call({"cpu:0": (prepare, ("cpu:0", 1))}, limit_s=120)
         for number, one in enumerate(chosen):
             key = {Item(1, one.name): keys[one.name]}
-            pool.call({"cpu:0": (hold, (one.name, {1: one.call}, key, how, number == 0))}, limit_s=120)
+            call = hold, (one.name, {1: one.call}, key, how, lent.get(one.name), number == 0)
+            pool.call({"cpu:0": call}, limit_s=120)
         pool.call({"cpu:0": (hold_whole, (model, args, kwargs, captures[1].output_places))}, limit_s=120)
         times, whole = pool.call({"cpu:0": (alternate, (rounds, cpu_time))}, limit_s=600)["cpu:0"]
     new = new_parts(called)

@@ -7,59 +7,40 @@ fit on a device together is measured in groups, and what does not fit alone is a
 
 from __future__ import annotations
 
-import gc
+import dataclasses
 import hashlib
-import os
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from shardwright.profiler.cache import Cache
 from shardwright.profiler.capture import Progress
-from shardwright.profiler.measure import Goal, Pass, is_out_of_memory, measure, prepare
-from shardwright.profiler.measuring.pace import pace_of
+from shardwright.profiler.measure import Goal, prepare
+from shardwright.profiler.measuring.held import How, Item, Loan, hold, measure_held
 from shardwright.profiler.measuring.signature import device_key, step_key
-from shardwright.profiler.measuring.stand_ins import filled, sendable
-from shardwright.profiler.measuring.stopwatch import CudaStopwatch, HostStopwatch, Stopwatch
-from shardwright.profiler.measuring.subject import Subject
+from shardwright.profiler.measuring.stand_ins import sendable
 from shardwright.profiler.measuring.timed import timed_steps
 from shardwright.profiler.measuring.timing import Series, at_pace, summarise
 from shardwright.profiler.profile import Clocked, Device, Misfit, Variation
 from shardwright.profiler.recording.structure import nbytes, tensors_in
 from shardwright.profiler.recording.unitgraph import Call, Step, UnitGraph
 from shardwright.profiler.workers.pool import Pool
-from shardwright.profiler.workers.worker import report, resident
 
 __all__ = [
     "START_LIMIT_S",
     "Few",
     "Findings",
-    "How",
-    "Item",
     "Workers",
-    "hold",
     "investigate",
-    "passes_held",
+    "keys_of",
+    "loans",
     "work_bytes",
 ]
-
-
-class Item(NamedTuple):
-    """A step, with the batch divided into so many micro-batches."""
-
-    microbatches: int
-    step: str
-
-    def __str__(self) -> str:
-        return self.step if self.microbatches == 1 else f"{self.step} at {self.microbatches} micro-batches"
 
 
 START_LIMIT_S = 30.0
@@ -129,15 +110,6 @@ class Findings:
                 self.timings[place] = at_pace(timing, self.paces[place[0]])
 
 
-class How(NamedTuple):
-    """What is measured."""
-
-    train: bool
-    optimizer: str
-    parted: bool = False
-    """Whether backwards are timed in two parts, too."""
-
-
 @dataclass(frozen=True)
 class _Job:
     """A step to be measured on a device, at the numbers of micro-batches for which it is not known.
@@ -149,11 +121,17 @@ class _Job:
     calls: dict[int, Call]
     keys: dict[Item, str]
     nbytes: int
+    loan: Loan | None
+
+    @property
+    def own_bytes(self) -> int:
+        """Less what is lent."""
+        return self.nbytes - (self.loan.nbytes if self.loan is not None else 0)
 
     def only(self, items: Iterable[Item]) -> _Job:
         """A part of the job."""
         calls = {item.microbatches: self.calls[item.microbatches] for item in items}
-        return _Job(self.step, calls, {item: self.keys[item] for item in items}, self.nbytes)
+        return dataclasses.replace(self, calls=calls, keys={item: self.keys[item] for item in items})
 
 
 def investigate(
@@ -183,12 +161,15 @@ def investigate(
         for count, capture in captures.items()
         for step in timed_steps(capture, train=train, accumulate=count > 1)
     }
-    keys = _keys(items, devices, train=train, optimizer=optimizer, parted=parted)
-    whole = _Whole(keys, sum(work_bytes(step, train=train) for (count, _), step in items.items() if count == 1))
+    steps = keys_of(items, train=train, optimizer=optimizer, parted=parted)
+    beside = sum(device.kind == "cpu" for device in devices) - 1
+    keys = {(d.name, item): f"{key} {device_key(d, beside)}" for d in devices for item, key in steps.items()}
+    whole = _Whole(keys, _bytes_of_all([step for item, step in items.items() if item.microbatches == 1], train=train))
     missing = {key for key in keys.values() if cache.get(key, Clocked) is None}
     tell("known", len(set(keys.values()) - missing), len(set(keys.values())))
     found = Findings()
-    jobs = {device.name: _jobs(device, items, keys, missing, inputs, train=train) for device in devices}
+    lent = loans(items, steps, train=train)
+    jobs = {device.name: _jobs(device, items, keys, lent, missing, inputs, train=train) for device in devices}
     how = How(train, optimizer, parted)
     _run(workers, devices, jobs, found, whole, how, goal=goal, cache=cache, tell=tell)
     refused = {keys[m.device, Item(m.microbatches, m.node)]: m for m in found.misfits}
@@ -210,11 +191,13 @@ def investigate(
     return found
 
 
-def _keys(
-    items: Mapping[Item, Step], devices: Sequence[Device], *, train: bool, optimizer: str, parted: bool
-) -> dict[tuple[str, Item], str]:
-    """By device and item: under which key its time is known. The update is timed once, with the whole batch."""
-    steps = {
+def keys_of(items: Mapping[Item, Step], *, train: bool, optimizer: str, parted: bool = False) -> dict[Item, str]:
+    """By item, what its time is known by on a device model. The update is timed once, with the whole batch.
+
+    Where one module is called again and again, all but the first call find its weights warm, and its gradients are
+    added to those before once for all of them.
+    """
+    keys = {
         item: step_key(
             step,
             train=train,
@@ -224,8 +207,31 @@ def _keys(
         )
         for item, step in items.items()
     }
-    beside = sum(device.kind == "cpu" for device in devices) - 1
-    return {(d.name, item): f"{key} {device_key(d, beside)}" for d in devices for item, key in steps.items()}
+    works = {item: (item.microbatches, module, keys[item]) for item, module in _modules_called(items).items()}
+    calls = Counter(works.values())
+    again = {item: calls[work] for item, work in works.items() if calls[work] > 1}
+    return {item: f"{key} of {again[item]} calls" if item in again else key for item, key in keys.items()}
+
+
+def loans(items: Mapping[Item, Step], keys: Mapping[Item, str], *, train: bool) -> dict[str, Loan]:
+    """By step that calls the module of one before it, for equal work at every number of micro-batches."""
+    counts = sorted({item.microbatches for item in items})
+    callers: dict[tuple[int | str | None, ...], list[str]] = {}
+    for item, module in _modules_called(items).items():
+        if item.microbatches == counts[0]:
+            work = (module, *(keys.get(Item(count, item.step)) for count in counts))
+            callers.setdefault(work, []).append(item.step)
+    found = {}
+    for first, *later in callers.values():
+        call = items[Item(counts[0], first)].call
+        size = _weight_bytes(_parameters(call), train=train) if call is not None else 0
+        found.update(dict.fromkeys(later, Loan(first, 1 + len(later), size)))
+    return found
+
+
+def _modules_called(items: Mapping[Item, Step]) -> dict[Item, int]:
+    """The identity of the module that an item calls, if that has parameters."""
+    return {item: id(step.call.function) for item, step in items.items() if step.call and _parameters(step.call)}
 
 
 @dataclass(frozen=True)
@@ -259,6 +265,7 @@ def _jobs(
     device: Device,
     items: Mapping[Item, Step],
     keys: Mapping[tuple[str, Item], str],
+    lent: Mapping[str, Loan],
     missing: set[str],
     inputs: Mapping[int, Sequence[Tensor]],
     *,
@@ -272,7 +279,8 @@ def _jobs(
     few = Few()
     for item, step in items.items():
         key = keys[device.name, item]
-        if key in missing and few.admits(key, work_bytes(step, train=train)):
+        lent_bytes = lent[item.step].nbytes if item.step in lent else 0
+        if key in missing and few.admits(key, work_bytes(step, train=train) - lent_bytes):
             assert step.call is not None  # as all items have
             found.setdefault(item.step, {})[item.microbatches] = sendable(step.call, inputs[item.microbatches])
     missing.difference_update(few.numbers)
@@ -283,6 +291,7 @@ def _jobs(
             {Item(count, name): keys[device.name, Item(count, name)] for count in calls},
             max(work_bytes(items[Item(count, name)], train=train) for count in calls)
             + sum(_input_bytes(call) for call in calls.values()),
+            lent.get(name),
         )
         for name, calls in found.items()
     ]
@@ -291,10 +300,27 @@ def _jobs(
 def work_bytes(step: Step, *, train: bool) -> int:
     """About what a step takes while it runs."""
     assert step.call is not None
-    function = step.call.function
-    parameters = sum(nbytes(p) for p in function.parameters()) if isinstance(function, nn.Module) else 0
-    inputs = _input_bytes(step.call)
-    return parameters * (1 + STATE_COPIES * train) + 2 * inputs + step.output_bytes + step.saved_bytes
+    return _weight_bytes(_parameters(step.call), train=train) + _data_bytes(step)
+
+
+def _bytes_of_all(steps: Iterable[Step], *, train: bool) -> int:
+    """About what a pass over ``steps`` touches; a parameter counts once."""
+    steps = list(steps)
+    parameters = {id(each): each for step in steps if step.call for each in _parameters(step.call)}
+    return _weight_bytes(parameters.values(), train=train) + sum(map(_data_bytes, steps))
+
+
+def _parameters(call: Call) -> list[nn.Parameter]:
+    return list(call.function.parameters()) if isinstance(call.function, nn.Module) else []
+
+
+def _weight_bytes(parameters: Iterable[nn.Parameter], *, train: bool) -> int:
+    return sum(map(nbytes, parameters)) * (1 + STATE_COPIES * train)
+
+
+def _data_bytes(step: Step) -> int:
+    assert step.call is not None
+    return 2 * _input_bytes(step.call) + step.output_bytes + step.saved_bytes
 
 
 def _input_bytes(call: Call) -> int:
@@ -361,7 +387,7 @@ def _send(workers: Workers, groups: Mapping[str, list[_Job]], how: How, *, tell:
     for done in range(count):
         tell("send units", done, count)
         calls: dict[str, Any] = {
-            name: (hold, (group[done].step, group[done].calls, group[done].keys, how, done == 0))
+            name: (hold, (group[done].step, group[done].calls, group[done].keys, how, group[done].loan, done == 0))
             for name, group in groups.items()
             if done < len(group)
         }
@@ -394,141 +420,10 @@ def _measure(
         calls: dict[str, Any] = {
             name: (
                 measure_held,
-                (goal, whole.nbytes - sum(job.nbytes for job in group), folder, len(groups)),
+                (goal, whole.nbytes - sum(job.own_bytes for job in group), folder, len(groups)),
             )
             for name, group in groups.items()
         }
         answers = workers.pool.call(calls, limit_s=ROUND_LIMIT_S, on_progress=on_progress)
     tell("measure", len(keys), len(keys))
     return answers
-
-
-# What runs inside the workers.
-
-
-def hold(name: str, calls: dict[int, Call], keys: dict[Item, str], how: How, first: bool) -> None:
-    """Take in the calls of one step, which share the module; ``first`` lets go of what was held before."""
-    if first:
-        resident["held"] = {}
-        _let_go()
-    for count, call in calls.items():
-        item = Item(count, name)
-        make = partial(
-            _subject,
-            call,
-            how,
-            optimizer=how.optimizer if count == 1 else None,
-            accumulate=count > 1,
-        )
-        resident["held"][item] = keys[item], make
-
-
-def _subject(call: Call, how: How, *, optimizer: str | None, accumulate: bool) -> Subject:
-    device = resident["device"]
-    return Subject(filled(call), device, train=how.train, optimizer=optimizer, accumulate=accumulate, parted=how.parted)
-
-
-def passes_held(on_refused: Callable[[Item, Exception], None]) -> list[Pass[Item]]:
-    """What was taken in, made ready: a pass for each number of micro-batches, the whole batch first.
-
-    ``on_refused`` is told what there is no memory for.
-    """
-    made = []
-    for count in sorted({item.microbatches for item in resident["held"]}):
-        subjects: dict[Item, Subject] = {}
-        first: dict[str, Item] = {}
-        for item, (key, make) in list(resident["held"].items()):
-            if item.microbatches != count or item not in resident["held"]:
-                continue
-            try:
-                subjects[item] = make()
-                first.setdefault(key, item)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                on_refused(item, error)
-        subjects = {item: subject for item, subject in subjects.items() if item in resident["held"]}
-        alike = {item: first[resident["held"][item][0]] for item in subjects}
-        made.append(Pass(subjects, alike=alike))
-    return made
-
-
-def measure_held(goal: Goal, elsewhere_bytes: int, folder: str, devices: int) -> tuple[list[float], dict[Item, str]]:
-    """Measure what was taken in, the whole batch first.
-
-    Args:
-        elsewhere_bytes: what a pass over the model touches beside what is held here.
-        folder: where each of the ``devices`` leaves a mark when it is done; until then this one goes on computing.
-
-    Returns:
-        The seconds of each round, and what there was no memory for, with the reason.
-    """
-    device: torch.device = resident["device"]
-    stopwatch = HostStopwatch() if device.type == "cpu" else CudaStopwatch(device)
-    refused: dict[Item, str] = {}
-
-    def refuse(item: Item, error: Exception) -> None:
-        refused[item] = " ".join(str(error).split())[:200] or type(error).__name__
-        key = resident["held"][item][0]
-        for other in [other for other, (like, _) in resident["held"].items() if like == key]:
-            del resident["held"][other]
-        _let_go()
-
-    passes = passes_held(refuse)
-    totals = measure(
-        passes,
-        stopwatch,
-        goal,
-        on_settled=lambda item, series: report((item, series)),
-        on_refused=refuse,
-        on_round=lambda _: report(None),
-        before=_Eviction(elsewhere_bytes) if device.type == "cpu" else lambda _: None,
-        pace=pace_of(device),
-    )
-    (Path(folder) / str(os.getpid())).touch()
-    _keep_busy(passes, stopwatch, lambda: len(os.listdir(folder)) >= devices)
-    return totals, refused
-
-
-def _keep_busy(passes: Sequence[Pass[Item]], stopwatch: Stopwatch, all_done: Callable[[], bool]) -> None:
-    """Go on computing as long as another device is measuring: cores share the memory's bandwidth."""
-    while any(steps.subjects for steps in passes) and not all_done():
-        for steps in passes:
-            steps.run(stopwatch, broken_off=all_done)
-
-
-def _let_go() -> None:
-    """Give the device's memory back."""
-    gc.collect()
-    if resident["device"].type == "cuda":
-        torch.cuda.empty_cache()
-
-
-class _Eviction:
-    """Walks through memory, so that weights are as cold as after a pass over a whole model that is not all here.
-
-    Once for the forwards and once for the backwards: a step touches no other's weights.
-    """
-
-    LEAST_WEIGHT_BYTES = 1 << 18
-    """Smaller weights are fetched in no time."""
-    MOST_BYTES = 1 << 26
-
-    def __init__(self, elsewhere_bytes: int) -> None:
-        size = min(elsewhere_bytes, 2 * _last_cache_bytes(), self.MOST_BYTES)
-        self.memory = torch.zeros(max(0, size), dtype=torch.uint8)
-
-    def __call__(self, subjects: Iterable[Subject]) -> None:
-        weights = max((sum(map(nbytes, subject.parameters)) for subject in subjects), default=0)
-        if len(self.memory) and weights >= self.LEAST_WEIGHT_BYTES:
-            self.memory.add_(1)
-
-
-def _last_cache_bytes() -> int:
-    """Size of the largest cache of the first core; 32 MiB where the system does not say."""
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text(encoding="utf-8").strip()
-        if text.endswith("K") and text[:-1].isdigit():
-            sizes.append(int(text[:-1]) << 10)
-    return max(sizes, default=1 << 25)

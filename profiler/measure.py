@@ -79,6 +79,7 @@ class Pass(Generic[Key]):
     Args:
         subjects: the steps in the order of the forward.
         alike: step -> an earlier one that does the same work; what both take is averaged, as the earlier one's.
+        weights: what a step counts in that average; 1 where nothing is said.
 
     On a CPU all backwards are one call of PyTorch's engine (:mod:`shardwright.profiler.measuring.in_a_row`). Elsewhere,
     and in its parts, a step that goes back by itself enters the engine once more than it does as a part of a model, and
@@ -88,10 +89,17 @@ class Pass(Generic[Key]):
     steps follow one another as in a loop and only the updates are called one by one.
     """
 
-    def __init__(self, subjects: Mapping[Key, Subject], *, alike: Mapping[Key, Key] | None = None) -> None:
+    def __init__(
+        self,
+        subjects: Mapping[Key, Subject],
+        *,
+        alike: Mapping[Key, Key] | None = None,
+        weights: Mapping[Key, float] | None = None,
+    ) -> None:
         self.subjects = dict(subjects)
         self.device = next((subject.device for subject in self.subjects.values()), torch.device("cpu"))
         self.named = {key: (alike or {}).get(key, key) for key in self.subjects}
+        self.weights = {key: (weights or {}).get(key, 1.0) for key in self.subjects}
         parted = any(subject.parted for subject in self.subjects.values())
         self.phases = PHASES if parted else UNPARTED
         self.optimizer: torch.optim.Optimizer | None = None
@@ -336,20 +344,21 @@ class Pass(Generic[Key]):
 
     def _note(self, clock: Clock, readings: Readings[Key], series: Mapping[Key, Series], *, first: bool) -> None:
         """Add what was read on one clock."""
-        found: dict[Key, dict[str, list[float]]] = {}
+        found: dict[Key, dict[str, list[tuple[float, float]]]] = {}
         for key, read in readings.of_steps.items():
             for phase, reading in read.items():
-                found.setdefault(self.named[key], {}).setdefault(phase, []).append(_seconds(reading, clock))
+                taken = self.weights[key], _seconds(reading, clock)
+                found.setdefault(self.named[key], {}).setdefault(phase, []).append(taken)
         excess = self.excess.setdefault(clock, {"backward": [], "backward_input": [], "update": []})
         if not first:
             for phase, empty in readings.empty.items():
                 excess[phase].append(_seconds(empty, clock))
             if readings.whole_update is not None:
-                updates = [seconds for phases in found.values() for seconds in phases.get("update", ())]
+                updates = [seconds for phases in found.values() for _, seconds in phases.get("update", ())]
                 excess["update"].append(excess_s(updates, _seconds(readings.whole_update, clock)))
         paced: Clock = "host" if "host" in self.readings else "device"
         for key, phases in found.items():
-            means = {f"{phase}_s": statistics.fmean(each) for phase, each in phases.items()}
+            means = {f"{phase}_s": _mean(each) for phase, each in phases.items()}
             series[key].add(**means, pace_s=self.pace_s if clock == paced else None, first=first)
             for phase, each in excess.items():
                 series[key].excess_s[phase] = statistics.median(each) if each else 0.0
@@ -359,6 +368,11 @@ class Pass(Generic[Key]):
         leaf = torch.zeros(1, device=self.device, requires_grad=True)
         backward = partial(torch.autograd.backward, [as_input(leaf)], [torch.ones_like(leaf)])
         return self.fillers["backward"].time(stopwatch, backward)[1]
+
+
+def _mean(taken: Sequence[tuple[float, float]]) -> float:
+    """Of (weight, seconds)."""
+    return sum(weight * seconds for weight, seconds in taken) / sum(weight for weight, _ in taken)
 
 
 def _seconds(reading: Reading, clock: Clock) -> float:

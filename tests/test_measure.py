@@ -387,6 +387,17 @@ def test_steps_that_do_the_same_are_averaged():
     assert (settled["a"].forward_s, settled["a"].backward_s) == ([3.0] * 2, [7.0] * 2)
 
 
+def test_an_average_is_weighted():
+    """Where a step stands for several that are not there."""
+    clock = Clock()
+    settled = {}
+    x = torch.ones(3, requires_grad=True)
+    subjects = {"a": subject(Takes(clock, 2.0, 5.0), x), "b": subject(Takes(clock, 4.0, 9.0), x)}
+    steps = Pass(subjects, alike={"b": "a"}, weights={"b": 3})
+    measure([steps], HostStopwatch(clock), Goal(repeats=2), on_settled=settled.__setitem__)
+    assert (settled["a"].forward_s, settled["a"].backward_s) == ([3.5] * 2, [8.0] * 2)
+
+
 def test_like_steps_are_refused_together():
     """What there is no memory for once is not tried under another name."""
     refused = {}
