@@ -167,11 +167,11 @@ def test_each_contender_has_the_paces_at_its_own_steps():
 
 
 def test_the_pace_is_that_of_work():
-    """What is timed is the products themselves, by the clock that is given."""
-    clock = Clock()
+    """What is timed is the products themselves, by the clock that is given, once they have warmed up."""
+    clock, seconds = Clock(), itertools.chain([4.0] * 5, itertools.repeat(0.5))
 
     def work():
-        clock.now += 0.5
+        clock.now += next(seconds)
 
     assert Pace(work, 5, clock)() == 2.5
     state = torch.get_rng_state()

@@ -32,10 +32,11 @@ CALLS = 2000
 
 
 class Pace:
-    """Seconds that a number of calls of ``work`` take in this process.
+    """Seconds that a number of calls of ``work`` take in this process, after as many that warm up.
 
-    It is to be asked while the core is at work: of one that was idle for a tenth of a second, the first milliseconds
-    take twice as long, and the next ones a quarter longer.
+    What ran before leaves the caches without what these calls need, some work more than other; right after a round of
+    measuring they took a tenth longer than after themselves. It is to be asked while the core is at work: of one that
+    was idle for a tenth of a second, the first milliseconds take twice as long, and the next ones a quarter longer.
 
     Args:
         clock: seconds.
@@ -46,6 +47,8 @@ class Pace:
 
     def __call__(self) -> float:
         """Seconds, now."""
+        for _ in range(self.calls):
+            self.work()
         start = self.clock()
         for _ in range(self.calls):
             self.work()
@@ -76,9 +79,8 @@ def _small_step() -> Callable[[], tuple[Tensor, ...]]:
 
 
 def pace_now() -> float:
-    """Seconds, of this worker's device: of the second time, since it may have waited before the first."""
+    """Seconds, of this worker's device."""
     if "pace" not in resident:
         resident["pace"] = pace_of(resident["device"])
     pace: Pace = resident["pace"]
-    pace()
     return pace()
