@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardwright.errors import ShardwrightError
@@ -19,7 +19,17 @@ from shardwright.sharder.planning.schedules.step_search import shortest_step
 from shardwright.sharder.planning.schedules.timeline import Timeline
 from shardwright.sharder.planning.split_loads import stage_loads
 
-__all__ = ["LEAST_SHORTER", "Option", "baseline_of", "noise_s", "price", "solve", "solve_each", "with_short_step"]
+__all__ = [
+    "LEAST_SHORTER",
+    "Option",
+    "attempts_at",
+    "baseline_of",
+    "noise_s",
+    "price",
+    "solve",
+    "solve_each",
+    "with_short_step",
+]
 
 LEAST_NOISE = 0.05
 """One device counts as faster than an earlier one from this relative difference on, however steady both were."""
@@ -116,11 +126,16 @@ def solve_each(
     return options, unfinished
 
 
-def _solved(problem: Problem, profile: Profile, time_limit_s: float) -> Option | None:
-    """The best split, by GPipe too where 1F1B, which needs a micro-batch for each stage, allows fewer than devices."""
-    attempts = [problem]
+def attempts_at(problem: Problem) -> Iterator[Problem]:
+    """The problem, and that under GPipe where 1F1B, which needs a micro-batch for each stage, leaves too few stages."""
+    yield problem
     if problem.schedule == "1f1b" and problem.most_stages < len(problem.devices):
-        attempts.append(dataclasses.replace(problem, schedule="gpipe"))
+        yield dataclasses.replace(problem, schedule="gpipe")
+
+
+def _solved(problem: Problem, profile: Profile, time_limit_s: float) -> Option | None:
+    """The best split of all attempts."""
+    attempts = list(attempts_at(problem))
     options: list[Option] = []
     unfinished: ShardwrightError | None = None
     for attempt in attempts:

@@ -28,8 +28,9 @@ from shardwright.sharder.planning.formulation.words import (
     together_in_words,
 )
 from shardwright.sharder.planning.partition import partition
+from shardwright.sharder.planning.pricing import attempts_at
 from shardwright.sharder.planning.problem import Problem
-from shardwright.sharder.planning.verdict.pinned_memory import Lack, attempts_at, lack_of_pinned, proven_not_to_fit
+from shardwright.sharder.planning.verdict.pinned_memory import Lack, lack_of_pinned, proven_not_to_fit
 
 __all__ = ["changes_that_fit", "why_nothing_fits"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from shardwright.errors import ShardwrightError
@@ -12,9 +11,10 @@ from shardwright.sharder.planning.clock import clock_s
 from shardwright.sharder.planning.formulation.relaxed import timeless, without_caps
 from shardwright.sharder.planning.formulation.words import lack_of, size_of, units_in_words
 from shardwright.sharder.planning.partition import partition
+from shardwright.sharder.planning.pricing import attempts_at
 from shardwright.sharder.planning.problem import Problem, bits
 
-__all__ = ["Lack", "attempts_at", "lack_of_pinned", "proven_not_to_fit"]
+__all__ = ["Lack", "lack_of_pinned", "proven_not_to_fit"]
 
 NEAR_BYTES = 2**20
 """How near the smallest sufficient cap of a device is found."""
@@ -44,13 +44,6 @@ class Lack(NamedTuple):
             f"at {problem.microbatches} micro-batches {units_in_words(units)}{others} {takes} {size_of(self.need)} on "
             f"{self.device}, {lack_of(self.need - self.cap)} more than the {size_of(self.cap)} that it has"
         )
-
-
-def attempts_at(problem: Problem) -> Iterator[Problem]:
-    """The problem, and that under GPipe where 1F1B leaves too few stages, as the planner tries them."""
-    yield problem
-    if problem.schedule == "1f1b" and problem.most_stages < len(problem.devices):
-        yield dataclasses.replace(problem, schedule="gpipe")
 
 
 def lack_of_pinned(problem: Problem, deadline_s: float) -> Lack | None:
