@@ -11,6 +11,7 @@ median over the rounds: the machine's speed changes from second to second.
 """
 
 import argparse
+import dataclasses
 import os
 import platform
 import statistics
@@ -27,12 +28,12 @@ from torch import nn
 
 import shardwright as sw
 from shardwright.profiler.cache import FOLDER_VARIABLE
-from shardwright.profiler.campaign import Few, keys_of, loans, work_bytes
 from shardwright.profiler.capture import captures_of
 from shardwright.profiler.devices import find_devices
 from shardwright.profiler.measure import prepare
-from shardwright.profiler.measuring.held import How, Item, hold, passes_held
+from shardwright.profiler.measuring.held import How, hold, lent, passes_held
 from shardwright.profiler.measuring.optimizers import make_optimizer
+from shardwright.profiler.measuring.selection import Item, chosen, known_by
 from shardwright.profiler.measuring.stopwatch import HostStopwatch
 from shardwright.profiler.measuring.timed import timed_steps
 from shardwright.profiler.measuring.timing import Series
@@ -116,21 +117,17 @@ def compare(name, model, args, kwargs, rounds, cpu_time):
     captures, _ = captures_of(model, args, kwargs, [1], devices=2, train=True)
     called = timed_steps(captures[1], train=True, accumulate=False)
     items = {Item(1, one.name): one for one in called}
-    known = keys_of(items, train=True, optimizer="adam")
-    lent = loans(items, known, train=True)
+    known, loans = known_by(items, train=True, optimizer="adam")
     keys = {item.step: key for item, key in known.items()}
-    few = Few()
     how = How(train=True, optimizer="adam")
-    lent_bytes = {name: loan.nbytes for name, loan in lent.items()}
-    chosen = [
-        one for one in called if few.admits(keys[one.name], work_bytes(one, train=True) - lent_bytes.get(one.name, 0))
-    ]
+    measured = chosen(items, known, loans, train=True)
     with Pool(find_devices(["cpu:0"])) as pool:
         pool.call({"cpu:0": (prepare, ("cpu:0", 1))}, limit_s=120)
-        for number, one in enumerate(chosen):
-            key = {Item(1, one.name): keys[one.name]}
-            call = hold, (one.name, {1: one.call}, key, how, lent.get(one.name), number == 0)
-            pool.call({"cpu:0": call}, limit_s=120)
+        for number, item in enumerate(measured):
+            loan = loans.get(item.step)
+            calls = {1: items[item].call if loan is None else dataclasses.replace(items[item].call, function=lent)}
+            arguments = item.step, calls, {item: known[item]}, how, loan, number == 0
+            pool.call({"cpu:0": (hold, arguments)}, limit_s=120)
         pool.call({"cpu:0": (hold_whole, (model, args, kwargs, captures[1].output_places))}, limit_s=120)
         times, whole = pool.call({"cpu:0": (alternate, (rounds, cpu_time))}, limit_s=600)["cpu:0"]
     new = new_parts(called)

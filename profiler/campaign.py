@@ -11,35 +11,30 @@ import dataclasses
 import hashlib
 import statistics
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from shardwright.profiler.cache import Cache
 from shardwright.profiler.capture import Progress
 from shardwright.profiler.measure import Goal, prepare
-from shardwright.profiler.measuring.held import How, Item, Loan, hold, measure_held
-from shardwright.profiler.measuring.signature import device_key, step_key
+from shardwright.profiler.measuring.held import How, hold, lent, measure_held
+from shardwright.profiler.measuring.selection import Item, Loan, bytes_of_all, chosen, input_bytes, known_by, own_bytes
+from shardwright.profiler.measuring.signature import device_key
 from shardwright.profiler.measuring.stand_ins import sendable
 from shardwright.profiler.measuring.timed import timed_steps
 from shardwright.profiler.measuring.timing import Series, at_pace, summarise
 from shardwright.profiler.profile import Clocked, Device, Misfit, Variation
-from shardwright.profiler.recording.structure import nbytes, tensors_in
 from shardwright.profiler.recording.unitgraph import Call, Step, UnitGraph
 from shardwright.profiler.workers.pool import Pool
 
 __all__ = [
     "START_LIMIT_S",
-    "Few",
     "Findings",
     "Workers",
     "investigate",
-    "keys_of",
-    "loans",
-    "work_bytes",
 ]
 
 
@@ -47,17 +42,8 @@ START_LIMIT_S = 30.0
 """A worker that starts or takes something in may stand still for so long: no module imported, no byte taken in."""
 ROUND_LIMIT_S = 600.0
 """A round may take so long before a worker counts as hung."""
-MOST_ALIKE = 3
-"""Of equal steps so many are measured: what comes after its like finds its code warm and its weights cold."""
-MOST_ALIKE_LARGE = 2
-"""Of those that take :data:`LARGE_BYTES` or more each, whose code hardly counts, so many."""
-LARGE_BYTES = 1 << 23
-MOST_ALIKE_BYTES = 1 << 22
-"""More of them are measured as long as they take no more than this together: small steps are mostly their code."""
 GROUP_SHARE = 0.5
 """Of a device's memory: what is measured together may take so much."""
-STATE_COPIES = 3
-"""Gradient and two of the optimizer's, beside a parameter: what a group has to have room for in training."""
 
 
 class Workers:
@@ -121,12 +107,8 @@ class _Job:
     calls: dict[int, Call]
     keys: dict[Item, str]
     nbytes: int
+    """Less what is lent."""
     loan: Loan | None
-
-    @property
-    def own_bytes(self) -> int:
-        """Less what is lent."""
-        return self.nbytes - (self.loan.nbytes if self.loan is not None else 0)
 
     def only(self, items: Iterable[Item]) -> _Job:
         """A part of the job."""
@@ -161,15 +143,14 @@ def investigate(
         for count, capture in captures.items()
         for step in timed_steps(capture, train=train, accumulate=count > 1)
     }
-    steps = keys_of(items, train=train, optimizer=optimizer, parted=parted)
+    steps, loans = known_by(items, train=train, optimizer=optimizer, parted=parted)
     beside = sum(device.kind == "cpu" for device in devices) - 1
     keys = {(d.name, item): f"{key} {device_key(d, beside)}" for d in devices for item, key in steps.items()}
-    whole = _Whole(keys, _bytes_of_all([step for item, step in items.items() if item.microbatches == 1], train=train))
+    whole = _Whole(keys, bytes_of_all([step for item, step in items.items() if item.microbatches == 1], train=train))
     missing = {key for key in keys.values() if cache.get(key, Clocked) is None}
     tell("known", len(set(keys.values()) - missing), len(set(keys.values())))
     found = Findings()
-    lent = loans(items, steps, train=train)
-    jobs = {device.name: _jobs(device, items, keys, lent, missing, inputs, train=train) for device in devices}
+    jobs = {device.name: _jobs(device, items, keys, loans, missing, inputs, train=train) for device in devices}
     how = How(train, optimizer, parted)
     _run(workers, devices, jobs, found, whole, how, goal=goal, cache=cache, tell=tell)
     refused = {keys[m.device, Item(m.microbatches, m.node)]: m for m in found.misfits}
@@ -191,49 +172,6 @@ def investigate(
     return found
 
 
-def keys_of(items: Mapping[Item, Step], *, train: bool, optimizer: str, parted: bool = False) -> dict[Item, str]:
-    """By item, what its time is known by on a device model. The update is timed once, with the whole batch.
-
-    Where one module is called again and again, all but the first call find its weights warm, and its gradients are
-    added to those before once for all of them.
-    """
-    keys = {
-        item: step_key(
-            step,
-            train=train,
-            optimizer=optimizer if item.microbatches == 1 else None,
-            accumulate=item.microbatches > 1,
-            parted=parted,
-        )
-        for item, step in items.items()
-    }
-    works = {item: (item.microbatches, module, keys[item]) for item, module in _modules_called(items).items()}
-    calls = Counter(works.values())
-    again = {item: calls[work] for item, work in works.items() if calls[work] > 1}
-    return {item: f"{key} of {again[item]} calls" if item in again else key for item, key in keys.items()}
-
-
-def loans(items: Mapping[Item, Step], keys: Mapping[Item, str], *, train: bool) -> dict[str, Loan]:
-    """By step that calls the module of one before it, for equal work at every number of micro-batches."""
-    counts = sorted({item.microbatches for item in items})
-    callers: dict[tuple[int | str | None, ...], list[str]] = {}
-    for item, module in _modules_called(items).items():
-        if item.microbatches == counts[0]:
-            work = (module, *(keys.get(Item(count, item.step)) for count in counts))
-            callers.setdefault(work, []).append(item.step)
-    found = {}
-    for first, *later in callers.values():
-        call = items[Item(counts[0], first)].call
-        size = _weight_bytes(_parameters(call), train=train) if call is not None else 0
-        found.update(dict.fromkeys(later, Loan(first, 1 + len(later), size)))
-    return found
-
-
-def _modules_called(items: Mapping[Item, Step]) -> dict[Item, int]:
-    """The identity of the module that an item calls, if that has parameters."""
-    return {item: id(step.call.function) for item, step in items.items() if step.call and _parameters(step.call)}
-
-
 @dataclass(frozen=True)
 class _Whole:
     """All that is to be known of the model."""
@@ -248,24 +186,11 @@ class _Whole:
         return f"variation {hashlib.sha256(' '.join(keys).encode()).hexdigest()}"
 
 
-class Few:
-    """Which of equal steps are measured."""
-
-    def __init__(self) -> None:
-        self.numbers = Counter[str]()
-
-    def admits(self, key: str, nbytes: int) -> bool:
-        """Whether one more step of ``key``, which takes so many bytes, is."""
-        self.numbers[key] += 1
-        most = MOST_ALIKE_LARGE if nbytes >= LARGE_BYTES else max(MOST_ALIKE, MOST_ALIKE_BYTES // max(1, nbytes))
-        return self.numbers[key] <= most
-
-
 def _jobs(
     device: Device,
     items: Mapping[Item, Step],
     keys: Mapping[tuple[str, Item], str],
-    lent: Mapping[str, Loan],
+    loans: Mapping[str, Loan],
     missing: set[str],
     inputs: Mapping[int, Sequence[Tensor]],
     *,
@@ -275,64 +200,41 @@ def _jobs(
 
     It is no longer ``missing`` then, for a device of the same model would measure it again.
     """
+    here = {item: keys[device.name, item] for item in items}
+    wanted = {item: step for item, step in items.items() if here[item] in missing}
+    missing.difference_update(here.values())
     found: dict[str, dict[int, Call]] = {}
-    few = Few()
-    for item, step in items.items():
-        key = keys[device.name, item]
-        lent_bytes = lent[item.step].nbytes if item.step in lent else 0
-        if key in missing and few.admits(key, work_bytes(step, train=train) - lent_bytes):
-            assert step.call is not None  # as all items have
-            found.setdefault(item.step, {})[item.microbatches] = sendable(step.call, inputs[item.microbatches])
-    missing.difference_update(few.numbers)
+    for item in chosen(wanted, here, loans, train=train):
+        call = items[item].call
+        assert call is not None  # as all items have
+        if item.step in loans:
+            call = dataclasses.replace(call, function=lent)
+        found.setdefault(item.step, {})[item.microbatches] = sendable(call, inputs[item.microbatches])
     return [
         _Job(
             name,
             calls,
-            {Item(count, name): keys[device.name, Item(count, name)] for count in calls},
-            max(work_bytes(items[Item(count, name)], train=train) for count in calls)
-            + sum(_input_bytes(call) for call in calls.values()),
-            lent.get(name),
+            {Item(count, name): here[Item(count, name)] for count in calls},
+            max(own_bytes(items[Item(count, name)], loans.get(name), train=train) for count in calls)
+            + sum(map(input_bytes, calls.values())),
+            loans.get(name),
         )
         for name, calls in found.items()
     ]
 
 
-def work_bytes(step: Step, *, train: bool) -> int:
-    """About what a step takes while it runs."""
-    assert step.call is not None
-    return _weight_bytes(_parameters(step.call), train=train) + _data_bytes(step)
-
-
-def _bytes_of_all(steps: Iterable[Step], *, train: bool) -> int:
-    """About what a pass over ``steps`` touches; a parameter counts once."""
-    steps = list(steps)
-    parameters = {id(each): each for step in steps if step.call for each in _parameters(step.call)}
-    return _weight_bytes(parameters.values(), train=train) + sum(map(_data_bytes, steps))
-
-
-def _parameters(call: Call) -> list[nn.Parameter]:
-    return list(call.function.parameters()) if isinstance(call.function, nn.Module) else []
-
-
-def _weight_bytes(parameters: Iterable[nn.Parameter], *, train: bool) -> int:
-    return sum(map(nbytes, parameters)) * (1 + STATE_COPIES * train)
-
-
-def _data_bytes(step: Step) -> int:
-    assert step.call is not None
-    return 2 * _input_bytes(step.call) + step.output_bytes + step.saved_bytes
-
-
-def _input_bytes(call: Call) -> int:
-    return sum(nbytes(tensor) for _, tensor in tensors_in((call.args, call.kwargs)))
-
-
 def _groups(jobs: Sequence[_Job], limit_bytes: int) -> list[list[_Job]]:
-    """The jobs in groups that fit on the device together; one that is too large is a group of its own."""
+    """The jobs in groups that fit on the device together; one that is too large is a group of its own.
+
+    What would borrow a module of another group is left out: by its key it is known as that one's lender.
+    """
     groups: list[list[_Job]] = []
     filled = 0
     for job in jobs:
-        if not groups or filled + job.nbytes > limit_bytes:
+        fits = bool(groups) and filled + job.nbytes <= limit_bytes
+        if job.loan is not None and not (fits and any(other.step == job.loan.step for other in groups[-1])):
+            continue
+        if not fits:
             groups.append([])
             filled = 0
         groups[-1].append(job)
@@ -367,6 +269,8 @@ def _run(
             group = now[name]
             for job in group:
                 reasons = {item: refused[item] for item in job.keys if item in refused}
+                if job.loan is not None:
+                    continue  # it is known, or refused, with the one that lends
                 if reasons and len(group) > 1:
                     groups[name].append([job.only(reasons)])
                 else:
@@ -420,7 +324,7 @@ def _measure(
         calls: dict[str, Any] = {
             name: (
                 measure_held,
-                (goal, whole.nbytes - sum(job.own_bytes for job in group), folder, len(groups)),
+                (goal, whole.nbytes - sum(job.nbytes for job in group), folder, len(groups)),
             )
             for name, group in groups.items()
         }

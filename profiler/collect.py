@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from shardwright.errors import ShardwrightError
+from shardwright.errors import ShardwrightError, kind_of
 from shardwright.files import Record
 from shardwright.profiler.cache import Cache, default_folder
 from shardwright.profiler.campaign import Workers, investigate
@@ -204,7 +204,7 @@ def _check_options(
     model: nn.Module, *, train: bool, microbatches: Sequence[int] | None, depth: int | None, rounds: int, split: bool
 ) -> None:
     if not isinstance(model, nn.Module):
-        raise ShardwrightError(f"the model is a {type(model).__name__}; give an nn.Module")
+        raise ShardwrightError(f"the model is {kind_of(model)}; give an nn.Module")
     if train and not any(p.requires_grad for p in model.parameters()):
         raise ShardwrightError("no parameter requires a gradient: there is nothing to train; profile with --inference")
     if split and not train:

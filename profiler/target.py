@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from shardwright.errors import ShardwrightError
+from shardwright.errors import ShardwrightError, kind_of
 
 __all__ = ["Sample", "load_model", "load_target", "parse_input"]
 
@@ -81,12 +81,12 @@ def load_model(maker: Any, spec: str, settings: Mapping[str, Any]) -> nn.Module:
         return maker
     if not callable(maker):
         raise ShardwrightError(
-            f"{spec} is a {type(maker).__name__}, not a model: name an nn.Module class, a factory or an instance"
+            f"{spec} is {kind_of(maker)}, not a model: name an nn.Module class, a factory or an instance"
         )
     model = _call(maker, spec, settings)
     if not isinstance(model, nn.Module):
         raise ShardwrightError(
-            f"{spec} returned a {type(model).__name__}, not an nn.Module: let it return the model alone, and have its "
+            f"{spec} returned {kind_of(model)}, not an nn.Module: let it return the model alone, and have its "
             "inputs from another function (--inputs FILE:FUNCTION)"
         )
     return model
@@ -193,7 +193,7 @@ def _as_sample(made: Any, name: str) -> Sample:
     if isinstance(made, (tuple, list)):
         return Sample(tuple(made), {})
     raise ShardwrightError(
-        f"{name} returned a {type(made).__name__}; it must return a tensor, a tuple of args, or (args, kwargs)"
+        f"{name} returned {kind_of(made)}; it must return a tensor, a tuple of args, or (args, kwargs)"
     )
 
 

@@ -307,8 +307,9 @@ class PlanReport:
         within = "" if plan.peak is None else " with no larger peak share"
         if plan.stages_per_device > 1:
             within = f" with {plan.stages_per_device} stages on each device"
-        elif plan.train and plan.microbatches < len(plan.profiled_devices) and plan.schedule in ("1f1b", "gpipe"):
-            within += f" by {schedule_in_words(plan.schedule, 1)}"  # which needs a micro-batch for each stage, or not
+        elif plan.train and plan.microbatches < len(plan.profiled_devices):
+            # All but GPipe need a micro-batch for each stage.
+            within = f" by {schedule_in_words(plan.schedule, 1)}{within}"
         heaviest = max(plan.stages, key=lambda stage: stage.load_s)
         where = f"stage {heaviest.index} on {heaviest.device}"
         if plan.stages_per_device > 1:

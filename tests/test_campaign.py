@@ -19,7 +19,7 @@ from shardwright.profiler.campaign import Workers, investigate
 from shardwright.profiler.capture import captures_of
 from shardwright.profiler.devices import find_devices
 from shardwright.profiler.measure import Goal
-from shardwright.profiler.measuring import held
+from shardwright.profiler.measuring import held, selection
 from shardwright.profiler.measuring.signature import device_key, step_key
 from shardwright.profiler.profile import Device
 from shardwright.profiler.trace import trace
@@ -105,104 +105,18 @@ def examined(monkeypatch, cache, model, *args, counts=(1, 2), devices=("cpu:0",)
 
 def test_equal_layers_share_one_measurement(monkeypatch, tmp_path):
     """Six layers cost what four cost, the first having no gradient to hand back; each has its times in the profile."""
-    monkeypatch.setattr(campaign, "MOST_ALIKE_BYTES", 0)
+    monkeypatch.setattr(selection, "MOST_ALIKE_BYTES", 0)
     findings, sent = examined(monkeypatch, Cache(tmp_path), Stack(), torch.randn(4, WIDTH))
     names = [name for count, name in sent if count == 1 and name.startswith("layers")]
-    assert names == [f"layers.{index}" for index in range(1 + campaign.MOST_ALIKE)]
+    assert names == [f"layers.{index}" for index in range(1 + selection.MOST_ALIKE)]
     rows = [findings.timings["cpu:0", 1, f"layers.{index}"] for index in range(1, 6)]
     assert rows == [rows[0]] * 5
-
-
-def test_of_large_equal_steps_fewer_are_measured():
-    """Their code, cold in the first of them, hardly counts."""
-    few = campaign.Few()
-    large = [few.admits("large", campaign.LARGE_BYTES) for _ in range(5)]
-    middle = [few.admits("middle", campaign.LARGE_BYTES - 1) for _ in range(5)]
-    assert sum(large) == campaign.MOST_ALIKE_LARGE < sum(middle) == campaign.MOST_ALIKE
 
 
 def test_small_equal_steps_are_all_measured(monkeypatch, tmp_path):
     """They are mostly their code, which is cold only in the first of them, and they take no time."""
     _, sent = examined(monkeypatch, Cache(tmp_path), Stack(), torch.randn(4, WIDTH), counts=(1,))
     assert [name for _, name in sent if name.startswith("layers")] == [f"layers.{index}" for index in range(6)]
-
-
-class Looped(nn.Module):
-    """One layer called again and again, and another of its form called once."""
-
-    def __init__(self, calls=5):
-        super().__init__()
-        self.calls = calls
-        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)])
-
-    def forward(self, x):
-        x = self.layers[2](self.layers[0](x))
-        for _ in range(self.calls):
-            x = self.layers[1](x)
-        return x
-
-
-def made_ready(monkeypatch):
-    """Where the passes go that a campaign measures."""
-    passes, making = [], held.passes_held
-
-    def noted(on_refused):
-        made = making(on_refused)
-        passes.extend(made)
-        return made
-
-    monkeypatch.setattr(held, "passes_held", noted)
-    return passes
-
-
-def test_calls_of_one_module_share_its_weights(monkeypatch, tmp_path):
-    """They are one module where they are measured, too, which is updated once; each call has its times."""
-    passes = made_ready(monkeypatch)
-    findings, _ = examined(monkeypatch, Cache(tmp_path), Looped(), torch.randn(4, WIDTH))
-    calls = ["layers.1", *(f"layers.1#{number}" for number in range(2, 6))]
-    for count, steps in zip((1, 2), passes, strict=True):
-        modules = {item.step: id(subject.function) for item, subject in steps.subjects.items()}
-        assert len({modules[name] for name in calls}) == 1
-        assert len({modules[name] for name in ("layers.0", "layers.1", "layers.2")}) == 3
-        rows = [findings.timings["cpu:0", count, name] for name in calls]
-        assert rows == [rows[0]] * 5
-        assert rows[0] != findings.timings["cpu:0", count, "layers.2"]
-    updated = [item.step for item, subject in passes[0].subjects.items() if subject.optimizer is not None]
-    assert updated == ["layers.0", "layers.2", "layers.1"]
-    assert findings.timings["cpu:0", 1, "layers.1#3"].update_s > 0
-
-
-def test_the_first_call_of_a_module_counts_once(monkeypatch, tmp_path):
-    """It finds the weights cold and adds up the gradients: the few that are measured after it stand for the others."""
-    monkeypatch.setattr(campaign, "MOST_ALIKE_BYTES", 0)
-    passes = made_ready(monkeypatch)
-    examined(monkeypatch, Cache(tmp_path), Looped(20), torch.randn(4, WIDTH), counts=(1,))
-    (steps,) = passes
-    weights = {item.step: weight for item, weight in steps.weights.items() if item.step.startswith("layers.1")}
-    assert weights == {"layers.1": 1, "layers.1#2": 19 / 2, "layers.1#3": 19 / 2}
-
-
-def test_calls_without_the_one_that_lends_have_a_module_of_their_own(monkeypatch, tmp_path):
-    """Where there is no room for both: it is updated there, and counts as any other step."""
-    monkeypatch.setattr(campaign, "_groups", lambda jobs, _: [[job] for job in jobs])
-    passes = made_ready(monkeypatch)
-    findings, _ = examined(monkeypatch, Cache(tmp_path), Looped(3), torch.randn(4, WIDTH), counts=(1,))
-    alone = [steps for steps in passes if any(item.step == "layers.1#2" for item in steps.subjects)]
-    ((subject,), (weight,)) = alone[0].subjects.values(), alone[0].weights.values()
-    assert subject.optimizer is not None
-    assert weight == 1
-    assert findings.timings["cpu:0", 1, "layers.1#2"].update_s > 0
-
-
-def test_what_is_called_again_is_walked_through_once(monkeypatch, tmp_path):
-    """What a large module leaves in the caches is still there at its next call, and so it is where that is measured."""
-    walked = []
-    monkeypatch.setattr(held._Eviction, "__init__", lambda _, elsewhere_bytes: walked.append(elsewhere_bytes))
-    monkeypatch.setattr(held._Eviction, "__call__", lambda *_: None)
-    monkeypatch.setattr(campaign, "MOST_ALIKE_BYTES", 0)
-    examined(monkeypatch, Cache(tmp_path), Looped(20), torch.randn(4, WIDTH), counts=(1,))
-    weights = 4 * (WIDTH + 1) * WIDTH * (1 + campaign.STATE_COPIES)
-    assert 0 < walked[0] < 17 * weights  # 17 calls were not sent
 
 
 def test_what_is_known_is_not_measured(monkeypatch, tmp_path):

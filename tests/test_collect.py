@@ -187,7 +187,7 @@ def test_a_wrong_option_is_refused(options, message):
 def test_what_is_no_model_or_plan_is_refused():
     """A wrong argument is named with what it should be."""
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
-    with pytest.raises(sw.ShardwrightError, match=r"the model is a int; give an nn\.Module"):
+    with pytest.raises(sw.ShardwrightError, match=r"the model is an int; give an nn\.Module"):
         sw.profile(3)
     with pytest.raises(sw.ShardwrightError, match=r"the plan is a str; give a Plan, such as shardwright\.Plan\.load"):
         sw.place(model, "net.plan.json")

@@ -291,11 +291,14 @@ def test_a_gpu_that_waits_for_its_host_is_named():
     assert "waits for its host" not in text_of(REPORTS["profile"](), 100)
 
 
-@pytest.mark.parametrize(("schedule", "named"), [("1f1b", "1F1B"), ("gpipe", "GPipe")])
+@pytest.mark.parametrize(("schedule", "named"), [("1f1b", "1F1B"), ("gpipe", "GPipe"), ("zero-bubble", "zero-bubble")])
 @pytest.mark.parametrize(("microbatches", "said"), [(1, True), (2, False)])
 def test_a_bound_names_the_schedule_where_that_limits_the_stages(schedule, named, microbatches, said):
-    """With fewer micro-batches than devices 1F1B has fewer splits than GPipe, so that a bound is on its own alone."""
-    update = {"schedule": schedule, "microbatches": microbatches, "profiled_devices": ("cpu:0", "cpu:1")}
-    text = text_of(PlanReport(a_plan().model_copy(update=update)), 100)
+    """With fewer micro-batches than devices all others have fewer splits than GPipe; a bound is on their own alone."""
+    plan = a_plan()
+    parts = {"backward_input_s": 0.0121, "backward_weight_s": 0.0121}
+    stages = tuple(stage.model_copy(update=parts) for stage in plan.stages)
+    update = {"schedule": schedule, "microbatches": microbatches, "profiled_devices": plan.devices, "stages": stages}
+    text = text_of(PlanReport(plan.model_copy(update=update)), 100)
     assert (f"proven for every split by {named}" in text) is said
     assert (f"no split by {named} has a smaller largest load" in text) is said

@@ -12,7 +12,7 @@ from recording import WIDTH, Layers, batch, repeatable, rows
 
 import shardwright as sw
 from shardwright.profiler.capture import captures_of
-from shardwright.profiler.recording.state import attributes_kept
+from shardwright.profiler.recording.state import Snapshot, attributes_kept
 from shardwright.profiler.trace import checked_trace
 
 __all__ = ["repeatable"]
@@ -150,6 +150,20 @@ def test_a_tensor_that_requires_a_gradient_is_put_back_too():
         model.made[0].add_(1)
     assert model.leaf[0].tolist() == [1, 1]
     assert torch.equal(model.made[0], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+def test_parameters_that_a_run_wrote_are_put_back(dtype):
+    """Also past autograd, one of many numbers, and into one that is not laid out row by row."""
+    model = Layers()
+    first, last = model.layers[0], model.layers[-1]
+    first.weight = torch.nn.Parameter(first.weight.detach().to(dtype).t())
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with Snapshot(model).state_kept():
+        first.weight.data[-1, 0] += 1
+        with torch.no_grad():
+            last.bias.zero_()
+    assert all(map(torch.equal, model.parameters(), before))
 
 
 def test_objects_in_objects_end_somewhere():

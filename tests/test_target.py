@@ -40,6 +40,9 @@ def broken():
 def no_model():
     return "text"
 
+def returns_nothing():
+    Model()
+
 def pairs():
     return (torch.ones(2, 4),), {"scale": 2}
 
@@ -88,7 +91,8 @@ def test_inputs_from_a_function(file):
     ("name", "options", "message"),
     [
         ("Missing", {}, r"has no Missing; its models are Model, Unbound"),
-        ("number", {}, "is a int, not a model"),
+        ("number", {}, "is an int, not a model"),
+        ("returns_nothing", {}, "returned None, not an nn.Module"),
         ("no_model", {}, "returned a str, not an nn.Module: let it return the model alone"),
         ("broken", {}, r"broken\(\) failed: ValueError: no weights \(my_nets.py:\d+\)"),
         ("Model", {"settings": {"depth": 2}}, r"Model\(depth=2\) failed: TypeError"),

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from shardwright.errors import ShardwrightError
+from shardwright.errors import ShardwrightError, kind_of
 from shardwright.profiler.costgraph import CostGraph
 from shardwright.profiler.formats.given import rate, refuse_misspelt, seconds, share, texts, whole
 from shardwright.profiler.formats.given_devices import devices_of, links_of, variations_of
@@ -68,9 +68,7 @@ def _reading(graph: nx.DiGraph[Any] | CostGraph) -> _Reading:
     from shardwright.profiler.formats.graphml import nested_graph
 
     if not isinstance(graph, nx.DiGraph) or graph.is_multigraph():
-        raise ShardwrightError(
-            f"costs are a Profile or a networkx.DiGraph, not a {type(graph).__name__}; make it a DiGraph"
-        )
+        raise ShardwrightError(f"costs are a Profile or a networkx.DiGraph, not {kind_of(graph)}; make it a DiGraph")
     names = {node: str(node) for node in graph}
     if len(set(names.values())) < len(names):
         raise ShardwrightError("two nodes of the graph have the same name as text; give each a name of its own")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from shardwright.profiler.measure import Goal, Pass, is_out_of_memory, measure
 from shardwright.profiler.measuring.pace import pace_of
+from shardwright.profiler.measuring.selection import Item, Loan
 from shardwright.profiler.measuring.stand_ins import filled
 from shardwright.profiler.measuring.stopwatch import CudaStopwatch, HostStopwatch, Stopwatch
 from shardwright.profiler.measuring.subject import Subject
@@ -21,28 +21,7 @@ from shardwright.profiler.recording.structure import nbytes
 from shardwright.profiler.recording.unitgraph import Call
 from shardwright.profiler.workers.worker import report, resident
 
-__all__ = ["How", "Item", "Loan", "hold", "measure_held", "passes_held"]
-
-
-class Item(NamedTuple):
-    """A step, with the batch divided into so many micro-batches."""
-
-    microbatches: int
-    step: str
-
-    def __str__(self) -> str:
-        return self.step if self.microbatches == 1 else f"{self.step} at {self.microbatches} micro-batches"
-
-
-class Loan(NamedTuple):
-    """Whose module a step calls again."""
-
-    step: str
-    """The first of those that do the same work with it; it is updated there."""
-    calls: int
-    """How many these are in the model, with the first."""
-    nbytes: int
-    """What the module's parameters take, with what training keeps of each."""
+__all__ = ["How", "hold", "lent", "measure_held", "passes_held"]
 
 
 class How(NamedTuple):
@@ -54,38 +33,44 @@ class How(NamedTuple):
     """Whether backwards are timed in two parts, too."""
 
 
+def lent(*_args: Any, **_kwargs: Any) -> Any:
+    """Stands, in a call that is sent, for the module of a step that was sent before."""
+    raise AssertionError("the module is put in its place where the call is held")
+
+
 class _Held(NamedTuple):
     key: str
-    make: Callable[[], Subject]
-    stands_for: int
-    """So many calls of the module are known by it, and by others that borrow it."""
+    call: Call
+    how: How
+    loan: Loan | None
+
+    def subject(self, microbatches: int) -> Subject:
+        """The step made ready; the update is timed with the whole batch, and where the module is its own."""
+        return Subject(
+            filled(self.call),
+            resident["device"],
+            train=self.how.train,
+            optimizer=self.how.optimizer if microbatches == 1 and self.loan is None else None,
+            accumulate=microbatches > 1,
+            parted=self.how.parted,
+        )
 
 
 def hold(name: str, calls: dict[int, Call], keys: dict[Item, str], how: How, loan: Loan | None, first: bool) -> None:
     """Take in the calls of one step, which share the module; ``first`` lets go of what was held before.
 
-    ``loan`` counts if that step is held, too.
+    Args:
+        loan: whose module that is, if not the step's own; it is held already.
     """
     if first:
-        resident["held"], resident["modules"] = {}, {}
+        resident["held"] = {}
         _let_go()
-    lent = None if loan is None else resident["modules"].get(loan.step)
+    held: dict[Item, _Held] = resident["held"]
+    if loan is not None:
+        module = next(other.call.function for item, other in held.items() if item.step == loan.step)
+        calls = {count: dataclasses.replace(call, function=module) for count, call in calls.items()}
     for count, call in calls.items():
-        item = Item(count, name)
-        make = partial(
-            _subject,
-            call if lent is None else Call(lent, call.args, call.kwargs, call.context),
-            how,
-            optimizer=how.optimizer if count == 1 and lent is None else None,
-            accumulate=count > 1,
-        )
-        resident["held"][item] = _Held(keys[item], make, 1 if loan is None or lent is None else loan.calls - 1)
-        resident["modules"].setdefault(name, call.function)
-
-
-def _subject(call: Call, how: How, *, optimizer: str | None, accumulate: bool) -> Subject:
-    device = resident["device"]
-    return Subject(filled(call), device, train=how.train, optimizer=optimizer, accumulate=accumulate, parted=how.parted)
+        held[Item(count, name)] = _Held(keys[Item(count, name)], call, how, loan)
 
 
 def passes_held(on_refused: Callable[[Item, Exception], None]) -> list[Pass[Item]]:
@@ -97,23 +82,41 @@ def passes_held(on_refused: Callable[[Item, Exception], None]) -> list[Pass[Item
     held: dict[Item, _Held] = resident["held"]
     for count in sorted({item.microbatches for item in held}):
         subjects: dict[Item, Subject] = {}
-        first: dict[str, Item] = {}
         for item, step in list(held.items()):
             if item.microbatches != count or item not in held:
                 continue
             try:
-                subjects[item] = step.make()
-                first.setdefault(step.key, item)
+                subjects[item] = step.subject(count)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 on_refused(item, error)
         subjects = {item: subject for item, subject in subjects.items() if item in held}
-        alike = {item: first[held[item].key] for item in subjects}
-        numbers = Counter((held[item].key, held[item].stands_for) for item in subjects)
-        weights = {item: held[item].stands_for / numbers[held[item].key, held[item].stands_for] for item in subjects}
-        made.append(Pass(subjects, alike=alike, weights=weights))
+        alike: dict[str, list[Item]] = {}
+        for item in subjects:
+            alike.setdefault(held[item].key, []).append(item)
+        named = {item: like[0] for like in alike.values() for item in like}
+        weights = {item: calls for like in alike.values() for item, calls in _calls_of_each(like).items()}
+        made.append(Pass(subjects, alike=named, weights=weights))
     return made
+
+
+def _calls_of_each(alike: Sequence[Item]) -> dict[Item, float]:
+    """For how many calls of a module each of equal steps stands: all of them alike, where none calls one again.
+
+    The first of a module's calls finds its weights cold, and in the backward it is there that the gradients of all
+    arrive; the gradient of the last one, which goes back first, is added to no other.
+    """
+    held: dict[Item, _Held] = resident["held"]
+    again = [item for item in alike if held[item].loan is not None]
+    weights = {item: 1 / (len(alike) - len(again)) for item in alike if item not in again}
+    if again:
+        loan = held[again[0]].loan
+        assert loan is not None
+        *between, last = again
+        weights |= {item: (loan.calls - 2) / len(between) for item in between}
+        weights[last] = 1 if between else loan.calls - 1
+    return weights
 
 
 def measure_held(goal: Goal, elsewhere_bytes: int, folder: str, devices: int) -> tuple[list[float], dict[Item, str]]:
@@ -170,7 +173,8 @@ def _let_go() -> None:
 class _Eviction:
     """Walks through memory, so that weights are as cold as after a pass over a whole model that is not all here.
 
-    Once for the forwards and once for the backwards: a step touches no other's weights.
+    Once for the forwards and once for the backwards: a step touches no other's weights, or finds them warm in the
+    model, too.
     """
 
     LEAST_WEIGHT_BYTES = 1 << 18

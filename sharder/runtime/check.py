@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from shardwright.errors import ShardwrightError
+from shardwright.errors import ShardwrightError, kind_of
 from shardwright.profiler.profile import TensorSpec
 from shardwright.profiler.recording.inputs import input_specs
 from shardwright.profiler.recording.placed import refuse_placed
@@ -34,11 +34,9 @@ def check_model(plan: Plan, model: nn.Module) -> None:
             the two is something else.
     """
     if not isinstance(model, nn.Module):
-        raise ShardwrightError(f"the model is a {type(model).__name__}; give the nn.Module that was profiled")
+        raise ShardwrightError(f"the model is {kind_of(model)}; give the nn.Module that was profiled")
     if not isinstance(plan, Plan):
-        raise ShardwrightError(
-            f"the plan is a {type(plan).__name__}; give a Plan, such as shardwright.Plan.load(file) reads"
-        )
+        raise ShardwrightError(f"the plan is {kind_of(plan)}; give a Plan, such as shardwright.Plan.load(file) reads")
     if not plan.of_model:
         raise ShardwrightError(
             f"the plan was made from costs ({plan.model}), not from a model's profile, so it cannot be placed or run: "

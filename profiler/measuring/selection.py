@@ -1,0 +1,156 @@
+"""Which steps are measured: equal work a few times only, and calls of one module with weights that they share.
+
+What is equal is told by a step's signature (:mod:`shardwright.profiler.measuring.signature`). A module that is called
+again and again finds its weights warm, as such of many modules do not, is updated once, and adds the gradients of its
+calls up before they arrive at its parameters: on CPUs, where all steps go back at once, that is measured as it is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from torch import nn
+
+from shardwright.profiler.measuring.signature import step_key
+from shardwright.profiler.recording.structure import nbytes, tensors_in
+from shardwright.profiler.recording.unitgraph import Call, Step
+
+__all__ = ["Item", "Loan", "bytes_of_all", "chosen", "input_bytes", "known_by", "own_bytes"]
+
+MOST_ALIKE = 3
+"""Of equal steps so many are measured: what comes after its like finds its code warm and its weights cold."""
+MOST_ALIKE_LARGE = 2
+"""Of those that take :data:`LARGE_BYTES` or more each, whose code hardly counts, so many."""
+LARGE_BYTES = 1 << 23
+MOST_ALIKE_BYTES = 1 << 22
+"""More of them are measured as long as they take no more than this together: small steps are mostly their code."""
+STATE_COPIES = 3
+"""Gradient and two of the optimizer's, beside a parameter: what a step has to have room for in training."""
+
+
+class Item(NamedTuple):
+    """A step, with the batch divided into so many micro-batches."""
+
+    microbatches: int
+    step: str
+
+    def __str__(self) -> str:
+        return self.step if self.microbatches == 1 else f"{self.step} at {self.microbatches} micro-batches"
+
+
+class Loan(NamedTuple):
+    """Whose module a step calls again."""
+
+    step: str
+    """The first of those that do the same work with it, with which it is updated."""
+    calls: int
+    """How many these are in the model, with the first."""
+    nbytes: int
+    """What the module's parameters take, with what training keeps of each."""
+
+
+def known_by(
+    items: Mapping[Item, Step], *, train: bool, optimizer: str, parted: bool = False
+) -> tuple[dict[Item, str], dict[str, Loan]]:
+    """By item what its time is known by on a device model, and by step the loan of what calls a module again.
+
+    That is for equal work at every number of micro-batches: a first call whose input needs no gradient is another's.
+    The update is timed once, with the whole batch.
+    """
+    keys = {
+        item: step_key(
+            step,
+            train=train,
+            optimizer=optimizer if item.microbatches == 1 else None,
+            accumulate=item.microbatches > 1,
+            parted=parted,
+        )
+        for item, step in items.items()
+    }
+    counts = sorted({item.microbatches for item in items})
+    callers: dict[tuple[int | str | None, ...], list[str]] = {}
+    for item, step in items.items():
+        call = step.call
+        if item.microbatches == counts[0] and call is not None and _parameters(call):
+            work = (id(call.function), *(keys.get(Item(count, item.step)) for count in counts))
+            callers.setdefault(work, []).append(item.step)
+    loans: dict[str, Loan] = {}
+    calls: dict[str, int] = {}
+    for first, *later in callers.values():
+        if later:
+            size = _weight_bytes(_called(items[Item(counts[0], first)]), train=train)
+            calls.update(dict.fromkeys((first, *later), 1 + len(later)))
+            loans.update(dict.fromkeys(later, Loan(first, 1 + len(later), size)))
+    return {
+        item: f"{key} of {calls[item.step]} calls" if item.step in calls else key for item, key in keys.items()
+    }, loans
+
+
+def chosen(
+    items: Mapping[Item, Step], keys: Mapping[Item, str], loans: Mapping[str, Loan], *, train: bool
+) -> list[Item]:
+    """Of equal work the first few, in the order of ``items``; of modules called again one lends its weights."""
+    alone, again = _Few(), _Few()
+    lenders: dict[str, str] = {}
+    found = []
+    for item, step in items.items():
+        key, loan = keys[item], loans.get(item.step)
+        size = own_bytes(step, loan, train=train)
+        if loan is None:
+            if alone.admits(key, size):
+                lenders.setdefault(key, item.step)
+                found.append(item)
+        elif lenders.get(key) == loan.step and again.admits(key, size):
+            found.append(item)
+    return found
+
+
+class _Few:
+    """Which of equal steps are measured."""
+
+    def __init__(self) -> None:
+        self.numbers = Counter[str]()
+
+    def admits(self, key: str, nbytes: int) -> bool:
+        """Whether one more step of ``key``, which takes so many bytes, is."""
+        self.numbers[key] += 1
+        most = MOST_ALIKE_LARGE if nbytes >= LARGE_BYTES else max(MOST_ALIKE, MOST_ALIKE_BYTES // max(1, nbytes))
+        return self.numbers[key] <= most
+
+
+def own_bytes(step: Step, loan: Loan | None = None, *, train: bool) -> int:
+    """About what a step takes while it runs, less what is lent to it."""
+    weights = _weight_bytes(_called(step), train=train) if loan is None else 0
+    return weights + _data_bytes(step)
+
+
+def bytes_of_all(steps: Iterable[Step], *, train: bool) -> int:
+    """About what a pass over ``steps`` touches; a parameter counts once."""
+    steps = list(steps)
+    parameters = {id(each): each for step in steps for each in _called(step)}
+    return _weight_bytes(parameters.values(), train=train) + sum(map(_data_bytes, steps))
+
+
+def input_bytes(call: Call) -> int:
+    """What a call is given."""
+    return sum(nbytes(tensor) for _, tensor in tensors_in((call.args, call.kwargs)))
+
+
+def _called(step: Step) -> list[nn.Parameter]:
+    assert step.call is not None
+    return _parameters(step.call)
+
+
+def _parameters(call: Call) -> list[nn.Parameter]:
+    return list(call.function.parameters()) if isinstance(call.function, nn.Module) else []
+
+
+def _weight_bytes(parameters: Iterable[nn.Parameter], *, train: bool) -> int:
+    return sum(map(nbytes, parameters)) * (1 + STATE_COPIES * train)
+
+
+def _data_bytes(step: Step) -> int:
+    assert step.call is not None
+    return 2 * input_bytes(step.call) + step.output_bytes + step.saved_bytes
