@@ -226,7 +226,7 @@ def _jobs(
 def _groups(jobs: Sequence[_Job], limit_bytes: int) -> list[list[_Job]]:
     """The jobs in groups that fit on the device together; one that is too large is a group of its own.
 
-    What would borrow a module of another group is left out: by its key it is known as that one's lender.
+    What would borrow a module of another group is left out: its time is known by the key that its lender has, too.
     """
     groups: list[list[_Job]] = []
     filled = 0
@@ -269,8 +269,6 @@ def _run(
             group = now[name]
             for job in group:
                 reasons = {item: refused[item] for item in job.keys if item in refused}
-                if job.loan is not None:
-                    continue  # it is known, or refused, with the one that lends
                 if reasons and len(group) > 1:
                     groups[name].append([job.only(reasons)])
                 else:

@@ -54,8 +54,8 @@ def test_who_calls_a_module_again_borrows_it_from_the_first():
     """For equal work: the model's input needs no gradient, so the first call of all is another work."""
     _, items, keys, loans = selected(0, 1, 1, 1, 2, 0, 0)
     size = WEIGHTS * (1 + selection.STATE_COPIES)
-    lent = {"layers.1#2": Loan("layers.1", 3, size), "layers.1#3": Loan("layers.1", 3, size)}
-    assert loans == lent | {"layers.0#3": Loan("layers.0#2", 2, size)}
+    lent = {"layers.1#2": Loan("layers.1", 3), "layers.1#3": Loan("layers.1", 3)}
+    assert loans == lent | {"layers.0#3": Loan("layers.0#2", 2)}
     by = {name: keys[Item(1, name)] for name in ("layers.0", "layers.0#2", "layers.0#3", "layers.1", "layers.2")}
     assert by["layers.0#2"] == by["layers.0#3"] == f"{by['layers.2']} of 2 calls"
     assert by["layers.1"] == keys[Item(1, "layers.1#2")] == f"{by['layers.2']} of 3 calls"
@@ -88,10 +88,24 @@ def test_of_equal_modules_called_again_one_lends_its_weights(monkeypatch, order,
 
 
 def test_where_steps_are_large_none_borrows_from_one_that_is_not_there(monkeypatch):
-    """Of three equal modules two are measured; the third's calls would have to bring weights of their own."""
+    """Of three equal modules two are measured; calls of the third, in turn with them, would bring their own weights."""
     monkeypatch.setattr(selection, "MOST_ALIKE_BYTES", 0)
     monkeypatch.setattr(selection, "LARGE_BYTES", 4 * WEIGHTS)
-    assert selected(0, *[1] * 5, *[2] * 5, *[3] * 5)[0] == ["0", "1", "1#2", "1#3", "1#4", "2"]
+    assert selected(0, *[1, 2, 3] * 5)[0] == ["0", "1", "2", "1#2", "1#3", "1#4"]
+
+
+def test_of_many_calls_some_are_measured():
+    """However small they are: each is sent by itself."""
+    names, *_ = selected(0, *[1] * 40)
+    assert len(names) == 2 + selection.MOST_AGAIN
+
+
+def test_the_same_work_at_several_numbers_of_microbatches_is_measured_at_one():
+    """Where inputs have no samples: at the others it would be measured without those that call the module again."""
+    _, items, keys, loans = selected(0, 1, 1)
+    later = {Item(count, item.step): step for count in (2, 4) for item, step in items.items()}
+    known = {item: keys[Item(1, item.step)] for item in later}
+    assert {item.microbatches for item in chosen(later, known, loans, train=True)} == {2}
 
 
 def made_ready(monkeypatch):
@@ -178,6 +192,38 @@ def test_calls_for_which_there_is_no_room_are_known_by_the_first(monkeypatch, tm
     assert all(len(steps.subjects) == 1 for steps in passes)
     timings = [findings.timings["cpu:0", 1, name] for name in ("layers.1", "layers.1#2", "layers.1#3")]
     assert timings == [timings[0]] * 3
+
+
+def test_a_call_for_which_there_is_no_memory_is_known_by_the_first(monkeypatch, tmp_path):
+    """Its inputs are what does not fit: the module is tried once more with its first call alone."""
+    subject = held._Held.subject
+
+    def greedy(self, microbatches):
+        if self.loan is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return subject(self, microbatches)
+
+    monkeypatch.setattr(held._Held, "subject", greedy)
+    findings, sent = examined(monkeypatch, Cache(tmp_path), Looped(0, 1, 1, 1, 2), torch.randn(4, WIDTH), counts=(1,))
+    assert [name for _, name in sent].count("layers.1") == 2
+    assert not findings.misfits
+    assert {"layers.1", "layers.1#2", "layers.1#3", "layers.2"} <= {step for _, _, step in findings.timings}
+
+
+def test_the_weights_of_a_module_are_sent_once(monkeypatch, tmp_path):
+    """A call that borrows it comes with something in its place."""
+    functions = {}
+    hold = campaign.hold
+
+    def noted(name, calls, *rest):
+        functions[name] = {call.function for call in calls.values()}
+        return hold(name, calls, *rest)
+
+    monkeypatch.setattr(campaign, "hold", noted)
+    model = Looped(0, 1, 1, 1)
+    examined(monkeypatch, Cache(tmp_path), model, torch.randn(4, WIDTH))
+    assert functions["layers.1"] == {model.layers[1]}
+    assert functions["layers.1#2"] == functions["layers.1#3"] == {held.lent}
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -134,9 +134,10 @@ def measure_held(goal: Goal, elsewhere_bytes: int, folder: str, devices: int) ->
     refused: dict[Item, str] = {}
 
     def refuse(item: Item, error: Exception) -> None:
-        refused[item] = " ".join(str(error).split())[:200] or type(error).__name__
         key = resident["held"][item].key
-        for other in [other for other, step in resident["held"].items() if step.key == key]:
+        alike = [other for other, step in resident["held"].items() if step.key == key]
+        refused[alike[0]] = " ".join(str(error).split())[:200] or type(error).__name__  # it borrows from none
+        for other in alike:
             del resident["held"][other]
         _let_go()
 

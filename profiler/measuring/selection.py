@@ -26,6 +26,8 @@ MOST_ALIKE_LARGE = 2
 LARGE_BYTES = 1 << 23
 MOST_ALIKE_BYTES = 1 << 22
 """More of them are measured as long as they take no more than this together: small steps are mostly their code."""
+MOST_AGAIN = 15
+"""Of calls of a module after its first, whose weights do not count there, so many and no more."""
 STATE_COPIES = 3
 """Gradient and two of the optimizer's, beside a parameter: what a step has to have room for in training."""
 
@@ -47,8 +49,6 @@ class Loan(NamedTuple):
     """The first of those that do the same work with it, with which it is updated."""
     calls: int
     """How many these are in the model, with the first."""
-    nbytes: int
-    """What the module's parameters take, with what training keeps of each."""
 
 
 def known_by(
@@ -72,31 +72,35 @@ def known_by(
     counts = sorted({item.microbatches for item in items})
     callers: dict[tuple[int | str | None, ...], list[str]] = {}
     for item, step in items.items():
-        call = step.call
-        if item.microbatches == counts[0] and call is not None and _parameters(call):
-            work = (id(call.function), *(keys.get(Item(count, item.step)) for count in counts))
+        if item.microbatches == counts[0] and step.call is not None and _called(step):
+            work = (id(step.call.function), *(keys.get(Item(count, item.step)) for count in counts))
             callers.setdefault(work, []).append(item.step)
     loans: dict[str, Loan] = {}
     calls: dict[str, int] = {}
     for first, *later in callers.values():
         if later:
-            size = _weight_bytes(_called(items[Item(counts[0], first)]), train=train)
             calls.update(dict.fromkeys((first, *later), 1 + len(later)))
-            loans.update(dict.fromkeys(later, Loan(first, 1 + len(later), size)))
-    return {
-        item: f"{key} of {calls[item.step]} calls" if item.step in calls else key for item, key in keys.items()
-    }, loans
+            loans.update(dict.fromkeys(later, Loan(first, 1 + len(later))))
+    again = {item: f"{key} of {calls[item.step]} calls" for item, key in keys.items() if item.step in calls}
+    return keys | again, loans
 
 
 def chosen(
     items: Mapping[Item, Step], keys: Mapping[Item, str], loans: Mapping[str, Loan], *, train: bool
 ) -> list[Item]:
-    """Of equal work the first few, in the order of ``items``; of modules called again one lends its weights."""
-    alone, again = _Few(), _Few()
+    """Of equal work the first few, in the order of ``items``; of modules called again one lends its weights.
+
+    What is the same work at several numbers of micro-batches, as it is where inputs have no samples, is measured at the
+    first of them.
+    """
+    alone, again = _Few(), _Few(MOST_AGAIN)
     lenders: dict[str, str] = {}
+    at: dict[str, int] = {}
     found = []
     for item, step in items.items():
         key, loan = keys[item], loans.get(item.step)
+        if at.setdefault(key, item.microbatches) != item.microbatches:
+            continue
         size = own_bytes(step, loan, train=train)
         if loan is None:
             if alone.admits(key, size):
@@ -108,16 +112,17 @@ def chosen(
 
 
 class _Few:
-    """Which of equal steps are measured."""
+    """Which of equal steps are measured, ``limit`` at the most."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
         self.numbers = Counter[str]()
+        self.limit = limit
 
     def admits(self, key: str, nbytes: int) -> bool:
         """Whether one more step of ``key``, which takes so many bytes, is."""
         self.numbers[key] += 1
         most = MOST_ALIKE_LARGE if nbytes >= LARGE_BYTES else max(MOST_ALIKE, MOST_ALIKE_BYTES // max(1, nbytes))
-        return self.numbers[key] <= most
+        return self.numbers[key] <= (most if self.limit is None else min(most, self.limit))
 
 
 def own_bytes(step: Step, loan: Loan | None = None, *, train: bool) -> int:
@@ -140,11 +145,7 @@ def input_bytes(call: Call) -> int:
 
 def _called(step: Step) -> list[nn.Parameter]:
     assert step.call is not None
-    return _parameters(step.call)
-
-
-def _parameters(call: Call) -> list[nn.Parameter]:
-    return list(call.function.parameters()) if isinstance(call.function, nn.Module) else []
+    return list(step.call.function.parameters()) if isinstance(step.call.function, nn.Module) else []
 
 
 def _weight_bytes(parameters: Iterable[nn.Parameter], *, train: bool) -> int:
