@@ -11,6 +11,7 @@ from shardwright.profiler.recording.shapes import shapes_only
 from shardwright.profiler.trace import trace
 from shardwright.sharder.runtime.piping.cut import cut
 from shardwright.sharder.runtime.placing.sim import Simulated, on_host, parameters_may_move, sim_device
+from shardwright.sharder.runtime.run import _Captures
 
 
 class Skips(nn.Module):
@@ -129,6 +130,30 @@ def test_a_cpu_that_is_meant_stays_the_cpu(captured_profile, on_shapes):
         found = program.module(device).to(device)(x.to(device))
         assert [t.device.type for t in found] == ["cpu"] * 4 + ["sim"] * 5
         assert all(torch.equal(on_host(a), b) for a, b in zip(found, expected, strict=True))
+
+
+class Repeated(nn.Module):
+    """A layer called so many times."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.times = times
+        self.first, self.layer = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.first(x)
+        for _ in range(self.times):
+            x = self.layer(x)
+        return x
+
+
+def test_a_run_refuses_a_forward_with_fewer_calls_than_were_planned(captured_profile):
+    """A loop that got shorter changes no module; with the calls that were planned it is cut."""
+    args = (torch.randn(4, 4),)
+    plan = sw.plan(captured_profile(Repeated(5), args), microbatches=2)
+    assert _Captures(Repeated(5), args, {}).split("plan", plan).plan == plan
+    with pytest.raises(ShardwrightError, match=r"the plan has layer#4, which .* no longer calls \(2 such of 6 calls\)"):
+        _Captures(Repeated(3), args, {}).split("plan", plan)
 
 
 def test_a_capture_with_other_steps_is_refused(captured_profile):

@@ -155,12 +155,24 @@ class _Captures:
         self.found: dict[int, UnitGraph] = {}
 
     def split(self, name: str, plan: Plan) -> Split:
-        """``plan``, cut."""
+        """``plan``, cut.
+
+        Raises:
+            ShardwrightError: the forward is not the one that was planned.
+        """
         count = plan.microbatches
         if count not in self.found:
             inputs = microbatch(self.args, self.kwargs, count)
             self.found[count] = trace(self.model, *inputs, train=plan.train, units=units_of(plan, self.model))
         capture = self.found[count]
+        taken = {step.name for step in capture.steps}
+        called = [node.node for node in plan.nodes if node.kind == "unit"]
+        gone = [node for node in called if node not in taken]
+        if gone:  # as where a loop over a module has fewer turns: all that the plan says of it would be off
+            raise ShardwrightError(
+                f"the plan has {gone[0]}, which the model's forward no longer calls ({len(gone)} such of "
+                f"{len(called)} calls): it has changed since; profile and plan again"
+            )
         return Split(name, plan, sendable(cut(capture, plan), train=plan.train), capture.output_places, capture)
 
 
