@@ -1,4 +1,4 @@
-"""The one exception that users see."""
+"""What users see where something is wrong: the one exception, and what a thing is called in it."""
 
 from __future__ import annotations
 
