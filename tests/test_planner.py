@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,47 @@ def test_few_microbatches_are_split_by_gpipe_where_that_is_shorter(chain_profile
     assert result.predicted.baseline_s == pytest.approx(result.predicted.step_s + 5.0, rel=1e-5)
     whole = plan(chain_profile(2, microbatches=(1,)), microbatches=1)
     assert (whole.schedule, len(whole.stages)) == ("1f1b", 1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_gpipe_where_its_short_steps_are_shorter(chain_profile, seed):
+    """Both schedules are weighed by the shortest steps of their splits, not by those of their least loads."""
+    random_ = random.Random(seed)
+    profile = chain_profile(6, microbatches=(1,), speed={"cpu:0": 1.0, "cpu:1": 0.7})
+    updates_s = {f"u{i}": random_.choice([0.0, 0.0, 1.0]) for i in range(6)}
+    rows = tuple(m.model_copy(update={"update_s": updates_s[m.node]}) for m in profile.measurements)
+    updated = profile.model_copy(update={"measurements": rows})
+    step_s = plan(updated, microbatches=1).predicted.step_s
+    assert step_s <= plan(updated, microbatches=1, schedule="gpipe").predicted.step_s
+
+
+def test_calls_of_one_module_bind_a_plan_and_are_named(chain_profile):
+    """Where the calls of a module are most of the work, they keep it on one device, and why they do is told."""
+    profile = chain_profile(4, forward_s={"u0": 10.0, "u1": 10.0, "u2": 10.0, "u3": 0.5})
+    nodes = tuple(n.model_copy(update={"unit": "net.u0"}) if n.name in ("u1", "u2") else n for n in profile.nodes)
+    looped = profile.model_copy(update={"nodes": nodes, "colocate": (("u0", "u1", "u2"),)})
+    result = plan(looped)
+    assert result.devices == ("cpu:0",)
+    block = "net.u0 and 2 nodes that stay with it (all calls of a module share a device)"
+    assert result.certificate.binds == f"in the best split {block}, which is stage 0 on cpu:0 alone and cannot be split"
+    with pytest.raises(ShardwrightError, match=f"{re.escape(block)} needs at least"):
+        plan(looped, memory={"cpu:0": 2_000, "cpu:1": 2_000})
+
+
+def test_a_split_that_is_not_worth_it_is_not_planned(chain_profile):
+    """A split that is faster by less than 3% leaves the plan on one device, and is told beside it."""
+    speed = {"cpu:0": 1.0, "cpu:1": 0.05}
+    result = plan(chain_profile(50, speed=speed, microbatches=(32,)))
+    assert (result.devices, result.predicted.speedup) == (("cpu:0",), 1.0)
+    (candidate,) = result.candidates
+    assert 1 < candidate.speedup < 1.03
+    assert verdict(result) == (
+        False,
+        "Do not shard this: keep it on cpu:0, 150 s a step. The best split, over 2 devices with 32 micro-batches, "
+        f"would take {candidate.step_s:.0f} s ({candidate.speedup:.2f}x).",
+    )
+    pinned = plan(chain_profile(50, speed=speed, microbatches=(32,)), microbatches=32)
+    assert len(pinned.stages) == 2
 
 
 def tied(profile, *nodes, gradient_bytes=10**9, name="net.w"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import statistics
 import time
 
 import event_driven
@@ -289,6 +290,21 @@ def test_a_pipeline_waits_for_the_device_that_is_slow_at_the_moment():
     assert varied > simulate(costs, 8).step_s
     assert spread > 0
     assert expected_step_s(costs, [(0.8, 1.0, 1.2)] * 2, 8) == (varied, spread)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.1, 3), st.floats(0.1, 3), st.floats(0, 2), st.floats(0, 1)), min_size=1, max_size=3),
+    st.lists(st.lists(st.floats(0.3, 3), max_size=6), min_size=3, max_size=3),
+    st.integers(1, 5),
+    st.sampled_from(["gpipe", "1f1b"]),
+)
+def test_no_median_step_is_shorter_than_a_load(works, times, count, schedule):
+    """However the speeds vary, a step takes at least what its longest device does at its median speed."""
+    costs = [StageCost(*work) for work in works]
+    relative = [[t / statistics.median(seen) for t in seen] for seen in times[: len(costs)]]
+    count = max(count, len(costs))  # 1F1B needs a micro-batch for each stage
+    load_s = max(count * (forward_s + backward_s) + update_s for forward_s, backward_s, update_s, _ in works)
+    assert expected_step_s(costs, relative, count, schedule=schedule)[0] >= load_s * (1 - 1e-9)
 
 
 def test_each_device_has_its_variation():

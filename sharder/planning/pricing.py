@@ -134,7 +134,7 @@ def attempts_at(problem: Problem) -> Iterator[Problem]:
 
 
 def _solved(problem: Problem, profile: Profile, time_limit_s: float) -> Option | None:
-    """The best split of all attempts."""
+    """The split with the least largest load of the attempt in which the shortest step is found."""
     attempts = list(attempts_at(problem))
     options: list[Option] = []
     unfinished: ShardwrightError | None = None
@@ -146,8 +146,10 @@ def _solved(problem: Problem, profile: Profile, time_limit_s: float) -> Option |
             continue
         if split is not None:
             options.append(price(attempt, split, profile))
+    if len(options) > 1:  # of equal ones the first, by 1F1B
+        return min(options, key=lambda option: with_short_step(option, profile).step_s)
     if options:
-        return min(options, key=lambda option: option.step_s)  # of equal ones the first, by 1F1B
+        return options[0]
     if unfinished is not None:
         raise unfinished
     return None

@@ -23,10 +23,17 @@ MOST_NAMED = 3
 
 
 def name_of(block: Block) -> str:
-    """A block in words: its first unit, and how many nodes stay with it."""
+    """A block in words: its first unit, how many nodes stay with it, and why if modules are called again."""
     first = block.units[0] if block.units else block.nodes[0]
     others = len(block.nodes) - 1
-    return f"{first} and {others} node{'s that stay' if others > 1 else ' that stays'} with it" if others else first
+    if not others:
+        return first
+    return f"{first} and {others} node{'s that stay' if others > 1 else ' that stays'} with it{_why_of(block)}"
+
+
+def _why_of(block: Block) -> str:
+    """Why nodes of a block stay together, where that is told by the block itself."""
+    return " (all calls of a module share a device)" if len(set(block.units)) < len(block.units) else ""
 
 
 def size_of(count: int) -> str:
@@ -53,9 +60,10 @@ def together_in_words(block: Block) -> str:
     Several units of a block are what ``colocate`` or ``--together`` names, what shares a parameter, and what lies
     between.
     """
-    if len(block.units) < 2:
+    units = [*dict.fromkeys(block.units)]
+    if len(units) < 2:
         return f"{name_of(block)} needs"
-    return f"{units_in_words(block.units)}, which have to share a device, need"
+    return f"{units_in_words(units)}, which have to share a device{_why_of(block)}, need"
 
 
 def mib_of(size: int) -> int:

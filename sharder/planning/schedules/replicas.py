@@ -30,7 +30,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-import random
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -42,6 +41,7 @@ from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.plan import Objective
 from shardwright.sharder.planning.problem import Block, Link, Problem, Replica, bits
+from shardwright.sharder.planning.schedules.draws import drawn
 from shardwright.sharder.planning.schedules.simulate import StageCost, steps_at
 from shardwright.sharder.planning.schedules.stage_costs import Stages, shares_of
 
@@ -71,7 +71,6 @@ TOLERANCE = 0.1
 """Devices are of a kind if neither the model's time nor the memory differs by more."""
 COPIED = 2**20
 """So many bytes of gradients are copied together at once, at most, to be summed; one that is as large is not."""
-DRAWS = 101
 
 
 def possible_replicas(devices: int) -> list[int]:
@@ -293,17 +292,10 @@ def expected_step_of_replicas_s(
     shares = shares_of(stages, problem.stages_per_device)
     own = own_factors(problem, shares)
     relative = [[varied.get(replica.devices[device], ()) for device, _ in shares] for replica in problem.replicas]
-    steady = all(len(set(times)) < 2 for of_replica in relative for times in of_replica)
-    generator = random.Random(0)
-    factors = [
-        [
-            [factor * (generator.choice(times) if times else 1.0) for factor, times in zip(*of_replica, strict=True)]
-            for _ in range(1 if steady else DRAWS)
-        ]
-        for of_replica in zip(own, relative, strict=True)
-    ]
+    draws = np.split(drawn([times for of_replica in relative for times in of_replica]), len(own), axis=1)
+    factors = [np.array(each) * of_replica for each, of_replica in zip(own, draws, strict=True)]
     steps = slowest_steps(problem, costs, factors, **rules)
-    if steady:
+    if len(steps) == 1:
         return steps[0], 0.0
     low, median, high = statistics.quantiles(steps, n=4)
     return median, high - low

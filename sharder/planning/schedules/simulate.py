@@ -29,7 +29,6 @@ device has, and the work is linear in the number of all operations.
 from __future__ import annotations
 
 import itertools
-import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shardwright.errors import ShardwrightError
+from shardwright.sharder.planning.schedules.draws import drawn
 from shardwright.sharder.planning.schedules.schedule import BACKWARD, FORWARD, KINDS, Order, PipelineSchedule, order
 from shardwright.sharder.planning.schedules.timeline import Timeline
 
@@ -168,23 +168,18 @@ def expected_step_s(
     stages_per_device: int = 1,
     transfers: Transfers = "serial",
     staged: bool = False,
-    draws: int = 101,
 ) -> tuple[float, float]:
     """Median and interquartile range of the step when each device's speed varies as it did while it was measured.
 
     A pipeline waits for whichever device is slow at the moment, so its median step is longer than the step of the
-    median times. ``variations`` holds for each device the relative times to draw from, 1 being the median; the draws
-    are the same every time. The other arguments and the errors are those of :func:`simulate`; as many ``variations`` as
-    devices are needed.
+    median times, and never shorter than the largest load. ``variations`` holds for each device the relative times to
+    draw from, 1 being the median; the draws are the same every time. The other arguments and the errors are those of
+    :func:`simulate`; as many ``variations`` as devices are needed.
     """
     todo = _order(costs, microbatches, schedule, train, stages_per_device)
     if len(variations) != todo.devices:
         raise ShardwrightError(f"there are {todo.devices} devices, and variations of {len(variations)}")
-    if all(len(set(relative)) < 2 for relative in variations):
-        draws, variations = 1, [()] * todo.devices
-    generator = random.Random(0)
-    factors = [[generator.choice(relative) if relative else 1.0 for relative in variations] for _ in range(draws)]
-    steps = _steps(costs, np.array(factors), todo, schedule, train, transfers, staged)
+    steps = _steps(costs, drawn(variations), todo, schedule, train, transfers, staged)
     if len(steps) == 1:
         return steps[0], 0.0
     low, median, high = statistics.quantiles(steps, n=4)

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
-import statistics
 from collections.abc import Iterable, Sequence
 from typing import Literal
+
+import numpy as np
 
 from shardwright.profiler.profile import Profile
 from shardwright.sharder.planning.exact.even import NAIVE, naive_split
@@ -31,6 +31,7 @@ from shardwright.sharder.planning.plan import Alternative, SplitStage
 from shardwright.sharder.planning.pricing import Option, price
 from shardwright.sharder.planning.problem import Problem
 from shardwright.sharder.planning.recorded import split_ties, stage_of_nodes, stages_of
+from shardwright.sharder.planning.schedules.draws import drawn
 from shardwright.sharder.planning.split_loads import stage_loads
 
 __all__ = [
@@ -42,8 +43,6 @@ __all__ = [
     "share_of",
     "with_speedups",
 ]
-
-DRAWS = 101
 
 
 def alternatives_of(
@@ -192,15 +191,8 @@ def data_parallel_s(problem: Problem, gradient_bytes: int, variations: Sequence[
     devices = range(len(problem.devices))
     count = share_of(problem)
     work_s = [sum(count * (b.forward_s[d] + b.backward_s[d]) + b.update_s[d] for b in problem.blocks) for d in devices]
-    generator = random.Random(0)
-    slowest = [
-        max(
-            s * (generator.choice(relative) if relative else 1.0)
-            for s, relative in zip(work_s, variations, strict=True)
-        )
-        for _ in range(DRAWS)
-    ]
-    return statistics.median(slowest) + _sum_s(problem, gradient_bytes)
+    slowest = (np.array(work_s) * drawn(variations)).max(axis=1)
+    return float(np.median(slowest)) + _sum_s(problem, gradient_bytes)
 
 
 def _sum_s(problem: Problem, gradient_bytes: int) -> float:

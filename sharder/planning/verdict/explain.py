@@ -12,7 +12,7 @@ from shardwright.sharder.planning.exact.search import simple_bound_s
 from shardwright.sharder.planning.formulation.relaxed import all_usable, without_sums
 from shardwright.sharder.planning.formulation.words import links_in_words, name_of
 from shardwright.sharder.planning.partition import Partition, partition
-from shardwright.sharder.planning.plan import Certificate
+from shardwright.sharder.planning.plan import WORTHWHILE, Certificate
 from shardwright.sharder.planning.pricing import Option
 from shardwright.sharder.planning.problem import Problem, bits
 from shardwright.sharder.planning.schedules.interleave import device_loads
@@ -36,7 +36,7 @@ def certify(chosen: Option, options: list[Option], baseline: Option | None, dead
         # The bound is over the splits as well: one device was preferred to them for its step, not for its load.
         same = [option for option in options if option.problem.batch_microbatches == chosen.problem.microbatches]
         bound_s = min([split.value_s, *(option.split.bound_s for option in same)]) if same else 0.0
-        fastest_s = min(option.step_s for option in options)
+        fastest = min(options, key=lambda option: option.step_s)
         barred = [option for option in options if option.problem.unusable]
         return Certificate(
             value_s=split.value_s,
@@ -46,9 +46,10 @@ def certify(chosen: Option, options: list[Option], baseline: Option | None, dead
             binds=(
                 what_binds(max(barred, key=lambda option: option.problem.microbatches), deadline_s)
                 if barred
-                else f"filling and draining: a step of the best split takes {fastest_s / split.value_s:.2f}x this"
-                if fastest_s > split.value_s
-                else what_binds(chosen, deadline_s)
+                else f"filling and draining: a step of the best split takes {fastest.step_s / split.value_s:.2f}x this"
+                if fastest.step_s > split.value_s > fastest.split.value_s * WORTHWHILE
+                else "in the best split " * (len(fastest.split.stages) > 1)
+                + what_binds(fastest.of_least_load, deadline_s)
             ),
         )
     return Certificate(
