@@ -97,13 +97,16 @@ class ProfileReport:
         """Units, parameters and glue in the order of the forward, the small glue in one row, and the total."""
         everything = _Row("total", "", self.profile.nodes, "bold")
         wholes = {device.name: self._compute_s(everything, device.name) for device in self.profile.devices}
-        calls: dict[str, int] = {}
+        calls: dict[str, list[Node]] = {}
+        for node in self.profile.nodes:
+            if node.kind == "unit":
+                calls.setdefault(node.unit, []).append(node)
         rows, small = [], []
         for node in self.profile.nodes:
             if node.kind == "unit":
-                calls[node.unit] = calls.get(node.unit, 0) + 1
-                again = f" (call {calls[node.unit]})" if calls[node.unit] > 1 else ""
-                rows.append(_Row(again, node.type, (node,), path=node.unit))
+                if (of_unit := calls.pop(node.unit, [])):  # all of its calls in one row, where it is first called
+                    again = f" ({count(len(of_unit), 'call')})" if len(of_unit) > 1 else ""
+                    rows.append(_Row(again, node.type, tuple(of_unit), path=node.unit))
             elif node.kind == "parameter" and node.static_bytes:
                 rows.append(_Row("", "parameter", (node,), path=node.unit))
             elif node.kind == "glue":
@@ -113,6 +116,8 @@ class ProfileReport:
                     rows.append(glue)
                 else:
                     small.append(node)
+            elif node.kind == "output" and any(self._compute_s(_Row("", "", (node,)), name) for name in wholes):
+                rows.append(_Row("output and its loss", node.type, (node,), "dim"))
         rest = [_Row(f"glue: {count(len(small), 'small call')}", "", tuple(small), "dim")] if small else []
         return [*_tree(rows), *rest, everything]
 
@@ -250,13 +255,15 @@ def _tree(rows: Sequence[_Row]) -> Iterator[_Row]:
         for holder in _holders(row.path, children):
             below.setdefault(holder, []).extend(row.nodes)
     open_: list[str] = []
-    for row in rows:
+    for position, row in enumerate(rows):
+        # Glue is in a module at most if units of it come before and after.
+        path = next((later.path for later in rows[position:] if later.path), "")
+        holders = _holders(path, children)
+        while open_ and open_[-1] not in holders:
+            open_.pop()
         if not row.path:
             yield replace(row, label="  " * len(open_) + row.label)
             continue
-        holders = _holders(row.path, children)
-        while open_ and open_[-1] not in holders:
-            open_.pop()
         for holder in holders[len(open_) :]:
             nodes = tuple(below.pop(holder, ()))  # summed where it is first met
             yield _Row("  " * len(open_) + _under(open_, holder), "", nodes, "dim", holder, sums=True)

@@ -1,5 +1,7 @@
 """What the reports say in words: verdicts, conclusions, links, estimates."""
 
+import re
+
 import pytest
 from reported import LLAMA, NETDICT, REPORTS, a_cluster_profile, a_plan, a_profile, a_run, a_run_beside_naive, text_of
 from rich.cells import cell_len
@@ -106,12 +108,26 @@ def test_unequal_results_are_said_first():
     )
 
 
-def test_second_call_of_a_unit_is_told_apart():
-    """A unit that the forward calls twice has a row for each call."""
+def test_calls_of_a_unit_are_one_row():
+    """A unit that the forward calls twice has one row, of both calls."""
     profile = a_profile(NETDICT[:2])
     again = profile.nodes[0].model_copy(update={"name": "net1_block11_1", "param_bytes": 0})
-    text = text_of(ProfileReport(profile.model_copy(update={"nodes": (*profile.nodes, again)})), 100)
-    assert "block11 (call 2)" in text
+    times = [m.model_copy(update={"node": again.name}) for m in profile.measurements if m.node == profile.nodes[0].name]
+    update = {"nodes": (*profile.nodes, again), "measurements": (*profile.measurements, *times)}
+    one, both = (text_of(ProfileReport(each), 100) for each in (profile, profile.model_copy(update=update)))
+    assert re.search(r"block11 .* 6\.10 ms", one)
+    assert re.search(r"block11 \(2 calls\) .* 12\.2 ms", both)
+    assert both.count("block11") == 1
+
+
+def test_what_the_output_takes_has_a_row():
+    """The rows of the table are all that the total sums."""
+    profile = a_profile(NETDICT[:2])
+    end = profile.nodes[-1].model_copy(update={"name": "output", "kind": "output", "unit": "", "type": "output"})
+    times = [m.model_copy(update={"node": "output"}) for m in profile.measurements if m.node == profile.nodes[0].name]
+    update = {"nodes": (*profile.nodes, end), "measurements": (*profile.measurements, *times)}
+    text = text_of(ProfileReport(profile.model_copy(update=update)), 100)
+    assert re.search(r"output and its loss .* 6\.10 ms", text)
 
 
 def test_repeated_blocks_are_one_range():
