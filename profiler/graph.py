@@ -110,9 +110,15 @@ def costs_at(profile: Profile, microbatches: int, times: Mapping[str, Times] | N
                 f"the costs of {profile.model} are of {profile.microbatches[0]} micro-batches, not of {microbatches}: "
                 f"give the costs of one micro-batch of {microbatches}"
             )
+        equal = microbatches > 0 and profile.batch % microbatches == 0
+        remedy = (
+            f"profile again with --microbatches {microbatches}"
+            if equal
+            else f"take one of these, as a batch of {profile.batch} does not divide into {microbatches} equal parts"
+        )
         raise ShardwrightError(
             f"the profile has no times at {microbatches} micro-batches; it has "
-            f"{', '.join(map(str, profile.microbatches))}: profile again with --microbatches {microbatches}"
+            f"{', '.join(map(str, profile.microbatches))}: {remedy}"
         )
     attributes = {
         "name": profile.model,

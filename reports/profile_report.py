@@ -104,7 +104,7 @@ class ProfileReport:
         rows, small = [], []
         for node in self.profile.nodes:
             if node.kind == "unit":
-                if (of_unit := calls.pop(node.unit, [])):  # all of its calls in one row, where it is first called
+                if of_unit := calls.pop(node.unit, []):  # all of its calls in one row, where it is first called
                     again = f" ({count(len(of_unit), 'call')})" if len(of_unit) > 1 else ""
                     rows.append(_Row(again, node.type, tuple(of_unit), path=node.unit))
             elif node.kind == "parameter" and node.static_bytes:

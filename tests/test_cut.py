@@ -10,6 +10,7 @@ from shardwright.errors import ShardwrightError
 from shardwright.profiler.recording.shapes import shapes_only
 from shardwright.profiler.trace import trace
 from shardwright.sharder.runtime.piping.cut import cut
+from shardwright.sharder.runtime.piping.stages import Recipe
 from shardwright.sharder.runtime.placing.sim import Simulated, on_host, parameters_may_move, sim_device
 from shardwright.sharder.runtime.run import _Captures
 
@@ -154,6 +155,18 @@ def test_a_run_refuses_a_forward_with_fewer_calls_than_were_planned(captured_pro
     assert _Captures(Repeated(5), args, {}).split("plan", plan).plan == plan
     with pytest.raises(ShardwrightError, match=r"the plan has layer#4, which .* no longer calls \(2 such of 6 calls\)"):
         _Captures(Repeated(3), args, {}).split("plan", plan)
+
+
+def test_so_does_a_pipeline_of_a_training(captured_profile):
+    """``sw.pipeline`` looks at the forward in the plan's mode; in evaluation it may do less."""
+    args = (torch.randn(4, 4),)
+    plan = sw.plan(captured_profile(Repeated(5), args), microbatches=2)
+    cpu = torch.device("cpu")
+    with pytest.raises(ShardwrightError, match=r"the plan has layer#4, which .* no longer calls"):
+        Recipe(Repeated(3), plan, 0, cpu, args, {})
+    model = Repeated(5)
+    model.register_forward_pre_hook(lambda module, _: setattr(module, "times", 5 if module.training else 3))
+    assert not Recipe(model, plan, 0, cpu, args, {}).why_not
 
 
 def test_a_capture_with_other_steps_is_refused(captured_profile):

@@ -102,8 +102,10 @@ def test_no_gradient_flows_back_in_inference(make_profile):
 
 
 def test_number_that_was_not_profiled(make_profile):
-    """Asking for micro-batches that were not profiled says which were, and how to get them."""
+    """Asking for micro-batches that were not profiled says which were, and how to get them, if the batch allows it."""
     with pytest.raises(
-        ShardwrightError, match="no times at 3 micro-batches; it has 1, 2, 4: profile again with --micro"
+        ShardwrightError, match="no times at 8 micro-batches; it has 1, 2, 4: profile again with --micro"
     ):
+        cost_graph(make_profile({"a": ["x"]}), 8)
+    with pytest.raises(ShardwrightError, match="take one of these, as a batch of 8 does not divide into 3 equal parts"):
         cost_graph(make_profile({"a": ["x"]}), 3)

@@ -33,7 +33,7 @@ from shardwright.sharder.runtime.accounts import Noted, accounts_of
 from shardwright.sharder.runtime.check import check_can_be_piped, check_inputs, check_model, units_of
 from shardwright.sharder.runtime.gates.gate import DifferenceError, Gate
 from shardwright.sharder.runtime.naive import NAIVE_LIMIT_S, naive_plans, not_measured
-from shardwright.sharder.runtime.piping.cut import cut
+from shardwright.sharder.runtime.piping.cut import check_all_called, cut
 from shardwright.sharder.runtime.piping.engine import sendable
 from shardwright.sharder.runtime.record import Equality, Naive, Paced, Run, Timed, Weighed
 from shardwright.sharder.runtime.session import Session, Split, steps_in_row
@@ -165,14 +165,7 @@ class _Captures:
             inputs = microbatch(self.args, self.kwargs, count)
             self.found[count] = trace(self.model, *inputs, train=plan.train, units=units_of(plan, self.model))
         capture = self.found[count]
-        taken = {step.name for step in capture.steps}
-        called = [node.node for node in plan.nodes if node.kind == "unit"]
-        gone = [node for node in called if node not in taken]
-        if gone:  # as where a loop over a module has fewer turns: all that the plan says of it would be off
-            raise ShardwrightError(
-                f"the plan has {gone[0]}, which the model's forward no longer calls ({len(gone)} such of "
-                f"{len(called)} calls): it has changed since; profile and plan again"
-            )
+        check_all_called(capture, plan)
         return Split(name, plan, sendable(cut(capture, plan), train=plan.train), capture.output_places, capture)
 
 

@@ -19,7 +19,16 @@ from shardwright.profiler.recording.replayed import Replayed
 from shardwright.profiler.recording.unitgraph import Step, UnitGraph, Value, graph_root
 from shardwright.sharder.planning.plan import Plan
 
-__all__ = ["Share", "StageProgram", "TensorShape", "cut", "mapped_arguments", "on_device", "whole_program"]
+__all__ = [
+    "Share",
+    "StageProgram",
+    "TensorShape",
+    "check_all_called",
+    "cut",
+    "mapped_arguments",
+    "on_device",
+    "whole_program",
+]
 
 
 class TensorShape(NamedTuple):
@@ -129,6 +138,24 @@ def mapped_arguments(value: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, slice):
         return slice(*(mapped_arguments(part, function) for part in (value.start, value.stop, value.step)))
     return function(value)
+
+
+def check_all_called(capture: UnitGraph, plan: Plan) -> None:
+    """Refuse a forward, in the plan's own mode, that leaves out a call which was planned.
+
+    So does one whose loop over a module has fewer turns: all that the plan says of its times would be off.
+
+    Raises:
+        ShardwrightError: it does.
+    """
+    taken = {step.name for step in capture.steps}
+    called = [node.node for node in plan.nodes if node.kind == "unit"]
+    gone = [node for node in called if node not in taken]
+    if gone:
+        raise ShardwrightError(
+            f"the plan has {gone[0]}, which the model's forward no longer calls ({len(gone)} such of "
+            f"{len(called)} calls): it has changed since; profile and plan again"
+        )
 
 
 def cut(capture: UnitGraph, plan: Plan) -> list[StageProgram]:

@@ -23,7 +23,7 @@ from shardwright.profiler.trace import trace
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.check import units_of
 from shardwright.sharder.runtime.piping.batches import OutputForm
-from shardwright.sharder.runtime.piping.cut import Share, StageProgram, TensorShape, cut
+from shardwright.sharder.runtime.piping.cut import Share, StageProgram, TensorShape, check_all_called, cut
 from shardwright.sharder.runtime.piping.engine import names_by_tensor, sendable
 
 __all__ = ["Recipe", "StageForm", "held_tensors", "release_others"]
@@ -124,6 +124,8 @@ class Recipe:
                 capture = trace(self.model, *inputs, train=train, units=units)
         finally:
             hook.remove()
+        if (size, train) == (self.size, self.plan.train):
+            check_all_called(capture, self.plan)
         programs = sendable(cut(capture, self.plan), train=train)
         return _Cut(programs, OutputForm(returned[-1], capture.output_places, size))
 
