@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["applied_name", "call_site", "functions_applied"]
+__all__ = ["applied_name", "call_site", "error_site", "functions_applied"]
 
 
 def call_site(frame: FrameType | None) -> str:
@@ -25,6 +26,15 @@ def call_site(frame: FrameType | None) -> str:
         if own or not (name == "torch" or name.startswith(("torch.", "shardwright."))):
             return _position(frame.f_code, frame.f_lasti, frame.f_lineno)
         frame = frame.f_back
+    return ""
+
+
+def error_site(error: BaseException) -> str:
+    """``file.py:line`` of the innermost code on the way of an error that is neither PyTorch's nor ours; or nothing."""
+    for frame, line in reversed([*traceback.walk_tb(error.__traceback__)]):
+        name, file = frame.f_globals.get("__name__", ""), frame.f_code.co_filename
+        if name not in ("torch", "shardwright") and not name.startswith(("torch.", "shardwright.")) and file[:1] != "<":
+            return f"{Path(file).name}:{line}"
     return ""
 
 

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.recording.callsites import applied_name, call_site, functions_applied
+from shardwright.profiler.recording.callsites import applied_name, call_site, error_site, functions_applied
 from shardwright.profiler.recording.equality import same_values
 from shardwright.profiler.recording.inside import READS_BACK, follows, tensors_of_modules
 from shardwright.profiler.recording.operations import Operation, OperationRecorder, decides_by_values
@@ -133,9 +133,10 @@ class Recorder(SavedWatcher, TorchFunctionMode):
                 if self.counts_saved and "saved tensor hooks" in str(error):
                     raise SavedTensorsUncountedError from error
                 inside = f" in unit {self.current.name}" if self.current is not None and self.depth else ""
+                site = error_site(error)
                 raise ShardwrightError(
-                    f"the forward of {type(self.model).__name__} failed{inside} on the sample inputs: "
-                    f"{type(error).__name__}: {' '.join(str(error).split())}"
+                    f"the forward of {type(self.model).__name__} failed{inside} on the sample inputs"
+                    f"{site and f', at {site}'}: {type(error).__name__}: {' '.join(str(error).split())}"
                 ) from error
         if self.depth and self.current is not None:
             raise ShardwrightError(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.devices import find_devices
+from shardwright.profiler.recording.callsites import error_site
 from shardwright.profiler.recording.equality import relative_difference, tolerance
 from shardwright.profiler.recording.inputs import is_batched, outputs_of
 from shardwright.profiler.recording.placed import placement_hooks
@@ -41,6 +40,7 @@ from shardwright.sharder.runtime.placing.whole import WholeForward
 __all__ = ["Check", "Mismatch", "verify"]
 
 REPLAY_LIMIT_S = 600.0
+INSIDE_TORCH = "inside torch"
 
 
 @dataclass(frozen=True)
@@ -152,14 +152,14 @@ def _verified(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[
                 own_args, own_kwargs = _copied((args, kwargs))
                 found = _plain_tensors(model(*own_args, **own_kwargs))
         except DeviceMismatchError as error:
-            mismatch = Mismatch(
-                error.operation, watch.unit or "glue", _site(error), tuple(map(_planned_name(plan), error.devices))
-            )
+            devices = tuple(map(_planned_name(plan), error.devices))
+            mismatch = Mismatch(error.operation, watch.unit or "glue", error_site(error) or INSIDE_TORCH, devices)
             return Check(mismatch, outputs_equal=False, transfers=watch.transfers, transfer_bytes=watch.transfer_bytes)
         except Exception as error:
             inside = f" in unit {watch.unit}" if watch.unit else ""
             raise ShardwrightError(
-                f"the replay failed{inside} ({_site(error)}): {type(error).__name__}: {' '.join(str(error).split())}"
+                f"the replay failed{inside} ({error_site(error) or INSIDE_TORCH}): "
+                f"{type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
     pairs = list(zip(expected, found, strict=True))
     equal = all(relative_difference(a, b) <= tolerance(a.dtype) for a, b in pairs)
@@ -244,18 +244,6 @@ class _Watch:
 def _planned_name(plan: Plan) -> Any:
     names = {str(sim_device(index)): device for index, device in enumerate(plan.devices)}
     return lambda name: names.get(name, name)
-
-
-def _site(error: BaseException) -> str:
-    """The user's file and line nearest to the error."""
-    ours = Path(__file__).parents[2]
-    torch_home = Path(torch.__file__).parent
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
-        inside = ours in path.parents and "examples" not in path.parts and "tests" not in path.parts
-        if torch_home not in path.parents and not inside:
-            return f"{path.name}:{frame.lineno}"
-    return "inside torch"
 
 
 def _plain_tensors(value: Any) -> list[Tensor]:
