@@ -89,6 +89,8 @@ class RunReport:
         run, glyphs = self.run, Glyphs.of(options)
         equal, text = equality(run)
         yield Text(text, style="green" if equal else "bold red")
+        if run.batch_norm:
+            yield Text(f"They were compared in micro-batches: {run.batch_norm}.", style="yellow")
         schedule = SCHEDULES.get(run.schedule, run.schedule)
         how = f"{schedule}, {count(run.microbatches, 'micro-batch')}" if len(run.devices) > 1 else "one stage"
         how = f"{run.replicas} replicas, {how}" if run.replicas > 1 else how

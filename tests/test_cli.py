@@ -212,8 +212,8 @@ SPLIT = ["shard", "nets.py:Small", "--profile", "small.profile.json", "--microba
 MISTAKES = [
     (["profile", "absent.py:Net"], "there is no file absent.py"),
     (["profile", "nets.py:Absent"], "has no Absent; its models are Small, Other, Failing, Leaving"),
-    (["profile", "nets.py:Leaving"], "the forward of Leaving failed on the sample inputs, at nets.py:22: SystemExit: 3"),
-    (["profile", "nets.py:Failing"], "the forward of Failing failed on the sample inputs, at nets.py:18: RuntimeError: not today"),
+    (["profile", "nets.py:Leaving"], "failed on the sample inputs, at nets.py:22: SystemExit: 3"),
+    (["profile", "nets.py:Failing"], "the sample inputs, at nets.py:18: RuntimeError: not today"),
     (["profile", "nets.py:Small", "--devices", "gpu:0"], "'gpu:0' is not a device"),
     (["profile", "nets.py:Small", "--devices", "cuda:99"], "there is no cuda:99"),
     (["profile", "nets.py:Small", "--microbatches", "3"], "a batch of 8 cannot be divided into 3"),

@@ -16,6 +16,7 @@ from shardwright.profiler.units import structure_digest
 from shardwright.sharder.planning.plan import Plan
 
 __all__ = [
+    "batch_norm_apart",
     "cannot_be_piped",
     "check_can_be_piped",
     "check_inputs",
@@ -136,3 +137,22 @@ def check_inputs(plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 def _listed(specs: tuple[TensorSpec, ...]) -> str:
     return ", ".join(str(spec) for spec in specs) or "(none)"
+
+
+def batch_norm_apart(model: nn.Module, plan: Plan) -> str:
+    """That the pipeline normalises over micro-batches what the unsharded model does over the batch; empty if not so."""
+    # A model in evaluation is put into training whole, one in training may have some that are not.
+    norms = [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or not model.training)
+    ]
+    if not norms or not plan.train or plan.microbatches == 1:
+        return ""
+    more = f" (and {len(norms) - 1} more)" if len(norms) > 1 else ""
+    apart = ", with running statistics for each replica, of which the first's are saved" * (plan.replicas > 1)
+    return (
+        f"{norms[0]}{more} normalises over a micro-batch of {plan.batch // plan.microbatches} samples in the pipeline, "
+        f"not over the batch of {plan.batch}{apart}: training differs from the unsharded model's; GroupNorm or "
+        "LayerNorm do not depend on the batch"
+    )

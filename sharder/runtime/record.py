@@ -210,6 +210,9 @@ class Run(Document):
     """None in files of before they were kept."""
     naive: tuple[Naive, ...] = ()
     """What the plan would be without a planner; empty where that was not asked for."""
+    batch_norm: str = ""
+    """What normalises over micro-batches here, and over the batch in the unsharded model: the two were compared
+    micro-batch by micro-batch; empty where nothing does."""
 
     def gain_over(self, naive: Naive) -> float | None:
         """How many times as fast as that split the plan is, measured; None where it was not run."""

@@ -30,7 +30,7 @@ from shardwright.profiler.workers.pool import Pool, WorkerError
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.planning.schedules.foreseen import at_pace
 from shardwright.sharder.runtime.accounts import Noted, accounts_of
-from shardwright.sharder.runtime.check import check_can_be_piped, check_inputs, check_model, units_of
+from shardwright.sharder.runtime.check import batch_norm_apart, check_can_be_piped, check_inputs, check_model, units_of
 from shardwright.sharder.runtime.gates.gate import DifferenceError, Gate
 from shardwright.sharder.runtime.naive import NAIVE_LIMIT_S, naive_plans, not_measured
 from shardwright.sharder.runtime.piping.cut import check_all_called, cut
@@ -144,7 +144,7 @@ def run(
             del rivals[error.name]
             why[error.name] = str(error)
     run = _record(plan, measured, {name: split.plan for name, split in rivals.items()}, why | kept.refused, steps)
-    return run.model_copy(update={"baseline_why": kept.alone_why})
+    return run.model_copy(update={"baseline_why": kept.alone_why, "batch_norm": batch_norm_apart(model, plan)})
 
 
 class _Captures:

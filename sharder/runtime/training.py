@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.recording.structure import map_tensors
 from shardwright.sharder.planning.plan import Plan
-from shardwright.sharder.runtime.check import check_can_be_piped, check_inputs, check_model
+from shardwright.sharder.runtime.check import batch_norm_apart, check_can_be_piped, check_inputs, check_model
 from shardwright.sharder.runtime.nodes import interface_put_back
 from shardwright.sharder.runtime.piping.batches import BatchForm, Division, fingerprint, pieces_of
 from shardwright.sharder.runtime.piping.engine import SharedGradients
@@ -117,7 +117,9 @@ class Pipe:
         self._form = BatchForm.of(args, kwargs, plan.batch, plan.microbatches, plan.replicas)
         self._autocast = _autocast(self.device)
         self._numbers = OwnNumbers(self.device, ranks.rank) if ranks.size > 1 else None
-        _warn_of_batch_norm(model, plan, ranks)
+        apart = batch_norm_apart(model, plan)
+        if apart and ranks.rank == 0:
+            warnings.warn(apart, stacklevel=3)  # where the pipeline is asked for
         if plan.train and not model.training:
             model.train()
         saved = tuple(model.state_dict())
@@ -398,17 +400,3 @@ def _autocast(device: torch.device) -> torch.dtype | None:
 
 def _on(value: Any, device: torch.device) -> Any:
     return map_tensors(lambda tensor: tensor.to(device), value)
-
-
-def _warn_of_batch_norm(model: nn.Module, plan: Plan, ranks: Ranks) -> None:
-    """Say once that statistics are those of micro-batches."""
-    norms = [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    if norms and plan.train and plan.microbatches > 1 and ranks.rank == 0:
-        more = f" (and {len(norms) - 1} more)" if len(norms) > 1 else ""
-        apart = ", with running statistics for each replica, of which the first's are saved" * (plan.replicas > 1)
-        warnings.warn(
-            f"{norms[0]}{more} normalises over a micro-batch of {plan.batch // plan.microbatches} samples in the "
-            f"pipeline, not over the batch of {plan.batch}{apart}: training differs from the unsharded model's; "
-            "GroupNorm or LayerNorm do not depend on the batch",
-            stacklevel=4,
-        )
