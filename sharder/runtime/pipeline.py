@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
 
 from shardwright.profiler.devices import free_host_bytes
 from shardwright.profiler.measuring.optimizers import make_optimizer
@@ -31,6 +30,7 @@ from shardwright.sharder.runtime.piping.cut import Share, StageProgram, trainabl
 from shardwright.sharder.runtime.piping.engine import SharedGradients, SharedParameter, make_schedule, make_stage
 from shardwright.sharder.runtime.piping.noting import Notes
 from shardwright.sharder.runtime.piping.observing import Drawing, Seen, observed
+from shardwright.sharder.runtime.piping.prompt_stage import PromptStage
 from shardwright.sharder.runtime.piping.replicas import Groups, ReplicaGradients
 from shardwright.sharder.runtime.record import What
 
@@ -107,7 +107,7 @@ class _Held:
     inputs: tuple[Tensor, ...] = ()
     buffers: Callable[[], list[Tensor]] = list
     """The engine's own."""
-    stages: tuple[PipelineStage, ...] = ()
+    stages: tuple[PromptStage, ...] = ()
     group: dist.ProcessGroup | None = None
     """Of the devices of all replicas; None: all workers."""
     shared: SharedGradients | None = None
@@ -347,7 +347,7 @@ def weigh_stage(name: str = "plan") -> int:
     return total_bytes(there) + counter.peak_bytes
 
 
-def _engine_buffers(stages: Sequence[PipelineStage]) -> list[Tensor]:
+def _engine_buffers(stages: Sequence[PromptStage]) -> list[Tensor]:
     """What the engine receives into: it holds them for the whole of the training."""
     kinds = [by_chunk for stage in stages for by_chunk in (stage.args_recv_info, stage.grad_recv_info)]
     infos = [info for by_chunk in kinds for info in by_chunk.values()]

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import (
-    PipelineStage,
     Schedule1F1B,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
@@ -32,6 +31,7 @@ from shardwright.sharder.planning.schedules.zero_bubble import divides
 from shardwright.sharder.runtime.piping.cut import StageProgram, trainable
 from shardwright.sharder.runtime.piping.hosted import HOST, HostedStage
 from shardwright.sharder.runtime.piping.parted_stage import PartedStage
+from shardwright.sharder.runtime.piping.prompt_stage import PromptStage
 from shardwright.sharder.runtime.piping.recompute import RecomputedStage
 
 __all__ = [
@@ -102,7 +102,7 @@ def make_stage(
     *,
     hosted: bool = False,
     parted: bool = False,
-) -> PipelineStage:
+) -> PromptStage:
     """``program``, with ``module`` to compute it on ``device``, as one of ``stages`` that go around ``group``'s ranks.
 
     The stage's ``submod`` is ``module``, or what computes it anew in the backward, or what keeps it ``hosted``: on its
@@ -116,12 +116,12 @@ def make_stage(
     outputs = tuple(shape.example() for shape in program.outputs)
     if hosted:
         module, device = HostedStage(module, device, last=program.index == stages - 1), HOST
-    kind = PartedStage if parted else PipelineStage
+    kind = PartedStage if parted else PromptStage
     return kind(module, program.index, stages, device, input_args=examples, output_args=outputs, group=group)
 
 
 def make_schedule(
-    stages: Sequence[PipelineStage],
+    stages: Sequence[PromptStage],
     kind: str,
     microbatches: int,
     loss: Callable[[Any, Tensor], Tensor] | None,
@@ -158,7 +158,10 @@ def make_schedule(
         return looped
     if kind == "zero-bubble" and loss is not None and divides(stages[0].num_stages, microbatches):
         return ScheduleInterleavedZeroBubble(list(stages), **options)
-    return ScheduleGPipe(stages[0], **options) if kind == "gpipe" else Schedule1F1B(stages[0], **options)
+    if kind != "gpipe":
+        return Schedule1F1B(stages[0], **options)
+    stages[0].receives_ahead = True
+    return ScheduleGPipe(stages[0], **options)
 
 
 @contextmanager

@@ -20,10 +20,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.distributed.pipelining import PipelineStage, schedules
+from torch.distributed.pipelining import schedules
 
 from shardwright.sharder.runtime.accounts import Mark, Noted
 from shardwright.sharder.runtime.piping.parted_stage import PartedStage
+from shardwright.sharder.runtime.piping.prompt_stage import PromptStage
 from shardwright.sharder.runtime.record import What
 
 __all__ = ["Clock", "HostClock", "Notes", "StreamClock"]
@@ -137,7 +138,7 @@ class Notes:
         )
 
     @contextmanager
-    def engine(self, stages: Sequence[PipelineStage], *, train: bool) -> Iterator[None]:
+    def engine(self, stages: Sequence[PromptStage], *, train: bool) -> Iterator[None]:
         """Note what the engine does with ``stages`` in this block."""
         with ExitStack() as wrapped:
             for piece, stage in enumerate(stages):
@@ -149,7 +150,8 @@ class Notes:
                         self._wrap(wrapped, stage, "backward_weight_one_chunk", weights)
                 for name, what in _MESSAGES.items():
                     self._wrap(wrapped, stage, name, partial(self._labelled, what, piece))
-            self._wrap(wrapped, schedules, "_batch_p2p", self._posted)
+            ahead = any(stage.receives_ahead for stage in stages)
+            self._wrap(wrapped, schedules, "_batch_p2p", partial(self._posted, ahead=ahead))
             self._wrap(wrapped, schedules, "_wait_batch_p2p", lambda _call: self._await)
             yield
 
@@ -176,15 +178,19 @@ class Notes:
 
         return noted
 
-    def _posted(self, call: Callable[..., list[dist.Work]]) -> Callable[..., list[dist.Work]]:
+    def _posted(self, call: Callable[..., list[dist.Work]], *, ahead: bool) -> Callable[..., list[dist.Work]]:
+        """``call``, noted; where receives are posted ahead, a transfer begins with its send alone."""
+
         def noted(operations: list[dist.P2POp], *args: Any, **kwargs: Any) -> list[dist.Work]:
             # What the engine sends of its own accord, as when it sets itself up, is of no stage's message.
             labels = [label for each in operations if (label := self._label_of(each)) is not None]
             if len(labels) != len(operations):
                 return call(operations, *args, **kwargs)
-            for label in labels:
+            sends = [label for label in labels if label.what.startswith("send")]
+            for label in sends if ahead else labels:
                 self.post(*label)
-            works = call(operations, *args, **kwargs)
+            with self.slot(*sends[0]) if sends and ahead else nullcontext():  # the call writes what is sent
+                works = call(operations, *args, **kwargs)
             if len(works) != len(labels):
                 # NCCL makes one of them all: who has to wait does so for what is to be received.
                 last = next((label for label in labels if label.what.startswith("receive")), *labels[:1])

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage
 
 from shardwright.profiler.measuring.parted import edges_of, inputs_first
+from shardwright.sharder.runtime.piping.prompt_stage import PromptStage
 
 __all__ = ["PartedStage"]
 
 
-class PartedStage(PipelineStage):
+class PartedStage(PromptStage):
     """A stage that divides a backward as :mod:`shardwright.profiler.measuring.parted` does, which any stage of ours
     bears."""
 
