@@ -11,7 +11,6 @@ median over the rounds: the machine's speed changes from second to second.
 """
 
 import argparse
-import dataclasses
 import os
 import platform
 import statistics
@@ -31,7 +30,7 @@ from shardwright.profiler.cache import FOLDER_VARIABLE
 from shardwright.profiler.capture import captures_of
 from shardwright.profiler.devices import find_devices
 from shardwright.profiler.measure import prepare
-from shardwright.profiler.measuring.held import How, hold, lent, passes_held
+from shardwright.profiler.measuring.held import How, borrowing, hold, passes_held
 from shardwright.profiler.measuring.optimizers import make_optimizer
 from shardwright.profiler.measuring.selection import Item, chosen, known_by
 from shardwright.profiler.measuring.stopwatch import HostStopwatch
@@ -44,7 +43,7 @@ from shardwright.profiler.workers.pool import Pool
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 MODELS = (
     "bert,gpt2,llama,vit,resnet,t5,mixtral,swin,whisper,clip,unet_2d,monai_unet,x_decoder,torch_transformer,hand_resnet,"
-    "hand_unet,hand_mixer,gan,soft_experts,tied_autoencoder"
+    "hand_unet,hand_mixer,gan,soft_experts,tied_autoencoder,albert,looped_block"
 )
 
 
@@ -125,7 +124,7 @@ def compare(name, model, args, kwargs, rounds, cpu_time):
         pool.call({"cpu:0": (prepare, ("cpu:0", 1))}, limit_s=120)
         for number, item in enumerate(measured):
             loan = loans.get(item.step)
-            calls = {1: items[item].call if loan is None else dataclasses.replace(items[item].call, function=lent)}
+            calls = {1: items[item].call if loan is None else borrowing(items[item].call)}
             arguments = item.step, calls, {item: known[item]}, how, loan, number == 0
             pool.call({"cpu:0": (hold, arguments)}, limit_s=120)
         pool.call({"cpu:0": (hold_whole, (model, args, kwargs, captures[1].output_places))}, limit_s=120)

@@ -20,7 +20,7 @@ from torch import Tensor
 from shardwright.profiler.cache import Cache
 from shardwright.profiler.capture import Progress
 from shardwright.profiler.measure import Goal, prepare
-from shardwright.profiler.measuring.held import How, hold, lent, measure_held
+from shardwright.profiler.measuring.held import How, borrowing, hold, measure_held
 from shardwright.profiler.measuring.selection import Item, Loan, bytes_of_all, chosen, input_bytes, known_by, own_bytes
 from shardwright.profiler.measuring.signature import device_key
 from shardwright.profiler.measuring.stand_ins import sendable
@@ -208,7 +208,7 @@ def _jobs(
         call = items[item].call
         assert call is not None  # as all items have
         if item.step in loans:
-            call = dataclasses.replace(call, function=lent)
+            call = borrowing(call)
         found.setdefault(item.step, {})[item.microbatches] = sendable(call, inputs[item.microbatches])
     return [
         _Job(

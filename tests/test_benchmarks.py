@@ -27,6 +27,7 @@ SLOW = {
     "clocks": ("--device cpu:0 --models tiny_gpt2 --rounds 1 --steps 2", "| loop after, drained |"),
     "inprocess": ("--layers 2 --batch 4 --tokens 8 --width 32 --rounds 2 --microbatches 2", "| pipelined, 2 micro-"),
     "links": ("--rounds 2 --steps 1 --products 1", "| 4 MiB |"),
+    "messages": ("--rows 2 --width 8 --layers 1 --steps 2", "| 1f1b | 16 |"),
     "pipeline": ("--models hand_mixer --microbatches 2 --modes infer --steps 1 --samples 8", "1 runs: step"),
     "placement": ("--devices cpu,cpu --seconds 0.1 --copies 1", "| chain | shardwright |"),
     "prediction": ("--times 1 --networks Net", "| Net |"),

@@ -1,5 +1,6 @@
 """Messages between stages: they pass while the stage at the other end computes."""
 
+import gc
 import os
 import time
 
@@ -77,3 +78,32 @@ def test_messages_of_several_steps_are_not_mixed_up(workers, tmp_path, kind):
     """Gradients of two steps are twice those of one, on both stages."""
     gradient = 2 * COUNT * ROWS * WIDTH
     assert [found for _, found in on_ranks(workers, 2, stepped, kind, "", tmp_path)] == [2 * gradient] * 2
+
+
+def sent_and_let_go(train):
+    """In a rank: how many tensors of a size that crosses are alive after steps, with no cycle looked for."""
+    dist.init_process_group("gloo")
+    shape = TensorShape("x", (ROWS, WIDTH), torch.float32, requires_grad=train)
+    rank, module = int(os.environ["RANK"]), Held()
+    stage = make_stage(StageProgram(rank, (), {}, (shape,), (shape,)), module, 2, torch.device("cpu"))
+    loss = (lambda output, _target: output.sum()) if train else None
+    schedule = make_schedule([stage], "gpipe", COUNT, loss, [True])
+    found = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(4):
+            last = {"target": torch.zeros(COUNT)} if train and rank else {}
+            with torch.set_grad_enabled(train):
+                schedule.step(*([] if rank else [torch.ones(COUNT * ROWS, WIDTH)]), **last, return_outputs=False)
+            found.append(sum(isinstance(t, torch.Tensor) and t.shape == (ROWS, WIDTH) for t in gc.get_objects()))
+    finally:
+        gc.enable()
+    return found
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_what_was_sent_is_let_go(workers, train):
+    """Nothing that a step has sent is held in a circle of references: as many tensors are left after each."""
+    for found in on_ranks(workers, 2, sent_and_let_go, train):
+        assert len(set(found[1:])) == 1, found

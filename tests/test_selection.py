@@ -1,6 +1,5 @@
 """Which steps are measured: equal work a few times, and calls of one module with the weights that they share."""
 
-import dataclasses
 import os
 
 import pytest
@@ -153,7 +152,7 @@ def test_weights_made_on_the_spot_are_shared_too(parted, virtual):
     how = held.How(train=True, optimizer="adam", parted=parted)
     for number, item in enumerate(items):
         call, loan = items[item].call, loans.get(item.step)
-        call = sendable(call if loan is None else dataclasses.replace(call, function=held.lent))
+        call = sendable(call if loan is None else held.borrowing(call))
         held.hold(item.step, {1: call}, {item: keys[item]}, how, loan, number == 0)
     (steps,) = held.passes_held(lambda item, error: pytest.fail(f"{item}: {error}"))
     functions = {item.step: subject.function for item, subject in steps.subjects.items()}

@@ -21,7 +21,7 @@ from shardwright.profiler.recording.structure import nbytes
 from shardwright.profiler.recording.unitgraph import Call
 from shardwright.profiler.workers.worker import report, resident
 
-__all__ = ["How", "hold", "lent", "measure_held", "passes_held"]
+__all__ = ["How", "borrowing", "hold", "lent", "measure_held", "passes_held"]
 
 
 class How(NamedTuple):
@@ -33,8 +33,13 @@ class How(NamedTuple):
     """Whether backwards are timed in two parts, too."""
 
 
+def borrowing(call: Call) -> Call:
+    """The call as it is sent where the module is that of a step which is sent before."""
+    return dataclasses.replace(call, function=lent)
+
+
 def lent(*_args: Any, **_kwargs: Any) -> Any:
-    """Stands, in a call that is sent, for the module of a step that was sent before."""
+    """Stands, in a call that is sent, for the module of another step."""
     raise AssertionError("the module is put in its place where the call is held")
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 
 __all__ = ["PromptStage"]
@@ -87,9 +88,10 @@ class PromptStage(PipelineStage):
         """The ``operations``, of which the last lets other threads run once it has sent."""
         if operations and self._by_gloo and hasattr(os, "sched_yield"):
             last = operations[-1]
+            peer = last.group_peer  # not the operation itself, which would hold what it sends in a circle
 
-            def isend(*_args: Any, **_kwargs: Any) -> dist.Work | None:
-                work = dist.isend(last.tensor, group=last.group, tag=last.tag, group_dst=last.group_peer)
+            def isend(tensor: Tensor, *_args: Any, group: Any = last.group, tag: int = last.tag, **_kwargs: Any) -> Any:
+                work = dist.isend(tensor, group=group, tag=tag, group_dst=peer)
                 os.sched_yield()
                 return work
 
