@@ -1,12 +1,12 @@
 """What prompt messages are worth: steps of two small stages, each on its core, with and without them, in turn.
 
-A step with all receives posted ahead, or with senders that give way, or with both, as prompt_stage.py of the runtime has
-them, beside the same step with neither. The stages are alike: each has as much to do as the other waits for.
+A step with all receives posted ahead, or with senders that give way, or with both, as prompt_stage.py of the runtime
+has them, beside the same step with neither. The stages are alike: each has as much to do as the other waits for.
 
     python benchmarks/messages.py                        # four linear layers of 256 on micro-batches of 128 rows
     python benchmarks/messages.py --width 512 --layers 12
 
-Columns: the forward of one micro-batch on a stage; the median step with neither, and its quartiles; of the others, their
+Columns: the forward of one micro-batch on a stage; the median step with neither, with quartiles; of the others, their
 median as a multiple of it. Used is what the engine takes: both by GPipe and in inference, giving way alone by 1F1B.
 """
 
