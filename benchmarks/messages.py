@@ -7,7 +7,7 @@ has them, beside the same step with neither. The stages are alike: each has as m
     python benchmarks/messages.py --width 512 --layers 12
 
 Columns: the forward of one micro-batch on a stage; the median step with neither, with quartiles; of the others, their
-median as a multiple of it. Used is what the engine takes: both by GPipe and in inference, giving way alone by 1F1B.
+median as a multiple of it. The engine takes both by GPipe and in inference, neither by 1F1B.
 """
 
 import argparse
@@ -37,8 +37,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="of a stage")
     parser.add_argument("--steps", type=int, default=60, help="of each")
     asked = parser.parse_args()
-    print("| step | micro-batches | forward | neither | giving way | receives ahead | both | used |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| step | micro-batches | forward | neither | giving way | receives ahead | both |")
+    print("|---|---|---|---|---|---|---|")
     for kind in ("inference", "gpipe", "1f1b"):
         for count in (4, 16):
             with socket.socket() as free:
@@ -59,7 +59,7 @@ def stage_of(rank: int, port: int, kind: str, count: int, asked: argparse.Namesp
     module = nn.Sequential(*[nn.Linear(asked.width, asked.width) for _ in range(asked.layers)])
     crossing = (TensorShape("x", (asked.rows, asked.width), torch.float32, requires_grad=train),)
     stage = make_stage(StageProgram(rank, (), {}, crossing, crossing), module, 2, torch.device("cpu"))
-    giving_way = stage._giving_way
+    post_all, giving_way = stage._post_all, stage._giving_way
     loss = mean_square if train else None
     schedule = make_schedule([stage], "1f1b" if kind == "1f1b" else "gpipe", count, loss, [True])
     batch, target = torch.randn(count * asked.rows, asked.width), torch.zeros(count * asked.rows)
@@ -74,10 +74,10 @@ def stage_of(rank: int, port: int, kind: str, count: int, asked: argparse.Namesp
         return time.perf_counter() - start
 
     found: dict[tuple[bool, bool], list[float]] = {mode: [] for mode in MODES}
-    used = stage.receives_ahead, True
+    stage.prompt = True
     for number in range(WARMUP + asked.steps):
         for mode in MODES:
-            stage.receives_ahead = mode[0]
+            stage._post_all = post_all if mode[0] else lambda: None  # type: ignore[method-assign]
             stage._giving_way = giving_way if mode[1] else lambda operations: operations  # type: ignore[method-assign]
             seconds = step()
             if number >= WARMUP:
@@ -93,7 +93,7 @@ def stage_of(rank: int, port: int, kind: str, count: int, asked: argparse.Namesp
         ratios = {mode: statistics.median(seconds) / middle for mode, seconds in found.items()}
         spread = f"{1e3 * middle:.1f} ms ({1e3 * low:.1f} to {1e3 * high:.1f})"
         cells = [kind, str(count), f"{1e3 * forward_s:.2f} ms", spread]
-        cells += [f"{ratios[mode]:.2f}" for mode in [*MODES[1:], used]]
+        cells += [f"{ratios[mode]:.2f}" for mode in MODES[1:]]
         print(f"| {' | '.join(cells)} |", flush=True)
     dist.destroy_process_group()
 

@@ -240,7 +240,8 @@ def _surroundings(
     workers: Workers, devices: Sequence[Device], cache: Cache, *, train: bool, tell: Progress
 ) -> _Surroundings:
     """Time the links, and in inference how fast weights can be brought in, unless that is known."""
-    key = f"links and engine {' | '.join(_keys(devices))} {torch.__version__} {'' if train else tempfile.gettempdir()}"
+    mode = "training" if train else f"inference {tempfile.gettempdir()}"
+    key = f"links and engine {' | '.join(_keys(devices))} {torch.__version__} {mode}"
     known = cache.get(key, _Surroundings)
     if known is not None:
         warn_of_corrupt(known.links)
@@ -248,7 +249,7 @@ def _surroundings(
     tell("links", 0, 1)
     made = _Surroundings(
         links=measure_links(workers.pool, devices),
-        engine_s=measure_engine(workers.pool, devices),
+        engine_s=measure_engine(workers.pool, devices, train=train),
         fetch_bytes_per_s={} if train else fetch_rates(workers.pool, devices),
         disk_bytes_per_s=None if train else disk_rate(Path(tempfile.gettempdir())),
     )

@@ -121,8 +121,11 @@ def measure_links(pool: Pool, devices: Sequence[Device]) -> tuple[Link, ...]:
     return tuple(links)
 
 
-def measure_engine(pool: Pool, devices: Sequence[Device]) -> dict[str, float]:
+def measure_engine(pool: Pool, devices: Sequence[Device], *, train: bool) -> dict[str, float]:
     """Seconds of the pipeline engine for each operation, by CPU worker; nothing where there are not two of them.
+
+    Args:
+        train: whether these are forwards and backwards, or forwards alone.
 
     Raises:
         ShardwrightError: a worker fails or does not answer.
@@ -131,7 +134,7 @@ def measure_engine(pool: Pool, devices: Sequence[Device]) -> dict[str, float]:
     if len(workers) < 2:
         return {}
     with _group(pool, workers):
-        calls = {name: (engine_steps, (rank, len(workers))) for rank, name in enumerate(workers)}
+        calls = {name: (engine_steps, (rank, len(workers), train)) for rank, name in enumerate(workers)}
         try:
             steps = pool.call(calls, limit_s=LIMIT_S)
         except WorkerError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -63,9 +64,8 @@ class ProfileReport:
         """What a pipeline adds to the units' times."""
         slowest_s = max(device.engine_s for device in self.profile.devices)
         if slowest_s:
-            text = (
-                f"A pipeline's engine takes {seconds(slowest_s)} for each forward and each backward of a micro-batch."
-            )
+            each = "each forward and each backward" if self.profile.train else "each forward"
+            text = f"A pipeline's engine takes {seconds(slowest_s)} for {each} of a micro-batch."
             yield indented(Text(text, style="dim"))
 
     def _header(self, glyphs: Glyphs) -> Iterator[RenderableType]:
@@ -117,7 +117,8 @@ class ProfileReport:
                 else:
                     small.append(node)
             elif node.kind == "output" and any(self._compute_s(_Row("", "", (node,)), name) for name in wholes):
-                rows.append(_Row("output and its loss", node.type, (node,), "dim"))
+                label = "output and its loss" if self.profile.train else "output"
+                rows.append(_Row(label, node.type, (node,), "dim"))
         rest = [_Row(f"glue: {count(len(small), 'small call')}", "", tuple(small), "dim")] if small else []
         return [*_tree(rows), *rest, everything]
 
@@ -254,11 +255,10 @@ def _tree(rows: Sequence[_Row]) -> Iterator[_Row]:
     for row in rows:
         for holder in _holders(row.path, children):
             below.setdefault(holder, []).extend(row.nodes)
+    paths = [*itertools.accumulate(reversed([row.path for row in rows]), lambda later, own: own or later)][::-1]
     open_: list[str] = []
-    for position, row in enumerate(rows):
-        # Glue is in a module at most if units of it come before and after.
-        path = next((later.path for later in rows[position:] if later.path), "")
-        holders = _holders(path, children)
+    for row, path in zip(rows, paths, strict=True):
+        holders = _holders(path, children)  # glue is in a module if what comes next is
         while open_ and open_[-1] not in holders:
             open_.pop()
         if not row.path:

@@ -39,12 +39,13 @@ def ticking():
 
 
 @pytest.mark.usefixtures("_group")
-def test_neither_a_stages_work_nor_a_wait_is_the_engines(monkeypatch):
+@pytest.mark.parametrize("train", [True, False])
+def test_neither_a_stages_work_nor_a_wait_is_the_engines(monkeypatch, train):
     """By a clock that ticks when it is read each of them takes a second, and so does what is between any two."""
     waits = []
     monkeypatch.setattr(schedules, "_wait_batch_p2p", waits.append)
-    found = engine_steps(0, 1, ticking())
-    operations, each = 2 * LEAST_MICROBATCHES, len(waits) // (STEPS + WARMUP)
+    found = engine_steps(0, 1, train, ticking())
+    operations, each = (1 + train) * LEAST_MICROBATCHES, len(waits) // (STEPS + WARMUP)
     assert found == [(operations + each + 1) / operations] * STEPS
     assert schedules._wait_batch_p2p == waits.append
 
@@ -54,7 +55,7 @@ def test_an_error_leaves_the_engine_as_it_was():
     """A clock that fails in the middle does not leave the engine's wait replaced."""
     wait, ticks = schedules._wait_batch_p2p, iter(range(20))
     with pytest.raises(BaseException):  # noqa: B017, PT011  # what the engine makes of it is not ours
-        engine_steps(0, 1, lambda: float(next(ticks)))
+        engine_steps(0, 1, True, lambda: float(next(ticks)))
     assert schedules._wait_batch_p2p is wait
 
 

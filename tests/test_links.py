@@ -158,14 +158,14 @@ def test_three_workers_and_a_link_that_spoils_what_it_carries():
         start(pool, devices)
         pool.call({device.name: (talk_less, ()) for device in devices}, limit_s=60)
         clean = measure_links(pool, devices)
-        engine = measure_engine(pool, devices)
+        engine = measure_engine(pool, devices, train=True)
         pool.call({"cpu:2": (spoil_what_goes_to_rank_1, ())}, limit_s=60)
         spoilt = measure_links(pool, devices)
     names = [device.name for device in devices]
     assert [(link.source, link.target) for link in clean] == list(itertools.permutations(names, 2))
     assert engine.keys() == {*names}
     assert all(seconds > 0 for seconds in engine.values())
-    assert measure_engine(pool, devices[:1]) == {}
+    assert measure_engine(pool, devices[:1], train=True) == {}
     assert not any(link.corrupt for link in clean)
     assert all(link.probed_bytes == probed_bytes() and link.peer is None for link in clean)
     assert all(link.busy_latency_s is not None and link.busy_bandwidth_bytes_per_s > 1e6 for link in clean)

@@ -26,7 +26,7 @@ class Counting:
 class Stage:
     """As much of a stage as the engine's schedules call."""
 
-    receives_ahead = False
+    prompt = False
 
     def forward_one_chunk(self, number, args):
         return number, args
@@ -155,5 +155,5 @@ def test_everything_is_put_back_even_after_an_error():
 
 def test_this_torch_has_what_is_wrapped():
     """Names of the engine that no documentation promises."""
-    for name in vars(Stage).keys() - {"receives_ahead"}:
+    for name in vars(Stage).keys() - {"prompt"}:
         assert name.startswith("__") or callable(getattr(PipelineStage, name))

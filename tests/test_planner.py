@@ -94,7 +94,7 @@ def test_calls_of_one_module_bind_a_plan_and_are_named(chain_profile):
     looped = profile.model_copy(update={"nodes": nodes, "colocate": (("u0", "u1", "u2"),)})
     result = plan(looped)
     assert result.devices == ("cpu:0",)
-    block = "net.u0 and 2 nodes that stay with it (all calls of a module share a device)"
+    block = "net.u0 and 2 nodes that stay with it (all calls of net.u0 share a device)"
     assert result.certificate.binds == f"in the best split {block}, which is stage 0 on cpu:0 alone and cannot be split"
     with pytest.raises(ShardwrightError, match=f"{re.escape(block)} needs at least"):
         plan(looped, memory={"cpu:0": 2_000, "cpu:1": 2_000})

@@ -88,24 +88,30 @@ def engine_s_of(steps: dict[str, list[float]]) -> float:
 # What runs inside the workers.
 
 
-def engine_steps(rank: int, size: int, clock: Callable[[], float] = time.thread_time) -> list[float]:
+def engine_steps(rank: int, size: int, train: bool, clock: Callable[[], float] = time.thread_time) -> list[float]:
     """Take steps as stage ``rank`` of ``size``; of each, without the warm-up, the engine's seconds for an operation.
 
-    The worker is in a process group of so many. An operation is a forward or a backward of one micro-batch.
+    The worker is in a process group of so many. An operation is a forward or, in training, a backward of one
+    micro-batch: by 1F1B, and in inference by GPipe.
     """
-    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, schedules
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, schedules
 
     microbatches = max(LEAST_MICROBATCHES, 2 * size)
+    operations = (1 + train) * microbatches
     own, waits = Spent(clock), Spent(clock)
-    example = torch.zeros(MESSAGE_SHAPE, requires_grad=rank > 0)
+    example = torch.zeros(MESSAGE_SHAPE, requires_grad=train and rank > 0)
     device = torch.device("cpu")
-    output = torch.zeros(MESSAGE_SHAPE, requires_grad=True)
+    output = torch.zeros(MESSAGE_SHAPE, requires_grad=train)
     stage = PipelineStage(_Stage(own), rank, size, device, input_args=(example,), output_args=(output,))
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
         return (output * target).sum()
 
-    schedule = Schedule1F1B(stage, microbatches, loss_fn=loss, scale_grads=False)
+    schedule = (
+        Schedule1F1B(stage, microbatches, loss_fn=loss, scale_grads=False)
+        if train
+        else ScheduleGPipe(stage, microbatches)
+    )
     batch = torch.ones(microbatches * MESSAGE_SHAPE[0], MESSAGE_SHAPE[1])
     inputs = [batch] if rank == 0 else []
     found = []
@@ -120,8 +126,9 @@ def engine_steps(rank: int, size: int, clock: Callable[[], float] = time.thread_
         for _ in range(WARMUP + STEPS):
             own.seconds = waits.seconds = 0.0
             start = clock()
-            schedule.step(*inputs, target=batch if rank == size - 1 else None)
-            found.append((clock() - start - own.seconds - waits.seconds) / (2 * microbatches))
+            with torch.set_grad_enabled(train):
+                schedule.step(*inputs, target=batch if train and rank == size - 1 else None, return_outputs=False)
+            found.append((clock() - start - own.seconds - waits.seconds) / operations)
     finally:
         schedules._wait_batch_p2p = wait
     return [max(0.0, seconds) for seconds in found[WARMUP:]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sysconfig
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -30,12 +31,17 @@ def call_site(frame: FrameType | None) -> str:
 
 
 def error_site(error: BaseException) -> str:
-    """``file.py:line`` of the innermost code on the way of an error that is neither PyTorch's nor ours; or nothing."""
-    for frame, line in reversed([*traceback.walk_tb(error.__traceback__)]):
-        name, file = frame.f_globals.get("__name__", ""), frame.f_code.co_filename
-        if name not in ("torch", "shardwright") and not name.startswith(("torch.", "shardwright.")) and file[:1] != "<":
-            return f"{Path(file).name}:{line}"
-    return ""
+    """``file.py:line`` of the innermost code on the way of an error that is neither PyTorch's nor ours, of no installed
+    package if there is some; or nothing."""
+    found = [
+        (Path(frame.f_code.co_filename), line)
+        for frame, line in reversed([*traceback.walk_tb(error.__traceback__)])
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "shardwright")
+        and not frame.f_code.co_filename.startswith("<")
+    ]
+    installed = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    own = [(path, line) for path, line in found if installed.isdisjoint(path.parents)]
+    return next((f"{path.name}:{line}" for path, line in own or found), "")
 
 
 @lru_cache(maxsize=4096)  # glue that is aligned asks in every call

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Profile
@@ -68,6 +69,8 @@ class Option:
     many micro-batches and replicas and under this schedule."""
     narrowed: bool = False
     """Whether the problem leaves out stages computed anew, which were allowed."""
+    shorter: Option | None = None
+    """With the shortest step that was found, where it has been looked for: itself or another."""
 
     @property
     def of_least_load(self) -> Option:
@@ -93,15 +96,20 @@ def solve(problem: Problem, profile: Profile, *, time_limit_s: float) -> Option 
         left_s = max(0.0, deadline_s - clock_s())
         kept = _solved(dataclasses.replace(problem, recompute="never"), profile, left_s)
     except ShardwrightError:
-        return dataclasses.replace(best, why_none_kept="none was found in the time allowed")
+        return _told_again(best, why_none_kept="none was found in the time allowed")
     if kept is None:
-        return dataclasses.replace(best, why_none_kept="no split fits")
-    if kept.step_s > best.step_s * (1 + LEAST_GAIN):
-        return dataclasses.replace(best, kept=kept)
+        return _told_again(best, why_none_kept="no split fits")
+    if (kept.shorter or kept).step_s > (best.shorter or best).step_s * (1 + LEAST_GAIN):
+        return _told_again(best, kept=kept)
     # It is the better one for its step; the certificate is over all splits, of a smaller largest load.
     bound_s = min(kept.split.bound_s, best.split.bound_s)
     exact = kept.split.exact and bound_s == kept.split.value_s
-    return dataclasses.replace(kept, split=dataclasses.replace(kept.split, bound_s=bound_s, exact=exact), narrowed=True)
+    return _told_again(kept, split=dataclasses.replace(kept.split, bound_s=bound_s, exact=exact), narrowed=True)
+
+
+def _told_again(option: Option, **more: Any) -> Option:
+    """The option with ``more`` to say, which its split with the shortest step has to say as well."""
+    return dataclasses.replace(option, **more, shorter=None)
 
 
 def solve_each(
@@ -146,8 +154,10 @@ def _solved(problem: Problem, profile: Profile, time_limit_s: float) -> Option |
             continue
         if split is not None:
             options.append(price(attempt, split, profile))
-    if len(options) > 1:  # of equal ones the first, by 1F1B
-        return min(options, key=lambda option: with_short_step(option, profile).step_s)
+    if len(options) > 1:
+        both = [(option, with_short_step(option, profile)) for option in options]
+        option, shorter = min(both, key=lambda pair: pair[1].step_s)  # of equal ones the first, by 1F1B
+        return dataclasses.replace(option, shorter=shorter)
     if options:
         return options[0]
     if unfinished is not None:
@@ -159,6 +169,8 @@ def with_short_step(option: Option, profile: Profile) -> Option:
     """``option``, or a split of the same problem whose step is noticeably shorter; not of interleaved stages, whose
     search has looked for that, nor with weights offloaded."""
     problem, split = option.problem, option.split
+    if option.shorter is not None:
+        return option.shorter
     if problem.stages_per_device > 1 or option.tiers:
         return option
     found = shortest_step(problem, split.stages, train=profile.train)

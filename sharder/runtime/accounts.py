@@ -1,6 +1,7 @@
 """Accounts of a step: what each device spends it on, as predicted and as measured, and which costs were off.
 
-Each device's slots are put on one clock. A transfer begins when both ends have posted it; the wait for it is cut there:
+Each device's slots are put on one clock. A transfer begins when both ends have posted it, or with its send where the
+receives of a step are posted ahead (prompt_stage.py); the wait for it is cut there:
 
     sender     | F3 ......... |post     send F3     |
     receiver   | B1 ... |post     wait    | recv F3 | F3 ...

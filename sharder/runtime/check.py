@@ -139,13 +139,18 @@ def _listed(specs: tuple[TensorSpec, ...]) -> str:
     return ", ".join(str(spec) for spec in specs) or "(none)"
 
 
-def batch_norm_apart(model: nn.Module, plan: Plan) -> str:
-    """That the pipeline normalises over micro-batches what the unsharded model does over the batch; empty if not so."""
-    # A model in evaluation is put into training whole, one in training may have some that are not.
+def batch_norm_apart(model: nn.Module, plan: Plan, *, every: bool = False) -> str:
+    """That the pipeline normalises over micro-batches what the unsharded model does over the batch; empty if not so.
+
+    Args:
+        every: whether all of the model is put into training, also what is in evaluation while the model is not.
+    """
     norms = [
         name
         for name, m in model.named_modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or not model.training)
+        if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        # A model in evaluation is put into training whole; without running statistics those of the batch serve in both.
+        and (every or m.training or not model.training or m.running_mean is None)
     ]
     if not norms or not plan.train or plan.microbatches == 1:
         return ""

@@ -144,7 +144,8 @@ def run(
             del rivals[error.name]
             why[error.name] = str(error)
     run = _record(plan, measured, {name: split.plan for name, split in rivals.items()}, why | kept.refused, steps)
-    return run.model_copy(update={"baseline_why": kept.alone_why, "batch_norm": batch_norm_apart(model, plan)})
+    apart = batch_norm_apart(model, plan, every=True)  # as the workers put it
+    return run.model_copy(update={"baseline_why": kept.alone_why, "batch_norm": apart})
 
 
 class _Captures:

@@ -32,8 +32,9 @@ def name_of(block: Block) -> str:
 
 
 def _why_of(block: Block) -> str:
-    """Why nodes of a block stay together, where that is told by the block itself."""
-    return " (all calls of a module share a device)" if len(set(block.units)) < len(block.units) else ""
+    """Why nodes of a block stay together, as far as that is told by the block itself."""
+    again = next((unit for unit in block.units if block.units.count(unit) > 1), None)
+    return f" (all calls of {again} share a device)" if again else ""
 
 
 def size_of(count: int) -> str:

@@ -48,7 +48,7 @@ def certify(chosen: Option, options: list[Option], baseline: Option | None, dead
                 if barred
                 else f"filling and draining: a step of the best split takes {fastest.step_s / split.value_s:.2f}x this"
                 if fastest.step_s > split.value_s > fastest.split.value_s * WORTHWHILE
-                else "in the best split " * (len(fastest.split.stages) > 1)
+                else "in the best split " * (len(fastest.split.stages) > 1 or bool(fastest.problem.replicas))
                 + what_binds(fastest.of_least_load, deadline_s)
             ),
         )

@@ -148,6 +148,8 @@ def make_schedule(
         # ones too, and what several stages of a process share more than once; nor does it know other replicas.
         "scale_grads": False,
     }
+    for stage in stages:
+        stage.prompt = kind == "gpipe" and len(stages) == 1 and stage.device.type == "cpu"
     if len(stages) > 1:
         rounds = max(1, microbatches // stages[0].group_size)
         if microbatches % rounds == 0:
@@ -158,10 +160,7 @@ def make_schedule(
         return looped
     if kind == "zero-bubble" and loss is not None and divides(stages[0].num_stages, microbatches):
         return ScheduleInterleavedZeroBubble(list(stages), **options)
-    if kind != "gpipe":
-        return Schedule1F1B(stages[0], **options)
-    stages[0].receives_ahead = True
-    return ScheduleGPipe(stages[0], **options)
+    return ScheduleGPipe(stages[0], **options) if kind == "gpipe" else Schedule1F1B(stages[0], **options)
 
 
 @contextmanager

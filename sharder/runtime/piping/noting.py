@@ -150,8 +150,8 @@ class Notes:
                         self._wrap(wrapped, stage, "backward_weight_one_chunk", weights)
                 for name, what in _MESSAGES.items():
                     self._wrap(wrapped, stage, name, partial(self._labelled, what, piece))
-            ahead = any(stage.receives_ahead for stage in stages)
-            self._wrap(wrapped, schedules, "_batch_p2p", partial(self._posted, ahead=ahead))
+            prompt = any(stage.prompt for stage in stages)
+            self._wrap(wrapped, schedules, "_batch_p2p", partial(self._posted, prompt=prompt))
             self._wrap(wrapped, schedules, "_wait_batch_p2p", lambda _call: self._await)
             yield
 
@@ -178,8 +178,8 @@ class Notes:
 
         return noted
 
-    def _posted(self, call: Callable[..., list[dist.Work]], *, ahead: bool) -> Callable[..., list[dist.Work]]:
-        """``call``, noted; where receives are posted ahead, a transfer begins with its send alone."""
+    def _posted(self, call: Callable[..., list[dist.Work]], *, prompt: bool) -> Callable[..., list[dist.Work]]:
+        """``call``, noted; of prompt stages, whose receives are posted ahead, a transfer begins with its send."""
 
         def noted(operations: list[dist.P2POp], *args: Any, **kwargs: Any) -> list[dist.Work]:
             # What the engine sends of its own accord, as when it sets itself up, is of no stage's message.
@@ -187,9 +187,9 @@ class Notes:
             if len(labels) != len(operations):
                 return call(operations, *args, **kwargs)
             sends = [label for label in labels if label.what.startswith("send")]
-            for label in sends if ahead else labels:
+            for label in sends if prompt else labels:
                 self.post(*label)
-            with self.slot(*sends[0]) if sends and ahead else nullcontext():  # the call writes what is sent
+            with self.slot(*sends[0]) if sends and prompt else nullcontext():  # the call writes what is sent
                 works = call(operations, *args, **kwargs)
             if len(works) != len(labels):
                 # NCCL makes one of them all: who has to wait does so for what is to be received.
