@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -255,9 +254,11 @@ def _tree(rows: Sequence[_Row]) -> Iterator[_Row]:
     for row in rows:
         for holder in _holders(row.path, children):
             below.setdefault(holder, []).extend(row.nodes)
-    paths = [*itertools.accumulate(reversed([row.path for row in rows]), lambda later, own: own or later)][::-1]
+    paths: list[str] = []  # of each row, or of the next that has one
+    for row in reversed(rows):
+        paths.append(row.path or (paths[-1] if paths else ""))
     open_: list[str] = []
-    for row, path in zip(rows, paths, strict=True):
+    for row, path in zip(rows, reversed(paths), strict=True):
         holders = _holders(path, children)  # glue is in a module if what comes next is
         while open_ and open_[-1] not in holders:
             open_.pop()

@@ -87,6 +87,26 @@ def test_each_slot_is_noted_by_name_and_microbatch(posted):
     assert all(first[mark.what] < mark.start_s for mark in noted.marks if mark.what in first)
 
 
+def test_transfers_of_a_prompt_stage_begin_with_their_sends(posted):
+    """Its receives are posted before it comes to them; its sends write in their calls, which are of the transfer."""
+    stage, notes = Stage(), Notes(torch.device("cpu"), Counting())
+    stage.prompt = True
+    with notes.engine([stage], train=True), notes.whole():
+        schedules._wait_batch_p2p(schedules._batch_p2p(stage.get_fwd_recv_ops(3), desc="fwd_recv"))
+        works = schedules._batch_p2p(stage.get_fwd_send_ops(3))
+        stage.forward_one_chunk(4, "x")
+        schedules._wait_batch_p2p(works)
+    noted = notes.noted()
+    assert [post.what for post in noted.posts] == ["send activations"]
+    assert [(mark.what, mark.microbatch) for mark in noted.marks] == [
+        *[("receive activations", 3)] * 2,
+        ("send activations", 3),
+        ("forward", 4),
+        ("send activations", 3),
+    ]
+    assert len(posted) == 3
+
+
 def test_works_that_stand_for_several_operations_are_for_what_is_received(monkeypatch):
     """NCCL makes one work of a batch."""
     one = SimpleNamespace(wait=lambda: None)

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from reported import text_of
 from torch import nn
 from torch.distributed.pipelining import _utils
 
@@ -15,7 +16,7 @@ import shardwright as sw
 from shardwright.profiler.profile import Device
 from shardwright.profiler.recording.equality import relative_difference
 from shardwright.profiler.workers import pool
-from shardwright.reports.run_report import conclusion
+from shardwright.reports.run_report import RunReport, conclusion
 from shardwright.sharder.planning.schedules.schedule import operations
 from shardwright.sharder.runtime import run as run_module
 from shardwright.sharder.runtime import session as session_module
@@ -42,6 +43,18 @@ def test_piped_gradients_equal_the_models(containers, captured_profile, name):
     assert run.equality.tensors == 4 + len(list(model.parameters()))
     assert run.sharded.measured_s > 0
     assert run.speedup == run.baseline.measured_s / run.sharded.measured_s
+
+
+def test_a_run_says_what_normalises_over_micro_batches(captured_profile):
+    """A layer that the user put into evaluation, too, as a run trains the whole model; without one there is nothing."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].eval()
+    args = (torch.randn(8, 6),)
+    run = piped(captured_profile, model, args, 4)
+    assert run.batch_norm.startswith("1 normalises over a micro-batch of 2 samples in the pipeline, not over the batch")
+    assert "compared in micro-batches: 1 normalises over" in text_of(RunReport(run), 1000)
+    plain = nn.Sequential(*[nn.Linear(6, 6) for _ in range(4)])
+    assert piped(captured_profile, plain, args, 4).batch_norm == ""
 
 
 class ThreeNames(nn.Module):

@@ -1,6 +1,7 @@
 """Capture: the straight-line graph of unit calls and glue, and what is noted beside it."""
 
 import gc
+import random
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -134,6 +135,25 @@ def test_a_failing_forward_names_the_unit():
         trace(model, (torch.randn(2, 4),))
     assert "\n" not in str(caught.value)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class Choosing(nn.Module):
+    """Fails inside the standard library."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.layer(x) * random.choice([])  # here
+
+
+def test_a_failing_forward_names_the_users_line():
+    """Not that of a library in which it failed."""
+    source = Path(__file__).read_text(encoding="utf-8").splitlines()
+    line = next(number for number, text in enumerate(source, 1) if text.endswith("# here"))
+    with pytest.raises(ShardwrightError, match=rf"failed on the sample inputs, at test_trace\.py:{line}: IndexError"):
+        trace(Choosing(), (torch.randn(2, 4),))
 
 
 def test_a_model_without_children_cannot_be_split():
