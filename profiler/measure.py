@@ -80,6 +80,8 @@ class Pass(Generic[Key]):
         subjects: the steps in the order of the forward.
         alike: step -> an earlier one that does the same work; what both take is averaged, as the earlier one's.
         weights: what a step counts in that average; 1 where nothing is said.
+        repeated: whether its forwards come one pass after another, as those of micro-batches do in inference. On a CPU
+            they are run once before they are timed then, with the caches as the pass before leaves them.
 
     On a CPU all backwards are one call of PyTorch's engine (:mod:`shardwright.profiler.measuring.in_a_row`). Elsewhere,
     and in its parts, a step that goes back by itself enters the engine once more than it does as a part of a model, and
@@ -95,8 +97,10 @@ class Pass(Generic[Key]):
         *,
         alike: Mapping[Key, Key] | None = None,
         weights: Mapping[Key, float] | None = None,
+        repeated: bool = False,
     ) -> None:
         self.subjects = dict(subjects)
+        self.repeated = repeated
         self.device = next((subject.device for subject in self.subjects.values()), torch.device("cpu"))
         self.named = {key: (alike or {}).get(key, key) for key in self.subjects}
         self.weights = {key: (weights or {}).get(key, 1.0) for key in self.subjects}
@@ -129,6 +133,9 @@ class Pass(Generic[Key]):
         ``broken_off`` is asked before each step, and in the host's turn before each row of them.
         """
         self.readings = {}
+        if self.repeated and isinstance(stopwatch, HostStopwatch):
+            unread = Readings[Key]({key: {} for key in self.subjects})
+            self._run(("forward",), unread, stopwatch, before, on_refused, broken_off)
         paces = [pace()] if pace is not None else []
         for clock in stopwatch.clocks():
             while True:

@@ -375,6 +375,38 @@ def test_a_pass_goes_like_a_training_step():
     assert notes == forward + backward[::-1]
 
 
+class Warming(nn.Module):
+    """Takes a second when it comes after its like, and nine in the first of two passes."""
+
+    def __init__(self, clock):
+        super().__init__()
+        self.clock, self.calls = clock, 0
+
+    def forward(self, x):
+        self.clock.now += 9.0 if self.calls % 2 == 0 else 1.0
+        self.calls += 1
+        return x * 2.0
+
+
+def test_a_repeated_pass_is_timed_after_one_like_it():
+    """Micro-batches in inference come one after another: each finds the caches as the one before left them."""
+    for repeated, seconds in ((True, [1.0, 1.0]), (False, [1.0, 9.0])):
+        clock, settled = Clock(), {}
+        steps = Pass({"a": subject(Warming(clock), torch.ones(3), train=False)}, repeated=repeated)
+        measure([steps], HostStopwatch(clock), Goal(repeats=2), on_settled=settled.__setitem__)
+        assert settled["a"].forward_s == seconds
+
+
+def test_what_does_not_fit_in_the_pass_before_is_refused_once():
+    """The rest is timed."""
+    refused = {}
+    subjects = {"a": subject(nn.ReLU(), torch.ones(3)), "b": subject(Greedy(), torch.ones(3))}
+    steps = Pass(subjects, repeated=True)
+    steps.run(HostStopwatch(), on_refused=refused.__setitem__)
+    assert (list(refused), list(steps.subjects)) == (["b"], ["a"])
+    assert "forward" in steps.readings["device"].of_steps["a"]
+
+
 def test_steps_that_do_the_same_are_averaged():
     """Their times are those of the first in each round: what comes after its like finds its code warm."""
     clock = Clock()

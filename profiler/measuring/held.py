@@ -102,7 +102,8 @@ def passes_held(on_refused: Callable[[Item, Exception], None]) -> list[Pass[Item
             alike.setdefault(held[item].key, []).append(item)
         named = {item: like[0] for like in alike.values() for item in like}
         weights = {item: calls for like in alike.values() for item, calls in _calls_of_each(like).items()}
-        made.append(Pass(subjects, alike=named, weights=weights))
+        repeated = count > 1 and not any(subject.train for subject in subjects.values())
+        made.append(Pass(subjects, alike=named, weights=weights, repeated=repeated))
     return made
 
 

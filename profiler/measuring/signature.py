@@ -23,7 +23,7 @@ from shardwright.profiler.recording.unitgraph import Call, Step
 
 __all__ = ["device_key", "step_key"]
 
-METHOD = 8
+METHOD = 9
 """How steps are measured; counted up when figures of an earlier release would not compare."""
 
 
