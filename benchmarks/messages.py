@@ -14,6 +14,7 @@ import argparse
 import os
 import socket
 import statistics
+import sys
 import time
 from datetime import UTC, datetime
 
@@ -37,8 +38,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="of a stage")
     parser.add_argument("--steps", type=int, default=60, help="of each")
     asked = parser.parse_args()
+    if len(os.sched_getaffinity(0)) < 2:
+        sys.exit("the two stages need a core each, and this process has one")
     print("| step | micro-batches | forward | neither | giving way | receives ahead | both |")
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|", flush=True)
     for kind in ("inference", "gpipe", "1f1b"):
         for count in (4, 16):
             with socket.socket() as free:
@@ -76,7 +79,8 @@ def stage_of(rank: int, port: int, kind: str, count: int, asked: argparse.Namesp
     found: dict[tuple[bool, bool], list[float]] = {mode: [] for mode in MODES}
     stage.prompt = True
     for number in range(WARMUP + asked.steps):
-        for mode in MODES:
+        turn = number % len(MODES)
+        for mode in [*MODES[turn:], *MODES[:turn]]:
             stage._post_all = post_all if mode[0] else lambda: None  # type: ignore[method-assign]
             stage._giving_way = giving_way if mode[1] else lambda operations: operations  # type: ignore[method-assign]
             seconds = step()

@@ -81,7 +81,7 @@ class Pass(Generic[Key]):
         alike: step -> an earlier one that does the same work; what both take is averaged, as the earlier one's.
         weights: what a step counts in that average; 1 where nothing is said.
         repeated: whether its forwards come one pass after another, as those of micro-batches do in inference. On a CPU
-            they are run once before they are timed then, with the caches as the pass before leaves them.
+            they are run once before they are timed then, so that code and memory are as the pass before leaves them.
 
     On a CPU all backwards are one call of PyTorch's engine (:mod:`shardwright.profiler.measuring.in_a_row`). Elsewhere,
     and in its parts, a step that goes back by itself enters the engine once more than it does as a part of a model, and

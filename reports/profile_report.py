@@ -259,7 +259,8 @@ def _tree(rows: Sequence[_Row]) -> Iterator[_Row]:
         paths.append(row.path or (paths[-1] if paths else ""))
     open_: list[str] = []
     for row, path in zip(rows, reversed(paths), strict=True):
-        holders = _holders(path, children)  # glue is in a module if what comes next is
+        # Glue is in a module that is open if what comes next is.
+        holders = _holders(path, children)
         while open_ and open_[-1] not in holders:
             open_.pop()
         if not row.path:

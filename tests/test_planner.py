@@ -87,6 +87,24 @@ def test_gpipe_where_its_short_steps_are_shorter(chain_profile, seed):
     assert step_s <= plan(updated, microbatches=1, schedule="gpipe").predicted.step_s
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_no_schedule_is_better_than_the_default_for_few_microbatches(chain_profile, seed):
+    """At any number of micro-batches, with stages computed anew where memory asks for it, a plan is as fast as GPipe's
+    but for what is too little to matter."""
+    random_ = random.Random(seed)
+    speed = {"cpu:0": 1.0, "cpu:1": random_.choice([0.7, 1.0]), "cpu:2": random_.choice([0.5, 1.0])}
+    profile = chain_profile(
+        6, microbatches=(1, 2), speed=speed, saved_bytes=6_000, memory_bytes=random_.choice([40_000, 60_000])
+    )
+    updates_s = {f"u{i}": random_.choice([0.0, 0.5, 1.0]) for i in range(6)}
+    rows = tuple(m.model_copy(update={"update_s": updates_s[m.node]}) for m in profile.measurements)
+    updated = profile.model_copy(update={"measurements": rows})
+    for count in (1, 2):
+        asked = {"microbatches": count, "recompute": "auto"}
+        step_s, of_gpipe_s = (plan(updated, **asked, **more).predicted.step_s for more in ({}, {"schedule": "gpipe"}))
+        assert step_s <= 1.01 * of_gpipe_s
+
+
 def test_calls_of_one_module_bind_a_plan_and_are_named(chain_profile):
     """Where the calls of a module are most of the work, they keep it on one device, and why they do is told."""
     profile = chain_profile(4, forward_s={"u0": 10.0, "u1": 10.0, "u2": 10.0, "u3": 0.5})

@@ -21,7 +21,7 @@ from shardwright.profiler.recording.structure import nbytes
 from shardwright.profiler.recording.unitgraph import Call
 from shardwright.profiler.workers.worker import report, resident
 
-__all__ = ["How", "borrowing", "hold", "lent", "measure_held", "passes_held"]
+__all__ = ["How", "borrowing", "hold", "measure_held", "passes_held"]
 
 
 class How(NamedTuple):

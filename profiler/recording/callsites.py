@@ -31,16 +31,16 @@ def call_site(frame: FrameType | None) -> str:
 
 
 def error_site(error: BaseException) -> str:
-    """``file.py:line`` of the innermost code on the way of an error that is neither PyTorch's nor ours, of no installed
-    package if there is some; or nothing."""
+    """``file.py:line`` of the innermost code on the way of an error that is neither PyTorch's nor ours, nor of the
+    standard library if there is other; or nothing."""
     found = [
         (Path(frame.f_code.co_filename), line)
         for frame, line in reversed([*traceback.walk_tb(error.__traceback__)])
         if frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "shardwright")
         and not frame.f_code.co_filename.startswith("<")
     ]
-    installed = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    own = [(path, line) for path, line in found if installed.isdisjoint(path.parents)]
+    standard = Path(sysconfig.get_path("stdlib"))
+    own = [each for each in found if standard not in each[0].parents or "site-packages" in each[0].parts]
     return next((f"{path.name}:{line}" for path, line in own or found), "")
 
 

@@ -73,8 +73,8 @@ def options_of(problems: list[Problem], profile: Profile, asked: Asked, deadline
         raise nothing_fits_in(problems, counts[0])
     if not found:
         raise unfinished or nothing_fits(problems, profile, deadline_s)
-    most_s = MAY_WIN * min(option.step_s for option in found)
-    found = [with_short_step(option, profile) if option.step_s <= most_s else option for option in found]
+    most_s = MAY_WIN * min(option.shortest.step_s for option in found)
+    found = [with_short_step(o, profile) if o.shortest.step_s <= most_s else o.shortest for o in found]
     return sorted(found, key=lambda option: option.problem.stages_per_device)
 
 

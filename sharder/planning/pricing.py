@@ -78,6 +78,11 @@ class Option:
         return self.least or self
 
     @property
+    def shortest(self) -> Option:
+        """The one with the shortest step, as far as it has been looked for."""
+        return self.shorter or self
+
+    @property
     def anew(self) -> list[bool]:
         """Of each stage, whether it is computed anew."""
         return stages_anew(self.problem, self.split.stages)
@@ -99,8 +104,10 @@ def solve(problem: Problem, profile: Profile, *, time_limit_s: float) -> Option 
         return _told_again(best, why_none_kept="none was found in the time allowed")
     if kept is None:
         return _told_again(best, why_none_kept="no split fits")
-    if (kept.shorter or kept).step_s > (best.shorter or best).step_s * (1 + LEAST_GAIN):
-        return _told_again(best, kept=kept)
+    looked = bool(kept.shorter or best.shorter)
+    kept_s, best_s = ((with_short_step(each, profile) if looked else each).step_s for each in (kept, best))
+    if kept_s > best_s * (1 + LEAST_GAIN):
+        return _told_again(best, kept=kept.shortest)
     # It is the better one for its step; the certificate is over all splits, of a smaller largest load.
     bound_s = min(kept.split.bound_s, best.split.bound_s)
     exact = kept.split.exact and bound_s == kept.split.value_s

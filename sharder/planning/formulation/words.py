@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from shardwright.profiler.formats.given_devices import AMPLE_BYTES
@@ -33,7 +34,7 @@ def name_of(block: Block) -> str:
 
 def _why_of(block: Block) -> str:
     """Why nodes of a block stay together, as far as that is told by the block itself."""
-    again = next((unit for unit in block.units if block.units.count(unit) > 1), None)
+    again = next((unit for unit, calls in Counter(block.units).items() if calls > 1), None)
     return f" (all calls of {again} share a device)" if again else ""
 
 

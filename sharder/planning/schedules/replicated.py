@@ -82,7 +82,7 @@ def _bests(options: Sequence[Option]) -> list[Option]:
     best: dict[tuple[int, int], Option] = {}
     for option in options:
         key = option.problem.stages_per_device, option.problem.microbatches
-        if key not in best or option.step_s < best[key].step_s:
+        if key not in best or option.shortest.step_s < best[key].shortest.step_s:
             best[key] = option
     return list(best.values())
 
@@ -121,7 +121,7 @@ def rival_in_replicas(
             joint = on_meshes([problem], profile, count)
             hopeful += [each for each in joint if simple_bound_s(each) * WORTHWHILE <= chosen.step_s]
     found, _ = solve_each(hopeful, profile, until_s)
-    best = min(found, key=lambda option: option.step_s, default=None)
+    best = min((option.shortest for option in found), key=lambda option: option.step_s, default=None)
     if best is None or best.step_s * WORTHWHILE > chosen.step_s:
         return ()
     replicas = len(best.problem.replicas)
