@@ -75,6 +75,21 @@ def test_whatever_there_is_it_yields_splits_that_fit(problem):
         assert is_split(problem, stages)
 
 
+def test_where_nothing_takes_time_nothing_is_better():
+    """And the search ends, though no load is above any ceiling."""
+    problem = tangled(0, 14)
+    nothing = (0.0,) * len(problem.devices)
+    free = {"forward_s": nothing, "backward_s": nothing, "update_s": nothing, "recompute_s": ()}
+    blocks = tuple(dataclasses.replace(block, **free) for block in problem.blocks)
+    links = tuple(tuple((0.0, float("inf")) for _ in row) for row in problem.links)
+    idle = dataclasses.replace(problem, blocks=blocks, links=links)
+    stages = first_split(problem)[0]
+    assert max(stage_loads(idle, stages)) == 0.0
+    assert not [
+        *itertools.islice(Neighbours(Lists(idle), partial(stage_loads, idle), lambda: False).split_anew(stages), 1)
+    ]
+
+
 def test_what_is_not_listed_is_left():
     """Other transfers than those that are relayed and summed up, one stage, and no time."""
     problem = tangled(0, 14)

@@ -56,7 +56,8 @@ class Neighbours:
                 found: Stages | None = stages
                 while found is not None:
                     stages = found
-                    found = self._below(stages, (1 - aim) * max(self._loads(stages)), widest)
+                    largest_s = max(self._loads(stages))
+                    found = self._below(stages, (1 - aim) * largest_s, widest) if largest_s else None
                     if found is not None:
                         yield found
 
