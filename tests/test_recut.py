@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from functools import partial
 
 import pytest
@@ -75,16 +76,17 @@ def test_whatever_there_is_it_yields_splits_that_fit(problem):
         assert is_split(problem, stages)
 
 
-def test_where_nothing_takes_time_nothing_is_better():
-    """And the search ends, though no load is above any ceiling."""
+@pytest.mark.parametrize("latency_s", [0.0, math.inf])
+def test_where_no_load_is_a_time_nothing_is_better(latency_s):
+    """Where all loads are 0, or no link may be used, no load is above any ceiling, and the search ends."""
     problem = tangled(0, 14)
     nothing = (0.0,) * len(problem.devices)
     free = {"forward_s": nothing, "backward_s": nothing, "update_s": nothing, "recompute_s": ()}
     blocks = tuple(dataclasses.replace(block, **free) for block in problem.blocks)
-    links = tuple(tuple((0.0, float("inf")) for _ in row) for row in problem.links)
+    links = tuple(tuple((latency_s, math.inf) for _ in row) for row in problem.links)
     idle = dataclasses.replace(problem, blocks=blocks, links=links)
     stages = first_split(problem)[0]
-    assert max(stage_loads(idle, stages)) == 0.0
+    assert max(stage_loads(idle, stages)) == latency_s
     assert not [
         *itertools.islice(Neighbours(Lists(idle), partial(stage_loads, idle), lambda: False).split_anew(stages), 1)
     ]

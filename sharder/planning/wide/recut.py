@@ -11,6 +11,7 @@ constraint programming and local search methods to solve vehicle routing problem
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 
 from shardwright.sharder.planning.exact.search import OutOfTimeError, Stages
@@ -57,7 +58,7 @@ class Neighbours:
                 while found is not None:
                     stages = found
                     largest_s = max(self._loads(stages))
-                    found = self._below(stages, (1 - aim) * largest_s, widest) if largest_s else None
+                    found = self._below(stages, (1 - aim) * largest_s, widest) if 0 < largest_s < math.inf else None
                     if found is not None:
                         yield found
 
