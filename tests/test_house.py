@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -129,3 +130,20 @@ def test_the_documented_help_is_fresh(run_cli):
     for command in ("", "profile", "shard", "verify", "report", "schema"):
         shown = run_cli(*filter(None, [command]), "--help").stdout.strip()
         assert shown in text, f"--help of {command or 'shardwright'} has changed"
+
+
+def anchors(path):
+    """What a link into a file may name: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))], ids=lambda p: p.name)
+def test_links_between_documents_lead_somewhere(path):
+    """A relative link names a file that is there, and a heading in it."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if "://" not in link:
+            name, _, anchor = link.partition("#")
+            target = (path.parent / name).resolve() if name else path
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
