@@ -75,6 +75,9 @@ def paces(run: Run) -> str:
             gain = 100 * (run.speedup_at_pace / run.speedup - 1)
             text += f", the speedup to be {ratio(run.speedup_at_pace)} ({percent(gain, signed=True)})"
         text += "."
+        as_predicted = run.sharded.error_percent
+        if as_predicted is not None and abs(error) >= abs(as_predicted) > 1:
+            text += " That is no nearer, so the pace is not what the prediction was off by."
     return text
 
 

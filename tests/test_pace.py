@@ -21,6 +21,7 @@ from shardwright.reports.run_report import paces as paces_told
 from shardwright.sharder.planning.schedules.foreseen import at_pace as step_at_pace
 from shardwright.sharder.planning.schedules.foreseen import timeline_of
 from shardwright.sharder.runtime import session
+from shardwright.sharder.runtime.record import Paced, Run, Timed
 from shardwright.sharder.runtime.turns import Pacing, in_turn
 
 COSTS = Path(__file__).parents[1] / "examples" / "costs.json"
@@ -215,6 +216,15 @@ def test_a_run_is_held_against_the_pace_it_had(monkeypatch, tmp_path, factor):
     error = 100 * (run.sharded.at_pace_s / run.sharded.measured_s - 1)
     assert run.sharded.error_at_pace_percent == pytest.approx(error)
     assert f"cpu:0 {factor:.2f}x, cpu:1 {factor:.2f}x" in paces_told(run)
+
+
+@pytest.mark.parametrize(("measured_s", "at_pace_s", "told"), [(1.0, 1.25, True), (1.0, 0.95, False)])
+def test_a_pace_that_brings_the_prediction_no_nearer_is_said_to_explain_nothing(measured_s, at_pace_s, told):
+    """Predicted 12% too short; at the pace of the devices 25% too long, or 5% too short."""
+    paces = (Paced(device="cpu:0", profiled_s=1.0, measured_s=1.1),)
+    sharded = Timed(predicted_s=0.88, measured_s=measured_s, spread_s=0.0, at_pace_s=at_pace_s)
+    run = Run.model_construct(paces=paces, sharded=sharded, baseline=None)
+    assert ("no nearer" in paces_told(run)) == told
 
 
 def test_the_workers_tell_their_own_pace(captured_profile):
