@@ -22,7 +22,7 @@ from shardwright.profiler.links import disk_rate, fetch_rates, measure_engine, m
 from shardwright.profiler.measure import Goal
 from shardwright.profiler.measuring.gpu_kernels import kernels_as_on
 from shardwright.profiler.measuring.optimizers import OptimizerLike, OptimizerMemory, optimizer_name
-from shardwright.profiler.measuring.signature import device_key
+from shardwright.profiler.measuring.signature import board_key
 from shardwright.profiler.profile import Device, Link, Measurement, Profile
 from shardwright.profiler.recall import Request, keep, recall
 from shardwright.profiler.recording.inputs import batch_size, default_counts, input_specs, microbatch
@@ -196,8 +196,8 @@ def _as_of_now(profile: Profile, devices: Sequence[Device]) -> Profile:
 
 
 def _keys(devices: Sequence[Device]) -> list[str]:
-    """What times on ``devices`` hold for, when all measure at once."""
-    return [f"{device.name} {device_key(device, len(devices))}" for device in devices]
+    """What times on ``devices`` and their links hold for, when all measure at once."""
+    return [f"{device.name} {board_key(device, len(devices))}" for device in devices]
 
 
 def _check_options(

@@ -12,7 +12,15 @@ from pathlib import Path
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.profile import Device
 
-__all__ = ["available_cores", "find_devices", "free_host_bytes", "parse_devices", "share_cores", "spare_host_bytes"]
+__all__ = [
+    "available_cores",
+    "find_devices",
+    "free_host_bytes",
+    "parse_devices",
+    "share_cores",
+    "spare_host_bytes",
+    "visible_gpus",
+]
 
 CUDA_CONTEXT_BYTES = 512 * 2**20
 """What the context of one more process takes of a GPU, kernels loaded; free memory is read where one is already."""
@@ -52,9 +60,8 @@ def find_devices(names: Sequence[str] | str | None = None, *, beside: Sequence[s
         if kind == "cuda":
             index = int(name.partition(":")[2])
             if index >= gpus:
-                raise ShardwrightError(
-                    f"there is no {name}: this machine has {gpus} CUDA devices; without --devices what there is is used"
-                )
+                here = f"this {'process sees' if (seen := visible_gpus()) else 'machine has'} {gpus} CUDA devices{seen}"
+                raise ShardwrightError(f"there is no {name}: {here}; without --devices what there is is used")
             free, _ = torch.cuda.mem_get_info(index)
             description = torch.cuda.get_device_name(index)
             memory = max(1, int((free - CUDA_CONTEXT_BYTES) * (1 - CUDA_RESERVE)))
@@ -107,6 +114,12 @@ def parse_devices(names: Sequence[str]) -> list[str]:
             raise ShardwrightError(f"{name} is named twice; each device once")
         kinds.append(match[1])
     return kinds
+
+
+def visible_gpus() -> str:
+    """`` (CUDA_VISIBLE_DEVICES=1)`` where the environment hides some of the machine's GPUs, which are counted anew."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "" if chosen is None else f" (CUDA_VISIBLE_DEVICES={chosen})"
 
 
 def available_cores() -> list[int]:

@@ -271,11 +271,10 @@ def disk_rate(folder: Path) -> float | None:
 # What runs inside the workers.
 
 
-def join(rank: int, size: int, store: str, backend: str = "gloo") -> None:
-    """Enter a group that meets over a file and talks over loopback."""
-    dist.init_process_group(
-        backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=30)
-    )
+def join(rank: int, size: int, store: str, backend: str = "gloo", limit_s: float = 30.0) -> None:
+    """Enter a group that meets over a file and talks over loopback; a message is waited for so long."""
+    limit = timedelta(seconds=limit_s)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=limit)
 
 
 def leave() -> None:

@@ -7,7 +7,7 @@ from torch import nn
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.schedules.replicas import COPIED
 from shardwright.sharder.runtime.piping.batches import BatchForm, Division, OutputForm
-from shardwright.sharder.runtime.piping.engine import SharedGradients
+from shardwright.sharder.runtime.piping.engine import SharedGradients, SharedParameter
 from shardwright.sharder.runtime.piping.replicas import buckets
 
 
@@ -34,6 +34,18 @@ def test_a_step_that_fails_leaves_the_gradients_of_shared_parameters():
     with pytest.raises(RuntimeError, match="no memory"):
         step()
     assert weight.grad is earlier
+
+
+def test_ties_of_the_same_devices_have_one_group(monkeypatch):
+    """A group of GPUs takes memory and time; every process makes all of them in the same order."""
+    made = []
+    monkeypatch.setattr(torch.distributed, "new_group", lambda ranks, **_: made.append(ranks) or tuple(ranks))
+    ties = [SharedParameter(frozenset([name]), holders) for name, holders in (("weight", (0, 1)), ("bias", (0, 1)))]
+    ties.append(SharedParameter(frozenset(["other"]), (1, 2)))
+    shared = SharedGradients(ties, 0, nn.Linear(1, 1), ranks=[4, 5, 6])
+    assert made == [[4, 5], [5, 6]]
+    assert shared.groups == [(4, 5)]
+    assert [(number, group) for number, _, group in shared.shared] == [(0, (4, 5)), (1, (4, 5))]
 
 
 def test_replicas_have_equal_parts_of_any_batch_that_they_can_share():

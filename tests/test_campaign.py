@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from shardwright.profiler.capture import captures_of
 from shardwright.profiler.devices import find_devices
 from shardwright.profiler.measure import Goal
 from shardwright.profiler.measuring import held, selection
-from shardwright.profiler.measuring.signature import device_key, step_key
+from shardwright.profiler.measuring.signature import board_key, device_key, step_key
 from shardwright.profiler.profile import Device
 from shardwright.profiler.trace import trace
 
@@ -180,6 +181,17 @@ def test_a_worker_is_its_cores_and_a_gpu_its_model():
     assert len({device_key(made, 0), device_key(made, 1), device_key(there, 1)}) == 3
     gpus = [Device(name=f"cuda:{i}", kind="cuda", description="NVIDIA H100", memory_bytes=1) for i in range(2)]
     assert device_key(gpus[0], 0) == device_key(gpus[1], 0)
+
+
+def test_links_are_those_of_the_boards_and_of_how_nccl_was_told_to_go(monkeypatch):
+    """Two boards of one model have times in common, not links, and those change when peer access is turned off."""
+    boards = {"cuda:0": "one", "cuda:1": "two"}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(uuid=boards[str(d)]))
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    gpus = [Device(name=name, kind="cuda", description="NVIDIA H100", memory_bytes=1) for name in boards]
+    with_peers = [board_key(gpu, 2) for gpu in gpus]
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    assert len({*with_peers, *(board_key(gpu, 2) for gpu in gpus)}) == 4
 
 
 def test_a_twin_takes_the_times_as_scaled(monkeypatch, tmp_path):

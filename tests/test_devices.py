@@ -15,6 +15,7 @@ from shardwright.profiler.devices import find_devices, parse_devices, share_core
 def six_cores_no_gpu(monkeypatch):
     monkeypatch.setattr(devices_module, "available_cores", lambda: [0, 1, 2, 5, 6, 7])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def test_two_cpu_workers_without_a_gpu():
@@ -44,6 +45,13 @@ def test_a_wrong_device_is_one_clear_line(names, message):
     """Each mistake names the device and the remedy."""
     with pytest.raises(ShardwrightError, match=message):
         find_devices(names)
+
+
+def test_hidden_gpus_are_told(monkeypatch):
+    """A launcher may show each process a GPU of its own, which all call cuda:0."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(ShardwrightError, match=r"this process sees 0 CUDA devices \(CUDA_VISIBLE_DEVICES=3\)"):
+        find_devices(["cuda:1"])
 
 
 def test_kinds():

@@ -21,12 +21,34 @@ from shardwright.sharder.runtime import run as run_module
 from shardwright.sharder.runtime import session as session_module
 from shardwright.sharder.runtime.check import units_of
 from shardwright.sharder.runtime.gates import unitwise
-from shardwright.sharder.runtime.gates.gate import DifferenceError
+from shardwright.sharder.runtime.gates.gate import DifferenceError, Gate
 from shardwright.sharder.runtime.gates.resting import dropout_resting
 from shardwright.sharder.runtime.gates.unitwise import UnitByUnit
 from shardwright.sharder.runtime.pipeline import Comparison
 from shardwright.sharder.runtime.piping.cut import cut, whole_program
 from shardwright.sharder.runtime.session import Session, Split
+
+
+@pytest.mark.parametrize(
+    ("devices", "reference", "other"),
+    [
+        (("cuda:0", "cuda:1"), "cuda:0", False),
+        (("cuda:0", "cuda:2"), "cuda:0", True),  # another model of GPU
+        (("cuda:0", "cpu:0"), "cuda:0", True),
+        (("cuda:0",), None, True),  # held by the host
+        (("cpu:0", "cpu:1"), None, False),
+        (("cpu:0", "cpu:1"), "cpu:1", False),
+    ],
+)
+def test_kernels_differ_between_models_of_gpus(devices, reference, other):
+    """More rounding is allowed where the model was computed by another library's kernels, or for another GPU."""
+    models = {"cuda:0": "RTX 4090", "cuda:1": "RTX 4090", "cuda:2": "RTX 3090"}
+    kinds = [("cpu", "two cores"), ("cpu", "one core")]
+    here = [Device(name=name, kind="cuda", description=model, memory_bytes=1) for name, model in models.items()]
+    here += [Device(name=f"cpu:{i}", kind=k, description=d, memory_bytes=1) for i, (k, d) in enumerate(kinds)]
+    session = SimpleNamespace(pool=SimpleNamespace(devices=here))
+    gate = Gate(session, None, reference, stays=False)
+    assert gate._has_other_kernels(SimpleNamespace(plan=SimpleNamespace(devices=devices))) == other
 
 
 class Stretch(torch.autograd.Function):

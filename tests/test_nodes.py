@@ -109,6 +109,15 @@ def test_without_nodes_in_the_plan_torchrun_says_where_a_process_is(a_plan):
     assert [place_of(plan, rank, {}).device for rank in range(4)] == list(plan.devices)
 
 
+def test_a_launcher_that_tells_no_node_size_leaves_the_plans_devices_as_named(a_plan):
+    """One node's ranks count as its own processes do; those of a second node begin anew, and take its first GPUs."""
+    plan = over(a_plan, ("cuda:1", "cuda:0"), {})
+    assert [place_of(plan, rank, {"LOCAL_RANK": str(rank)}).device for rank in range(2)] == ["cuda:1", "cuda:0"]
+    four = over(a_plan, ("cuda:0", "cuda:1", "cuda:2", "cuda:3"), {})
+    places = [place_of(four, rank, {"LOCAL_RANK": str(rank % 2)}) for rank in range(4)]
+    assert [place.device for place in places] == ["cuda:0", "cuda:1"] * 2
+
+
 @pytest.mark.parametrize("counts", [(1, 2), (3,), (1, 1, 1)])
 def test_a_node_has_as_many_processes_as_devices(a_plan, counts):
     """Else the ranks after it are other devices than were planned: both numbers, and what to set on each node."""

@@ -8,6 +8,7 @@ those that the capture saw, so that attributes which change nothing, such as a l
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ from shardwright.profiler.recording.inputs import is_mask
 from shardwright.profiler.recording.structure import tensors_in
 from shardwright.profiler.recording.unitgraph import Call, Step
 
-__all__ = ["device_key", "step_key"]
+__all__ = ["board_key", "device_key", "step_key"]
 
 METHOD = 9
 """How steps are measured; counted up when figures of an earlier release would not compare."""
@@ -67,6 +68,16 @@ def device_key(device: Device, beside: int) -> str:
     threads = f", cores {','.join(map(str, device.cores))}, beside {beside} workers" if device.kind == "cpu" else ""
     driver = f", CUDA {torch.version.cuda}" if device.kind == "cuda" else ""
     return f"{device.description}{threads}{driver}"
+
+
+def board_key(device: Device, beside: int) -> str:
+    """What its links hold for: of a GPU the board itself, whose place in the machine they depend on, and whether NCCL
+    was told to leave out the straight way between two."""
+    key = device_key(device, beside)
+    if device.kind != "cuda":
+        return key
+    board = getattr(torch.cuda.get_device_properties(torch.device(device.name)), "uuid", "")
+    return f"{key}, board {board}, NCCL_P2P_DISABLE={os.environ.get('NCCL_P2P_DISABLE', '0')}"
 
 
 def _lines(call: Call) -> Iterator[str]:

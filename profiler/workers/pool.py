@@ -163,13 +163,14 @@ class Pool:
 
     def __init__(self, devices: Iterable[Device]) -> None:
         self.workers: dict[str, Worker] = {}
+        self.devices = tuple(devices)
         if IN_WORKER in os.environ:
             raise ShardwrightError(
                 "a worker imported a file that profiles or runs a model at its top level; put that code under "
                 'if __name__ == "__main__":'
             )
         try:
-            for device in devices:
+            for device in self.devices:
                 self.workers[device.name] = Worker(device)
         except BaseException:
             self.close()

@@ -65,7 +65,9 @@ def place_of(plan: Plan, rank: int, environment: Mapping[str, str]) -> Place:
     kind = name.partition(":")[0]
     local = _number(environment, "LOCAL_RANK")
     on_one = len({plan.hosts.get(device, "") for device in plan.devices}) == 1  # which then may have others before it
-    if (_on_one_node(environment) and not (plan.hosts and on_one)) or (not plan.hosts and local is None):
+    # A launcher that says nothing of the node's size may have started all here, where the plan has named the devices.
+    alone = local is None or (local == rank and _number(environment, "LOCAL_WORLD_SIZE") is None)
+    if (_on_one_node(environment) and not (plan.hosts and on_one)) or (not plan.hosts and alone):
         return Place(position, name, every)
     if not plan.hosts:
         if has_several_kinds(plan.devices):

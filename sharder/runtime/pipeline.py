@@ -204,7 +204,19 @@ def hold_stages(job: Job, programs: Sequence[StageProgram], inputs: tuple[Tensor
     if last:
         # Of the stage as the engine calls it: what is computed anew in a backward is no output.
         stages[-1].submod.register_forward_hook(lambda _module, _args, output: _keep(held, output))
+    if device.type == "cuda" and not job.hosted:
+        _connect((groups.all, *held.groups, *shared.groups), device)
     resident[_key(job.name)] = held
+
+
+def _connect(groups: Iterable[dist.ProcessGroup | None], device: torch.device) -> None:
+    """Have NCCL connect the devices of each group, which takes seconds and memory, before a step is timed or weighed.
+
+    In one order on all devices: each waits here for those of the group.
+    """
+    for group in dict.fromkeys(groups):
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+    torch.cuda.synchronize(device)
 
 
 def _key(name: str) -> str:

@@ -102,7 +102,9 @@ class Session:
         """Wait for the workers and have those of pipelines meet over the file ``store``."""
         ready = {d.name: (prepare, (d.name, max(1, len(d.cores)))) for d in devices}
         self.pool.call(ready, limit_s=START_LIMIT_S, loading=True)
-        joining = {d: (join, (rank, len(self.ranks), store, self.backend)) for d, rank in self.ranks.items()}
+        # Who does not answer is ended by the pool, and takes its connections along: no message ends a run before.
+        group = len(self.ranks), store, self.backend, HOST_LIMIT_S
+        joining = {d: (join, (rank, *group)) for d, rank in self.ranks.items()}
         self.pool.call(joining, limit_s=self.limit_s)
 
     def hold(self, split: Split) -> None:
@@ -131,8 +133,14 @@ class Session:
         self._all(split, release_stages)
 
     def check(self, split: Split) -> list[Comparison]:
-        """One step without an update: what each device's stages gave, in order."""
-        return self._all(split, check_stage)
+        """One step without an update: what each device's stages gave, in order.
+
+        It is the first: on GPUs kernels are loaded in it, and NCCL connects neighbours.
+        """
+        on_gpus = any(device.startswith("cuda") for device in split.plan.devices)
+        calls = dict.fromkeys(split.plan.devices, (check_stage, (split.name,)))
+        found = self.pool.call(calls, limit_s=self.limit_s + on_gpus * START_LIMIT_S)
+        return [found[device] for device in split.plan.devices]
 
     def observe(self, split: Split, wanted: frozenset[str], *, gradients: bool) -> list[tuple[Seen, Drawing]]:
         """Another such step: what the ``wanted`` steps of the forward make on each device, or the gradients of that,

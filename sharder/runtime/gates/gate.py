@@ -86,8 +86,12 @@ class Gate:
         return needed <= free
 
     def _has_other_kernels(self, split: Split) -> bool:
-        kind = (self.device or "cpu").partition(":")[0]
-        return any(not device.startswith(kind) for device in split.plan.devices)
+        """Whether stages compute on another kind of device than the model, or on GPUs of another model.
+
+        Libraries have kernels for each model of GPU; CPU workers share the host's processors.
+        """
+        models = {device.name: device.description for device in self.session.pool.devices if device.kind == "cuda"}
+        return any(models.get(device) != models.get(self.device or "") for device in split.plan.devices)
 
     def _unit_by_unit(self, split: Split, found: list[Comparison], *, observing: bool) -> Equality:
         units = UnitByUnit(self.session, split, found, other_kernels=self._has_other_kernels(split))

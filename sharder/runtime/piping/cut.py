@@ -273,8 +273,9 @@ def _stage(
     results = []
     for value in sent:
         name = value.node.name
-        if not last and not _is_contiguous(value):
-            # The engine sends dense rows only.
+        if not last:
+            # The engine sends dense rows only, and another device's kernels may lay out what here is dense; it takes
+            # nothing of what is.
             instructions.append(Instruction("call_method", f"{name}_dense", "contiguous", (Reference(name),), {}))
             name = f"{name}_dense"
         results.append(Reference(name))
@@ -284,11 +285,6 @@ def _stage(
 
 def _shape(value: Value) -> TensorShape:
     return TensorShape(value.node.name, value.shape, value.dtype, value.requires_grad)
-
-
-def _is_contiguous(value: Value) -> bool:
-    assert value.stride is not None  # sparse tensors are refused
-    return torch.empty_strided(value.shape, value.stride, device="meta").is_contiguous()
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -186,7 +186,7 @@ def gradients_apart(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 class SharedGradients:
     """Sums the gradients of the parameters that this process shares with others.
 
-    Every process makes one, with the same ``ties`` in the same order, for each tie is a process group.
+    Every process makes one, with the same ``ties`` in the same order: those of the same devices have a process group.
 
     Args:
         position: of this process's device among ``holders``.
@@ -209,11 +209,15 @@ class SharedGradients:
         self.shared: list[tuple[int, nn.Parameter, dist.ProcessGroup]] = []
         """With the number of the tie."""
         self.groups: list[dist.ProcessGroup] = []
+        made: dict[tuple[int, ...], dist.ProcessGroup] = {}
         for number, tie in enumerate(ties):
-            members = [ranks[each] if ranks else each for each in tie.holders]
-            group = dist.new_group(members, backend=backend, timeout=limit)
+            members = tuple(ranks[each] if ranks else each for each in tie.holders)
+            if members not in made:
+                made[members] = dist.new_group(list(members), backend=backend, timeout=limit)
+            group = made[members]
             if position in tie.holders:
-                self.groups.append(group)
+                if group not in self.groups:
+                    self.groups.append(group)
                 self.shared += [(number, named[name], group) for name in sorted(tie.names & named.keys())[:1]]
 
     @contextmanager

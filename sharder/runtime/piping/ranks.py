@@ -28,7 +28,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from shardwright.errors import ShardwrightError
-from shardwright.profiler.devices import available_cores, share_cores
+from shardwright.profiler.devices import available_cores, share_cores, visible_gpus
 from shardwright.profiler.workers.worker import root_of
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.board import LOOK_S, Board
@@ -72,6 +72,8 @@ class Ranks:
         self.name = plan.devices[self.rank]
         self.label = _stages_in_words(plan, self.rank)
         self.device = stage_device(self._place.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # NCCL, checkpoints and kernels of others' take the current one
         limit = timedelta(seconds=timeout_s)
         with self.failing_together():
             # Objects and checkpoints go over the host's memory, tensors of a step between the devices.
@@ -296,7 +298,8 @@ def stage_device(name: str) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise ShardwrightError(f"the plan uses {name}, and this machine has {count} CUDA devices; plan for those here")
+        here = f"this {'process sees' if (seen := visible_gpus()) else 'machine has'} {count} CUDA devices{seen}"
+        raise ShardwrightError(f"the plan uses {name}, and {here}; plan for those here")
     return device
 
 
@@ -396,8 +399,7 @@ def _own_store(limit: timedelta) -> tuple[Any, int, int]:
 
 def _make_group(plan: Plan, place: Place, store: Any, board: Board, limit_s: float) -> None:
     """Make the default process group, the ranks in the order of the stages; all are there."""
-    gpus = place.device.startswith("cuda")
-    if gpus:
+    if place.device.startswith("cuda"):
         torch.cuda.set_device(stage_device(place.device))
     backend = backend_of(plan.devices)
     size, limit = len(plan.devices), timedelta(seconds=CONNECT_S)
