@@ -138,9 +138,7 @@ class Session:
         It is the first: on GPUs kernels are loaded in it, and NCCL connects neighbours.
         """
         on_gpus = any(device.startswith("cuda") for device in split.plan.devices)
-        calls = dict.fromkeys(split.plan.devices, (check_stage, (split.name,)))
-        found = self.pool.call(calls, limit_s=self.limit_s + on_gpus * START_LIMIT_S)
-        return [found[device] for device in split.plan.devices]
+        return self._all(split, check_stage, before_s=START_LIMIT_S if on_gpus else 0.0)
 
     def observe(self, split: Split, wanted: frozenset[str], *, gradients: bool) -> list[tuple[Seen, Drawing]]:
         """Another such step: what the ``wanted`` steps of the forward make on each device, or the gradients of that,
@@ -223,10 +221,15 @@ class Session:
         count = steps_in_row(expected_s) if expected_s is not None else 1
         return _of_row(self.pool.call({device: (step_whole, (count,))}, limit_s=count * self.limit_s)[device])
 
-    def _all(self, split: Split, function: Any, *args: Any, steps: int = 1) -> list[Any]:
-        """The results of all its devices, in order; ``steps``: how many steps ``function`` takes."""
+    def _all(self, split: Split, function: Any, *args: Any, steps: int = 1, before_s: float = 0.0) -> list[Any]:
+        """The results of all its devices, in order.
+
+        Args:
+            steps: how many steps ``function`` takes.
+            before_s: how long what comes before the first may take.
+        """
         calls = {device: (partial(function, split.name), args) for device in split.plan.devices}
-        found = self.pool.call(calls, limit_s=steps * self.limit_s)
+        found = self.pool.call(calls, limit_s=before_s + steps * self.limit_s)
         return [found[device] for device in split.plan.devices]
 
 
