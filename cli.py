@@ -337,7 +337,7 @@ def shard(
     if run and (target is None or not made.of_model):
         what = "--run needs the model" if made.of_model else f"{source} holds costs, with no model that --run could run"
         raise ShardwrightError(f"{what}: give TARGET and its profile, or leave --run out")
-    counts = [] if microbatches == "auto" else _numbers(microbatches)
+    counts = [] if microbatches == "auto" else _numbers(microbatches, "a positive whole number, or auto")
     if len(counts) > 1:
         raise ShardwrightError(
             f"--microbatches {microbatches}: a plan has one number; give one, or auto to compare them"
@@ -363,6 +363,8 @@ def shard(
         time_limit_s=time_limit,
         replans=replans,
     )
+    if target is not None and (settings or inputs or input_specs) and not run:
+        _check_is_planned(target, plan, settings, inputs, input_specs)
     plan.save(path)
     out.print(PlanReport(plan))
     if replans and plan.sensitivity is None:
@@ -476,6 +478,9 @@ def report(
         from shardwright.reports.profile_report import ProfileReport
 
         made = _as_profile(_load_profile(path))
+        if microbatches is not None and microbatches not in made.microbatches:
+            known = ", ".join(map(str, made.microbatches))
+            raise ShardwrightError(f"--microbatches {microbatches}: {path} has {known}; give one of them")
         out.print(ProfileReport(made))
         _export(made, csv, parquet, graphml, microbatches)
 
@@ -521,6 +526,12 @@ def _load_profile(path: Path) -> Profile | Costs:
 
         if found == Costs.kind:
             return Costs.load(path)
+        if path.is_file():
+            what = f"its format is {found!r}" if found else "it is no JSON with a format field"
+            raise ShardwrightError(
+                f"{path} is neither a profile nor costs: {what}; give what `profile` wrote, or costs whose format is "
+                f"{Costs.kind!r}"
+            )
     return Profile.load(path)
 
 
@@ -612,7 +623,9 @@ def _out_path(given: Path | None, target: str, kind: str) -> Path:
 
 def _checked_folder(path: Path) -> Path:
     """``path``, if a file can be written there: better said before the work than after it."""
-    if not os.access(path.parent, os.W_OK) or path.is_dir():
+    if path.is_dir():
+        raise ShardwrightError(f"cannot write {path}: it is a folder; choose a file in it")
+    if not os.access(path.parent, os.W_OK):
         raise ShardwrightError(f"cannot write {path}; choose a file in a folder that exists and is writable")
     return path
 
@@ -624,14 +637,28 @@ def _check_same_model(target: str, model: str, source: Path) -> None:
         raise ShardwrightError(f"{source} is of {model}, not of {target}: give the file that was made for {names[0]}")
 
 
+def _check_is_planned(
+    target: str, plan: Plan, settings: list[str] | None, inputs: str | None, input_specs: list[str] | None
+) -> None:
+    """Refuse a plan of another model than these options make, or of other inputs; a run looks by itself."""
+    from shardwright.profiler.target import load_target
+    from shardwright.sharder.runtime.check import check_inputs, check_model
+
+    model, (args, kwargs) = load_target(
+        target, settings=_settings(settings), inputs=inputs, input_specs=input_specs or ()
+    )
+    check_model(plan, model)
+    check_inputs(plan, args, kwargs)
+
+
 def _names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(text: str, wanted: str = "a list of positive whole numbers, such as 1,2,4,8") -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ShardwrightError(f"--microbatches {text!r} is not a list of positive whole numbers, such as 1,2,4,8")
+        raise ShardwrightError(f"--microbatches {text!r} is not {wanted}")
     return [int(part) for part in parts]
 
 
@@ -674,7 +701,7 @@ def _progress() -> Iterator[Progress]:
 
     columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Drawn seldom: on a machine whose every core is a device, the bar itself would show in the measurement.
-    with Bar(*columns, console=err, transient=True, refresh_per_second=2) as bar:
+    with Bar(*columns, console=err, transient=True, refresh_per_second=2, disable=not err.is_terminal) as bar:
         task = bar.add_task("", total=None)
 
         def tell(what: str, done: int, whole: int) -> None:
@@ -694,18 +721,42 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        app(arguments)
+        code = app(arguments, standalone_mode=False)
     except ShardwrightError as error:
         if debug:
             err.print_exception()
             if detail := getattr(error, "detail", ""):
                 err.print(detail, highlight=False, markup=False, soft_wrap=True)
-        err.print("[bold red]error:[/] ", end="")
-        err.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        _say(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
         err.print("interrupted")
         sys.exit(130)
+    except Exception as error:
+        _refuse_usage(error)
+        raise
+    if code:
+        sys.exit(code)
+
+
+def _refuse_usage(error: Any) -> None:
+    """Say in one line what is wrong with the words of a command, if that is what ``error`` is about.
+
+    Their class is click's or one of typer's own, as its release has it.
+    """
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        sys.exit(2)
+    if not hasattr(error, "format_message"):
+        return
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "shardwright"
+    _say(f"{error.format_message().rstrip('.')}; see {command} --help")
+    sys.exit(2)
+
+
+def _say(error: str) -> None:
+    err.print("[bold red]error:[/] ", end="")
+    err.print(" ".join(error.split()), highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

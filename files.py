@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -13,7 +14,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shardwright.errors import ShardwrightError
 
-__all__ = ["Document", "Record", "write_bytes", "write_text"]
+__all__ = ["Document", "Record", "said_of", "write_bytes", "write_text"]
+
+LONG = 60
+"""Longer values are not repeated in an error."""
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -116,4 +120,17 @@ class Document(Record):
         """The first thing that is wrong with a file's ``content``, as the end of a sentence about the file."""
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        return f"is a damaged {cls.kind.rpartition('.')[2]}: {where}: {first['msg']}; make it again"
+        return f"is a damaged {cls.kind.rpartition('.')[2]}: {where}: {said_of(first)}; make it again"
+
+
+def said_of(error: Mapping[str, Any]) -> str:
+    """What pydantic says is wrong with a field, with the value that it found there."""
+    kind, limits = error["type"], error.get("ctx", {})
+    if kind == "missing":
+        return "it is missing"
+    if kind == "too_short":
+        return f"it has {limits['actual_length']}, and needs {limits['min_length']} or more"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    found = error.get("input")
+    shown = repr(found) if isinstance(found, (str, int, float)) else ""
+    return f"{message}, and it is {shown}" if kind != "value_error" and 0 < len(shown) < LONG else message

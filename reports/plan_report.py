@@ -28,7 +28,7 @@ from shardwright.reports.layout import Column, Glyphs, bar, facts, listing, name
 from shardwright.reports.quantities import count, number_of_bytes, percent, ratio, seconds, used_of
 from shardwright.reports.replicas_report import in_replicas, pipelines_of, rival_in_words
 from shardwright.reports.timeline_report import timeline_drawn
-from shardwright.sharder.planning.plan import WORTHWHILE, Change, Changeable, Placement, Plan
+from shardwright.sharder.planning.plan import WORTHWHILE, Alternative, Change, Changeable, Placement, Plan
 
 __all__ = ["PlanReport", "Verdict", "verdict"]
 
@@ -36,6 +36,8 @@ LEAST_SHOWN = 0.05
 """Percent: less is rounded to none."""
 NAMED = 4
 """So many units whose weights are on no device are named in the verdict."""
+LEAST_OF_LOAD = 0.02
+"""Where an update is a smaller part of every stage's load, a narrow report has no column for it."""
 SURE = 0.9
 """A plan that beats its rival in fewer of the draws is best only by noise."""
 
@@ -65,11 +67,20 @@ def verdict(plan: Plan) -> Verdict:
     parallel = next((one for one in plan.alternatives if one.name == "data parallel" and one.step_s is not None), None)
     if parallel is None or not parallel.step_s or parallel.step_s * WORTHWHILE > plan.predicted.step_s:
         return Verdict(shard, text)
+    faster = ratio(plan.predicted.step_s / parallel.step_s)
     return Verdict(
         shard,
         f"{text} Data parallel over {parallel.devices} devices, the whole model on each and a part of the batch, would "
-        f"take {seconds(parallel.step_s)}: faster by {ratio(plan.predicted.step_s / parallel.step_s)}.",
+        f"take {seconds(parallel.step_s)}: faster by {faster}{_how_in_parallel(plan, parallel)}.",
     )
+
+
+def _how_in_parallel(plan: Plan, parallel: Alternative) -> str:
+    """What asks for data parallel, or what batch it would take."""
+    if plan.batch % parallel.devices:
+        return f", with a batch that {parallel.devices} divides, which {plan.batch} is not"
+    asked = plan.objective == "throughput" and parallel.microbatches % parallel.devices == 0
+    return f" (--replicas {parallel.devices})" if asked else ""
 
 
 def _offloaded_in_words(plan: Plan) -> str:
@@ -134,7 +145,8 @@ def _verdict_of_splits(plan: Plan) -> Verdict:
         return Verdict(True, f"Shard this {split}: {why}. Expect {step} a step.")
     alone = f"{predicted.baseline_device} alone"
     if predicted.baseline_microbatches > 1:  # costs are of one number, whatever would fit
-        why = "which needs {} to fit" if plan.of_model else "also in {}"
+        same = predicted.baseline_microbatches == plan.microbatches
+        why = "which needs {} to fit" if plan.of_model else "also in {}" if same else "there in {}"
         alone += f" ({why.format(count(predicted.baseline_microbatches, 'micro-batch'))})"
     steps = f"{step} a step instead of {seconds(predicted.baseline_s)}"
     if predicted.speedup < WORTHWHILE:
@@ -241,6 +253,7 @@ class PlanReport:
         largest = max(stage.load_s for stage in stages) or 1.0
         weights = [stage.backward_weight_s or 0.0 for stage in stages]
         anew = ["yes" if stage.recompute else glyphs.none for stage in stages]
+        counts = any(stage.update_s > LEAST_OF_LOAD * stage.load_s for stage in stages)
         schedule = schedule_in_words(plan.schedule, plan.stages_per_device)
         note = "times of the whole batch; load of a step, with the optimizer's update" if plan.train else ""
         if plan.train and plan.schedule == "gpipe":  # as it may have been chosen: 1F1B needs more micro-batches
@@ -260,20 +273,24 @@ class PlanReport:
         yield from tables(
             self._names(),
             [
-                Column("units", [_first_of(stage.units, glyphs) for stage in stages], "left", drop=2),
+                Column("units", [_first_of(stage.units, glyphs) for stage in stages], "left", drop=3),
                 Column("forward", times([stage.forward_s for stage in stages])),
                 *([Column("backward", times([stage.backward_s for stage in stages]))] if plan.train else []),
                 *([Column("of weights", times(weights))] if plan.schedule == "zero-bubble" else []),
                 *([Column("recomputed", anew)] if plan.recomputed else []),
                 Column("transfers", times(transfers)),
-                *([Column("update", times([stage.update_s for stage in stages]), drop=3)] if plan.train else []),
+                *(
+                    [Column("update", times([stage.update_s for stage in stages]), drop=1 if counts else 4)]
+                    if plan.train
+                    else []
+                ),
                 *(
                     [Column("sum", times([stage.sum_s for stage in stages]))]
                     if plan.train and plan.replicas > 1
                     else []
                 ),
                 Column("load", times([stage.load_s for stage in stages])),
-                Column("", [bar(s.load_s / largest, 12, glyphs) for s in stages], "left", "cyan", drop=1, tight=True),
+                Column("", [bar(s.load_s / largest, 12, glyphs) for s in stages], "left", "cyan", drop=2, tight=True),
             ],
             options=options,
         )
@@ -389,24 +406,25 @@ class PlanReport:
             name = "zero-bubble" if c.zero_bubble else name
             name = name if c.replicas == 1 else f"{c.replicas} replicas" + (", interleaved" * (c.stages_per_device > 1))
             load, step = seconds(c.bottleneck_s), seconds(c.step_s)
-            rows.append((name, str(c.microbatches), str(c.stages), load, step, speedup, c.chosen))
+            devices = str(c.stages // c.stages_per_device * c.replicas)
+            rows.append((name, str(c.microbatches), devices, load, step, speedup, c.chosen))
         for other in plan.alternatives:
             if other.step_s is not None:
                 speedup = glyphs.none if other.speedup is None else ratio(other.speedup)
-                step, devices = seconds(other.step_s), str(other.devices // other.replicas)
+                step, devices = seconds(other.step_s), str(other.devices)
                 name = f"{other.replicas} replicas" if other.name == "replicas" else other.name
                 name = f"{name} by 2" if name == "interleaved" else name
                 rows.append((name, str(other.microbatches), devices, glyphs.none, step, speedup, False))
         if not rows:
             return
-        names, microbatches, stages, loads, steps, speedups, chosen = zip(*rows, strict=True)
+        names, microbatches, devices_each, loads, steps, speedups, chosen = zip(*rows, strict=True)
         bubble = f"; bubble {percent(100 * predicted.bubble)}" if len(plan.devices) > 1 else ""
         yield section("Predicted", f"a step is the largest load, and filling and draining the pipeline{bubble}")
         yield from tables(
             Column("candidate", names, "left"),
             [
                 Column("micro-batches", microbatches),
-                Column("stages", stages, drop=1),
+                Column("devices", devices_each, drop=1),
                 Column("largest load", loads, drop=2),
                 Column("step", steps),
                 Column("speedup", speedups),

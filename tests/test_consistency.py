@@ -52,6 +52,18 @@ EDITS = {
     ),
     "numbered anew": ("chain", lambda it: it["stages"][1].update(index=3), r"stages have the indices \[0, 3, "),
     "no stages": ("chain", lambda it: it.update(stages=[]), r"stages have the indices \[\]"),
+    "moved alone": (
+        "chain",
+        lambda it: it["nodes"][-1].update(device="cpu:0"),
+        "node outputs is on cpu:0, and its stage 3 on cpu:3",
+    ),
+    "a stage moved alone": ("chain", lambda it: it["stages"][0].update(device="cuda:9"), "its stage 0 on cuda:9"),
+    "a node less": ("chain", lambda it: it["nodes"].pop(1), "node u1 reads of u0, which is not among its nodes"),
+    "a last node less": (
+        "chain",
+        lambda it: it.update(nodes=it["nodes"][:-2]),
+        "stage 3 has unit net.u7, which is",
+    ),
     "an unknown stage": ("chain", lambda it: it["nodes"][-1].update(stage=9), "is in stage 9, and the last stage is 3"),
 }
 

@@ -53,7 +53,7 @@ def without(**changes):
         (without(version=None), "has paper version None"),
         (without(version=3), "has paper version 3; this shardwright reads up to 2: upgrade"),
         (without(version="2"), "has paper version '2'"),
-        (without(rows=None), "is a damaged paper: rows: Field required; make it again"),
+        (without(rows=None), "is a damaged paper: rows: it is missing; make it again"),
         (without(rows=[{"seconds": "soon"}]), "is a damaged paper: rows.0.seconds: Input should be a valid number"),
         (without(rows=[{"seconds": float("inf")}]), "rows.0.seconds: Input should be a finite number"),
         (without(more=1), "is a damaged paper: more: Extra inputs are not permitted"),

@@ -85,7 +85,7 @@ def test_ties_and_copied_tensors(make_profile):
 
 @pytest.mark.parametrize(
     ("nodes", "says"),
-    [(["a", "u9"], "node 'u9' is used but not listed"), (["a"], "ties.0.nodes: Tuple should have at least 2 items")],
+    [(["a", "u9"], "node 'u9' is used but not listed"), (["a"], "ties.0.nodes: it has 1, and needs 2 or more")],
 )
 def test_tie_without_its_users(make_profile, nodes, says):
     """A tie names two nodes of the profile at least."""

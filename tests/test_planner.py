@@ -382,7 +382,7 @@ def test_wrong_plan_files_are_one_clear_line(chain_profile, tmp_path):
     for wrong, says in [
         (text[:-30], "is not complete JSON"),
         (text.replace('"version":1', '"version":9'), "has plan version 9; this shardwright reads up to 1"),
-        (json.dumps(content), "is a damaged plan: stages: Field required"),
+        (json.dumps(content), "is a damaged plan: stages: it is missing"),
         (profile.model_dump_json(), "is not a plan: its format is 'shardwright.profile'"),
     ]:
         path.write_text(wrong)

@@ -61,6 +61,22 @@ def test_the_verdict_says_when_data_parallel_is_faster(step_s, said):
 
 
 @pytest.mark.parametrize(
+    ("batch", "devices", "said"),
+    [
+        (16, 2, "faster by 1.66x (--replicas 2)."),
+        (16, 3, "faster by 1.66x, with a batch that 3 divides, which 16 is not."),
+    ],
+)
+def test_data_parallel_is_advised_with_what_asks_for_it(batch, devices, said):
+    """The option, or that this batch has no equal parts."""
+    other = Alternative(name="data parallel", microbatches=2, devices=devices, step_s=0.2)
+    plan = a_plan()
+    predicted = plan.predicted.model_copy(update={"step_s": 0.332})
+    changed = plan.model_copy(update={"alternatives": (other,), "batch": batch, "predicted": predicted})
+    assert verdict(changed).text.endswith(said)
+
+
+@pytest.mark.parametrize(
     ("run", "text"),
     [
         (a_run(), "Measured 1.52x over cpu:0 alone; predicted 1.56x (+2.6%)."),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.formats.costs import Costs
@@ -32,6 +35,46 @@ def test_groups_become_blocks(chain_profile, together, expected):
     assert [block.nodes for block in problem.blocks[1:-1]] == expected
 
 
+def test_freely_a_group_takes_nothing_along(chain_profile):
+    """Where there is no chain of stages, what lies between the units of a group may be elsewhere, by a pin or not."""
+    profile = chain_profile(3, forward_s={"u0": 1.0, "u1": 2.0, "u2": 1.0}, train=False, microbatches=(4,))
+    group = [["net.u0", "net.u2"]]
+    for pins in ({}, {"net.u0": "cpu:0", "net.u1": "cpu:1"}):
+        freely = plan(profile, contiguous=False, together=group, pins=pins)
+        found = freely.placement()
+        assert found["net.u0"] == found["net.u2"] != found["net.u1"]
+        assert freely.certificate.value_s == pytest.approx(2.0, rel=0.01)
+    assert len(plan(profile, together=group).devices) == 1
+    assert len(plan(profile, objective="latency", together=group).devices) == 1  # which runs a block without a pause
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_free_assignments_keep_to_groups_and_to_nothing_else(data):
+    """Brute force over all assignments in which each group is on one device; no transfers, ample memory."""
+    times = data.draw(st.lists(st.integers(1, 9), min_size=3, max_size=6))
+    names = [f"u{i}" for i in range(len(times))]
+    groups = data.draw(st.lists(st.lists(st.sampled_from(names), min_size=2, max_size=3, unique=True), max_size=2))
+    costs = Costs.model_validate(
+        {
+            "train": False,
+            "microbatches": 2,
+            "devices": {"a": {}, "b": {}, "c": {}},
+            "units": [{"name": name, "forward_s": time} for name, time in zip(names, times, strict=True)],
+            "colocate": groups,
+        }
+    )
+    least = min(
+        max(2 * sum(time for time, on in zip(times, of, strict=True) if on == device) for device in of)
+        for of in itertools.product("abc", repeat=len(times))
+        if all(len({of[names.index(name)] for name in group}) == 1 for group in groups)
+    )
+    found = plan(costs, contiguous=False)
+    assert found.certificate.exact
+    assert found.certificate.value_s == pytest.approx(least)
+    assert all(len({found.placement()[name] for name in group}) == 1 for group in groups)
+
+
 def test_no_plan_cuts_a_group(chain_profile):
     """Three of four units that must share a device leave one for the other."""
     result = plan(chain_profile(4), microbatches=4, together=["net.u[0-2]"])
@@ -48,7 +91,7 @@ def test_no_plan_cuts_a_group(chain_profile):
         ),
         (
             {"together": [["net.u0", "net.u2"]], "pins": {"net.u0": "cpu:0", "net.u1": "cpu:1"}},
-            "pins put net.u0 on cpu:0 and net.u1 on cpu:1, but the two must share",
+            "pins put net.u0 on cpu:0 and net.u1 on cpu:1, but the two must share a device, as what lies between units",
         ),
     ],
 )

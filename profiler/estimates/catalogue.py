@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, ValidationError
 
 from shardwright.errors import ShardwrightError
-from shardwright.files import Record
+from shardwright.files import Record, said_of
 
 __all__ = ["Catalogue", "DeviceModel", "Dtype", "LinkKind", "Rates", "catalogue", "model_of", "read_toml"]
 
@@ -99,7 +99,7 @@ def read_toml(path: Path, kind: type[_Model]) -> _Model:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "(top level)"
-        message = first["msg"].removeprefix("Value error, ")
+        message = said_of(first)
         if first["type"] == "extra_forbidden":
             message = f"there is no such key; the keys there are {', '.join(_keys(kind, first['loc'][:-1]))}"
         raise ShardwrightError(f"{path}: {where}: {message}") from error

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from shardwright.errors import ShardwrightError
-from shardwright.files import Document, Record
+from shardwright.files import Document, Record, said_of
 from shardwright.profiler.costgraph import CostGraph
 from shardwright.profiler.profile import Profile
 
@@ -155,7 +155,7 @@ class Costs(Document):
         where = _place(first["loc"], content)
         if first["type"] == "extra_forbidden":
             return f"has {where}, a field that costs do not have; {cls.remedy}"
-        return f"is not right: {where}: {first['msg'].removeprefix('Value error, ')}; {cls.remedy}"
+        return f"is not right: {where}: {said_of(first)}; {cls.remedy}"
 
     @property
     def of_model(self) -> bool:

@@ -90,4 +90,20 @@ def _of_nodes(plan: Plan) -> str | None:
         return (
             f"node {lost.node} is in stage {lost.stage}, and the last stage is {len(plan.stages) - 1}: give one there"
         )
+    moved = next((node for node in plan.nodes if node.device != plan.stages[node.stage].device), None)
+    if moved is not None:
+        there = plan.stages[moved.stage].device
+        return (
+            f"node {moved.node} is on {moved.device}, and its stage {moved.stage} on {there}: give both the same device"
+        )
+    known = {node.node for node in plan.nodes}
+    for node in plan.nodes:
+        absent = next((name for name in node.inputs if name not in known), None)
+        if absent is not None:
+            return f"node {node.node} reads of {absent}, which is not among its nodes: put it back, or plan anew"
+    placed = {node.unit for node in plan.nodes if node.kind == "unit"}
+    for stage in plan.stages:
+        absent = next((unit for unit in stage.units if plan.of_model and unit not in placed), None)
+        if absent is not None:
+            return f"stage {stage.index} has unit {absent}, which is not among its nodes: put it back, or plan anew"
     return None

@@ -158,6 +158,7 @@ def plan(
             overlap=overlap,
             together=wishes.groups,
             recompute=recompute if chain else "never",
+            chain=contiguous or objective == "latency",
         )
 
     problems = [problem_at(count) for count in (profile.microbatches if microbatches == "auto" else (microbatches,))]

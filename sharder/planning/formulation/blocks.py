@@ -96,14 +96,17 @@ def _groups(graph: CostGraph) -> list[set[str]]:
     return connected_groups(graph, map(list, groups))
 
 
-def _blocks(graph: CostGraph) -> tuple[list[tuple[str, ...]], list[set[int]]]:
+def _blocks(graph: CostGraph, *, chain: bool) -> tuple[list[tuple[str, ...]], list[set[int]]]:
     """Convex groups of nodes in a topological order, and for each the indices of those before it.
 
-    A group that must stay together takes with it every node on a path between its members: the strongly connected
-    components of the quotient graph are exactly those convex hulls.
+    In a chain of stages a group that must stay together takes with it every node on a path between its members: the
+    strongly connected components of the quotient graph are exactly those convex hulls. Where no ``chain`` is wanted it
+    does not: groups are in the order of their first nodes, and what one reads of a later one orders nothing.
     """
     position = {name: i for i, name in enumerate(graph)}
     groups = _groups(graph)
+    if not chain:
+        return _loose_blocks(graph, groups, position)
     group_of = {name: i for i, group in enumerate(groups) for name in group}
     after: list[set[int]] = [set() for _ in groups]
     for maker, reader, _ in graph.edges():
@@ -125,6 +128,18 @@ def _blocks(graph: CostGraph) -> tuple[list[tuple[str, ...]], list[set[int]]]:
         for target in targets:
             before[index[target]].add(index[hull])
     return [members[hull] for hull in order], before
+
+
+def _loose_blocks(
+    graph: CostGraph, groups: Iterable[Iterable[str]], position: Mapping[str, int]
+) -> tuple[list[tuple[str, ...]], list[set[int]]]:
+    members = sorted((tuple(sorted(group, key=position.__getitem__)) for group in groups), key=lambda g: position[g[0]])
+    block_of = {name: i for i, nodes in enumerate(members) for name in nodes}
+    before: list[set[int]] = [set() for _ in members]
+    for maker, reader, _ in graph.edges():
+        if block_of[maker] < block_of[reader]:
+            before[block_of[reader]].add(block_of[maker])
+    return members, before
 
 
 def _seconds(times: list[Mapping[str, float]], devices: tuple[str, ...]) -> tuple[float, ...]:
@@ -153,8 +168,9 @@ def _parts_s(nodes: list[dict[str, Any]], devices: tuple[str, ...]) -> tuple[tup
     return tuple(zip(*(_seconds([each[part] for each in parts], devices) for part in (0, 1)), strict=True))
 
 
-def _wanted(graph: CostGraph, nodes: tuple[str, ...], pinned: Pinned) -> str | None:
-    """The device that the pins put a block of ``nodes`` on; None where they say nothing of it."""
+def _wanted(graph: CostGraph, nodes: tuple[str, ...], pinned: Pinned, cut: CostGraph) -> str | None:
+    """The device that the pins put a block of ``nodes`` on, as the groups of ``cut`` made it; None where they say
+    nothing of it."""
     if not pinned:
         return None
     wanted = {
@@ -167,8 +183,11 @@ def _wanted(graph: CostGraph, nodes: tuple[str, ...], pinned: Pinned) -> str | N
         (one, a), (other, b) = list(wanted.items())[:2]
         if a == b:
             raise ShardwrightError(f"pins put {a} on both {one} and {other}; keep one of them")
+        alike = {name: number for number, group in enumerate(_groups(cut)) for name in group}
+        share = len({alike[node] for node in nodes if (graph.nodes[node].get("unit") or node) in (a, b)}) == 1
+        between = "" if share else ", as what lies between units that share one does in a chain of stages"
         raise ShardwrightError(
-            f"pins put {a} on {one} and {b} on {other}, but the two must share a device; pin them alike"
+            f"pins put {a} on {one} and {b} on {other}, but the two must share a device{between}; pin them alike"
         )
     return next(iter(wanted), None)
 
@@ -240,6 +259,7 @@ def problem_from_graph(
     overlap: bool = False,
     together: Iterable[str | Iterable[str]] = (),
     recompute: Recompute = "never",
+    chain: bool = True,
 ) -> Problem:
     """Make the planning problem of a cost graph (attributes: :mod:`shardwright.profiler.graph`).
 
@@ -253,6 +273,8 @@ def problem_from_graph(
         overlap: whether transfers go on beside compute.
         together: units, modules or patterns, or groups of them, whose units must share a device.
         recompute: whether stages are computed anew in the backward, in training.
+        chain: whether what lies between units that must share a device has to be there too, as in a chain of stages, or
+            for a block to run without a pause. Else blocks may read of later ones.
 
     Raises:
         ShardwrightError: a device, a link, or a unit named in ``memory``, ``pins`` or ``together`` is not in the graph,
@@ -277,10 +299,10 @@ def problem_from_graph(
     if own or groups:
         copied = ((node, reader) for node, readers in own.items() for reader in readers[1:])
         cut = graph.changed({"colocate": (*graph.graph.get("colocate", ()), *groups)}, without=copied)
-    members, before = _blocks(cut)
+    members, before = _blocks(cut, chain=chain)
     data, updates = graph.nodes, _updates(graph)
     unfit = [_unfit(graph, nodes, names) for nodes in members]
-    wanted = [_wanted(graph, nodes, pinned) for nodes in members]
+    wanted = [_wanted(graph, nodes, pinned, cut) for nodes in members]
     blocks = tuple(
         Block(
             nodes=nodes,

@@ -219,7 +219,9 @@ def _solve(problem: Problem, objective: Objective, budget: Budget) -> Found | No
 
 
 def _seeds(problem: Problem, budget: Budget) -> list[list[int]]:
-    """The best chain of stages, if a fifth of the time finds one."""
+    """The best chain of stages, if a fifth of the time finds one; none where blocks read of later ones."""
+    if any(reader <= tensor.producer for tensor in problem.crossings for reader in bits(tensor.readers)):
+        return []
     with contextlib.suppress(ShardwrightError):
         split = partition(problem, time_limit_s=budget.left_s / 5)
         if split is not None:

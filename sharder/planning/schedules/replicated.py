@@ -39,9 +39,10 @@ def _why_not_shared(problems: Sequence[Problem], profile: Profile, replicas: int
         )
     if all(problem.microbatches % replicas for problem in problems):
         if profile.batch % replicas:
+            what, how = ("samples", "profile") if profile.of_model else ("micro-batches", "give costs of")
             return (
                 f"{replicas} replicas take equal parts of a batch, and {replicas} does not divide {profile.batch} "
-                "samples: profile a batch that it divides, or ask for another number"
+                f"{what}: {how} a batch that it divides, or ask for another number"
             )
         counts = ", ".join(str(problem.microbatches) for problem in problems)
         shared = ", ".join(str(count) for count in profile.microbatches if count % replicas == 0)
