@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from placing import PAIR, gradients, planned, relative
+from placing import PAIR, assert_placed_alike, gradients, planned, relative
 from torch import nn
 from torch.overrides import TorchFunctionMode, _len_torch_function_stack
 from torch.utils.checkpoint import checkpoint
@@ -268,3 +268,40 @@ def test_of_one_sample_a_result_may_have_no_dimension(captured_profile, homes):
         sw.place(model, plan, devices=dict(zip(plan.devices, homes, strict=True)))
         assert torch.allclose(on_host(model(x)), expected[0])
         assert torch.allclose(on_host(model(x[:1])), expected[1])
+
+
+class Overwrites(nn.Module):
+    """A unit that changes its input in place, which the forward reads again: made by glue beside an earlier unit."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.act = Doubling() if how == "of two" else nn.ReLU(inplace=True)
+        if how == "hooked":
+            self.act.register_forward_hook(lambda *_: None)
+        self.how = how
+
+    def forward(self, x):
+        h = self.first(x) + x
+        changed = self.act(h, x) if self.how == "of two" else self.act(h)
+        return self.last(self.second(changed) + h)
+
+
+class Doubling(nn.Module):
+    """Adds the second of its inputs to the first, in place."""
+
+    def forward(self, h, x):
+        return h.add_(x)
+
+
+@pytest.mark.parametrize("how", ["plain", "hooked", "of two"])
+def test_what_a_unit_changes_in_place_is_changed_for_all(captured_profile, how):
+    """The sum is made where its operands are, and the unit, elsewhere, changes a copy: outputs and gradients agree."""
+    args = (torch.randn(2, 4),)
+    model = Overwrites(how)
+    assert_placed_alike(captured_profile, model, args, pins={"first": "cpu:0", "second": "cpu:1"})
+    plan = sw.plan(captured_profile(model, args), microbatches=1, pins={"first": "cpu:0", "second": "cpu:1"})
+    placed = sw.place(copy.deepcopy(model), plan, devices=PAIR)
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            torch.testing.assert_close(on_host(placed(*args)), model(*args))

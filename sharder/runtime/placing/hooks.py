@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from shardwright.profiler.recording.placed import PlacementHook
 from shardwright.sharder.runtime.placing.calls import OPEN, Begun, begin, end, has_begun
 from shardwright.sharder.runtime.placing.forwards import InstanceForward, left_to_python
-from shardwright.sharder.runtime.placing.moving import Mover, containers_in, is_accelerated, may_hold
+from shardwright.sharder.runtime.placing.moving import Mover, containers_in, fetched, is_accelerated, may_hold, write_back
 
 __all__ = ["MoveInputs", "PutBack", "UnitForward", "has_hooks", "is_one_tensor"]
 
@@ -55,7 +55,13 @@ class UnitForward(InstanceForward):
         """Call the unit's own forward with the arguments beside it."""
         # Nearly always; written out, for a call of is_one_tensor would cost as much as the rest.
         if not kwargs and len(args) == 1 and isinstance(args[0], Tensor) and not self.passes:
-            return self.plain(args[0].to(self.device))
+            if torch.compiler.is_compiling():  # which knows no versions
+                return self.plain(args[0].to(self.device))
+            there = fetched(args[0], self.device)
+            output = self.plain(there)
+            if there is not args[0] and there._version:
+                write_back(args[0], there)
+            return output
         return self._fetched(args, kwargs)
 
     @left_to_python
@@ -67,6 +73,7 @@ class UnitForward(InstanceForward):
         try:
             args, kwargs = tuple([mover(arg) for arg in args]), {key: mover(arg) for key, arg in kwargs.items()}
             output = self.plain(*args, **kwargs)
+            mover.write_back()
         finally:
             if mover.written:
                 mover.put_back(kept=containers_in(output))
@@ -113,14 +120,14 @@ class MoveInputs(PlacementHook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Move the arguments."""
-        if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):  # nearly always
-            return (args[0].to(self.device),), kwargs
+        if not kwargs and len(args) == 1 and isinstance(args[0], Tensor) and args[0].device == self.device:
+            return args, kwargs
         return self._fetched(module, args, kwargs)
 
     @left_to_python
     def _fetched(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         mover = _mover(self, args, kwargs)
-        if any(map(may_hold, (*args, *kwargs.values()))):
+        if any(may_hold(arg) or isinstance(arg, Tensor) for arg in (*args, *kwargs.values())):
             if self.put_back is None:
                 self._will_put_back(module)
             begin(_Moved(self, mover))
@@ -129,7 +136,7 @@ class MoveInputs(PlacementHook):
     def _will_put_back(self, module: nn.Module) -> None:
         """Add the hook for after the calls, from this one on, where it would be had it come with this one.
 
-        Most units never get a container, and a hook costs the same whether it has anything to do or not.
+        Where a unit gets what is there already, a hook costs the same whether it has anything to do or not.
         """
         self.put_back = PutBack(self)
         taken = [*module._forward_hooks, *module._forward_pre_hooks]  # of a loaded model, by another process
@@ -143,7 +150,8 @@ class MoveInputs(PlacementHook):
 class PutBack(PlacementHook):
     """Forward hook of a unit, called after an error too: its caller's lists and dictionaries get their tensors back.
 
-    What the unit wrote stays, and so do containers that it returns: as its outputs they lie on its device.
+    What the unit wrote stays, and so do containers that it returns: as its outputs they lie on its device. What it
+    changed of a tensor in place is changed in the caller's.
     """
 
     def __init__(self, move: MoveInputs) -> None:
@@ -157,5 +165,8 @@ class PutBack(PlacementHook):
     @left_to_python
     def _put_back(self, output: Any) -> None:
         call = end(self.move) if has_begun(self.move) else None
-        if isinstance(call, _Moved) and call.mover.written:
-            call.mover.put_back(kept=containers_in(output))
+        if isinstance(call, _Moved):
+            if output is not None:
+                call.mover.write_back()
+            if call.mover.written:
+                call.mover.put_back(kept=containers_in(output))

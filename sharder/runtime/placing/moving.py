@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from shardwright.profiler.recording.structure import tensors_of
 
-__all__ = ["Mover", "containers_in", "is_accelerated", "may_hold", "moved", "rewrite"]
+__all__ = ["Mover", "containers_in", "fetched", "is_accelerated", "may_hold", "moved", "rewrite", "write_back"]
 
 _WITHOUT_INSIDE = (str, bytes, int, float, complex, type(None), torch.Size, torch.dtype, nn.Module, type)
 
@@ -31,6 +31,19 @@ def moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value if value.device == device else value.to(device)
     return Mover(device, writes=())(value)
+
+
+def fetched(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``: itself, or a copy that counts its changes, in inference mode too."""
+    if not torch.is_inference_mode_enabled():
+        return tensor.to(device)
+    with torch.inference_mode(mode=False):
+        return tensor.to(device)
+
+
+def write_back(tensor: Tensor, there: Tensor) -> None:
+    """Give ``tensor`` what its copy ``there`` was changed to in place, with the gradient of that."""
+    tensor.copy_(there)
 
 
 @torch.no_grad()
@@ -105,7 +118,9 @@ class Mover:
         return self.lengths_stay and tensor.dim() == 1 and tensor.dtype == torch.int64 and tensor.device.type == "cpu"
 
     def _there(self, value: Any) -> Any:
-        if isinstance(value, (Tensor, PackedSequence)):  # the sizes of a packed sequence stay on the CPU
+        if isinstance(value, Tensor):
+            return fetched(value, self.device)
+        if isinstance(value, PackedSequence):  # the sizes of a packed sequence stay on the CPU
             return value.to(self.device)  # type: ignore[arg-type]  # torch's stub knows the dtype only
         slots = _slots(value)
         if slots is not None:
@@ -134,6 +149,12 @@ class Mover:
                 target = container if in_place else copy.copy(container) if target is container else target
                 write(target, key, there)
         return target
+
+    def write_back(self) -> None:
+        """Change tensors in place as their copies were."""
+        for value, there in self._known.values():
+            if isinstance(value, Tensor) and there is not value and there._version:
+                write_back(value, there)
 
     def put_back(self, kept: Container[int] = ()) -> None:
         """Give containers back what was replaced in them and is still there, except those in ``kept``, by ``id``."""
