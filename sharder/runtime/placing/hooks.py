@@ -17,7 +17,14 @@ from torch.utils.hooks import RemovableHandle
 from shardwright.profiler.recording.placed import PlacementHook
 from shardwright.sharder.runtime.placing.calls import OPEN, Begun, begin, end, has_begun
 from shardwright.sharder.runtime.placing.forwards import InstanceForward, left_to_python
-from shardwright.sharder.runtime.placing.moving import Mover, containers_in, fetched, is_accelerated, may_hold, write_back
+from shardwright.sharder.runtime.placing.moving import (
+    Mover,
+    containers_in,
+    fetched,
+    is_accelerated,
+    may_hold,
+    write_back,
+)
 
 __all__ = ["MoveInputs", "PutBack", "UnitForward", "has_hooks", "is_one_tensor"]
 
