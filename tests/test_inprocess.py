@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inprocess import BATCH, WIDTH, Chain, Skips, assert_same_step, losses, piped
+from inprocess import BATCH, WIDTH, Chain, Skips, assert_same_step, forward_of, losses, piped
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.utils import prune
 
 import shardwright as sw
+from shardwright.sharder.runtime.local.baked import baked
 
 __all__ = ["piped"]  # fixtures
 
@@ -296,3 +298,67 @@ def test_autocast_of_the_caller_is_the_threads(piped):
     expected.sum().backward()
     torch.testing.assert_close(placed[0][0].weight.grad, model[0][0].weight.grad, rtol=2e-2, atol=2e-2)
     assert placed(x).dtype == torch.float32
+
+
+# What is changed after the first call
+
+
+class Switched(nn.Module):
+    """Goes by a number, a switch, an entry of a dictionary and a tensor that is no parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(4)])
+        self.scale, self.skips, self.options, self.shift = 1.0, False, {"gain": [1.0]}, torch.ones(WIDTH)
+
+    def forward(self, x):
+        x = self.layers[1](self.layers[0](x) * self.scale)
+        if not self.skips:
+            x = self.layers[2](x)
+        return self.layers[3](x) * self.options["gain"][0] + self.shift
+
+
+CHANGES = {
+    "a number": lambda m: setattr(m, "scale", 0.5),
+    "a switch": lambda m: setattr(m, "skips", True),
+    "an entry": lambda m: m.options["gain"].__setitem__(0, 2.0),
+    "a tensor": lambda m: setattr(m, "shift", torch.zeros(WIDTH)),
+    "a module": lambda m: m.layers.__setitem__(1, nn.Linear(WIDTH, WIDTH, bias=True).requires_grad_(False)),
+    "a pruned unit": lambda m: prune.l1_unstructured(m.layers[1], "weight", 0.5),
+    "nothing": lambda m: setattr(m, "scale", m.scale),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_after_a_call_counts_in_the_next(piped, change):
+    """The model is captured anew where its own forward may go by what has changed, and not where nothing has."""
+    x = torch.randn(BATCH, WIDTH)
+    model, placed = piped(Switched(), (x,))
+    torch.testing.assert_close(placed(x), model(x))
+    for one in (model, placed):
+        torch.manual_seed(1)
+        CHANGES[change](one)
+    found, expected = placed(x), model(x)
+    torch.testing.assert_close(found, expected)
+    losses(found).backward()
+    losses(expected).backward()
+    pairs = zip(placed.named_parameters(), model.named_parameters(), strict=True)
+    for (name, one), (_, other) in pairs:
+        assert (one.grad is None) == (other.grad is None), name
+        if one.grad is not None:
+            torch.testing.assert_close(one.grad, other.grad)
+    captured_anew = change not in ("nothing", "a pruned unit")
+    assert len(forward_of(placed).programs) == 1 + captured_anew
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=5))
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_what_is_baked_is_equal_to_itself_and_changes_with_each_value(value):
+    """Not-a-number too; a value of another type is another, as True is not 1."""
+    model = nn.Module()
+    model.held = value
+    first = baked(model, ())
+    assert first == baked(model, ())
+    assert hash(first) == hash(baked(model, ()))
+    model.held = [value]
+    assert baked(model, ()) != first

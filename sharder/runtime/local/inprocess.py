@@ -3,13 +3,15 @@
 ``place(model, plan, microbatches=8)`` replaces the forward of this one model (not of its class), and ``unplace`` gives
 it back. A call takes the whole batch and returns the whole batch's outputs; the caller's ``loss.backward()`` goes
 through the stages likewise. The model is captured at micro-batch size when it is first called with inputs of a shape,
-in a mode (training, gradients, autocast), and what the capture gives is held against the model then. What cannot be
+in a mode (training, gradients, autocast), and when attributes have changed that its forward may go by
+(:mod:`shardwright.sharder.runtime.local.baked`); what the capture gives is held against the model then. What cannot be
 divided evenly, and calls under modes of the caller's that its threads do not have, run the placed forward, one device
 after the other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +31,7 @@ from shardwright.profiler.recording.placed import placement_hooks
 from shardwright.profiler.recording.structure import filled, tensors_in
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.check import check_plan_can_be_piped
+from shardwright.sharder.runtime.local.baked import baked
 from shardwright.sharder.runtime.local.flight import Flight, through
 from shardwright.sharder.runtime.local.prepare import Program, prepared
 from shardwright.sharder.runtime.local.threads import Seat, StageThreads
@@ -85,6 +88,7 @@ class PipelinedForward(InstanceForward):
     ) -> None:
         super().__init__(model)
         self.plan, self.homes, self.origins, self.count = plan, homes, origins, count
+        self._paths = [path for path in plan.placement() if path]
         self._begin()
 
     def _begin(self) -> None:
@@ -118,7 +122,9 @@ class PipelinedForward(InstanceForward):
 
     def _program(self, given: _Given, args: Any, kwargs: Any) -> tuple[Program, StageThreads]:
         """What was captured for such inputs in this mode, captured now if need be."""
-        key = (given.key, _modes(), tuple([module.training for module in self.module.modules()]))
+        own = self._units()
+        training = tuple([module.training for module in self.module.modules()])
+        key = (given.key, _modes(), training, baked(self.module, own))
         if key not in self.programs:
             self._warn()
             with self._as_it_was() as brought:
@@ -130,6 +136,14 @@ class PipelinedForward(InstanceForward):
         if self.threads is None or not self.threads.are_here():
             self.threads = StageThreads(_seats(self.plan, self.homes))
         return self.programs[key], self.threads
+
+    def _units(self) -> set[int]:
+        """The ``id`` of each unit that is in the model now."""
+        found = set()
+        for path in self._paths:
+            with contextlib.suppress(AttributeError):  # it is no more: the capture will say so
+                found.add(id(self.module.get_submodule(path)))
+        return found
 
     def _warn(self) -> None:
         norms = (m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training)

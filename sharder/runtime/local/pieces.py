@@ -85,12 +85,7 @@ class Stage:
                 self._turns,
                 lambda: {name: get() for name, get in named.items()},
             )
-        self._holders = [
-            (inner._parameters, name)
-            for module in modules.values()
-            for inner in module.modules()
-            for name in inner._parameters
-        ]
+        self._holders = [inner._parameters for module in modules.values() for inner in module.modules()]
 
     @staticmethod
     def _is_tensor(op: str, held: Any) -> bool:
@@ -98,7 +93,7 @@ class Stage:
 
     def trained(self) -> list[Tensor]:
         """The parameters, and what else it reads, that want a gradient now."""
-        held = [*(parameters[name] for parameters, name in self._holders), *(get() for get in self._attributes)]
+        held = [*(p for parameters in self._holders for p in parameters.values()), *(get() for get in self._attributes)]
         return list({id(t): t for t in held if t is not None and t.requires_grad}.values())
 
     def __call__(self, received: Sequence[Tensor]) -> tuple[Tensor, ...]:
