@@ -57,6 +57,33 @@ def test_a_run_says_what_normalises_over_micro_batches(captured_profile):
     assert piped(captured_profile, plain, args, 4).batch_norm == ""
 
 
+class Averaging(nn.Module):
+    """Keeps a running mean of what passes, and counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*[nn.Linear(6, 6) for _ in range(3)])
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        x = self.layers(x)
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
+            self.calls.add_(1)
+        return x - self.mean
+
+
+def test_a_run_says_what_the_forward_writes_for_each_micro_batch(captured_profile):
+    """It was compared with the model in micro-batches, and trains otherwise than on the whole batch."""
+    args = (torch.randn(8, 6),)
+    run = piped(captured_profile, Averaging(), args, 4)
+    assert run.batch_norm.startswith("mean (and 1 more) is written by the forward, 4 times a batch in the pipeline")
+    placed = captured_profile(Averaging(), args, microbatches=(1, 4))
+    with pytest.warns(UserWarning, match="mean .* is written by the forward, once for each of the 4 micro-batches"):
+        sw.place(Averaging(), sw.plan(placed, microbatches=4, pins={"layers.0": "cpu:0"}), microbatches=4)(*args)
+
+
 class ThreeNames(nn.Module):
     """A weight with three names, of which no unit that is called has the first, as in T5."""
 

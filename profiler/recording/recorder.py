@@ -29,6 +29,7 @@ from shardwright.profiler.recording.inside import READS_BACK, follows, tensors_o
 from shardwright.profiler.recording.operations import Operation, OperationRecorder, decides_by_values
 from shardwright.profiler.recording.regions import not_reentrant, reentrant_modes
 from shardwright.profiler.recording.saved import SavedWatcher
+from shardwright.profiler.recording.state import Versions
 from shardwright.profiler.recording.structure import tensors_in, tensors_of
 from shardwright.profiler.recording.told_devices import ToldDevices
 from shardwright.profiler.recording.unitgraph import (
@@ -123,6 +124,7 @@ class Recorder(SavedWatcher, TorchFunctionMode):
             self.hook_ids |= {before.id, after.id}
             hooks.callback(before.remove)
             hooks.callback(after.remove)
+        versions = Versions(self.model)
         operating = OperationRecorder(self._operation, echoes=self.echoes) if self.counts_operations else nullcontext()
         with hooks, self.watching_saved(), functions_applied(self._apply), self, operating:
             try:
@@ -143,7 +145,9 @@ class Recorder(SavedWatcher, TorchFunctionMode):
                 f"unit {self.current.name} of {type(self.model).__name__} failed and the forward caught its error, "
                 "which a capture cannot follow; call it in a way that succeeds"
             )
-        return self._finish(input_names, output), output
+        capture = self._finish(input_names, output)
+        capture.changes = versions.changed()
+        return capture, output
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

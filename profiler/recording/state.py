@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from shardwright.profiler.recording.equality import same_values
 from shardwright.profiler.recording.structure import PLAIN, nbytes
 
-__all__ = ["Snapshot", "attributes_kept"]
+__all__ = ["Snapshot", "Versions", "attributes_kept"]
 
 SMALL_BYTES = 2**31
 """Of parameters so large together no copy is kept while the model is captured, nor of plain tensors and arrays."""
@@ -79,6 +79,31 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
     """Give every module of ``model`` its attributes back; see :meth:`Snapshot.attributes_kept`."""
     with Snapshot(model).attributes_kept():
         yield
+
+
+class Versions:
+    """Parameters and buffers of a model as they are before a forward, to be asked which of them it has changed.
+
+    Running statistics, which PyTorch does not count as changes, and the counters beside them are none.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        counters = {id(m.num_batches_tracked) for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)}
+        self.before = {
+            name: (tensor, None if tensor.is_inference() else tensor._version)
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+            if id(tensor) not in counters
+        }
+
+    def changed(self) -> tuple[str, ...]:
+        """The names of those that are others now, or have been written."""
+        now = dict((*self.model.named_parameters(), *self.model.named_buffers()))
+        return tuple(
+            name
+            for name, (tensor, version) in self.before.items()
+            if now.get(name) is not tensor or (version is not None and tensor._version != version)
+        )
 
 
 class _Attributes:

@@ -143,6 +143,8 @@ class UnitGraph:
     """Values whose storage autograd keeps -> the step whose ``saved_bytes`` count it, the first to save it."""
     reads_numbers: bool = False
     """Whether anything in the forward, inside of units too, made a number of Python or a shape of tensors' values."""
+    changes: tuple[str, ...] = ()
+    """Parameters and buffers that the forward writes, running statistics of normalisations apart."""
     checkpointed_modules: frozenset[str] = frozenset()
     """Modules whose calls are regions of checkpointing, outside of units or as units."""
     obstacles: list[str] = field(default_factory=list)

@@ -16,8 +16,9 @@ from shardwright.profiler.units import structure_digest
 from shardwright.sharder.planning.plan import Plan
 
 __all__ = [
-    "batch_norm_apart",
+    "apart",
     "cannot_be_piped",
+    "changed_apart",
     "check_can_be_piped",
     "check_inputs",
     "check_model",
@@ -139,12 +140,29 @@ def _listed(specs: tuple[TensorSpec, ...]) -> str:
     return ", ".join(str(spec) for spec in specs) or "(none)"
 
 
-def batch_norm_apart(model: nn.Module, plan: Plan, *, every: bool = False) -> str:
-    """That the pipeline normalises over micro-batches what the unsharded model does over the batch; empty if not so.
+def apart(model: nn.Module, plan: Plan, changes: Sequence[str], *, every: bool = False) -> str:
+    """What the pipeline does for each micro-batch that the unsharded model does once for the batch, in training, so
+    that the two learn apart; empty if there is nothing.
 
     Args:
+        changes: what the forward writes of parameters and buffers.
         every: whether all of the model is put into training, also what is in evaluation while the model is not.
     """
+    return "; ".join(filter(None, (_normalised_apart(model, plan, every=every), changed_apart(plan, changes))))
+
+
+def changed_apart(plan: Plan, changes: Sequence[str]) -> str:
+    """Of :func:`apart`, what of the model's state the forward writes."""
+    if not changes or not plan.train or plan.microbatches == 1:
+        return ""
+    more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
+    return (
+        f"{changes[0]}{more} is written by the forward, {plan.microbatches} times a batch in the pipeline and once in "
+        "the unsharded model, so that what it holds differs; with 1 micro-batch it does not"
+    )
+
+
+def _normalised_apart(model: nn.Module, plan: Plan, *, every: bool) -> str:
     norms = [
         name
         for name, m in model.named_modules()
@@ -155,9 +173,9 @@ def batch_norm_apart(model: nn.Module, plan: Plan, *, every: bool = False) -> st
     if not norms or not plan.train or plan.microbatches == 1:
         return ""
     more = f" (and {len(norms) - 1} more)" if len(norms) > 1 else ""
-    apart = ", with running statistics for each replica, of which the first's are saved" * (plan.replicas > 1)
+    own = ", with running statistics for each replica, of which the first's are saved" * (plan.replicas > 1)
     return (
         f"{norms[0]}{more} normalises over a micro-batch of {plan.batch // plan.microbatches} samples in the pipeline, "
-        f"not over the batch of {plan.batch}{apart}: training differs from the unsharded model's; GroupNorm or "
+        f"not over the batch of {plan.batch}{own}: training differs from the unsharded model's; GroupNorm or "
         "LayerNorm do not depend on the batch"
     )

@@ -211,8 +211,8 @@ class Run(Document):
     naive: tuple[Naive, ...] = ()
     """What the plan would be without a planner; empty where that was not asked for."""
     batch_norm: str = ""
-    """What normalises over micro-batches here, and over the batch in the unsharded model: the two were compared
-    micro-batch by micro-batch; empty where nothing does."""
+    """What is done for each micro-batch here, and once for the batch in the unsharded model, as batch normalisation and
+    changes of buffers are: the two were compared micro-batch by micro-batch; empty where nothing is."""
 
     def gain_over(self, naive: Naive) -> float | None:
         """How many times as fast as that split the plan is, measured; None where it was not run."""

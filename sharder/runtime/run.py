@@ -30,7 +30,7 @@ from shardwright.profiler.workers.pool import Pool, WorkerError
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.planning.schedules.foreseen import at_pace
 from shardwright.sharder.runtime.accounts import Noted, accounts_of
-from shardwright.sharder.runtime.check import batch_norm_apart, check_can_be_piped, check_inputs, check_model, units_of
+from shardwright.sharder.runtime.check import apart, check_can_be_piped, check_inputs, check_model, units_of
 from shardwright.sharder.runtime.gates.gate import DifferenceError, Gate
 from shardwright.sharder.runtime.naive import NAIVE_LIMIT_S, naive_plans, not_measured
 from shardwright.sharder.runtime.piping.cut import check_all_called, cut
@@ -144,8 +144,9 @@ def run(
             del rivals[error.name]
             why[error.name] = str(error)
     run = _record(plan, measured, {name: split.plan for name, split in rivals.items()}, why | kept.refused, steps)
-    apart = batch_norm_apart(model, plan, every=True)  # as the workers put it
-    return run.model_copy(update={"baseline_why": kept.alone_why, "batch_norm": apart})
+    assert own.capture is not None  # of it the programs were cut
+    differs = apart(model, plan, own.capture.changes, every=True)  # as the workers put it
+    return run.model_copy(update={"baseline_why": kept.alone_why, "batch_norm": differs})
 
 
 class _Captures:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.recording.structure import map_tensors
 from shardwright.sharder.planning.plan import Plan
-from shardwright.sharder.runtime.check import batch_norm_apart, check_can_be_piped, check_inputs, check_model
+from shardwright.sharder.runtime.check import apart, changed_apart, check_can_be_piped, check_inputs, check_model
 from shardwright.sharder.runtime.nodes import interface_put_back
 from shardwright.sharder.runtime.piping.batches import BatchForm, Division, fingerprint, pieces_of
 from shardwright.sharder.runtime.piping.engine import SharedGradients
@@ -117,13 +117,14 @@ class Pipe:
         self._form = BatchForm.of(args, kwargs, plan.batch, plan.microbatches, plan.replicas)
         self._autocast = _autocast(self.device)
         self._numbers = OwnNumbers(self.device, ranks.rank) if ranks.size > 1 else None
-        apart = batch_norm_apart(model, plan)
-        if apart and ranks.rank == 0:
-            warnings.warn(apart, stacklevel=3)  # where the pipeline is asked for
+        normalised = apart(model, plan, ())  # before it is all in training
         if plan.train and not model.training:
             model.train()
         saved = tuple(model.state_dict())
         self._recipe = Recipe(model, plan, ranks.position, ranks.device, args, kwargs)
+        differs = "; ".join(filter(None, (normalised, changed_apart(plan, self._recipe.changes))))
+        if differs and ranks.rank == 0:
+            warnings.warn(differs, stacklevel=3)  # where the pipeline is asked for
         self.module: nn.Module = self._recipe.form(self._recipe.size, train=plan.train).module
         programs, place = self._recipe.programs, (ranks.position, ranks.depth)
         self._state = StageState(model, saved, programs, self.module, *place, keeps_unused=ranks.replica == 0)

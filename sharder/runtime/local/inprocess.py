@@ -126,13 +126,13 @@ class PipelinedForward(InstanceForward):
         training = tuple([module.training for module in self.module.modules()])
         key = (given.key, _modes(), training, baked(self.module, own))
         if key not in self.programs:
-            self._warn()
             with self._as_it_was() as brought:
                 moved = (args, kwargs) if brought is None else pytree.tree_map_only(Tensor, brought, (args, kwargs))
                 program = prepared(self.module, self.plan, self.homes, *moved, count=self.count)
             while len(self.programs) >= MOST_PROGRAMS:
                 del self.programs[next(iter(self.programs))]
             self.programs[key] = program
+            self._warn(program)
         if self.threads is None or not self.threads.are_here():
             self.threads = StageThreads(_seats(self.plan, self.homes))
         return self.programs[key], self.threads
@@ -145,14 +145,20 @@ class PipelinedForward(InstanceForward):
                 found.add(id(self.module.get_submodule(path)))
         return found
 
-    def _warn(self) -> None:
-        norms = (m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training)
-        if self.count > 1 and not self.warned and next(norms, None) is not None:
-            self.warned = True
-            warnings.warn(
-                f"batch normalisation sees each of the {self.count} micro-batches by itself, not the whole batch",
-                stacklevel=6,
+    def _warn(self, program: Program) -> None:
+        """Say once what is done for each micro-batch, and would be done once for the whole batch."""
+        norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in self.module.modules())
+        said = [
+            f"batch normalisation sees each of the {self.count} micro-batches by itself, not the whole batch"
+        ] * norms
+        if program.changes:
+            more = f" (and {len(program.changes) - 1} more)" if len(program.changes) > 1 else ""
+            said.append(
+                f"{program.changes[0]}{more} is written by the forward, once for each of the {self.count} micro-batches"
             )
+        if self.count > 1 and said and not self.warned:
+            self.warned = True
+            warnings.warn("; ".join(said), stacklevel=6)
 
     @contextmanager
     def _as_it_was(self) -> Iterator[Callable[[Tensor], Tensor] | None]:

@@ -47,6 +47,8 @@ class Program(NamedTuple):
     stages: list[Stage]
     template: Any
     """The model's result, with holes for its tensors."""
+    changes: tuple[str, ...]
+    """Parameters and buffers that the forward writes."""
 
 
 def prepared(
@@ -91,7 +93,7 @@ def prepared(
         for program, stage in zip(programs, plan.stages, strict=True)
     ]
     places = itertools.count()
-    return Program(stages, copied(result, lambda _: Hole(next(places))))
+    return Program(stages, copied(result, lambda _: Hole(next(places))), capture.changes)
 
 
 def _captured(

@@ -79,6 +79,8 @@ class Recipe:
         self.size = plan.batch // plan.microbatches
         self.forms: dict[tuple[int, bool], StageForm] = {}
         self.why_not = ""
+        self.changes: tuple[str, ...] = ()
+        """Parameters and buffers that the forward writes in training."""
         cuts = {plan.train: self._cut(self.size, train=plan.train)}
         if plan.train:
             try:
@@ -126,6 +128,7 @@ class Recipe:
             hook.remove()
         if (size, train) == (self.size, self.plan.train):
             check_all_called(capture, self.plan)
+            self.changes = capture.changes
         programs = sendable(cut(capture, self.plan), train=train)
         return _Cut(programs, OutputForm(returned[-1], capture.output_places, size))
 
