@@ -31,6 +31,7 @@ from shardwright.profiler.recording.state import Snapshot
 from shardwright.profiler.recording.structure import tensors_in
 from shardwright.profiler.recording.unitgraph import UnitGraph
 from shardwright.profiler.records import count_steps, measurements_of, nodes_of, tensors_of, ties_of
+from shardwright.profiler.trace import refuse_lazy
 from shardwright.profiler.units import structure_digest
 
 __all__ = ["profile"]
@@ -205,6 +206,7 @@ def _check_options(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise ShardwrightError(f"the model is {kind_of(model)}; give an nn.Module")
+    refuse_lazy(model)
     if train and not any(p.requires_grad for p in model.parameters()):
         raise ShardwrightError("no parameter requires a gradient: there is nothing to train; profile with --inference")
     if split and not train:

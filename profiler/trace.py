@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.recording.callsites import functions_applied
@@ -27,7 +28,7 @@ from shardwright.profiler.recording.state import Snapshot, attributes_kept
 from shardwright.profiler.recording.unitgraph import UnitGraph, mean_square_loss
 from shardwright.profiler.units import find_units
 
-__all__ = ["CaptureError", "as_found", "attributes_kept", "checked_trace", "evaluating", "trace"]
+__all__ = ["CaptureError", "as_found", "attributes_kept", "checked_trace", "evaluating", "refuse_lazy", "trace"]
 
 
 class CaptureError(ShardwrightError):
@@ -222,10 +223,16 @@ def _checked(model: nn.Module, units: Mapping[str, nn.Module] | None) -> dict[st
             f"{type(model).__name__} has no child modules, so there is nothing to split; "
             "pass the model that holds it, or put its layers in an nn.Sequential"
         )
-    lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.UninitializedParameter)]
-    if lazy:
-        raise ShardwrightError(f"{lazy[0]} has no shape yet: run one forward of the model before it is profiled")
+    refuse_lazy(model)
     return found
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Refuse a model whose lazy modules have not run yet."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    lazy = next((name for name, tensor in named if isinstance(tensor, UninitializedTensorMixin)), None)
+    if lazy is not None:
+        raise ShardwrightError(f"{lazy} has no shape yet: run one forward of the model before it is profiled")
 
 
 @contextmanager

@@ -232,3 +232,32 @@ def test_a_backward_in_two_parts_is_measured_when_asked_for(tmp_path):
     split.save(tmp_path / "split.json")
     assert sw.Profile.load(tmp_path / "split.json") == split
     assert split.graph(2).nodes["2"]["backward_weight_s"] == {"cpu:0": found["2"].backward_weight_s}
+
+
+class Penalised(nn.Module):
+    """Takes the gradient of its units' result by its input, in evaluation without gradients as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def forward(self, x):
+        x = x.requires_grad_()
+        h = self.layers(x)
+        (slope,) = torch.autograd.grad(h.sum(), x, create_graph=True)
+        return h, slope.square().sum(1)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4)), "0.weight has no shape yet: run one forward of the model"),
+        (nn.Sequential(nn.Linear(4, 4), nn.LazyBatchNorm1d()), "1.weight has no shape yet: run one forward"),
+        (Penalised(), "takes gradients of what units have computed"),
+    ],
+    ids=["lazy", "lazy norm", "penalised"],
+)
+def test_a_model_that_cannot_be_profiled_is_one_line(model, says):
+    """Whatever a profile looks at first."""
+    with pytest.raises(sw.ShardwrightError, match=says):
+        sw.profile(model, (torch.randn(8, 4),), devices=["cpu:0", "cpu:1"])

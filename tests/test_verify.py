@@ -161,3 +161,28 @@ def test_of_replicas_the_first_is_replayed_with_its_part(captured_profile):
     assert check
     assert set(seen) == {(4, 4)}
     assert check.transfer_bytes == 4 * 4 * 4 + 4 * 4  # one activation of four samples and the scale, in float32
+
+
+class Slope(nn.Module):
+    """The gradient of something, as its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.energy = nn.Linear(4, 1)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.energy(x).tanh().sum(), x)
+        return slope
+
+
+def test_a_unit_that_takes_gradients_is_told_to_be_beyond_simulated_devices(captured_profile):
+    """PyTorch's engine knows one device of a made-up kind; the unit, the line and what to do are named."""
+    model, x = nn.Sequential(nn.Linear(4, 4), Slope(), nn.Linear(4, 4)), torch.randn(4, 4)
+    profile = captured_profile(model, (x,), train=False)
+    plan = sw.plan(profile, microbatches=2, pins={"0": "cpu:0", "1": "cpu:1"})
+    with pytest.raises(
+        sw.ShardwrightError, match=r"takes gradients itself in unit 1 \(test_verify.py:\d+\), which sim"
+    ):
+        sw.verify(model, plan, (x,))

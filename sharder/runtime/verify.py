@@ -157,6 +157,11 @@ def _verified(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[
             return Check(mismatch, outputs_equal=False, transfers=watch.transfers, transfer_bytes=watch.transfer_bytes)
         except Exception as error:
             inside = f" in unit {watch.unit}" if watch.unit else ""
+            if "device.index()" in str(error) and "INTERNAL ASSERT" in str(error):  # the engine of autograd says so
+                raise ShardwrightError(
+                    f"the forward takes gradients itself{inside} ({error_site(error) or INSIDE_TORCH}), which "
+                    "simulated devices cannot: this placement can only be tried on its own devices, with place(model, plan)"
+                ) from error
             raise ShardwrightError(
                 f"the replay failed{inside} ({error_site(error) or INSIDE_TORCH}): "
                 f"{type(error).__name__}: {' '.join(str(error).split())}"
