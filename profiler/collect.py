@@ -25,7 +25,7 @@ from shardwright.profiler.measuring.optimizers import OptimizerLike, OptimizerMe
 from shardwright.profiler.measuring.signature import board_key
 from shardwright.profiler.profile import Device, Link, Measurement, Profile
 from shardwright.profiler.recall import Request, keep, recall
-from shardwright.profiler.recording.inputs import batch_size, default_counts, input_specs, microbatch
+from shardwright.profiler.recording.inputs import batch_size, check_args, default_counts, input_specs, microbatch
 from shardwright.profiler.recording.shapes import shapes_only
 from shardwright.profiler.recording.state import Snapshot
 from shardwright.profiler.recording.structure import tensors_in
@@ -93,6 +93,7 @@ def profile(
     Raises:
         ShardwrightError: the forward fails, a device does not exist, or a worker fails.
     """
+    check_args(args)
     kwargs = dict(kwargs or {})
     units = (units,) if isinstance(units, str) else units
     tell = progress or silent

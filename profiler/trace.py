@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.recording.callsites import functions_applied
@@ -230,7 +230,8 @@ def _checked(model: nn.Module, units: Mapping[str, nn.Module] | None) -> dict[st
 def refuse_lazy(model: nn.Module) -> None:
     """Refuse a model whose lazy modules have not run yet."""
     named = (*model.named_parameters(), *model.named_buffers())
-    lazy = next((name for name, tensor in named if isinstance(tensor, UninitializedTensorMixin)), None)
+    without = UninitializedBuffer, UninitializedParameter
+    lazy = next((name for name, tensor in named if isinstance(tensor, without)), None)
     if lazy is not None:
         raise ShardwrightError(f"{lazy} has no shape yet: run one forward of the model before it is profiled")
 

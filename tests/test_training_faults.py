@@ -2,6 +2,8 @@
 
 import functools
 import os
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +57,13 @@ def raising(_output, _target):
     raise ValueError("no luck with this loss")
 
 
+def loss_failed(stage, why):
+    """The line that names the user's own line."""
+    here = Path(__file__).read_text(encoding="utf-8").splitlines()
+    line = 1 + next(n for n, text in enumerate(here) if f'raise ValueError("{why}")' in text)
+    return f"the loss function failed at test_training_faults.py:{line} on a micro-batch of {stage}: ValueError: {why}"
+
+
 def failing_and_going_on(kind, plan, options):
     """In a rank: the errors of a step and of the next."""
     pipe = made_pipe(kind, plan, **options)
@@ -84,7 +93,7 @@ def test_a_loss_that_raises_ends_all_ranks(workers, captured_profile):
     """All ranks name the stage that failed and why; none waits for longer than the limit."""
     plan = planned(captured_profile, Chain, 3)
     lines = on_ranks(workers, 3, failing_and_going_on, Chain, plan, {"loss": raising, "timeout_s": 4.0})
-    failed = "stage 2 on cpu:2 failed: ValueError: no luck with this loss"
+    failed = loss_failed("stage 2 on cpu:2", "no luck with this loss")
     assert [first for first, _ in lines] == [failed] * 3
     # Messages of that step are still under way; the next one must not take them for its own.
     (second,) = {second for _, second in lines}
@@ -92,11 +101,59 @@ def test_a_loss_that_raises_ends_all_ranks(workers, captured_profile):
     assert f"({failed}); start the processes again, from the last checkpoint" in second
 
 
+def going_on_after_an_evaluation(kind, plan):
+    """In a rank: the error of an evaluation, whose loss got no target, and the step after it."""
+    pipe = made_pipe(kind, plan)
+    args, kwargs, target = kind.batch(0)
+    line = told(lambda: pipe.evaluate(*args, **kwargs))
+    return line, float(pipe.step(*args, target=target, **kwargs))
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_an_evaluation_whose_loss_fails_leaves_nothing_behind(workers, captured_profile, replicas):
+    """All ranks hear of it at once, in one line, and train on."""
+    ((loss, _),), _ = unsharded(Chain, [[0]])
+    plan = planned(captured_profile, Chain, 2, replicas=replicas)
+    found = on_ranks(workers, 2 * replicas, going_on_after_an_evaluation, Chain, plan)
+    lines = {line for line, _ in found}
+    assert len(lines) == 1
+    assert next(iter(lines)).startswith("the loss function failed on a micro-batch of stage 1")
+    assert [value for _, value in found] == pytest.approx([loss] * len(found), rel=1e-5)
+
+
+def each_in_its_own_way(kind, plan, calls):
+    """In a rank: a good step, then what ``calls`` has for it."""
+    pipe = made_pipe(kind, plan, timeout_s=4.0)
+    args, kwargs, target = kind.batch(0)
+    pipe.step(*args, target=target, **kwargs)
+    what, samples = calls[pipe.stage]
+    call = pipe.clip_grad_norm_ if what == "clip" else getattr(pipe, what)
+    given = (1.0,) if what == "clip" else tuple(arg[:samples] for arg in args)
+    return told(lambda: call(*given, **({} if what == "clip" else {"target": target[:samples]})))
+
+
+@pytest.mark.parametrize(
+    ("calls", "whose"),
+    [
+        ((("step", 8), ("step", 4)), ("step() of 8 samples", "step() of 4 samples")),
+        ((("step", 8), ("evaluate", 8)), ("step() of 8 samples", "evaluate() of 8 samples")),
+        ((("clip", 0), ("step", 8)), ("clip_grad_norm_()", "step() of 8 samples")),
+    ],
+    ids=str,
+)
+def test_ranks_that_do_not_do_the_same_are_told(workers, captured_profile, calls, whose):
+    """One of them sees it before messages meet that are not for each other; both say the same."""
+    lines = on_ranks(workers, 2, each_in_its_own_way, Chain, planned(captured_profile, Chain, 2), calls)
+    assert len(set(lines)) == 1
+    assert all(one in lines[0] for one in whose)
+    assert "call every rank alike" in lines[0]
+
+
 def test_of_several_stages_all_are_named(workers, captured_profile):
     """What fails on a device is said of its stages, since the engine does not tell which of them it was at."""
     plan = planned(captured_profile, Chain, 2, pieces=2)
     lines = on_ranks(workers, 2, told, refused_once_made, Chain, plan, {"loss": raising, "timeout_s": 4.0}, "same")
-    assert lines == [f"stages 1 and 3 on {plan.devices[1]} failed: ValueError: no luck with this loss"] * 2
+    assert lines == [loss_failed(f"stages 1 and 3 on {plan.devices[1]}", "no luck with this loss")] * 2
 
 
 def test_a_plain_process_is_told_the_number_of_devices(captured_profile):
@@ -118,7 +175,7 @@ def test_a_failure_in_one_replica_ends_all(workers, captured_profile):
     plan = planned(captured_profile, Chain, 2, replicas=2)
     options = {"loss": raising_in_one_replica, "timeout_s": 3.0}
     lines = on_ranks(workers, 4, told, refused_once_made, Chain, plan, options, "same")
-    assert lines == ["stage 1 of replica 1 on cpu:3 failed: ValueError: no luck with this part"] * 4
+    assert lines == [loss_failed("stage 1 of replica 1 on cpu:3", "no luck with this part")] * 4
 
 
 class Sparse(Language):
@@ -227,3 +284,46 @@ def test_inputs_of_another_path_are_refused_on_all_ranks(workers, captured_profi
     for loss, line in on_ranks(workers, 2, guarded, Masked, planned(captured_profile, Masked, 2)):
         assert isinstance(loss, float)
         assert "__bool__ gives False for these inputs and gave True for the sample inputs" in line
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_is_not_right_in_one_process_is_one_line(captured_profile):
+    """A closed pipeline, a loss without gradient, inputs that are no tensors or have no values, a wrong call."""
+    plan = planned(captured_profile, Chain, 1)
+    (x,), _, target = Chain.batch(0)
+    detached = made_pipe(Chain, plan, loss=lambda output, target: F.mse_loss(output.detach(), target))
+    with pytest.raises(sw.ShardwrightError, match="returned a number without gradient, though the model's output has"):
+        detached.step(x, target=target)
+    detached.close()
+    pipe = made_pipe(Chain, plan)
+    with pytest.raises(sw.ShardwrightError, match=r"these are \(none\) beside a ndarray: call it as its sample"):
+        pipe.step(x.numpy(), target=target)
+    with pytest.raises(sw.ShardwrightError, match=r"input \[0\] has no values \(it is a meta tensor\)"):
+        pipe.step(x.to("meta"), target=target)
+    assert pipe.eval() is pipe
+    pipe.close()
+    pipe.close()
+    for call in (lambda: pipe.step(x, target=target), lambda: pipe(x), lambda: pipe.save("nowhere")):
+        with pytest.raises(sw.ShardwrightError, match=r"the pipeline was closed: make all calls, and save, before"):
+            call()
+    with pytest.raises(sw.ShardwrightError, match=r"the plan is a str; give a Plan"):
+        sw.pipeline(Chain(), "net.plan.json", (x,))
+    with pytest.raises(sw.ShardwrightError, match=r"args is a Tensor; .* such as args=\(x,\)"):
+        sw.pipeline(Chain(), plan, x)
+
+
+def warned_of_weights(kind, plan, seeds):
+    """In a rank: what is said of its model's weights."""
+    torch.manual_seed(seeds[int(os.environ["RANK"])])
+    args, kwargs, _ = kind.batch(0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sw.pipeline(kind(), plan, args, kwargs, loss=kind.loss, timeout_s=20.0)
+    return [str(one.message) for one in caught if "seed all ranks alike" in str(one.message)]
+
+
+@pytest.mark.parametrize(("seeds", "count"), [((1, 1), 0), ((1, 2), 1)])
+def test_models_of_other_weights_are_told_once(workers, captured_profile, seeds, count):
+    """Each rank would keep its own stages' weights, of two models."""
+    lines = on_ranks(workers, 2, warned_of_weights, Chain, planned(captured_profile, Chain, 2), seeds)
+    assert [len(line) for line in lines] == [count, 0]

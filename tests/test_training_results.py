@@ -216,3 +216,41 @@ def test_a_loss_is_one_number(captured_profile, loss, message):
     (x,), _, target = Chain.batch(0)
     with pytest.raises(sw.ShardwrightError, match=message):
         pipe.step(x, target=target)
+
+
+class Guarded(Chain):
+    """Writes a buffer where no gradient is wanted: in evaluation nothing is, and the capture has other steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x):
+        x = self.layers(x)
+        with torch.no_grad():
+            self.mean.mul_(0.5).add_(x.mean(0))
+        return x + self.mean
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_region_without_gradients_is_evaluated_too(captured_profile):
+    """And trained with another size of batch than the plan's, which is captured anew."""
+    plan = planned(captured_profile, Guarded, 1)
+    with pytest.warns(UserWarning, match="mean is written by the forward, 4 times a batch in the pipeline"):
+        pipe = made_pipe(Guarded, plan)
+    (x,), _, target = Guarded.batch(0)
+    model = made(Guarded)
+    torch.testing.assert_close(pipe(x[:2]), model(x[:2]))
+    assert torch.isfinite(pipe.step(x[:6], target=target[:6]))
+
+
+@pytest.mark.usefixtures("alone")
+def test_another_size_of_batch_under_autocast(captured_profile):
+    """Views and casts that the plan's capture has not are where what they read is made."""
+    with torch.autocast("cpu", torch.bfloat16):
+        plan = planned(captured_profile, Chain, 1)
+        pipe = made_pipe(Chain, plan)
+        (x,), _, target = Chain.batch(0)
+        found = float(pipe.step(x[:5], target=target[:5]))
+        expected = Chain.loss(made(Chain)(x[:5]), target[:5]).item()
+    assert found == pytest.approx(expected, rel=1e-2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from shardwright.errors import ShardwrightError
+from shardwright.errors import ShardwrightError, kind_of
 from shardwright.profiler.profile import TensorSpec
 from shardwright.profiler.recording.equality import same_values
 from shardwright.profiler.recording.structure import map_tensors, tensors_in
@@ -17,6 +17,7 @@ from shardwright.profiler.recording.structure import map_tensors, tensors_in
 __all__ = [
     "all_microbatches",
     "batch_size",
+    "check_args",
     "copied_inputs",
     "default_counts",
     "input_specs",
@@ -31,6 +32,16 @@ FEW_VALUES = 3
 """A floating tensor of so few different values is a mask."""
 SOME = 64
 """So many numbers at the beginning of a tensor tell most that are no masks."""
+
+
+def check_args(args: Any) -> None:
+    """Refuse what is no row of arguments: a tensor alone would be taken for its rows.
+
+    Raises:
+        ShardwrightError: it is something else.
+    """
+    if not isinstance(args, (tuple, list)):
+        raise ShardwrightError(f"args is {kind_of(args)}; give the inputs of a batch as a tuple, such as args=(x,)")
 
 
 def input_specs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[TensorSpec, ...]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from shardwright.errors import ShardwrightError, kind_of
 from shardwright.profiler.profile import TensorSpec
-from shardwright.profiler.recording.inputs import input_specs
+from shardwright.profiler.recording.inputs import check_args, input_specs
 from shardwright.profiler.recording.placed import refuse_placed
 from shardwright.profiler.recording.shapes import has_values
 from shardwright.profiler.units import structure_digest
@@ -128,16 +128,19 @@ def check_inputs(plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     Raises:
         ShardwrightError: they differ; both are named.
     """
+    check_args(args)
     specs = input_specs(args, kwargs)
     if specs != plan.inputs:
+        named = [spec.name for spec in specs] != [spec.name for spec in plan.inputs]
         raise ShardwrightError(
-            f"the plan is for inputs {_listed(plan.inputs)}; these are {_listed(specs)}: "
+            f"the plan is for inputs {_listed(plan.inputs, named=named)}; these are {_listed(specs, named=named)}: "
             "give inputs of the planned shapes, or profile and plan with these"
         )
 
 
-def _listed(specs: tuple[TensorSpec, ...]) -> str:
-    return ", ".join(str(spec) for spec in specs) or "(none)"
+def _listed(specs: tuple[TensorSpec, ...], *, named: bool) -> str:
+    """Shapes and dtypes, with where each is among the arguments if that is what differs."""
+    return ", ".join(f"{spec.name} {spec}".strip() if named else str(spec) for spec in specs) or "(none)"
 
 
 def apart(model: nn.Module, plan: Plan, changes: Sequence[str], *, every: bool = False) -> str:

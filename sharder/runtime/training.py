@@ -18,12 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shardwright.errors import ShardwrightError
-from shardwright.profiler.recording.structure import map_tensors
+from shardwright.errors import ShardwrightError, kind_of
+from shardwright.profiler.recording.callsites import error_site
+from shardwright.profiler.recording.structure import map_tensors, tensors_in
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.check import apart, changed_apart, check_can_be_piped, check_inputs, check_model
 from shardwright.sharder.runtime.nodes import interface_put_back
-from shardwright.sharder.runtime.piping.batches import BatchForm, Division, fingerprint, pieces_of
+from shardwright.sharder.runtime.piping.batches import BatchForm, Division, fingerprint, pieces_of, sampled
 from shardwright.sharder.runtime.piping.engine import SharedGradients
 from shardwright.sharder.runtime.piping.randomness import OwnNumbers
 from shardwright.sharder.runtime.piping.ranks import Ranks
@@ -76,6 +77,8 @@ def pipeline(
     """
     if reduction not in ("mean", "sum"):
         raise ShardwrightError(f'reduction={reduction!r}; it is "mean" or "sum"')
+    if not isinstance(plan, Plan):
+        raise ShardwrightError(f"the plan is {kind_of(plan)}; give a Plan, such as shardwright.Plan.load(file) reads")
     kwargs = dict(kwargs or {})
 
     def ready() -> None:
@@ -112,6 +115,8 @@ class Pipe:
         loss: Loss | None,
         reduction: str,
     ) -> None:
+        self.label = ranks.label
+        """What the rank is called in errors."""
         self.plan, self.stage, self.replica, self.device = plan, ranks.position, ranks.replica, ranks.device
         self._ranks, self._loss, self._reduction = ranks, loss, reduction
         self._form = BatchForm.of(args, kwargs, plan.batch, plan.microbatches, plan.replicas)
@@ -121,6 +126,12 @@ class Pipe:
         if plan.train and not model.training:
             model.train()
         saved = tuple(model.state_dict())
+        if ranks.differ(sampled(model)) and ranks.rank == 0:
+            warnings.warn(
+                "the ranks have built models of other weights, and each keeps those of its own stages: seed all ranks "
+                "alike, or load a checkpoint",
+                stacklevel=3,
+            )
         self._recipe = Recipe(model, plan, ranks.position, ranks.device, args, kwargs)
         differs = "; ".join(filter(None, (normalised, changed_apart(plan, self._recipe.changes))))
         if differs and ranks.rank == 0:
@@ -148,7 +159,8 @@ class Pipe:
 
         Every rank is given the whole batch, of which the first uses the inputs and the last the target. A batch of
         another size than the plan's is divided into micro-batches of the plan's size, or if that is not possible into
-        as many equal ones as there can be, for which the forward is captured once more.
+        as many equal ones as there can be, for which the forward is captured once more: by a plan of four micro-batches
+        of 4 samples, 12 samples are three of 4, 10 are two of 5, and 13 are one of 13.
 
         Args:
             target: what the loss gets beside the output; tensors in it that are as long as the batch are divided.
@@ -167,7 +179,7 @@ class Pipe:
                 raise ShardwrightError("the plan is for inference; profile with train=True and plan that profile")
             if not torch.is_grad_enabled():
                 raise ShardwrightError("step() trains, and gradients are disabled here; evaluate() does not train")
-            engine, tensors, targets = self._begin(args, kwargs, target, train=True)
+            engine, tensors, targets = self._begin("step", args, kwargs, target, train=True)
             self._buffers_differ = True
             with self._ranks.messages(), self._summing.summed(), self._shared.summed():  # sums are messages too
                 losses = engine.train(tensors, targets, self._micro_loss)
@@ -178,11 +190,16 @@ class Pipe:
         with self._ranks.failing_together(), self._captured_modes(), torch.no_grad():
             if self._loss is None:
                 raise ShardwrightError("there is no loss to evaluate: make it pipeline(model, plan, ..., loss=...)")
-            engine, tensors, targets = self._begin(args, kwargs, target, train=False)
+            engine, tensors, targets = self._begin("evaluate", args, kwargs, target, train=False)
             outputs = [engine.form.output.filled(output) for output in engine.infer(tensors)]
             count = engine.division.pieces * self._ranks.replicas
-            losses = [self._micro_loss(o, t, count) for o, t in zip(outputs, targets, strict=True)] if outputs else []
-            return self._ranks.spread(torch.stack(losses).sum() if losses else None)
+
+            def found() -> Tensor | None:
+                pairs = zip(outputs, targets, strict=True) if outputs else ()
+                losses = [self._micro_loss(o, t, count) for o, t in pairs]
+                return torch.stack(losses).sum() if losses else None
+
+            return self._ranks.spread_what(found)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result for a batch, in evaluation and without gradients, on every rank, *together*.
@@ -191,7 +208,7 @@ class Pipe:
         micro-batches. Tensors that the pipeline does not carry, such as the entries of a cache, are None.
         """
         with self._ranks.failing_together(), self._captured_modes(), torch.no_grad():
-            engine, tensors, _ = self._begin(args, kwargs, None, train=False)
+            engine, tensors, _ = self._begin("forward", args, kwargs, None, train=False)
             outputs = engine.infer(tensors)
             parts = []
             for last in self._ranks.last_ranks:
@@ -219,6 +236,7 @@ class Pipe:
             The norm before, on every rank, as of :func:`torch.nn.utils.clip_grad_norm_`.
         """
         with self._ranks.failing_together():
+            self._ranks.do_alike("clip_grad_norm_()")
             grads = [p.grad for p in self._state.owned() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(grads, norm_type).to(self.device, torch.float64)
             if norm_type == float("inf"):
@@ -240,6 +258,10 @@ class Pipe:
         self.module.train(mode)
         return self
 
+    def eval(self) -> Pipe:
+        """As ``train(False)``."""
+        return self.train(mode=False)
+
     def state_dict(self, *, full: bool = False) -> dict[str, Any]:
         """The stage's part of the model's state under the model's names, the tensors themselves.
 
@@ -249,6 +271,7 @@ class Pipe:
         if not full:
             return self._state.tensors()
         with self._ranks.failing_together():
+            self._ranks.do_alike("state_dict(full=True)")
             return self._state.gather(self._ranks)
 
     def load_state_dict(self, state: Mapping[str, Any], *, full: bool = False) -> None:
@@ -264,6 +287,7 @@ class Pipe:
             self._state.load(state)
             return
         with self._ranks.failing_together():
+            self._ranks.do_alike("load_state_dict(full=True)")
             # Of other replicas than the first the tensors are their own, until these are made equal.
             self._state.load(self._state.tensors() | self._state.scatter(state, self._ranks))
             self._make_replicas_equal()
@@ -287,6 +311,7 @@ class Pipe:
         other number of stages, or the whole model, can go on from it.
         """
         with self._ranks.failing_together():
+            self._ranks.do_alike("save()")
             save_checkpoint(folder, self._state, self._ranks, optimizer)
 
     def load(self, folder: str | Path, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -296,6 +321,7 @@ class Pipe:
             ShardwrightError: there is no checkpoint, or it is not of this model.
         """
         with self._ranks.failing_together():
+            self._ranks.do_alike("load()")
             load_checkpoint(folder, self._state, self._ranks, optimizer)
 
     def close(self) -> None:
@@ -306,10 +332,11 @@ class Pipe:
         self._ranks.close()
 
     def _begin(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, *, train: bool
+        self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any, *, train: bool
     ) -> tuple[StageEngine, list[Tensor], list[Any]]:
         """The engine for a batch, its tensors, and its target for each micro-batch."""
         tensors, batch = self._form.read(args, kwargs)
+        self._ranks.do_alike(f"{what}() of {batch} samples")
         if not self._seen_a_batch:  # each rank draws its batches itself; a seed that differs shows in the first
             self._ranks.agree(
                 "a batch",
@@ -341,10 +368,22 @@ class Pipe:
         assert self._loss is not None  # asked before
         kind, dtype = self.device.type, self._autocast
         with torch.autocast(kind, dtype, enabled=dtype is not None):
-            found = self._loss(output, _on(target, self.device))
+            try:
+                found = self._loss(output, _on(target, self.device))
+            except Exception as error:
+                site = error_site(error)
+                raise ShardwrightError(
+                    f"the loss function failed{site and f' at {site}'} on a micro-batch of {self.label}: "
+                    f"{type(error).__name__}: {' '.join(str(error).split())}"
+                ) from error
         if not isinstance(found, Tensor) or found.numel() != 1:
             what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise ShardwrightError(f"the loss function returned {what}; a step needs a tensor with one number")
+        if torch.is_grad_enabled() and not found.requires_grad and _has_gradient(output):
+            raise ShardwrightError(
+                "the loss function returned a number without gradient, though the model's output has one: compute the "
+                "loss of that output, without detach() or no_grad()"
+            )
         return found.reshape(()) / (count if self._reduction == "mean" else 1)
 
     @contextmanager
@@ -397,6 +436,10 @@ class Pipe:
 def _autocast(device: torch.device) -> torch.dtype | None:
     """The dtype of the autocast region that this is in, for ``device``; None outside of one."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def _has_gradient(output: Any) -> bool:
+    return any(tensor.requires_grad for _, tensor in tensors_in(output))
 
 
 def _on(value: Any, device: torch.device) -> Any:

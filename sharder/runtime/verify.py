@@ -160,7 +160,8 @@ def _verified(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[
             if "device.index()" in str(error) and "INTERNAL ASSERT" in str(error):  # the engine of autograd says so
                 raise ShardwrightError(
                     f"the forward takes gradients itself{inside} ({error_site(error) or INSIDE_TORCH}), which "
-                    "simulated devices cannot: this placement can only be tried on its own devices, with place(model, plan)"
+                    "simulated devices cannot: this placement can only be tried on its own devices, with "
+                    "place(model, plan)"
                 ) from error
             raise ShardwrightError(
                 f"the replay failed{inside} ({error_site(error) or INSIDE_TORCH}): "

@@ -29,10 +29,10 @@ from shardwright.profiler.recording.state import Snapshot
 from shardwright.profiler.recording.structure import Hole, copied, map_tensors
 from shardwright.profiler.recording.unitgraph import UnitGraph
 from shardwright.profiler.trace import evaluating
-from shardwright.sharder.planning.plan import Placement, Plan
+from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.check import cannot_be_piped, units_of
 from shardwright.sharder.runtime.local.pieces import Stage
-from shardwright.sharder.runtime.piping.cut import cut
+from shardwright.sharder.runtime.piping.cut import cut, fitted
 
 __all__ = ["Program", "prepared"]
 
@@ -80,7 +80,7 @@ def prepared(
             f"(use_cache=False, with Transformers), {INSTEAD}"
         )
     _check_division(model, args, kwargs, count, found, result)
-    programs = cut(capture, _fitted(plan, capture))
+    programs = cut(capture, fitted(plan, capture))
     checkpoints = any(step.checkpointed for step in capture.steps)
     stages = [
         Stage(
@@ -168,44 +168,3 @@ def _check_result(model: nn.Module, whole: Any, piece: Any, batch: int, count: i
                 f"{type(model).__name__} returns {one!r} for the batch and {other!r} for a micro-batch of {count}, "
                 f"which a pipeline cannot tell from one another; return tensors only, {INSTEAD}"
             )
-
-
-def _fitted(plan: Plan, capture: UnitGraph) -> Plan:
-    """``plan`` for the steps of ``capture``, which may be of another mode than the one that was profiled.
-
-    A step of glue that the plan does not know comes to the latest stage that makes what it reads.
-    """
-    planned = {(node.kind, node.node, node.type): node for node in plan.nodes}
-    stage_of: dict[str, int] = {}
-    makers = {value.name: value.producer for value in capture.values.values()}
-    nodes = []
-    for step in capture.steps:
-        known = planned.get((step.kind, step.name, step.type))
-        if step.kind == "unit" and known is None:
-            raise ShardwrightError(
-                f"the model's forward calls {step.name}, which the plan does not know; profile and plan again"
-            )
-        reads = tuple(dict.fromkeys(makers[name] for name in step.reads))
-        earliest = max((stage_of[name] for name in reads), default=0)
-        stage = max(known.stage, earliest) if known is not None and step.kind != "input" else earliest
-        if step.kind == "output":
-            stage = len(plan.stages) - 1
-        if step.kind == "unit" and known is not None and stage != known.stage:
-            raise ShardwrightError(
-                f"in this mode the forward brings to {step.name}, on {known.device}, what a later stage makes; plan "
-                "with a profile of this mode (train=False for inference)"
-            )
-        stage_of[step.name] = 0 if step.kind == "parameter" else stage
-        nodes.append(
-            Placement(
-                node=step.name,
-                kind=step.kind,
-                type=step.type,
-                unit=step.unit,
-                site=step.site,
-                device=plan.stages[stage].device,
-                stage=stage,
-                inputs=reads,
-            )
-        )
-    return plan.model_copy(update={"nodes": tuple(nodes)})

@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from shardwright.errors import ShardwrightError
+from shardwright.errors import ShardwrightError, kind_of
 from shardwright.profiler.profile import TensorSpec
 from shardwright.profiler.recording.inputs import is_batched
 from shardwright.profiler.recording.structure import Hole, copied, filled, map_tensors, tensors_in
 
-__all__ = ["BatchForm", "Division", "OutputForm", "fingerprint", "pieces_of"]
+__all__ = ["BatchForm", "Division", "OutputForm", "fingerprint", "pieces_of", "sampled"]
+
+SAMPLED = 64
+"""So many numbers of a parameter tell whether it was drawn alike."""
 
 
 class Division(NamedTuple):
@@ -74,7 +77,12 @@ class BatchForm:
         if specs != [_resized(spec, batch) if divided else spec for spec, divided in self._inputs()]:
             raise ShardwrightError(
                 f"the pipeline was made for inputs {_listed(self.specs)}, with any number of samples; these are "
-                f"{_listed(specs)}: call it as its sample inputs were given"
+                f"{_listed(specs)}{_beside(args, kwargs)}: call it as its sample inputs were given"
+            )
+        empty = next((path for path, t in found if t.is_meta), None)
+        if empty is not None:
+            raise ShardwrightError(
+                f"input {empty.partition(']')[2]} has no values (it is a meta tensor); give one that has"
             )
         if not batch:
             raise ShardwrightError(f"these inputs hold no samples ({_listed(specs)}); give one or more")
@@ -174,9 +182,26 @@ def fingerprint(*values: Any) -> list[tuple[str, int]]:
     ]
 
 
+def sampled(model: nn.Module) -> int:
+    """A checksum of some numbers of each parameter: equal for models that were drawn or loaded alike."""
+    found = 0
+    for parameter in model.parameters():
+        if parameter.layout == torch.strided and not parameter.is_meta:
+            some = parameter.detach().as_strided((min(SAMPLED, parameter.numel()),), (1,)).cpu()
+            found = zlib.crc32(some.contiguous().view(torch.uint8).numpy().tobytes(), found)
+    return found
+
+
 def _others(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     leaves = pytree.tree_leaves((args, dict(sorted(kwargs.items()))))
     return tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
+
+
+def _beside(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """What there is beside tensors and plain values, such as arrays that were meant to be tensors."""
+    plain = (str, bytes, int, float, complex, type(None))
+    kinds = dict.fromkeys(kind_of(other) for other in _others(args, kwargs) if not isinstance(other, plain))
+    return f" beside {' and '.join(kinds)}" if kinds else ""
 
 
 def _alike(these: tuple[Any, ...], those: tuple[Any, ...]) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.recording.replayed import Replayed
 from shardwright.profiler.recording.unitgraph import Step, UnitGraph, Value, graph_root
-from shardwright.sharder.planning.plan import Plan
+from shardwright.sharder.planning.plan import Placement, Plan
 
 __all__ = [
     "Share",
@@ -25,6 +25,7 @@ __all__ = [
     "TensorShape",
     "check_all_called",
     "cut",
+    "fitted",
     "mapped_arguments",
     "on_device",
     "whole_program",
@@ -159,7 +160,7 @@ def check_all_called(capture: UnitGraph, plan: Plan) -> None:
 
 
 def cut(capture: UnitGraph, plan: Plan) -> list[StageProgram]:
-    """Divide ``capture`` (taken at micro-batch size) into the stages of ``plan``.
+    """Divide ``capture`` (taken at micro-batch size) into the stages of ``plan``; see :func:`fitted` for other modes.
 
     Raises:
         ShardwrightError: the capture has other steps than the plan, or in another order, or a sparse tensor would have
@@ -168,8 +169,10 @@ def cut(capture: UnitGraph, plan: Plan) -> list[StageProgram]:
     stage_of = {node.node: node.stage for node in plan.nodes}
     for step in capture.steps:
         if step.name not in stage_of:
+            under = step.call.context.autocast if step.call is not None and step.call.context is not None else None
+            how = f" under autocast ({under}), as here" if under is not None else ""
             raise ShardwrightError(
-                f"the model's forward has a step {step.name} that the plan does not know; profile and plan again"
+                f"the model's forward has a step {step.name} that the plan does not know; profile and plan again{how}"
             )
     _check_order(capture, stage_of)
     count = len(plan.stages)
@@ -198,6 +201,47 @@ def cut(capture: UnitGraph, plan: Plan) -> list[StageProgram]:
         for index in range(count)
     ]
     return [replace(p, recompute=stage.recompute) for p, stage in zip(programs, plan.stages, strict=True)]
+
+
+def fitted(plan: Plan, capture: UnitGraph) -> Plan:
+    """``plan`` for the steps of ``capture``, which may be of another mode than the one that was profiled.
+
+    A step of glue that the plan does not know comes to the latest stage that makes what it reads.
+    """
+    planned = {(node.kind, node.node, node.type): node for node in plan.nodes}
+    stage_of: dict[str, int] = {}
+    makers = {value.name: value.producer for value in capture.values.values()}
+    nodes = []
+    for step in capture.steps:
+        known = planned.get((step.kind, step.name, step.type))
+        if step.kind == "unit" and known is None:
+            raise ShardwrightError(
+                f"the model's forward calls {step.name}, which the plan does not know; profile and plan again"
+            )
+        reads = tuple(dict.fromkeys(makers[name] for name in step.reads))
+        earliest = max((stage_of[name] for name in reads), default=0)
+        stage = max(known.stage, earliest) if known is not None and step.kind != "input" else earliest
+        if step.kind == "output":
+            stage = len(plan.stages) - 1
+        if step.kind == "unit" and known is not None and stage != known.stage:
+            raise ShardwrightError(
+                f"in this mode the forward brings to {step.name}, on {known.device}, what a later stage makes; plan "
+                "with a profile of this mode (train=False for inference)"
+            )
+        stage_of[step.name] = 0 if step.kind == "parameter" else stage
+        nodes.append(
+            Placement(
+                node=step.name,
+                kind=step.kind,
+                type=step.type,
+                unit=step.unit,
+                site=step.site,
+                device=plan.stages[stage].device,
+                stage=stage,
+                inputs=reads,
+            )
+        )
+    return plan.model_copy(update={"nodes": tuple(nodes)})
 
 
 def whole_program(capture: UnitGraph) -> StageProgram:

@@ -60,6 +60,7 @@ class Ranks:
     def __init__(self, plan: Plan, timeout_s: float, ready: Callable[[], None] = lambda: None) -> None:
         self.timeout_s = timeout_s
         self._midway, self._broken = False, ""
+        self.closed = False
         try:
             self._board, self._place, self.made_group = _join(plan, self._meeting_s, ready)
         except (dist.DistError, RuntimeError, ValueError) as error:
@@ -132,6 +133,7 @@ class Ranks:
 
     def close(self) -> None:
         """Leave the groups, and the process group if the pipeline made it."""
+        self.closed = True
         self._board.close()
         if not dist.is_initialized():
             return
@@ -153,16 +155,48 @@ class Ranks:
         if other is not None:
             raise ShardwrightError(f"rank {other} has {what} other than rank 0's; {remedy}")
 
+    def differ(self, mine: int) -> bool:
+        """Whether the ranks have other numbers than this one."""
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, mine, group=self.control)
+        return any(theirs != mine for theirs in everyone)
+
     def spread(self, value: Tensor | None) -> Tensor:
         """The sum of the replicas' last devices' numbers on every rank, in PyTorch's default dtype, on its device."""
-        number = torch.zeros((), dtype=torch.float64, device=self.device)
+        number = torch.zeros(1, dtype=torch.float64, device=self.device)
         if value is not None:
-            number.copy_(value.detach().reshape(()))
+            number[0] = value.detach().reshape(())
+        self._add_up(number)
+        return number[0].to(torch.get_default_dtype())
+
+    def spread_what(self, found: Callable[[], Tensor | None]) -> Tensor:
+        """Likewise of what is ``found``; if that fails on a rank, all hear of it, and no message is left.
+
+        Raises:
+            ShardwrightError: it failed on another rank.
+        """
+        number = torch.zeros(2, dtype=torch.float64, device=self.device)
+        failed: Exception | None = None
+        try:
+            value = found()
+            if value is not None:
+                number[0] = value.detach().reshape(())
+        except Exception as error:
+            failed = error
+            number[1] = 1.0
+        self._add_up(number)
+        if failed is not None:
+            raise failed
+        if number[1]:
+            raise ShardwrightError(self._board.failure() or "another rank failed, and has not said why")
+        return number[0].to(torch.get_default_dtype())
+
+    def _add_up(self, numbers: Tensor) -> None:
+        """Put the numbers of the last devices together, on every rank."""
         if self.replicas == 1:
-            self.broadcast(number, self.size - 1)
+            self.broadcast(numbers, self.size - 1)
         else:
-            self.reduce(number, dist.ReduceOp.SUM, everywhere=True)
-        return number.to(torch.get_default_dtype())
+            self.reduce(numbers, dist.ReduceOp.SUM, everywhere=True)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Fill ``tensor``, on this rank's device, with that of rank ``source``."""
@@ -214,6 +248,19 @@ class Ranks:
             dist.broadcast_object_list(box, source, group=self.control)
         return box[0]
 
+    def do_alike(self, what: str) -> None:
+        """Make sure that the others do the same in this call, before messages meet that are not for each other.
+
+        Raises:
+            ShardwrightError: one that came before does something else.
+        """
+        first = self._board.same(what)
+        if first != what:
+            raise ShardwrightError(
+                f"{self.label} is called for {what}, and another rank for {first}: call every rank alike, in the same "
+                "order and with the whole batch"
+            )
+
     @contextmanager
     def messages(self) -> Iterator[None]:
         """Send and receive in this block: what fails in it leaves messages behind, and no call can follow."""
@@ -229,6 +276,8 @@ class Ranks:
             ShardwrightError: the first error of any rank, in one line; or that of an earlier block, in which messages
                 broke off.
         """
+        if self.closed:
+            raise ShardwrightError("the pipeline was closed: make all calls, and save, before close()")
         self._board.begin()
         self._midway = False
         if self._broken:

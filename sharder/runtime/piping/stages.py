@@ -23,7 +23,7 @@ from shardwright.profiler.trace import trace
 from shardwright.sharder.planning.plan import Plan
 from shardwright.sharder.runtime.check import units_of
 from shardwright.sharder.runtime.piping.batches import OutputForm
-from shardwright.sharder.runtime.piping.cut import Share, StageProgram, TensorShape, check_all_called, cut
+from shardwright.sharder.runtime.piping.cut import Share, StageProgram, TensorShape, check_all_called, cut, fitted
 from shardwright.sharder.runtime.piping.engine import names_by_tensor, sendable
 
 __all__ = ["Recipe", "StageForm", "held_tensors", "release_others"]
@@ -126,10 +126,13 @@ class Recipe:
                 capture = trace(self.model, *inputs, train=train, units=units)
         finally:
             hook.remove()
-        if (size, train) == (self.size, self.plan.train):
-            check_all_called(capture, self.plan)
+        plan = self.plan
+        if (size, train) == (self.size, plan.train):
+            check_all_called(capture, plan)
             self.changes = capture.changes
-        programs = sendable(cut(capture, self.plan), train=train)
+        else:  # modes around glue may be others
+            plan = fitted(plan, capture)
+        programs = sendable(cut(capture, plan), train=train)
         return _Cut(programs, OutputForm(returned[-1], capture.output_places, size))
 
     def _form(self, its: _Cut, *, train: bool) -> StageForm:
