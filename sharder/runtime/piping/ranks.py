@@ -293,7 +293,8 @@ class Ranks:
                 text = self._board.fail(str(ours) if ours is not None else f"{self.label} failed: {root_of(error)}")
             if broken_off or self._midway:
                 self._break(text)
-            raise ShardwrightError(text) from error
+            # What broke off tells nothing where another rank failed, whose own process shows how.
+            raise ShardwrightError(text) from (None if broken_off else error)
         except BaseException as error:  # Ctrl-C, after which a script may go on
             if self._midway:
                 self._break(type(error).__name__)
