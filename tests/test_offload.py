@@ -220,6 +220,17 @@ def test_what_the_host_cannot_hold_stays_on_disk(chain_profile):
     assert plan.certificate.bound_s <= plan.certificate.value_s
 
 
+def test_what_the_host_lacks_is_told(chain_profile):
+    """Its free bytes and those with which weights could stay there; with so many they do, and not without asking."""
+    short = tight(chain_profile, fetch=1e4, host=1_000)
+    with pytest.raises(sw.ShardwrightError, match=r"or have 2.93 KiB of the host's memory free, .*, which has 1000 B$"):
+        sw.plan(short, microbatches=1)
+    assert len(sw.plan(tight(chain_profile, fetch=1e4, host=3_000), microbatches=1).offloaded) == 3
+    with pytest.raises(sw.ShardwrightError) as caught:
+        sw.plan(short, microbatches=1, offload=False)
+    assert "host's memory" not in str(caught.value)
+
+
 def test_offloading_is_a_last_resort(chain_profile):
     """Nothing is offloaded where a split fits, in training, when it is not wanted, or when nothing can come."""
     roomy = with_rates(chain_profile(8, train=False), fetch=1e4, host=10**6)

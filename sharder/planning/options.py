@@ -72,7 +72,7 @@ def options_of(problems: list[Problem], profile: Profile, asked: Asked, deadline
 
         raise nothing_fits_in(problems, counts[0])
     if not found:
-        raise unfinished or nothing_fits(problems, profile, deadline_s)
+        raise unfinished or nothing_fits(problems, profile, deadline_s, offload=asked.offload)
     most_s = MAY_WIN * min(option.shortest.step_s for option in found)
     found = [with_short_step(o, profile) if o.shortest.step_s <= most_s else o.shortest for o in found]
     return sorted(found, key=lambda option: option.problem.stages_per_device)
@@ -96,11 +96,38 @@ def _solved(
     return options, unfinished
 
 
-def nothing_fits(problems: list[Problem], profile: Profile, deadline_s: float) -> ShardwrightError:
-    """Why no split of ``problems`` fits, and what would."""
+def nothing_fits(
+    problems: list[Problem], profile: Profile, deadline_s: float, *, offload: bool = False
+) -> ShardwrightError:
+    """Why no split of ``problems`` fits, and what would; with ``offload``, what the host lacks for that."""
     from shardwright.sharder.planning.verdict.infeasible import why_nothing_fits
 
-    return ShardwrightError(why_nothing_fits(problems, deadline_s, batch=profile.batch, train=profile.train))
+    why = why_nothing_fits(problems, deadline_s, batch=profile.batch, train=profile.train)
+    more = _room_on_host(problems, profile, deadline_s) if offload and not profile.train else ""
+    return ShardwrightError(f"{why}{more}")
+
+
+def _room_on_host(problems: list[Problem], profile: Profile, deadline_s: float) -> str:
+    """How much free memory of the host would let weights stay there, so that a split fits; nothing if none does."""
+    from shardwright.sharder.planning.formulation.words import size_of
+
+    problem = max(problems, key=lambda p: p.microbatches)
+    ample = rates_of(profile, problem)._replace(host_bytes=sum(block.static_bytes for block in problem.blocks))
+    if not any(ample.fetch):
+        return ""
+    left_s = max(0.5, deadline_s - clock_s()) / 2
+    try:
+        some = offload_some(problem, ample, time_limit_s=left_s)
+        found = some and (offload_least(problem, ample, some, time_limit_s=left_s) or some)
+    except ShardwrightError:
+        return ""
+    if found is None:
+        return ""
+    needed = sum(problem.blocks[v].static_bytes for v, tier in found.tiers.items() if tier == "cpu")
+    return (
+        f"; or have {size_of(needed)} of the host's memory free, where weights can stay, which has "
+        f"{size_of(profile.host_bytes)}"
+    )
 
 
 def _offloaded(problems: list[Problem], profile: Profile, deadline_s: float) -> list[Option]:

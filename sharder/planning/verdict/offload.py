@@ -18,7 +18,7 @@ import bisect
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from shardwright.errors import ShardwrightError
 from shardwright.sharder.planning.clock import clock_s
@@ -38,8 +38,7 @@ SWAPPED = 24
 """So many smaller blocks are tried in the place of an offloaded one."""
 
 
-@dataclass(frozen=True)
-class Rates:
+class Rates(NamedTuple):
     """How fast weights come, in bytes a second; None = not known, so that nothing can come that way."""
 
     fetch: tuple[float | None, ...]
