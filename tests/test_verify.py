@@ -1,6 +1,7 @@
 """Verifying without a GPU: a missing transfer is found and named."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -186,3 +187,34 @@ def test_a_unit_that_takes_gradients_is_told_to_be_beyond_simulated_devices(capt
         sw.ShardwrightError, match=r"takes gradients itself in unit 1 \(test_verify.py:\d+\), which sim"
     ):
         sw.verify(model, plan, (x,))
+
+
+class Jitter(nn.Module):
+    """Scales by a number that Python draws."""
+
+    def forward(self, x):
+        return x * random.uniform(0.5, 1.5)
+
+
+class Fading(nn.Module):
+    """Writes a parameter in its forward, past autograd, and draws."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), Jitter(), nn.Linear(4, 4))
+
+    def forward(self, x):
+        self.layers[1].weight.data.mul_(0.9)
+        return self.layers(x)
+
+
+def test_a_forward_that_changes_the_model_is_verified_from_the_same_beginning(captured_profile):
+    """Both runs begin with the same weights and random numbers, and leave them as they were."""
+    model, x = Fading(), torch.randn(4, 4)
+    before = copy.deepcopy(model.state_dict())
+    plan = sw.plan(captured_profile(model, (x,)), microbatches=1, pins={"layers.0": "cpu:0", "layers.3": "cpu:1"})
+    for placed in (False, True):
+        if placed:
+            sw.place(model, plan, devices={d: sim_device(i) for i, d in enumerate(plan.devices)})
+        assert sw.verify(model, plan, (x,))
+    torch.testing.assert_close(sw.unplace(model).state_dict(), before)

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.devices import find_devices
 from shardwright.profiler.recording.callsites import error_site
+from shardwright.profiler.recording.chance import chance_kept
 from shardwright.profiler.recording.equality import relative_difference, tolerance
 from shardwright.profiler.recording.inputs import is_batched, outputs_of
 from shardwright.profiler.recording.placed import placement_hooks
+from shardwright.profiler.recording.state import Snapshot
 from shardwright.profiler.recording.structure import map_tensors, tensors_in
 from shardwright.profiler.trace import attributes_kept, evaluating
 from shardwright.profiler.workers.pool import Pool
@@ -142,11 +144,10 @@ def _verified_apart(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs:
 def _verified(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Check:
     watch = _Watch(plan)
     with evaluating(model), torch.no_grad(), Simulated(), parameters_may_move():
-        state = torch.get_rng_state()
-        with _put_back(model):
+        # A forward may write parameters, and draw numbers anywhere: both runs begin alike.
+        with chance_kept(), _put_back(model), Snapshot(unplace(model).cpu()).state_kept():
             own_args, own_kwargs = _copied((args, kwargs))
-            expected = _plain_tensors(unplace(model).cpu()(*own_args, **own_kwargs))
-        torch.set_rng_state(state)
+            expected = _plain_tensors(model(*own_args, **own_kwargs))
         try:
             with _put_back(model), watch.over(_on_simulated_devices(model, plan)):
                 own_args, own_kwargs = _copied((args, kwargs))
