@@ -133,4 +133,8 @@ def said_of(error: Mapping[str, Any]) -> str:
     message = str(error["msg"]).removeprefix("Value error, ")
     found = error.get("input")
     shown = repr(found) if isinstance(found, (str, int, float)) else ""
-    return f"{message}, and it is {shown}" if kind != "value_error" and 0 < len(shown) < LONG else message
+    return (
+        f"{message}, and it is {shown}"
+        if kind not in ("value_error", "extra_forbidden") and 0 < len(shown) < LONG
+        else message
+    )

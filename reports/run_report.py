@@ -77,7 +77,7 @@ def paces(run: Run) -> str:
         text += "."
         as_predicted = run.sharded.error_percent
         if as_predicted is not None and abs(error) >= abs(as_predicted) > 1:
-            text += " That is no nearer, so the pace is not what the prediction was off by."
+            text += " That is no nearer, so the pace does not explain the error."
     return text
 
 

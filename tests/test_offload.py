@@ -223,7 +223,7 @@ def test_what_the_host_cannot_hold_stays_on_disk(chain_profile):
 def test_what_the_host_lacks_is_told(chain_profile):
     """Its free bytes and those with which weights could stay there; with so many they do, and not without asking."""
     short = tight(chain_profile, fetch=1e4, host=1_000)
-    with pytest.raises(sw.ShardwrightError, match=r"or have 2.93 KiB of the host's memory free, .*, which has 1000 B$"):
+    with pytest.raises(sw.ShardwrightError, match=r"or free 2.93 KiB of the host's memory .* \(1000 B are free\)$"):
         sw.plan(short, microbatches=1)
     assert len(sw.plan(tight(chain_profile, fetch=1e4, host=3_000), microbatches=1).offloaded) == 3
     with pytest.raises(sw.ShardwrightError) as caught:

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import shardwright as sw
 from shardwright.profiler.recording.placed import placement_hooks
+from shardwright.sharder.runtime.placing import hooks as hooks_module
+from shardwright.sharder.runtime.placing import moving as moving_module
 from shardwright.sharder.runtime.placing.sim import on_host, sim_device
 from shardwright.sharder.runtime.placing.whole import Window
 
@@ -305,3 +307,25 @@ def test_what_a_unit_changes_in_place_is_changed_for_all(captured_profile, how):
     for without in (torch.no_grad, torch.inference_mode):
         with without():
             torch.testing.assert_close(on_host(placed(*args)), model(*args))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_what_no_unit_changes_is_not_written_back(captured_profile, monkeypatch, hooked):
+    """Nor is anything given a gradient in inference mode, or refused of a tensor that was made there."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Identity(), nn.Linear(4, 4)), torch.randn(2, 4)
+    if hooked:
+        model[1].register_forward_hook(lambda *_: None)
+    plan = sw.plan(captured_profile(model, (x,)), microbatches=1, pins={"0": "cpu:0", "1": "cpu:1", "3": "cpu:1"})
+    placed = sw.place(copy.deepcopy(model), plan, devices=PAIR)
+    written = []
+    for room in (hooks_module, moving_module):
+        monkeypatch.setattr(room, "write_back", lambda *tensors: written.append(tensors))
+    with torch.inference_mode():
+        made_there = x.clone()
+        assert not placed(made_there).requires_grad
+    for without in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        for given in (x, made_there, x[:1].expand(2, 4)):
+            if not (without is torch.enable_grad and given is made_there):
+                with without():
+                    torch.testing.assert_close(on_host(placed(given)).detach(), model(given).detach())
+    assert not written

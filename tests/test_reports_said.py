@@ -64,7 +64,7 @@ def test_the_verdict_says_when_data_parallel_is_faster(step_s, said):
     ("batch", "devices", "said"),
     [
         (16, 2, "faster by 1.66x (--replicas 2)."),
-        (16, 3, "faster by 1.66x, with a batch that 3 divides, which 16 is not."),
+        (16, 3, "faster by 1.66x, with a batch that is a multiple of 3; 16 is not."),
     ],
 )
 def test_data_parallel_is_advised_with_what_asks_for_it(batch, devices, said):

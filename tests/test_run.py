@@ -78,9 +78,9 @@ def test_a_run_says_what_the_forward_writes_for_each_micro_batch(captured_profil
     """It was compared with the model in micro-batches, and trains otherwise than on the whole batch."""
     args = (torch.randn(8, 6),)
     run = piped(captured_profile, Averaging(), args, 4)
-    assert run.batch_norm.startswith("mean (and 1 more) is written by the forward, 4 times a batch in the pipeline")
+    assert run.batch_norm.startswith("mean (and 1 more) is written by the forward, once for each of 4 micro-")
     placed = captured_profile(Averaging(), args, microbatches=(1, 4))
-    with pytest.warns(UserWarning, match="mean .* is written by the forward, once for each of the 4 micro-batches"):
+    with pytest.warns(UserWarning, match="mean .* is written by the forward, once for each of 4 micro-batches"):
         sw.place(Averaging(), sw.plan(placed, microbatches=4, pins={"layers.0": "cpu:0"}), microbatches=4)(*args)
 
 

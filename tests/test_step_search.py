@@ -202,7 +202,7 @@ def test_a_plan_says_what_its_step_costs_in_load(chain_profile):
     assert certificate.step_gap_percent == 0
     assert certificate.bound_s <= certificate.least_s < certificate.value_s
     assert found.predicted.step_s < certificate.least_step_s
-    assert certificate.binds.startswith("in the split with the least largest load ")
+    assert certificate.binds.startswith("in the split with the least largest load: ")
     assert not certificate.exact
     assert certificate.gap_percent > 0
     many = plan(chain_profile(8, speed={"cpu:0": 1.0, "cpu:1": 3.0}, microbatches=(64,)), microbatches=64)

@@ -236,7 +236,7 @@ class Guarded(Chain):
 def test_a_region_without_gradients_is_evaluated_too(captured_profile):
     """And trained with another size of batch than the plan's, which is captured anew."""
     plan = planned(captured_profile, Guarded, 1)
-    with pytest.warns(UserWarning, match="mean is written by the forward, 4 times a batch in the pipeline"):
+    with pytest.warns(UserWarning, match="mean is written by the forward, once for each of 4 micro-batches"):
         pipe = made_pipe(Guarded, plan)
     (x,), _, target = Guarded.batch(0)
     model = made(Guarded)

@@ -84,7 +84,8 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
 class Versions:
     """Parameters and buffers of a model as they are before a forward, to be asked which of them it has changed.
 
-    Running statistics, which PyTorch does not count as changes, and the counters beside them are none.
+    Asked are PyTorch's own counts of changes: writes past autograd (``.data``) are none, nor those of running
+    statistics by batch normalisations, of which the counters are left out, too.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -125,8 +125,8 @@ def _room_on_host(problems: list[Problem], profile: Profile, deadline_s: float) 
         return ""
     needed = sum(problem.blocks[v].static_bytes for v, tier in found.tiers.items() if tier == "cpu")
     return (
-        f"; or have {size_of(needed)} of the host's memory free, where weights can stay, which has "
-        f"{size_of(profile.host_bytes)}"
+        f"; or free {size_of(needed)} of the host's memory for weights to stay there ({size_of(profile.host_bytes)} "
+        "are free)"
     )
 
 

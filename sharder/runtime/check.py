@@ -25,6 +25,7 @@ __all__ = [
     "check_plan_can_be_piped",
     "check_values",
     "units_of",
+    "written_in_words",
 ]
 
 
@@ -156,12 +157,17 @@ def apart(model: nn.Module, plan: Plan, changes: Sequence[str], *, every: bool =
 
 def changed_apart(plan: Plan, changes: Sequence[str]) -> str:
     """Of :func:`apart`, what of the model's state the forward writes."""
-    if not changes or not plan.train or plan.microbatches == 1:
+    return written_in_words(changes, plan.microbatches) if plan.train and plan.microbatches > 1 else ""
+
+
+def written_in_words(changes: Sequence[str], count: int) -> str:
+    """That the forward writes ``changes``, with ``count`` micro-batches; nothing if it writes none."""
+    if not changes:
         return ""
     more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
     return (
-        f"{changes[0]}{more} is written by the forward, {plan.microbatches} times a batch in the pipeline and once in "
-        "the unsharded model, so that what it holds differs; with 1 micro-batch it does not"
+        f"{changes[0]}{more} is written by the forward, once for each of {count} micro-batches and not once for the "
+        "batch, so that it holds something else than in the unsharded model"
     )
 
 

@@ -126,12 +126,7 @@ class Pipe:
         if plan.train and not model.training:
             model.train()
         saved = tuple(model.state_dict())
-        if ranks.differ(sampled(model)) and ranks.rank == 0:
-            warnings.warn(
-                "the ranks have built models of other weights, and each keeps those of its own stages: seed all ranks "
-                "alike, or load a checkpoint",
-                stacklevel=3,
-            )
+        drawn = sampled(model)
         self._recipe = Recipe(model, plan, ranks.position, ranks.device, args, kwargs)
         differs = "; ".join(filter(None, (normalised, changed_apart(plan, self._recipe.changes))))
         if differs and ranks.rank == 0:
@@ -142,6 +137,12 @@ class Pipe:
         release_others(model, [form.module for form in self._recipe.forms.values()], self._state.unused.values())
         self._recipe.settle()
         ranks.assemble()  # what failed in the capture is of this rank alone
+        if ranks.differ(drawn) and ranks.rank == 0:
+            warnings.warn(
+                "the ranks have built models of other weights, and each keeps those of its own stages: seed all ranks "
+                "alike, or load a checkpoint",
+                stacklevel=3,
+            )
         self._shared = self._shared_gradients()
         self._summing = ReplicaGradients(self.module, ranks.alike)
         self._engines: dict[tuple[Division, bool], StageEngine] = {}

@@ -57,7 +57,7 @@ def certify(chosen: Option, options: list[Option], baseline: Option | None, dead
         bound_s=split.bound_s,
         gap_percent=gap_percent(split.value_s, split.bound_s),
         exact=split.exact,
-        binds="in the split with the least largest load " * bool(chosen.least)
+        binds="in the split with the least largest load: " * bool(chosen.least)
         + what_binds(chosen.of_least_load, deadline_s),
         least_s=chosen.least.split.value_s if chosen.least else None,
         least_step_s=chosen.least.step_s if chosen.least else None,

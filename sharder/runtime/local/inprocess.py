@@ -11,7 +11,6 @@ after the other.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -30,8 +29,8 @@ from shardwright.profiler.recording.inputs import is_batched
 from shardwright.profiler.recording.placed import placement_hooks
 from shardwright.profiler.recording.structure import filled, tensors_in
 from shardwright.sharder.planning.plan import Plan
-from shardwright.sharder.runtime.check import check_plan_can_be_piped
-from shardwright.sharder.runtime.local.baked import baked
+from shardwright.sharder.runtime.check import check_plan_can_be_piped, written_in_words
+from shardwright.sharder.runtime.local.baked import baked, changed_name, tree_of
 from shardwright.sharder.runtime.local.flight import Flight, through
 from shardwright.sharder.runtime.local.prepare import Program, prepared
 from shardwright.sharder.runtime.local.threads import Seat, StageThreads
@@ -41,6 +40,8 @@ from shardwright.sharder.runtime.placing.relocate import relocate, tensors_of
 
 __all__ = ["PipelinedForward", "check_threads", "pipe"]
 
+OFTEN = 5
+"""So many captures for changed attributes, and a warning names the last one."""
 MOST_PROGRAMS = 16
 """So many captures are kept; the one that was made first goes first."""
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device)
@@ -88,7 +89,7 @@ class PipelinedForward(InstanceForward):
     ) -> None:
         super().__init__(model)
         self.plan, self.homes, self.origins, self.count = plan, homes, origins, count
-        self._paths = [path for path in plan.placement() if path]
+        self._tree = tree_of(path for path in plan.placement() if path)
         self._begin()
 
     def _begin(self) -> None:
@@ -96,11 +97,12 @@ class PipelinedForward(InstanceForward):
         self.programs: dict[Any, Program] = {}
         self.busy = threading.RLock()
         self.capturing = False
-        self.warned = False
+        self.warned: set[str] = set()
+        self.captured_anew = 0
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        for name in ("threads", "programs", "busy", "capturing", "warned"):
+        for name in ("threads", "programs", "busy", "capturing", "warned", "captured_anew"):
             del state[name]
         return state
 
@@ -122,10 +124,11 @@ class PipelinedForward(InstanceForward):
 
     def _program(self, given: _Given, args: Any, kwargs: Any) -> tuple[Program, StageThreads]:
         """What was captured for such inputs in this mode, captured now if need be."""
-        own = self._units()
         training = tuple([module.training for module in self.module.modules()])
-        key = (given.key, _modes(), training, baked(self.module, own))
+        attributes = baked(self.module, self._tree)
+        key = (given.key, _modes(), training, attributes)
         if key not in self.programs:
+            self._tell_of_captures(key)
             with self._as_it_was() as brought:
                 moved = (args, kwargs) if brought is None else pytree.tree_map_only(Tensor, brought, (args, kwargs))
                 program = prepared(self.module, self.plan, self.homes, *moved, count=self.count)
@@ -137,28 +140,28 @@ class PipelinedForward(InstanceForward):
             self.threads = StageThreads(_seats(self.plan, self.homes))
         return self.programs[key], self.threads
 
-    def _units(self) -> set[int]:
-        """The ``id`` of each unit that is in the model now."""
-        found = set()
-        for path in self._paths:
-            with contextlib.suppress(AttributeError):  # it is no more: the capture will say so
-                found.add(id(self.module.get_submodule(path)))
-        return found
+    def _tell_of_captures(self, key: tuple[Any, ...]) -> None:
+        """Warn where the model is captured again and again for what has changed on it."""
+        alike = [known for known in self.programs if known[:-1] == key[:-1]]
+        self.captured_anew += bool(alike)
+        if alike and self.captured_anew == OFTEN:
+            warnings.warn(
+                f"{changed_name(alike[-1][-1], key[-1])} has changed, and so the model was captured anew, for the "
+                f"{OFTEN}th time: what changes often and does not decide the forward, keep elsewhere than on the model",
+                stacklevel=6,
+            )
 
     def _warn(self, program: Program) -> None:
         """Say once what is done for each micro-batch, and would be done once for the whole batch."""
         norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in self.module.modules())
         said = [
-            f"batch normalisation sees each of the {self.count} micro-batches by itself, not the whole batch"
-        ] * norms
-        if program.changes:
-            more = f" (and {len(program.changes) - 1} more)" if len(program.changes) > 1 else ""
-            said.append(
-                f"{program.changes[0]}{more} is written by the forward, once for each of the {self.count} micro-batches"
-            )
-        if self.count > 1 and said and not self.warned:
-            self.warned = True
-            warnings.warn("; ".join(said), stacklevel=6)
+            f"batch normalisation sees each of the {self.count} micro-batches by itself, not the whole batch" * norms,
+            written_in_words(program.changes, self.count),
+        ]
+        new = [each for each in said if each and each not in self.warned] if self.count > 1 else []
+        if new:
+            self.warned |= {*new}
+            warnings.warn("; ".join(new), stacklevel=6)
 
     @contextmanager
     def _as_it_was(self) -> Iterator[Callable[[Tensor], Tensor] | None]:

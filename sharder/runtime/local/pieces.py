@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -85,7 +85,7 @@ class Stage:
                 self._turns,
                 lambda: {name: get() for name, get in named.items()},
             )
-        self._holders = [inner._parameters for module in modules.values() for inner in module.modules()]
+        self._units = tuple(modules.values())
 
     @staticmethod
     def _is_tensor(op: str, held: Any) -> bool:
@@ -93,7 +93,7 @@ class Stage:
 
     def trained(self) -> list[Tensor]:
         """The parameters, and what else it reads, that want a gradient now."""
-        held = [*(p for parameters in self._holders for p in parameters.values()), *(get() for get in self._attributes)]
+        held = [*_parameters_in(self._units), *(get() for get in self._attributes)]
         return list({id(t): t for t in held if t is not None and t.requires_grad}.values())
 
     def __call__(self, received: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -154,6 +154,15 @@ class Stage:
         if gpu not in self._side:
             self._side[gpu] = torch.cuda.Stream(gpu)
         return self._side[gpu]
+
+
+def _parameters_in(modules: Iterable[nn.Module]) -> Iterator[Tensor | None]:
+    """All that there are now: hooks may have put others in their places, and modules beside them."""
+    left: list[nn.Module | None] = list(modules)
+    while left:
+        if (module := left.pop()) is not None:
+            yield from module._parameters.values()
+            left += module._modules.values()
 
 
 def _getter(model: nn.Module, target: str, held: Tensor, own: set[str]) -> Callable[[], Tensor]:

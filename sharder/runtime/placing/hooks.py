@@ -65,8 +65,11 @@ class UnitForward(InstanceForward):
             if torch.compiler.is_compiling():  # which knows no versions
                 return self.plain(args[0].to(self.device))
             there = fetched(args[0], self.device)
+            if there is args[0]:
+                return self.plain(there)
+            version = there._version  # not 0 of some copies
             output = self.plain(there)
-            if there is not args[0] and there._version:
+            if there._version != version:
                 write_back(args[0], there)
             return output
         return self._fetched(args, kwargs)
@@ -173,7 +176,6 @@ class PutBack(PlacementHook):
     def _put_back(self, output: Any) -> None:
         call = end(self.move) if has_begun(self.move) else None
         if isinstance(call, _Moved):
-            if output is not None:
-                call.mover.write_back()
+            call.mover.write_back()
             if call.mover.written:
                 call.mover.put_back(kept=containers_in(output))

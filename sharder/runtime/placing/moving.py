@@ -37,13 +37,17 @@ def fetched(tensor: Tensor, device: torch.device) -> Tensor:
     """``tensor`` on ``device``: itself, or a copy that counts its changes, in inference mode too."""
     if not torch.is_inference_mode_enabled():
         return tensor.to(device)
-    with torch.inference_mode(mode=False):
+    with torch.inference_mode(mode=False), torch.no_grad():
         return tensor.to(device)
 
 
 def write_back(tensor: Tensor, there: Tensor) -> None:
-    """Give ``tensor`` what its copy ``there`` was changed to in place, with the gradient of that."""
-    tensor.copy_(there)
+    """Give ``tensor`` what its copy ``there`` was changed to in place, with the gradient of that.
+
+    Not another shape: a copy that was made one (``unsqueeze_``) has left its values as they were.
+    """
+    if there.shape == tensor.shape:
+        tensor.copy_(there)
 
 
 @torch.no_grad()
@@ -93,6 +97,8 @@ class Mover:
         """The containers met that a callee may write, by ``id``."""
         self.held: list[Tensor] = []
         """The tensors met in them."""
+        self._versions: dict[int, int] = {}
+        """By ``id`` of a tensor, the version of its copy when that was made."""
         self._known: dict[int, tuple[Any, Any]] = {}
         """What each value became, by ``id``; the values are kept, so that no ``id`` is given anew."""
 
@@ -119,7 +125,9 @@ class Mover:
 
     def _there(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return fetched(value, self.device)
+            there = fetched(value, self.device)
+            self._versions[id(value)] = there._version
+            return there
         if isinstance(value, PackedSequence):  # the sizes of a packed sequence stay on the CPU
             return value.to(self.device)  # type: ignore[arg-type]  # torch's stub knows the dtype only
         slots = _slots(value)
@@ -152,8 +160,9 @@ class Mover:
 
     def write_back(self) -> None:
         """Change tensors in place as their copies were."""
-        for value, there in self._known.values():
-            if isinstance(value, Tensor) and there is not value and there._version:
+        for key, version in self._versions.items():
+            value, there = self._known[key]
+            if there is not value and there._version != version:
                 write_back(value, there)
 
     def put_back(self, kept: Container[int] = ()) -> None:
