@@ -257,8 +257,8 @@ class Ranks:
         first = self._board.same(what)
         if first != what:
             raise ShardwrightError(
-                f"{self.label} is called for {what}, while another rank is called for {first}: call every rank alike, in "
-                "the same order and with the whole batch"
+                f"{self.label} is called for {what}, while another rank is called for {first}: call every rank alike, "
+                "in the same order and with the whole batch"
             )
 
     @contextmanager
