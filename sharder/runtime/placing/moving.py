@@ -125,9 +125,9 @@ class Mover:
 
     def _there(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            there = fetched(value, self.device)
-            self._versions[id(value)] = there._version
-            return there
+            tensor = fetched(value, self.device)
+            self._versions[id(value)] = tensor._version
+            return tensor
         if isinstance(value, PackedSequence):  # the sizes of a packed sequence stay on the CPU
             return value.to(self.device)  # type: ignore[arg-type]  # torch's stub knows the dtype only
         slots = _slots(value)
