@@ -16,6 +16,8 @@ from shardwright.sharder.runtime.record import Run, Timed
 
 __all__ = ["RunReport", "conclusion", "equality", "paces"]
 
+WORTH_EXPLAINING = 5.0
+"""Percent that a prediction is off by: below, no reason is looked for."""
 HOW = {
     "on the host": "compared with the model in the host's memory",
     "unit by unit": "compared a unit at a time, since nothing here has room for the whole model",
@@ -76,7 +78,7 @@ def paces(run: Run) -> str:
             text += f", the speedup to be {ratio(run.speedup_at_pace)} ({percent(gain, signed=True)})"
         text += "."
         as_predicted = run.sharded.error_percent
-        if as_predicted is not None and abs(error) >= abs(as_predicted) > 1:
+        if as_predicted is not None and abs(error) >= abs(as_predicted) > WORTH_EXPLAINING:
             text += " That is no nearer, so the pace does not explain the error."
     return text
 
