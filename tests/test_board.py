@@ -30,6 +30,18 @@ def test_who_waits_is_told_at_once(boards):
         boards[0].assemble(3e7)
 
 
+def test_the_first_says_what_a_call_does_and_that_is_forgotten(boards):
+    """Whoever it is; of many calls the store keeps some."""
+    count = board_module.KEPT_CALLS + 5
+    for number in range(count):
+        first, second = boards if number % 2 else boards[::-1]
+        for board in boards:
+            board.begin()
+        assert first.same(f"step of {number} samples") == second.same("evaluate") == f"step of {number} samples"
+    kept = [boards[0]._store.check([boards[0]._doing(call)]) for call in range(1, count + 1)]
+    assert kept == [False] * 5 + [True] * board_module.KEPT_CALLS
+
+
 def test_who_does_not_come_is_named(boards):
     """With the limit."""
     with pytest.raises(sw.ShardwrightError, match=r"rank 1 of the pipeline did not come within 0 s"):
