@@ -1,6 +1,7 @@
 """Pipelining in one process: the model computes and learns what it did."""
 
 import copy
+import dataclasses
 import warnings
 
 import pytest
@@ -304,6 +305,13 @@ def test_autocast_of_the_caller_is_the_threads(piped):
 # What is changed after the first call
 
 
+@dataclasses.dataclass(slots=True)
+class Slots:
+    """Has no dictionary."""
+
+    bias: float = 0.0
+
+
 class Trainer:
     """An object on a model that counts, as many do."""
 
@@ -317,11 +325,21 @@ class Switched(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(4)])
         self.scale, self.skips, self.options, self.shift = 1.0, False, {"gain": [1.0]}, torch.ones(WIDTH)
-        self.kept = {0, 2}
+        self.kept, self.slots, self.deep = {0, 2}, Slots(), {"a": {"b": {"c": {"d": 1.0}}}}
+        self.register_parameter("gain", None)
+        self.more = nn.ParameterList([nn.Parameter(torch.tensor(1.0))])
+        self.layers[1].on = True
         self.trainer, self.metric = Trainer(), nn.Identity()
 
     def forward(self, x):
-        x = self.layers[1](self.layers[0](x) * self.scale)
+        x = self.layers[0](x) * self.scale
+        if getattr(self.layers[1], "on", True):
+            x = self.layers[1](x)
+        if self.gain is not None:
+            x = x * self.gain
+        for factor in self.more:
+            x = x * factor
+        x = (x + self.slots.bias) * self.deep["a"]["b"]["c"]["d"]
         if not self.skips and 2 in self.kept:
             x = self.layers[2](x)
         return self.layers[3](x) * self.options["gain"][0] + self.shift
@@ -336,6 +354,11 @@ CHANGES = {
     "a module": lambda m: m.layers.__setitem__(1, nn.Linear(WIDTH, WIDTH, bias=True).requires_grad_(False)),
     "a pruned unit": lambda m: prune.l1_unstructured(m.layers[1], "weight", 0.5),
     "what does not decide": lambda m: (setattr(m.trainer, "steps", 1), setattr(m.metric, "updates", 1)),
+    "a unit's switch": lambda m: setattr(m.layers[1], "on", False),
+    "a parameter that was none": lambda m: setattr(m, "gain", nn.Parameter(torch.tensor(2.0))),
+    "a list of parameters": lambda m: m.more.append(nn.Parameter(torch.tensor(3.0))),
+    "a slot": lambda m: setattr(m.slots, "bias", 1.0),
+    "far inside": lambda m: m.deep["a"]["b"]["c"].__setitem__("d", 2.0),
     "nothing": lambda m: setattr(m, "scale", m.scale),
 }
 

@@ -82,7 +82,7 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
 
 
 class Versions:
-    """Parameters and buffers of a model as they are before a forward, to be asked which of them it has changed.
+    """Tensors of a model as they are before a forward, to be asked which of them it has changed.
 
     Asked are PyTorch's own counts of changes: writes past autograd (``.data``) are none, nor those of running
     statistics by batch normalisations, of which the counters are left out, too.
@@ -93,13 +93,22 @@ class Versions:
         counters = {id(m.num_batches_tracked) for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)}
         self.before = {
             name: (tensor, None if tensor.is_inference() else tensor._version)
-            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+            for name, tensor in self._held()
             if id(tensor) not in counters
         }
 
+    def _held(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters, buffers, and tensors that hang on modules without being registered."""
+        yield from self.model.named_parameters()
+        yield from self.model.named_buffers()
+        for path, module in self.model.named_modules():
+            for name, value in vars(module).items():
+                if isinstance(value, Tensor):
+                    yield f"{path}.{name}".removeprefix("."), value
+
     def changed(self) -> tuple[str, ...]:
         """The names of those that are others now, or have been written."""
-        now = dict((*self.model.named_parameters(), *self.model.named_buffers()))
+        now = dict(self._held())
         return tuple(
             name
             for name, (tensor, version) in self.before.items()

@@ -84,7 +84,10 @@ class Check:
         if self.mismatch is not None:
             return f"device mismatch: {self.mismatch}"
         if not self.outputs_equal:
-            return "the placed model's outputs differ from the model's: something in it depends on the device"
+            return (
+                "the placed model's outputs differ from the model's: something in it depends on the device, or changes "
+                "in place what was brought from another one, through a view, .data or a unit's result"
+            )
         return f"verified: {self.transfers} tensors ({self.transfer_bytes} bytes) cross, outputs equal"
 
 

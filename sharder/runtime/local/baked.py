@@ -2,8 +2,9 @@
 
 A pipelined model does not run its own forward, so that an attribute which is changed later, a coefficient or a switch,
 changes nothing until the model is captured anew. So each call asks whether all that is as it was: the attributes of the
-modules that hold units, and which modules the units are. Units run as they are, and parameters and buffers are looked
-up for each call: none of these counts. Nor do attributes of objects that are no configurations, such as a trainer.
+modules that hold units, what switches the units have, and which modules they are. Units run as they are, and parameters
+and buffers are looked up for each call: their values do not count. Nor do attributes of classes, and of objects that
+are no configurations, such as a trainer.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import dataclasses
 import weakref
 from collections import deque
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,10 +28,12 @@ Tree = dict[str, "Tree"]
 _OWN = frozenset(vars(nn.Module()))
 """What PyTorch keeps in a module."""
 _PLAIN = (str, bytes, int, complex, bool, type(None), torch.dtype, torch.device, torch.Size)
-_DEEP = 3
+_SWITCHES = (bool, str)
+"""What a unit has of these the module that holds it may go by; others are its own, such as counters and caches."""
+_DEEP = 8
 """Containers inside each other are looked through so far."""
-_MANY = 256
-"""Longer ones are known by what they are, not by what they hold."""
+_MANY = 4_000
+"""So many things are looked at for one call, which takes some milliseconds; what is left is known by what it is."""
 
 
 class _Itself:
@@ -65,17 +68,34 @@ def tree_of(paths: Iterable[str]) -> Tree:
 def baked(model: nn.Module, units: Tree) -> tuple[tuple[str, Hashable], ...]:
     """What each attribute of ``model`` and of the modules that hold ``units`` is, and which modules they are; equal
     for equal ones."""
+    teller = _Teller()
     facts: list[tuple[str, Hashable]] = []
     left: list[tuple[str, nn.Module | None, Tree]] = [("", model, units)]
     while left:
         path, module, inner = left.pop()
         facts.append((path, _Itself(module)))
-        if module is None or not inner:
+        if module is None:
             continue
-        own = vars(module).items()
-        facts += [(f"{path}.{name}", _told(value, _DEEP)) for name, value in own if name not in _OWN]
-        left += [(f"{path}.{name}", module._modules.get(name), deeper) for name, deeper in inner.items()]
+        held = vars(module)
+        own = [(name, held[name]) for name in sorted(held.keys() - _OWN)]
+        if not inner:  # a unit, or a module beside them
+            facts += [
+                (f"{path}.{name}", value) for name, value in own if isinstance(value, _SWITCHES) and name[0] != "_"
+            ]
+            continue
+        facts += [(f"{path}.{name}", teller.told(value, _DEEP)) for name, value in own]
+        facts += _forms(path, module)
+        for name, child in module._modules.items():
+            left.append((f"{path}.{name}", child, inner.get(name, {})))
+            if name not in inner and child is not None:  # such as a list of parameters
+                facts += _forms(f"{path}.{name}", child)
     return tuple(facts)
+
+
+def _forms(path: str, module: nn.Module) -> list[tuple[str, Hashable]]:
+    """Which parameters and buffers a module has itself; their values are looked up for each call."""
+    held = (*module._parameters.items(), *module._buffers.items())
+    return [(f"{path}.{name}", None if tensor is None else tensor.requires_grad) for name, tensor in held]
 
 
 def changed_name(before: tuple[tuple[str, Hashable], ...], now: tuple[tuple[str, Hashable], ...]) -> str:
@@ -84,28 +104,39 @@ def changed_name(before: tuple[tuple[str, Hashable], ...], now: tuple[tuple[str,
     return next((name for name, fact in now if known.get(name) != fact), "an attribute").removeprefix(".")
 
 
-def _told(value: Any, depth: int) -> Hashable:
-    """A value of an attribute, by what it holds where that can be told."""
-    if isinstance(value, float):
-        return repr(value)  # nan is itself then
-    if isinstance(value, _PLAIN):
-        return type(value).__name__, value
-    if depth and isinstance(value, (set, frozenset)) and len(value) <= _MANY:
-        return type(value).__name__, frozenset([_told(part, depth - 1) for part in value])
-    parts = _parts(value) if depth and not isinstance(value, (Tensor, nn.Module, type)) else None
-    if parts is not None and len(parts) <= _MANY:
-        return type(value).__name__, tuple([(key, _told(part, depth - 1)) for key, part in parts.items()])
-    return _Itself(value)
+class _Teller:
+    """Tells values of attributes, for one call."""
+
+    def __init__(self) -> None:
+        self.left = _MANY
+
+    def told(self, value: Any, depth: int) -> Hashable:
+        """A value by what it holds, where that can be told."""
+        self.left -= 1
+        if isinstance(value, float):
+            return repr(value)  # nan is itself then
+        if isinstance(value, _PLAIN):
+            return type(value).__name__, value
+        inside = None if isinstance(value, (Tensor, nn.Module, type)) else _inside(value)
+        if inside is None or not depth or len(inside) > self.left:
+            return _Itself(value)
+        parts = [(key, self.told(part, depth - 1)) for key, part in inside]
+        return type(value).__name__, frozenset(parts) if isinstance(value, (set, frozenset)) else tuple(parts)
 
 
-def _parts(value: Any) -> Mapping[Any, Any] | None:
-    """What a container or a configuration holds; None where it is neither, or long."""
-    if isinstance(value, Mapping):
-        return value
-    if isinstance(value, (list, tuple, deque)):
-        return dict(enumerate(value)) if len(value) <= _MANY else None
-    settings = SimpleNamespace, argparse.Namespace
-    if isinstance(value, settings) or dataclasses.is_dataclass(value) or hasattr(type(value), "to_dict"):
+def _inside(value: Any) -> Collection[tuple[Hashable, Any]] | None:
+    """What a container or a configuration holds, with keys where it has some; None where it is neither."""
+    if isinstance(value, (list, tuple, deque, set, frozenset)):
+        return [(None, part) for part in value] if len(value) <= _MANY else None
+    settings = value if isinstance(value, Mapping) else _settings(value)
+    return None if settings is None else settings.items()
+
+
+def _settings(value: Any) -> Mapping[Any, Any] | None:
+    """What a configuration holds; None where it is none."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+    if isinstance(value, (SimpleNamespace, argparse.Namespace)) or hasattr(type(value), "to_dict"):
         found: Mapping[Any, Any] | None = getattr(value, "__dict__", None)
         return found
     return None
