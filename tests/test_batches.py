@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from shardwright.errors import ShardwrightError
-from shardwright.sharder.planning.schedules.replicas import COPIED
+from shardwright.sharder.planning.schedules.replicas import ALONE, COPIED
 from shardwright.sharder.runtime.piping.batches import BatchForm, Division, OutputForm
 from shardwright.sharder.runtime.piping.engine import SharedGradients, SharedParameter
 from shardwright.sharder.runtime.piping.replicas import buckets
@@ -64,7 +64,7 @@ def test_replicas_have_equal_parts_of_any_batch_that_they_can_share():
 
 def test_small_gradients_are_summed_together():
     """Up to so many bytes, each dtype for itself; a large one is alone, and none is left out."""
-    small, large = COPIED // 4 // 4, COPIED // 4
+    small, large = COPIED // 4 // 4, ALONE // 4
     given = [torch.zeros(n, dtype=d) for n in (small, large, small, small, small, small) for d in (torch.float32,)]
     given.insert(3, torch.zeros(7, dtype=torch.bfloat16))
     groups = buckets(given)

@@ -46,6 +46,7 @@ from shardwright.sharder.planning.schedules.simulate import StageCost, steps_at
 from shardwright.sharder.planning.schedules.stage_costs import Stages, shares_of
 
 __all__ = [
+    "ALONE",
     "COPIED",
     "Mesh",
     "Replicas",
@@ -69,8 +70,10 @@ Mesh = tuple[tuple[int, ...], ...]
 
 TOLERANCE = 0.1
 """Devices are of a kind if neither the model's time nor the memory differs by more."""
-COPIED = 2**20
-"""So many bytes of gradients are copied together at once, at most, to be summed; one that is as large is not."""
+COPIED = 2**22
+"""So many bytes of gradients are copied together at once, at most, to be summed."""
+ALONE = 2**21
+"""A gradient of so many bytes is not copied, but summed where it is."""
 
 
 def possible_replicas(devices: int) -> list[int]:
