@@ -3,9 +3,9 @@
 Which parameters a backward reaches may depend on the samples, as in a mixture of experts. So all are summed in every
 replica, with zeros where its own samples reached one not, and what no replica's reached stays without a gradient.
 
-A gradient of ALONE bytes or more is summed where it is, and all of these go on at once, so that their latencies overlap.
-Smaller ones are copied together up to COPIED bytes, one such sum after another, which is all the memory that it takes: a
-sum over gloo takes about a millisecond beside its bytes, on one core a process (docs/accuracy.md).
+A gradient of ALONE bytes or more is summed where it is, and all of these go on at once, so that their latencies
+overlap. Smaller ones are copied together up to COPIED bytes, one such sum after another, which is all the memory that
+it takes: a sum over gloo takes about a millisecond beside its bytes, on one core a process (docs/accuracy.md).
 """
 
 from __future__ import annotations
