@@ -131,6 +131,9 @@ def _verdict_of_splits(plan: Plan) -> Verdict:
         best = min(splits, key=lambda candidate: candidate.step_s)
         devices = best.stages // best.stages_per_device
         obeying = " that obeys the pins" if plan.pins else ""
+        plain = best.stages_per_device == 1 and not best.zero_bubble
+        if plain and predicted.step_s >= best.step_s * WORTHWHILE and any(c.stages_per_device > 1 for c in splits):
+            obeying += " (--schedule 1f1b)"  # of which none was asked for
         return Verdict(
             False,
             f"{text} The best split{obeying}, over {devices} devices with "

@@ -218,3 +218,13 @@ def test_a_forward_that_changes_the_model_is_verified_from_the_same_beginning(ca
             sw.place(model, plan, devices={d: sim_device(i) for i, d in enumerate(plan.devices)})
         assert sw.verify(model, plan, (x,))
     torch.testing.assert_close(sw.unplace(model).state_dict(), before)
+
+
+def test_inputs_by_position_that_were_planned_by_keyword_are_told(captured_profile):
+    """The shapes are the same; where each is among the arguments is said, and what to do."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(4, 4)
+    plan = sw.plan(captured_profile(model, (), {"input": x}), microbatches=1, pins={"0": "cpu:0", "1": "cpu:1"})
+    says = r"inputs \['input'\] float32 4x4; these are \[0\] float32 4x4: give the same tensors as in the profile"
+    with pytest.raises(sw.ShardwrightError, match=says):
+        sw.verify(model, plan, (x,))
+    assert sw.verify(model, plan, kwargs={"input": x})

@@ -133,9 +133,13 @@ def check_inputs(plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     specs = input_specs(args, kwargs)
     if specs != plan.inputs:
         named = [spec.name for spec in specs] != [spec.name for spec in plan.inputs]
+        alike = [(s.dtype, s.shape) for s in specs] == [(s.dtype, s.shape) for s in plan.inputs]
+        remedy = "give inputs of the planned shapes, or profile and plan with these"
+        if alike:  # [0] and ['ids'] are arguments by position and by keyword
+            remedy = "give the same tensors as in the profile, by position (args) or keyword (kwargs), here and later"
         raise ShardwrightError(
             f"the plan is for inputs {_listed(plan.inputs, named=named)}; these are {_listed(specs, named=named)}: "
-            "give inputs of the planned shapes, or profile and plan with these"
+            f"{remedy}"
         )
 
 
