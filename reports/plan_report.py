@@ -79,7 +79,7 @@ def _how_in_parallel(plan: Plan, parallel: Alternative) -> str:
     """What asks for data parallel, or what batch it would take."""
     if plan.batch % parallel.devices:
         return f", with a batch that is a multiple of {parallel.devices}; {plan.batch} is not"
-    asked = plan.objective == "throughput" and parallel.microbatches % parallel.devices == 0
+    asked = plan.objective == "throughput" and parallel.microbatches % parallel.devices == 0 and not plan.obstacles
     return f" (--replicas {parallel.devices})" if asked else ""
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from shardwright.errors import ShardwrightError
 from shardwright.profiler.recording.inputs import outputs_of
+from shardwright.profiler.recording.state import Versions
 from shardwright.profiler.trace import checked_trace, trace
 
 # State
@@ -330,3 +331,38 @@ def test_containers_are_as_they_were(made):
     trace(model, *batch(0))
     assert model.log is log
     assert log == made()
+
+
+class Keeping(nn.Module):
+    """Holds a tensor of each kind, and normalises."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.BatchNorm1d(WIDTH)
+        self.weight = nn.Parameter(torch.ones(WIDTH))
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.count, self.cache = torch.zeros(()), torch.zeros(())
+
+    def forward(self, x):
+        return self.inner(x) * self.weight
+
+
+CHANGES = {
+    "nothing": (lambda _: None, ()),
+    "a parameter": (lambda m: m.weight.detach().mul_(2), ("weight",)),
+    "a buffer": (lambda m: m.mean.add_(1), ("mean",)),
+    "a buffer in its place": (lambda m: setattr(m, "mean", torch.ones(WIDTH)), ("mean",)),
+    "an attribute": (lambda m: m.count.add_(1), ("count",)),
+    "a cache that is made anew": (lambda m: setattr(m, "cache", torch.ones(())), ()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_forward_has_written_is_named(change):
+    """Running statistics and their counters apart, of which batch normalisations speak themselves."""
+    write, names = CHANGES[change]
+    model = Keeping()
+    versions = Versions(model)
+    model(torch.randn(ROWS, WIDTH))
+    write(model)
+    assert versions.changed() == names

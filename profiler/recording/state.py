@@ -93,26 +93,30 @@ class Versions:
         counters = {id(m.num_batches_tracked) for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)}
         self.before = {
             name: (tensor, None if tensor.is_inference() else tensor._version)
-            for name, tensor in self._held()
+            for name, tensor in (self._registered() | self._hanging()).items()
             if id(tensor) not in counters
         }
 
-    def _held(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters, buffers, and tensors that hang on modules without being registered."""
-        yield from self.model.named_parameters()
-        yield from self.model.named_buffers()
-        for path, module in self.model.named_modules():
-            for name, value in vars(module).items():
-                if isinstance(value, Tensor):
-                    yield f"{path}.{name}".removeprefix("."), value
+    def _registered(self) -> dict[str, Tensor]:
+        return dict((*self.model.named_parameters(), *self.model.named_buffers()))
+
+    def _hanging(self) -> dict[str, Tensor]:
+        """Tensors that are attributes of modules and no more."""
+        return {
+            f"{path}.{name}".removeprefix("."): value
+            for path, module in self.model.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, Tensor)
+        }
 
     def changed(self) -> tuple[str, ...]:
-        """The names of those that are others now, or have been written."""
-        now = dict(self._held())
+        """The names of those that have been written, and of parameters and buffers in whose place others are; a mere
+        attribute is often a cache, which may be made anew."""
+        registered = self._registered()
         return tuple(
             name
             for name, (tensor, version) in self.before.items()
-            if now.get(name) is not tensor or (version is not None and tensor._version != version)
+            if registered.get(name, tensor) is not tensor or (version is not None and tensor._version != version)
         )
 
 
